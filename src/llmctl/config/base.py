@@ -1,0 +1,243 @@
+"""What every config shares: strict fields, recipes, and errors that name the flag or the line."""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from llmctl.errors import UserError
+
+RECIPE_BYTES = 1_000_000
+RECIPE_DEPTH = 20
+
+
+@dataclass(frozen=True)
+class Also:
+    """Other spellings of a flag, accepted but not shown in `--help`."""
+
+    names: tuple[str, ...]
+
+    def __init__(self, *names: str) -> None:
+        """Names in kebab-case, without dashes in front."""
+        object.__setattr__(self, "names", names)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """The flag's own spellings, where they are not the field's name in kebab-case."""
+
+    names: tuple[str, ...]
+
+    def __init__(self, *names: str) -> None:
+        """Names with their dashes, the long one first."""
+        object.__setattr__(self, "names", names)
+
+
+def parse_count(value: Any) -> Any:
+    """`20M`, `1.5GB`, `64k` or `1e9` as a whole number; anything else is left to pydantic."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(
+        r"([0-9]+(?:\.[0-9]+)?(?:[eE][0-9]+)?)\s*([kKmMgGtTbB]?)[bB]?", value.strip()
+    )
+    if match is None:
+        raise ValueError("expected a count such as 5000, 20M or 1.5GB")
+    scale = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
+    number = float(match[1]) * scale[match[2].lower()]
+    if number != int(number):
+        raise ValueError("expected a whole number")
+    return int(number)
+
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+
+
+class Fields(BaseModel):
+    """A frozen set of fields; the docstring under each field is its help text."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True
+    )
+
+
+class Config(Fields):
+    """The fields of one command."""
+
+    @classmethod
+    def load(cls, stage: str, recipe: Path | None, flags: Mapping[str, Any]) -> Self:
+        """Resolve defaults < recipe < flags, where flags maps field names to given values.
+
+        Raises:
+            UserError: an unknown key, a value that does not fit, or a field that is missing.
+        """
+        lines: dict[str, int] = {}
+        values: dict[str, Any] = {}
+        if recipe is not None:
+            values, lines = read_recipe(recipe)
+            named = values.pop("stage", stage)
+            if named != stage:
+                raise UserError(
+                    f"the recipe is for `{named}`, not for `{stage}`",
+                    file=recipe,
+                    line=lines.get("stage"),
+                    hint=f"run: llmctl {named} -c {recipe}",
+                )
+        for key in values:
+            if key not in cls.model_fields:
+                raise UserError(
+                    f"unknown key `{key}`" + cls._suggest(key), file=recipe, line=lines.get(key)
+                )
+        try:
+            return cls.model_validate({**values, **flags})
+        except ValidationError as error:
+            raise cls._explain(error, recipe, lines, flags) from None
+
+    def recipe(self, stage: str) -> dict[str, Any]:
+        """The resolved config as recipe keys, without what only steers this one call."""
+        return {"stage": stage, **self.model_dump(mode="json")}
+
+    def to_yaml(self, stage: str) -> str:
+        """The resolved config as a recipe that `load` reads back."""
+        return str(yaml.safe_dump(self.recipe(stage), sort_keys=False, allow_unicode=True))
+
+    def given(self) -> set[str]:
+        """Names of the fields that differ from their defaults."""
+        return {
+            name
+            for name, field in type(self).model_fields.items()
+            if getattr(self, name) != field.default
+        }
+
+    @classmethod
+    def flag(cls, name: str) -> str:
+        """The flag that sets a field, as a user would type it."""
+        for item in cls.model_fields[name].metadata:
+            if isinstance(item, Flag):
+                return item.names[0]
+        return "--" + name.replace("_", "-")
+
+    @classmethod
+    def other_spellings(cls) -> dict[str, str]:
+        """Hidden spelling -> flag name, both in kebab-case and without dashes in front."""
+        return {
+            other: cls.flag(name).removeprefix("--")
+            for name, field in cls.model_fields.items()
+            for item in field.metadata
+            if isinstance(item, Also)
+            for other in item.names
+        }
+
+    @classmethod
+    def _suggest(cls, key: str) -> str:
+        spelled = key.replace("_", "-")
+        if spelled in cls.other_spellings():
+            return f": it is called `{cls.other_spellings()[spelled].replace('-', '_')}` here"
+        close = difflib.get_close_matches(key, cls.model_fields, n=1)
+        return f": did you mean `{close[0]}`?" if close else ""
+
+    @classmethod
+    def _explain(
+        cls,
+        error: ValidationError,
+        recipe: Path | None,
+        lines: Mapping[str, int],
+        flags: Mapping[str, Any],
+    ) -> UserError:
+        """The first thing wrong, said in terms of the flag or the recipe line it came from."""
+        first = error.errors()[0]
+        if not first["loc"]:
+            return UserError(first["msg"].removeprefix("Value error, "))
+        name = str(first["loc"][0])
+        flag = cls.flag(name)
+        if first["type"] == "missing":
+            return UserError(f"{flag} is required", hint=f"pass {flag} or set `{name}` in a recipe")
+        reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        message = f"{reason}, got {first['input']!r}"
+        if name in flags:
+            return UserError(f"{flag}: {message}")
+        return UserError(f"{name}: {message}", file=recipe, line=lines.get(name))
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without what surprises: no aliases, no duplicate keys, and `1e-4` is a number."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                problem="aliases are not allowed in a recipe",
+                problem_mark=self.get_mark(),
+            )
+        self.depth += 1
+        if self.depth > RECIPE_DEPTH:
+            raise yaml.MarkedYAMLError(
+                problem=f"nested deeper than {RECIPE_DEPTH} levels",
+                problem_mark=self.get_mark(),
+            )
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"duplicate key `{key.value}`", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def read_recipe(recipe: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """A recipe's keys and values, and the 1-based line of each key.
+
+    Raises:
+        UserError: the file is missing, too large, not UTF-8, or not a plain YAML mapping.
+    """
+    try:
+        raw = recipe.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the recipe: {error.strerror}", file=recipe) from None
+    if len(raw) > RECIPE_BYTES:
+        raise UserError(
+            f"a recipe of {len(raw):,} bytes; the limit is {RECIPE_BYTES:,}", file=recipe
+        )
+    try:
+        loader = _StrictLoader(raw.decode())
+        node = loader.get_single_node()
+        values = loader.construct_document(node) if node is not None else {}
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 at byte {error.start}", file=recipe) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise UserError(
+            f"malformed YAML: {error.problem or error.context}",
+            file=recipe,
+            line=mark.line + 1 if mark else None,
+        ) from None
+    except yaml.YAMLError as error:
+        raise UserError(f"malformed YAML: {error}", file=recipe) from None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"expected a mapping of keys to values, got a {type(values).__name__}", file=recipe
+        )
+    return values, dict(_key_lines(node))
+
+
+def _key_lines(node: Any) -> Iterator[tuple[str, int]]:
+    if node is not None:
+        yield from ((key.value, key.start_mark.line + 1) for key, _ in node.value)

@@ -1,0 +1,216 @@
+"""Groups of fields that several commands share; a class's name is its panel in `--help`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from llmctl.config.base import Also, Config, Count, Fields, Flag
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+OpenFraction = Annotated[float, Field(ge=0, lt=1)]
+PositiveCount = Annotated[Count, Field(gt=0)]
+NonNegativeCount = Annotated[Count, Field(ge=0)]
+Control = Field(exclude=True)
+"""Marks a field that steers one call and is no part of the recipe."""
+
+
+class Output(Fields):
+    """What a command prints, and where it writes."""
+
+    out: Annotated[
+        Path | None, Flag("--out", "-o"), Also("output-dir", "out-dir", "output"), Control
+    ] = None
+    """Run directory to create."""
+
+    overwrite: Annotated[bool, Control] = False
+    """Replace what llmctl wrote to a finished run directory; other files stay."""
+
+    dry_run: Annotated[bool, Control] = False
+    """Check everything, print the resolved recipe and the plan, write nothing."""
+
+    as_json: Annotated[bool, Flag("--json"), Control] = False
+    """Print the result, or the error, as one JSON object."""
+
+    quiet: Annotated[bool, Flag("--quiet", "-q"), Control] = False
+    """Print errors only."""
+
+    verbose: Annotated[bool, Flag("--verbose", "-v"), Control] = False
+    """Print details too."""
+
+    debug: Annotated[bool, Control] = False
+    """Keep the traceback of an error."""
+
+
+class StageConfig(Config, Output):
+    """Fields of every command."""
+
+    seed: NonNegativeInt = 0
+    """Seeds every random choice."""
+
+
+class Corpus(Fields):
+    """Raw text."""
+
+    data: Annotated[list[str], Also("dataset", "dataset-name")] = []
+    """Text to read (repeatable): a file (txt, md, jsonl, csv, parquet, also .gz or .zst), a folder,
+    a glob, a Hub data set, `builtin:python-docs`, or `-` for stdin."""
+
+    text_column: Annotated[str, Also("text-field", "dataset-text-field")] = "text"
+    """Column that holds the text in jsonl, csv, parquet and Hub data."""
+
+    val_fraction: OpenFraction | None = None
+    """Share of the documents kept for validation; by default 0.1, less where that is over 10 MB.
+    A single document is split by position."""
+
+    val_data: list[str] = []
+    """Validation text from elsewhere (repeatable), in place of a share of the data."""
+
+
+class Optimizer(Fields):
+    """Update rule and learning-rate schedule."""
+
+    optimizer: Annotated[Literal["auto", "adamw", "muon", "adamw-8bit"], Also("optim")] = "auto"
+    """Update rule. auto: Muon from scratch, AdamW when continuing a model and under FSDP.
+    Muon takes the matrices of the blocks, AdamW the rest."""
+
+    lr: Annotated[PositiveFloat | None, Also("learning-rate")] = None
+    """Peak learning rate, on AdamW's scale for every optimizer; by default chosen by model size."""
+
+    schedule: Annotated[
+        Literal["cosine", "linear", "constant", "wsd"], Also("lr-scheduler-type", "lr-scheduler")
+    ] = "cosine"
+    """Decay after warm-up; wsd holds the peak and decays linearly over the last `decay` share."""
+
+    warmup: Annotated[NonNegativeFloat, Also("warmup-steps", "warmup-ratio")] = 0.05
+    """Warm-up: a share of all steps if below 1, else a number of steps."""
+
+    decay: Fraction = 0.2
+    """Share of all steps that the decay of wsd takes."""
+
+    min_lr: Annotated[Fraction, Also("min-lr-rate")] = 0.1
+    """Learning rate at the end, as a share of the peak (wsd and linear and cosine)."""
+
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay, on matrices only."""
+
+    beta1: Annotated[OpenFraction, Also("adam-beta1")] = 0.9
+    """AdamW's decay of the first moment."""
+
+    beta2: Annotated[OpenFraction, Also("adam-beta2")] = 0.95
+    """AdamW's decay of the second moment."""
+
+    momentum: OpenFraction = 0.95
+    """Muon's momentum."""
+
+    max_grad_norm: Annotated[NonNegativeFloat, Also("grad-clip", "gradient-clip-val")] = 1.0
+    """Clip the global gradient norm to this; 0 does not clip."""
+
+
+class Batch(Fields):
+    """How much data makes a step."""
+
+    batch_size: Annotated[
+        PositiveInt | None,
+        Also("per-device-train-batch-size", "micro-batch-size", "device-batch-size"),
+    ] = None
+    """Sequences per forward pass on one device; by default chosen by model size."""
+
+    grad_accum: Annotated[PositiveInt | None, Also("gradient-accumulation-steps")] = None
+    """Forward passes per step; by default 1, or what `batch_tokens` asks for."""
+
+    batch_tokens: Annotated[PositiveCount | None, Also("total-batch-size")] = None
+    """Tokens per step over all devices, reached by accumulation."""
+
+
+class Length(Fields):
+    """How long to train; one of the four, by default chosen by corpus and model."""
+
+    max_steps: Annotated[PositiveCount | None, Also("num-iterations", "steps")] = None
+    """Optimizer steps."""
+
+    epochs: Annotated[PositiveFloat | None, Also("num-train-epochs", "num-epochs")] = None
+    """Passes over the training tokens."""
+
+    tokens_budget: Annotated[PositiveCount | None, Also("max-tokens")] = None
+    """Tokens to train on."""
+
+    tokens_per_parameter: Annotated[PositiveFloat | None, Also("target-param-data-ratio")] = None
+    """Tokens per parameter; 20 is compute-optimal (Hoffmann et al., 2022, arXiv:2203.15556)."""
+
+
+class Evaluation(Fields):
+    """Validation while training."""
+
+    eval_every: Annotated[PositiveInt | None, Also("eval-steps", "eval-interval")] = None
+    """Steps between evaluations; by default a tenth of the run."""
+
+    eval_tokens: NonNegativeCount = 131_072
+    """Validation tokens to evaluate on, spread over the split; 0 takes the whole split."""
+
+    early_stop: Annotated[PositiveInt | None, Also("patience", "early-stopping-patience")] = None
+    """Stop after this many evaluations without a better validation loss."""
+
+
+class Checkpoints(Fields):
+    """Saving and resuming."""
+
+    save_every: Annotated[PositiveInt | None, Also("save-steps", "save-interval")] = None
+    """Steps between checkpoints; by default a tenth of the run."""
+
+    keep: Annotated[PositiveInt, Also("save-total-limit")] = 2
+    """Newest checkpoints to keep, at least 2; the best one is kept besides."""
+
+    resume: Annotated[bool, Control] = False
+    """Continue from the newest valid checkpoint of `--out`; start afresh where there is none."""
+
+    resume_from: Annotated[Path | None, Also("resume-from-checkpoint"), Control] = None
+    """Continue from this checkpoint."""
+
+
+class Placement(Fields):
+    """Devices, numbers and processes."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Device to run on."""
+
+    precision: Literal["auto", "fp32", "bf16", "pure-bf16"] = "auto"
+    """Numbers in the forward and backward pass; weights stay in float32 but for pure-bf16.
+    auto: bf16 where the device has it and the model is large enough to gain."""
+
+    compile: Annotated[bool, Also("torch-compile")] = False
+    """Compile the model with torch.compile; pays on a GPU."""
+
+    threads: PositiveInt | None = None
+    """CPU threads; by default the cores that this process may use."""
+
+    processes: Annotated[PositiveInt | None, Also("nproc-per-node", "num-processes")] = None
+    """Processes to train with; more than one are launched here unless a launcher already did."""
+
+
+class Sampling(Fields):
+    """How the next token is chosen."""
+
+    max_new_tokens: Annotated[PositiveInt, Also("max-tokens", "n-predict")] = 256
+    """Most tokens to generate for a prompt."""
+
+    temperature: NonNegativeFloat = 0.8
+    """Softmax temperature; 0 takes the most likely token."""
+
+    top_k: NonNegativeInt = 0
+    """Sample among this many most likely tokens; 0 among all."""
+
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Sample among the most likely tokens that together hold this probability."""
+
+    min_p: Fraction = 0.0
+    """Sample among tokens at least this probable relative to the most likely one."""
+
+    repetition_penalty: PositiveFloat = 1.0
+    """Divide the logits of tokens already seen by this; 1 does nothing."""
+
+    greedy: bool = False
+    """Take the most likely token, whatever the temperature."""
+
+    stop: Annotated[list[str], Also("stop-strings")] = []
+    """Text that ends a response (repeatable); it is not part of the response."""

@@ -1,0 +1,121 @@
+"""What a run says on stderr: log lines and progress, on a terminal and in a pipe."""
+
+import logging
+import os
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
+log = logging.getLogger("llmctl")
+
+PLAIN_SECONDS = 5.0
+"""Between two lines of progress where there is no terminal."""
+
+
+class _Stderr(logging.Handler):
+    """Write to whatever stderr is now, so that lines stand above a live progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        print(prefix + record.getMessage(), file=sys.stderr)
+
+
+def set_up(*, quiet: bool = False, verbose: bool = False) -> None:
+    """Send log lines to stderr: errors only when quiet, details too when verbose."""
+    log.handlers = [_Stderr()]
+    log.propagate = False
+    log.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO)
+
+
+def is_terminal() -> bool:
+    """Whether stderr can show a live progress bar."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+class Progress:
+    """A bar with time left on a terminal; a plain line every few seconds elsewhere."""
+
+    def __init__(self, title: str, total: int, unit: str = "step") -> None:
+        """Count from 0 to total, in steps or in bytes (`unit="B"`)."""
+        self.title, self.total, self.unit = title, max(total, 1), unit
+        self.started = self._printed = time.monotonic()
+        self.first = 0
+        self._rich: RichProgress | None = None
+
+    def __enter__(self) -> Self:
+        """Show the bar, where there is a terminal and anything is to be said."""
+        if log.isEnabledFor(logging.INFO) and is_terminal():
+            self._rich = _rich_progress(self.unit)
+            self._task = self._rich.add_task(self.title, total=self.total, text="")
+            self._rich.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave the last state on the screen."""
+        if self._rich is not None:
+            self._rich.stop()
+
+    def start_at(self, done: int) -> None:
+        """Continue a resumed run: time left is judged from here on."""
+        self.first = done
+        self.update(done)
+
+    def update(self, done: int, text: str = "") -> None:
+        """Report how far the run is, and its latest figures."""
+        if self._rich is not None:
+            self._rich.update(self._task, completed=done, text=text)
+            return
+        now = time.monotonic()
+        if now - self._printed >= PLAIN_SECONDS and done < self.total:
+            self._printed = now
+            log.info(self._line(done, text, now - self.started))
+
+    def _line(self, done: int, text: str, elapsed: float) -> str:
+        share = done / self.total
+        gained = done - self.first
+        left = f"eta {duration(elapsed * (self.total - done) / gained)}" if gained > 0 else ""
+        where = f"{share:.0%}" if self.unit == "B" else f"{self.unit} {done:,}/{self.total:,}"
+        return "  ".join(part for part in (self.title, where, text, left) if part)
+
+
+def _rich_progress(unit: str) -> "RichProgress":
+    from rich import progress
+    from rich.console import Console
+
+    counted = progress.DownloadColumn() if unit == "B" else progress.MofNCompleteColumn()
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(bar_width=30),
+        counted,
+        progress.TextColumn("{task.fields[text]}"),
+        progress.TimeRemainingColumn(),
+        console=Console(stderr=True),
+        refresh_per_second=4,
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: `45s`, `12m`, `3h05m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def short(number: float) -> str:
+    """A count in three digits: `812`, `35.2k`, `1.24B`."""
+    for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= scale:
+            return f"{number / scale:.3g}{suffix}"
+    return f"{number:.3g}"

@@ -1,0 +1,106 @@
+"""Every error a user can meet, each class with its exit code.
+
+A message says what is wrong with the offending value, then where, then what to type instead.
+"""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+
+class UserError(Exception):
+    """Something the user can mend: a wrong flag or recipe (exit code 2) or a subclass's cause."""
+
+    code: ClassVar[int] = 2
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        file: Path | str | None = None,
+        line: int | None = None,
+        hint: str | None = None,
+    ) -> None:
+        """Keep the parts apart, so that `--json` can report them as fields.
+
+        Args:
+            message: what is wrong, with the offending value.
+            file: the file it was found in.
+            line: 1-based line in that file.
+            hint: what to type or do instead.
+        """
+        super().__init__(message)
+        self.message = message
+        self.file = None if file is None else str(file)
+        self.line = line
+        self.hint = hint
+
+    def __str__(self) -> str:
+        """One to three lines: place and message, then the hint."""
+        place = "" if self.file is None else self.file + (f":{self.line}" if self.line else "")
+        text = f"{place}: {self.message}" if place else self.message
+        return f"{text}\n{self.hint}" if self.hint else text
+
+    def as_json(self) -> dict[str, Any]:
+        """The `error` object that `--json` prints."""
+        return {
+            "code": self.code,
+            "type": type(self).__name__,
+            "message": self.message,
+            "file": self.file,
+            "line": self.line,
+            "hint": self.hint,
+        }
+
+
+class DataError(UserError):
+    """Data that cannot be read or would train a wrong model."""
+
+    code = 3
+
+
+class OutputError(UserError):
+    """An output directory that must not or cannot be written."""
+
+    code = 3
+
+
+class ModelError(UserError):
+    """A model, tokenizer or checkpoint that is invalid or not trusted."""
+
+    code = 4
+
+
+class ResourceError(UserError):
+    """Too little memory or disk."""
+
+    code = 5
+
+
+class NetworkError(UserError):
+    """The Hub cannot be reached, or the machine is offline."""
+
+    code = 6
+
+
+class DivergedError(UserError):
+    """NaN or infinity in the loss or the gradients."""
+
+    code = 7
+
+
+class GateError(UserError):
+    """A quality gate that the user set did not hold."""
+
+    code = 8
+
+
+class Interrupted(UserError):
+    """SIGINT: the run was saved and can be resumed."""
+
+    code = 130
+
+
+class Terminated(UserError):
+    """SIGTERM or SIGUSR1: the run was saved and can be resumed."""
+
+    code = 143

@@ -1,0 +1,104 @@
+"""What this process may use: devices, cores, numbers and their peak speed."""
+
+import os
+
+import psutil
+import torch
+
+from llmctl.errors import ResourceError
+
+PEAK_FLOPS = {  # dense bf16 tensor-core FLOP/s from the vendors' data sheets; first match wins
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "B200": 2250e12,
+    "B100": 1750e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 149.7e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "4090": 165.2e12,
+    "3090": 71e12,
+}
+
+
+def pick_device(name: str) -> str:
+    """The device for `auto|cpu|cuda|mps`; in a distributed run the local rank's GPU.
+
+    Raises:
+        ResourceError: the device was asked for and is not there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next((device for device, there in available.items() if there), "cpu")
+    if not available.get(name, True):
+        raise ResourceError(f"--device {name}: there is none here", hint="use --device cpu")
+    return name
+
+
+def usable_cores() -> int:
+    """Cores for this process: affinity and cgroup quota, shared with the other local ranks."""
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    quota = _cgroup_cores()
+    if quota is not None:
+        cores = min(cores, quota)
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _cgroup_cores() -> int | None:
+    """Whole cores that the cgroup's quota grants, or None without one (cgroup v2, then v1)."""
+    for files in (
+        ("/sys/fs/cgroup/cpu.max",),
+        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+    ):
+        try:
+            words = " ".join(open(name).read() for name in files).split()  # noqa: PTH123, SIM115
+        except OSError:
+            continue
+        if words[0].isdigit() and int(words[1]) > 0:
+            return max(1, int(words[0]) // int(words[1]))
+    return None
+
+
+def set_threads(threads: int | None) -> int:
+    """Use this many CPU threads, by default the usable cores; return the number."""
+    count = threads or usable_cores()
+    torch.set_num_threads(count)
+    return count
+
+
+def has_bf16(device: str) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware."""
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device == "cpu":
+        found = torch.cpu.get_capabilities()
+        return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return False
+
+
+def device_name(device: str) -> str:
+    """The device as its vendor calls it."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return str(torch.cpu.get_capabilities().get("cpu_name", device)) if device == "cpu" else device
+
+
+def peak_flops(device: str) -> float | None:
+    """Peak dense bf16 FLOP/s of the device, None where it is not known."""
+    name = device_name(device)
+    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+
+
+def memory_in_use(device: str) -> int:
+    """Bytes: the peak on a GPU since the start, resident memory of the process elsewhere."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return int(psutil.Process().memory_info().rss)

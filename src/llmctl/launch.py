@@ -1,0 +1,27 @@
+"""`--processes N`: run this very command in N processes, and pass the child's exit code on."""
+
+import logging
+import os
+import sys
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
+
+
+def run(processes: int) -> int:
+    """Launch `python -m llmctl` with this process's arguments; return the exit code to end with.
+
+    torchrun itself turns every code into 1; the first child to fail is the one that knows why.
+    """
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # each rank sets its own share of the cores
+    flags = ["--standalone", "--nproc-per-node", str(processes), "-m", "llmctl"]
+    try:
+        torchrun([*flags, *sys.argv[1:]])
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0

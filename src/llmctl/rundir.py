@@ -1,0 +1,403 @@
+"""A run directory: what went in, how it went, what came out.
+
+recipe.yaml     the resolved config
+manifest.json   stage, command, versions, git, seed, inputs and outputs with hashes, timings
+status.json     running | completed | preempted | diverged | failed; step; resumable; exit code
+metrics.jsonl   one JSON object a line
+checkpoints/    for --resume
+model/ …        the result, only there when the run completed
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from llmctl import __version__
+from llmctl.config.sections import StageConfig
+from llmctl.errors import (
+    DivergedError,
+    Interrupted,
+    ModelError,
+    OutputError,
+    ResourceError,
+    Terminated,
+    UserError,
+)
+
+RECORDED = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "accelerate",
+    "peft",
+    "trl",
+    "bitsandbytes",
+    "numpy",
+)
+OWN_FILES = ("recipe.yaml", "manifest.json", "status.json", "metrics.jsonl", "error.log")
+LOCK = ".llmctl.lock"
+OWN_FOLDERS = ("tokenizer", "tokens", "checkpoints", "model", "adapter", "value_model")
+
+
+@dataclass
+class Run:
+    """One run's directory. Only the main process writes."""
+
+    path: Path
+    stage: str
+    is_main: bool = True
+    manifest: dict[str, Any] = field(default_factory=dict)
+    status: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are kept."""
+        return self.path / "checkpoints"
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl; NaN and infinity become null."""
+        if self.is_main:
+            with (self.path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({k: finite(v) for k, v in metrics.items()}) + "\n")
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop the lines of steps that a resumed run will do again."""
+        path = self.path / "metrics.jsonl"
+        if self.is_main and path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            kept = [
+                line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step
+            ]
+            path.write_text("".join(kept))
+
+    def record(self, **facts: Any) -> None:
+        """Add facts to the manifest, at once on disk."""
+        self.manifest.update(facts)
+        if self.is_main:
+            write_json(self.path / "manifest.json", self.manifest)
+
+    def set_status(self, state: str, **facts: Any) -> None:
+        """Write status.json."""
+        self.status.update(state=state, updated=now(), **facts)
+        if self.is_main:
+            write_json(self.path / "status.json", self.status)
+
+
+@contextmanager
+def open_run(stage: str, config: StageConfig) -> Iterator[Run]:
+    """Create or reopen the run directory of `config.out`, locked while the body runs.
+
+    On an error nothing half-made is left: a run that holds no checkpoint is removed again.
+
+    Raises:
+        OutputError: the directory is in use, finished, foreign, or cannot be written.
+        ResourceError: no space is left on the disk.
+    """
+    if config.out is None:
+        raise UserError("--out is required", hint="pass -o DIRECTORY")
+    run = Run(config.out, stage, is_main=rank() == 0)
+    if not run.is_main:
+        yield run
+        return
+    created = not run.path.exists()
+    with writing(run.path):
+        _enter(run.path)
+        with _locked(run.path):
+            _claim(run.path, config)
+            try:
+                _begin(run, config)
+                yield run
+            except BaseException as error:
+                _fail(run, error, created)
+                raise
+            run.record(finished=now(), outputs=hashed(run.path, OWN_FOLDERS))
+            run.set_status("completed", resumable=False, exit_code=0)
+
+
+def rank() -> int:
+    """This process's rank, as launchers set it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_complete(out: Path | None) -> bool:
+    """Whether the directory holds a finished run."""
+    return out is not None and _read_json(out / "status.json").get("state") == "completed"
+
+
+def read_manifest(run: Path) -> dict[str, Any]:
+    """The manifest of a run, empty where there is none."""
+    return _read_json(run / "manifest.json")
+
+
+def resolve_model(reference: str) -> str:
+    """What `from_pretrained` should open: a run's model/ or adapter/, a folder, or a Hub id.
+
+    Raises:
+        ModelError: the path is a run that holds no model, or a file.
+    """
+    path = Path(reference).expanduser()
+    if not path.exists():
+        return reference
+    if not path.is_dir():
+        raise ModelError("not a model folder", file=path, hint="pass a run, a folder or a Hub id")
+    for name in ("model", "adapter"):
+        if (path / name).is_dir():
+            return str(path / name)
+    if (path / "manifest.json").is_file() and (path / "status.json").is_file():
+        state = _read_json(path / "status.json").get("state")
+        raise ModelError(f"this run holds no model (it is {state})", file=path)
+    return str(path)
+
+
+def resolve_tokenizer(reference: str) -> str:
+    """What AutoTokenizer should open: a tokenize run's tokenizer/, else as `resolve_model`."""
+    folder = Path(reference).expanduser() / "tokenizer"
+    return str(folder) if folder.is_dir() else resolve_model(reference)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into errors that name the directory.
+
+    Raises:
+        OutputError: read-only, not permitted, or in the way of a file.
+        ResourceError: no space left, with the numbers.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise no_space(path) from None
+        if error.errno in (
+            errno.EROFS,
+            errno.EACCES,
+            errno.EPERM,
+            errno.ENOTDIR,
+            errno.ENAMETOOLONG,
+        ):
+            raise OutputError(f"cannot write here: {error.strerror}", file=path) from None
+        raise
+
+
+def no_space(path: Path, needed: int | None = None) -> ResourceError:
+    """The error for a full disk, with what is needed and what is there."""
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    want = "" if needed is None else f"{needed:,} bytes needed, "
+    return ResourceError(
+        f"no space left on the disk: {want}{free:,} bytes free",
+        file=path,
+        hint="free some space or choose another --out",
+    )
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_folder(folder: Path) -> str:
+    """Hex digest over the names and contents of a folder's files, in order of name."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(f"{path.relative_to(folder)}\0{sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def hashed(root: Path, folders: Iterable[str]) -> list[dict[str, Any]]:
+    """Path, size and sha256 of every result file, checkpoints aside."""
+    return [
+        {"path": str(p.relative_to(root)), "bytes": p.stat().st_size, "sha256": sha256_file(p)}
+        for name in folders
+        if name != "checkpoints"
+        for p in sorted((root / name).rglob("*"))
+        if p.is_file()
+    ]
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace a JSON file at once: a reader sees the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(json.dumps(value, indent=2, default=str) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def finite(value: Any) -> Any:
+    """The value, or None for a float that JSON cannot hold."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def now() -> str:
+    """Local time with its zone."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def versions() -> dict[str, str]:
+    """Versions of llmctl, of Python and of the stack."""
+    found = {"llmctl": __version__, "python": platform.python_version()}
+    for package in RECORDED:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _enter(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise OutputError("a file is in the way of the run directory", file=path)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = FileLock(path / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        status = _read_json(path / "status.json")
+        raise OutputError(
+            f"in use by another run (pid {status.get('pid')} on {status.get('host')})", file=path
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _claim(path: Path, config: StageConfig) -> None:
+    """Refuse a directory that holds something else, or clear what llmctl wrote to it."""
+    present = {p.name for p in path.iterdir()} - {LOCK}
+    if not present:
+        return
+    state = _read_json(path / "status.json").get("state")
+    is_ours = state is not None and "llmctl" in read_manifest(path).get("versions", {})
+    if config.overwrite:
+        if is_ours:
+            _clear(path)
+        return
+    if not is_ours:
+        raise OutputError(
+            "not empty, and not a run of llmctl's",
+            file=path,
+            hint="choose another --out, or --overwrite to write beside what is there",
+        )
+    resuming = is_resuming(config)
+    if state == "completed" or not resuming:
+        raise OutputError(
+            f"holds a run that is {state}",
+            file=path,
+            hint="choose another --out, --overwrite to replace it"
+            + ("" if state == "completed" else ", or --resume to continue it"),
+        )
+
+
+def is_resuming(config: StageConfig) -> bool:
+    """Whether this call continues an earlier one; only training commands can."""
+    control = {name: value for name, value in config if name in ("resume", "resume_from")}
+    return any(control.values())
+
+
+def _clear(path: Path) -> None:
+    """Remove what llmctl wrote: the files it listed, its checkpoints, its records."""
+    for output in read_manifest(path).get("outputs", []):
+        (path / output["path"]).unlink(missing_ok=True)
+    for folder in (path / "checkpoints").glob("*checkpoint-*"):
+        shutil.rmtree(folder)
+    for name in OWN_FILES:
+        (path / name).unlink(missing_ok=True)
+    for name in OWN_FOLDERS:
+        for folder in sorted((path / name).rglob("*"), reverse=True):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        if (path / name).is_dir() and not any((path / name).iterdir()):
+            (path / name).rmdir()
+
+
+def _begin(run: Run, config: StageConfig) -> None:
+    if not (run.path / "recipe.yaml").exists():
+        (run.path / "recipe.yaml").write_text(config.to_yaml(run.stage))
+    run.manifest = {
+        "stage": run.stage,
+        "command": ["llmctl", *sys.argv[1:]],
+        "versions": versions(),
+        "git": _git(),
+        "seed": config.seed,
+        "threads": None,
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "inputs": [],
+        "outputs": [],
+        "started": now(),
+    }
+    run.record()
+    run.set_status("running", pid=os.getpid(), host=socket.gethostname(), resumable=False)
+
+
+def _fail(run: Run, error: BaseException, created: bool) -> None:
+    """Say in status.json how the run ended; leave nothing where nothing can be resumed."""
+    code = error.code if isinstance(error, UserError) else 130 if _is_stop(error) else 1
+    resumable = any(run.checkpoints.glob("checkpoint-*"))
+    stopped = isinstance(error, Interrupted | Terminated | KeyboardInterrupt)
+    if not resumable and code != 1 and not isinstance(error, DivergedError):
+        run.manifest["outputs"] = hashed(run.path, OWN_FOLDERS)
+        run.record()
+        _clear(run.path)
+        if created:
+            (run.path / LOCK).unlink(missing_ok=True)
+            _remove_if_empty(run.path)
+        return
+    if code == 1:
+        (run.path / "error.log").write_text("".join(traceback.format_exception(error)))
+    state = "diverged" if isinstance(error, DivergedError) else "preempted" if stopped else "failed"
+    run.set_status(state, resumable=resumable, exit_code=code, error=str(error))
+
+
+def _is_stop(error: BaseException) -> bool:
+    return isinstance(error, KeyboardInterrupt)
+
+
+def _remove_if_empty(path: Path) -> None:
+    if not any(path.iterdir()):
+        path.rmdir()
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the directory the command runs in, and whether it has changes."""
+    try:
+        commit, changes = (
+            subprocess.run(["git", *args], capture_output=True, text=True, check=True, timeout=5)
+            for args in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}
