@@ -95,15 +95,20 @@ def _run(name: str, config: "StageConfig") -> int:
         return int(import_module("llmctl.launch").run(processes))
     stage = "pipeline" if name == "demo" else f"stages.{name}"
     run: Callable[[Any], dict[str, Any] | None] = import_module(f"llmctl.{stage}").run
-    result = run(config)
-    if result is not None and os.environ.get("RANK", "0") == "0":
-        print(json.dumps(result) if config.as_json else result["out"])
+    try:
+        result = run(config)
+        if result is not None and os.environ.get("RANK", "0") == "0":
+            print(json.dumps(result) if config.as_json else result["out"])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader went away; Typer would call it a bug
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0
 
 
 def _print_versions(wanted: bool) -> None:
     if wanted:
-        from llmctl.rundir import versions
+        from llmctl.provenance import versions
 
         for package, number in versions().items():
             print(package, number)
@@ -125,7 +130,6 @@ def main() -> None:
 def _guarded(app: typer.Typer, arguments: list[str]) -> int:
     try:
         result = app(standalone_mode=False)
-        sys.stdout.flush()
     except UserError as error:
         if "--debug" in arguments:
             raise
@@ -133,9 +137,6 @@ def _guarded(app: typer.Typer, arguments: list[str]) -> int:
     except typer.TyperException as error:
         usage = UserError(error.format_message().rstrip("."), hint=_help_hint(arguments))
         return _report(usage, arguments)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except (KeyboardInterrupt, typer.Abort):
         return 130
     return result if isinstance(result, int) else 0

@@ -1,6 +1,7 @@
 """What this process may use: devices, cores, numbers and their peak speed."""
 
 import os
+from pathlib import Path
 
 import psutil
 import torch
@@ -59,7 +60,7 @@ def _cgroup_cores() -> int | None:
         ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
     ):
         try:
-            words = " ".join(open(name).read() for name in files).split()  # noqa: PTH123, SIM115
+            words = " ".join(Path(name).read_text() for name in files).split()
         except OSError:
             continue
         if words[0].isdigit() and int(words[1]) > 0:

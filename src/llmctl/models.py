@@ -100,6 +100,8 @@ def load_config(reference: str) -> PreTrainedConfig:
         ModelError: there is none, it is broken, or it wants to run code of its own.
     """
     folder = local_folder(resolve_model(reference))
+    if (folder / "adapter_config.json").exists():
+        return load_config(_base_of(folder))
     if not (folder / "config.json").exists():
         raise ModelError("no config.json in this folder", file=folder)
     try:
@@ -138,6 +140,7 @@ def load_causal_lm(
             device_map={"": device},
             trust_remote_code=False,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -224,9 +227,17 @@ def _load_adapter(
     """An adapter over its base, by PEFT's own class (the Auto class loses DoRA's magnitudes)."""
     from peft import PeftModel
 
-    base = json.loads((folder / "adapter_config.json").read_bytes())["base_model_name_or_path"]
-    model = load_causal_lm(base, dtype=dtype, device=device, load_in=load_in)
+    model = load_causal_lm(_base_of(folder), dtype=dtype, device=device, load_in=load_in)
     return PeftModel.from_pretrained(model, folder).eval()
+
+
+def _base_of(adapter: Path) -> str:
+    """The model that an adapter was trained on."""
+    try:
+        found = json.loads((adapter / "adapter_config.json").read_bytes())
+        return str(found["base_model_name_or_path"])
+    except (ValueError, KeyError):
+        raise ModelError("adapter_config.json names no base model", file=adapter) from None
 
 
 def _bitsandbytes(config: PreTrainedConfig, load_in: LoadIn, dtype: torch.dtype) -> Any:
@@ -238,7 +249,8 @@ def _bitsandbytes(config: PreTrainedConfig, load_in: LoadIn, dtype: torch.dtype)
     """
     if load_in == "full":
         return None
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    for noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     import bitsandbytes.nn.modules as bitsandbytes_modules
     from transformers import BitsAndBytesConfig
 

@@ -8,50 +8,33 @@ checkpoints/    for --resume
 model/ …        the result, only there when the run completed
 """
 
-import errno
-import hashlib
 import json
-import math
 import os
-import platform
 import shutil
 import socket
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from llmctl import __version__
 from llmctl.config.sections import StageConfig
 from llmctl.errors import (
     DivergedError,
     Interrupted,
     ModelError,
     OutputError,
-    ResourceError,
     Terminated,
     UserError,
 )
+from llmctl.files import finite, sha256_file, staged, write_json, writing
+from llmctl.provenance import git, versions
 
-RECORDED = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "datasets",
-    "accelerate",
-    "peft",
-    "trl",
-    "bitsandbytes",
-    "numpy",
-)
 OWN_FILES = ("recipe.yaml", "manifest.json", "status.json", "metrics.jsonl", "error.log")
 LOCK = ".llmctl.lock"
 OWN_FOLDERS = ("tokenizer", "tokens", "checkpoints", "model", "adapter", "value_model")
@@ -123,8 +106,9 @@ def open_run(stage: str, config: StageConfig) -> Iterator[Run]:
         with _locked(run.path):
             _claim(run.path, config)
             try:
-                _begin(run, config)
-                yield run
+                with writing(run.path):
+                    _begin(run, config)
+                    yield run
             except BaseException as error:
                 _fail(run, error, created)
                 raise
@@ -173,56 +157,6 @@ def resolve_tokenizer(reference: str) -> str:
     return str(folder) if folder.is_dir() else resolve_model(reference)
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into errors that name the directory.
-
-    Raises:
-        OutputError: read-only, not permitted, or in the way of a file.
-        ResourceError: no space left, with the numbers.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise no_space(path) from None
-        if error.errno in (
-            errno.EROFS,
-            errno.EACCES,
-            errno.EPERM,
-            errno.ENOTDIR,
-            errno.ENAMETOOLONG,
-        ):
-            raise OutputError(f"cannot write here: {error.strerror}", file=path) from None
-        raise
-
-
-def no_space(path: Path, needed: int | None = None) -> ResourceError:
-    """The error for a full disk, with what is needed and what is there."""
-    there = next(p for p in (path, *path.absolute().parents) if p.exists())
-    free = shutil.disk_usage(there).free
-    want = "" if needed is None else f"{needed:,} bytes needed, "
-    return ResourceError(
-        f"no space left on the disk: {want}{free:,} bytes free",
-        file=path,
-        hint="free some space or choose another --out",
-    )
-
-
-def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256_folder(folder: Path) -> str:
-    """Hex digest over the names and contents of a folder's files, in order of name."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(f"{path.relative_to(folder)}\0{sha256_file(path)}\n".encode())
-    return digest.hexdigest()
-
-
 def hashed(root: Path, folders: Iterable[str]) -> list[dict[str, Any]]:
     """Path, size and sha256 of every result file, checkpoints aside."""
     return [
@@ -234,35 +168,9 @@ def hashed(root: Path, folders: Iterable[str]) -> list[dict[str, Any]]:
     ]
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Replace a JSON file at once: a reader sees the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(json.dumps(value, indent=2, default=str) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def finite(value: Any) -> Any:
-    """The value, or None for a float that JSON cannot hold."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def now() -> str:
     """Local time with its zone."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
-def versions() -> dict[str, str]:
-    """Versions of llmctl, of Python and of the stack."""
-    found = {"llmctl": __version__, "python": platform.python_version()}
-    for package in RECORDED:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -304,7 +212,7 @@ def _claim(path: Path, config: StageConfig) -> None:
     is_ours = state is not None and "llmctl" in read_manifest(path).get("versions", {})
     if config.overwrite:
         if is_ours:
-            _clear(path)
+            _clear(path, read_manifest(path).get("outputs", []))
         return
     if not is_ours:
         raise OutputError(
@@ -328,14 +236,15 @@ def is_resuming(config: StageConfig) -> bool:
     return any(control.values())
 
 
-def _clear(path: Path) -> None:
-    """Remove what llmctl wrote: the files it listed, its checkpoints, its records."""
-    for output in read_manifest(path).get("outputs", []):
+def _clear(path: Path, outputs: Iterable[Mapping[str, Any]]) -> None:
+    """Remove what llmctl wrote: these outputs, its checkpoints, its records."""
+    for output in outputs:
         (path / output["path"]).unlink(missing_ok=True)
     for folder in (path / "checkpoints").glob("*checkpoint-*"):
         shutil.rmtree(folder)
     for name in OWN_FILES:
         (path / name).unlink(missing_ok=True)
+        staged(path / name).unlink(missing_ok=True)
     for name in OWN_FOLDERS:
         for folder in sorted((path / name).rglob("*"), reverse=True):
             if folder.is_dir() and not any(folder.iterdir()):
@@ -351,7 +260,7 @@ def _begin(run: Run, config: StageConfig) -> None:
         "stage": run.stage,
         "command": ["llmctl", *sys.argv[1:]],
         "versions": versions(),
-        "git": _git(),
+        "git": git(),
         "seed": config.seed,
         "threads": None,
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
@@ -369,17 +278,16 @@ def _fail(run: Run, error: BaseException, created: bool) -> None:
     resumable = any(run.checkpoints.glob("checkpoint-*"))
     stopped = isinstance(error, Interrupted | Terminated | KeyboardInterrupt)
     if not resumable and code != 1 and not isinstance(error, DivergedError):
-        run.manifest["outputs"] = hashed(run.path, OWN_FOLDERS)
-        run.record()
-        _clear(run.path)
+        _clear(run.path, hashed(run.path, OWN_FOLDERS))
         if created:
             (run.path / LOCK).unlink(missing_ok=True)
             _remove_if_empty(run.path)
         return
-    if code == 1:
-        (run.path / "error.log").write_text("".join(traceback.format_exception(error)))
     state = "diverged" if isinstance(error, DivergedError) else "preempted" if stopped else "failed"
-    run.set_status(state, resumable=resumable, exit_code=code, error=str(error))
+    with suppress(OSError):  # a full disk must not hide why the run failed
+        if code == 1:
+            (run.path / "error.log").write_text("".join(traceback.format_exception(error)))
+        run.set_status(state, resumable=resumable, exit_code=code, error=str(error))
 
 
 def _is_stop(error: BaseException) -> bool:
@@ -389,15 +297,3 @@ def _is_stop(error: BaseException) -> bool:
 def _remove_if_empty(path: Path) -> None:
     if not any(path.iterdir()):
         path.rmdir()
-
-
-def _git() -> dict[str, Any] | None:
-    """Commit of the directory the command runs in, and whether it has changes."""
-    try:
-        commit, changes = (
-            subprocess.run(["git", *args], capture_output=True, text=True, check=True, timeout=5)
-            for args in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}

@@ -44,8 +44,8 @@ class TokenizeConfig(Corpus, StageConfig):
     train_bytes: PositiveCount = 1_000_000_000
     """Bytes of text to train the tokenizer on, drawn across the corpus."""
 
-    processes: Annotated[PositiveInt | None, Also("num-proc", "num-processes")] = None
-    """Worker processes; by default one per core."""
+    threads: Annotated[PositiveInt | None, Also("num-proc", "processes")] = None
+    """CPU threads; by default one per core."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -195,7 +195,7 @@ class GenerateConfig(Sampling, StageConfig):
 class DemoConfig(StageConfig):
     """Tokenize, pretrain and generate on text that every Python carries."""
 
-    max_steps: Annotated[PositiveCount, Also("steps")] = 700
+    max_steps: Annotated[PositiveCount, Also("steps")] = 500
     """Optimizer steps of the training part."""
 
     threads: PositiveInt | None = None

@@ -1,0 +1,1 @@
+"""Text in: documents, tokenizers and token shards; nothing here imports torch."""

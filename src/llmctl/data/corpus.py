@@ -1,0 +1,239 @@
+"""A corpus from end to end: sources, validation split, token shards.
+
+    with open_corpus(config) as corpus:         # finds the sources, reads them once, checks all
+        texts = corpus.sample(10**9)            # to train a tokenizer on
+        metrics = corpus.write(folder, vocabulary)
+
+Documents are streamed three times at most (checked, sampled, encoded), so memory stays bounded.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmctl.config.sections import Corpus as CorpusConfig
+from llmctl.console import Progress, log
+from llmctl.data.encoding import Cutter, Mismatch, encoder
+from llmctl.data.readers import read_pieces
+from llmctl.data.scan import PROGRESS_BYTES, Plan, Scan, hash_text, plan_split, read_documents, scan
+from llmctl.data.sources import Source, find_sources
+from llmctl.data.tokenizer import Vocabulary
+from llmctl.data.vocabulary import fingerprint
+from llmctl.data.writer import Extreme, SplitWriter
+from llmctl.errors import DataError
+from llmctl.files import sha256_file, write_json
+
+TRAIN_CHARACTERS = 1 << 11
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents that were read once and found sound."""
+
+    sources: tuple[Source, ...]
+    val_sources: tuple[Source, ...]
+    column: str
+    scan: Scan
+    val_scan: Scan | None
+    plan: Plan
+
+    @property
+    def bytes(self) -> int:
+        """UTF-8 bytes of all text."""
+        return self.scan.bytes + (self.val_scan.bytes if self.val_scan else 0)
+
+    def sample(self, train_bytes: int) -> Iterator[str]:
+        """About `train_bytes` of the text in pieces, drawn evenly across the corpus."""
+        share = min(1.0, train_bytes / self.scan.bytes)
+        credit = 0.0
+        with Progress("train the tokenizer", min(self.scan.bytes, train_bytes), "B") as progress:
+            taken = 0
+            for text in _pieces(self.sources, self.column):
+                credit += share * len(text)
+                if credit >= len(text) * 0.999999:
+                    credit -= len(text)
+                    taken += len(text)
+                    progress.update(taken)
+                    yield text
+
+    def inputs(self) -> list[dict[str, Any]]:
+        """The manifest's record of what was read."""
+        roles = {"data": self.sources, "val-data": self.val_sources}
+        return [
+            _input(role, source, self.column)
+            for role, sources in roles.items()
+            for source in sources
+        ]
+
+    def write(self, folder: Path, vocabulary: Vocabulary) -> dict[str, Any]:
+        """Encode every document into shards under `folder`, index last; returns the metrics.
+
+        Raises:
+            DataError: text that cannot be encoded, or that changed since it was first read.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            return self._write(folder, vocabulary, plain=False)
+        except Mismatch as mismatch:
+            log.warning("fastokens disagrees with tokenizers on %.60r: not used", str(mismatch))
+            return self._write(folder, vocabulary, plain=True)
+
+    def _write(self, folder: Path, vocabulary: Vocabulary, *, plain: bool) -> dict[str, Any]:
+        started = time.monotonic()
+        coder = encoder(vocabulary.tokenizer, sample=self.scan.opening, plain=plain)
+        dtype = "<u2" if vocabulary.size <= 1 << 16 else "<u4"
+        has_val = self.val_scan is not None or self.plan.fraction > 0
+        with ExitStack() as stack:
+            train, *rest = (
+                stack.enter_context(SplitWriter(folder, name, vocabulary, coder, dtype))
+                for name in (("train", "val") if has_val else ("train",))
+            )
+            val = rest[0] if rest else None
+            progress = stack.enter_context(Progress("encode", self.bytes, "B"))
+            self._route(train, val, progress)
+        seconds = time.monotonic() - started
+        _check_sizes(train, val, self.bytes)
+        splits = {"train": train.facts(), **({"val": val.facts()} if val else {})}
+        write_json(
+            folder / "index.json",
+            {
+                "dtype": dtype,
+                "vocab_size": vocabulary.size,
+                "eos_token_id": vocabulary.eos,
+                "bos_token_id": vocabulary.bos,
+                "tokenizer_sha256": fingerprint(vocabulary.tokenizer),
+                "splits": splits,
+            },
+        )
+        documents = self.scan.documents + (self.val_scan.documents if self.val_scan else 0)
+        return {"documents": documents, **_metrics([train, *rest], vocabulary, seconds)}
+
+    def _route(self, train: SplitWriter, val: SplitWriter | None, progress: Progress) -> None:
+        """Send every document to its side."""
+        long_hashes = iter(self.scan.long_hashes)
+        side, is_within, done, shown, characters = train, False, 0, 0, 0
+        cut = self.plan.train_characters
+        for text, place, line, is_last in read_documents(self.sources, self.column):
+            raw = text.encode()
+            if cut is not None and val is not None:
+                for part, to, ends in _halves(text, cut - characters, is_last):
+                    to_side = (train, val)[to]
+                    to_side.bytes += len(part.encode())
+                    to_side.add(part, place, line, ends)
+                characters += len(text)
+            else:
+                if not is_within and val is not None:
+                    number = hash_text(raw) if is_last else next(long_hashes, 0)
+                    side = val if number < self.plan.hash_below else train
+                side.bytes += len(raw)
+                side.add(text, place, line, is_last)
+            is_within = not is_last
+            done += len(raw)
+            if done >= shown:
+                progress.update(done)
+                shown = done + PROGRESS_BYTES
+        if val is not None:
+            for text, place, line, is_last in read_documents(self.val_sources, self.column):
+                val.bytes += len(text.encode())
+                val.add(text, place, line, is_last)
+
+
+@contextmanager
+def open_corpus(config: CorpusConfig) -> Iterator[Corpus]:
+    """Find, read and check all documents, and decide which of them validate.
+
+    Raises:
+        DataError: no documents, documents that are not sound, or a split with an empty side.
+        NetworkError: a Hub data set that cannot be reached.
+    """
+    with tempfile.TemporaryDirectory(prefix="llmctl-") as spool:
+        sources = tuple(find_sources(config.data, Path(spool)))
+        val_sources = tuple(find_sources(config.val_data, Path(spool)))
+        val_scan = scan(val_sources, config.text_column, all_hashes=True) if val_sources else None
+        kept = frozenset(val_scan.hashes.tolist()) if val_scan else frozenset()
+        found = scan(sources, config.text_column, refused=kept)
+        plan = Plan(0.0) if val_scan else plan_split(found, config.val_fraction)
+        yield Corpus(sources, val_sources, config.text_column, found, val_scan, plan)
+
+
+def _pieces(sources: tuple[Source, ...], column: str) -> Iterator[str]:
+    """Text in pieces to train on: short, since training takes the square of a word's length."""
+    cutter = Cutter("softly", TRAIN_CHARACTERS)
+    for text, _, _, is_last in read_documents(sources, column):
+        yield from cutter.feed(text, is_last)
+
+
+def _halves(text: str, cut: int, is_last: bool) -> Iterator[tuple[str, int, bool]]:
+    """The part before the cut (side 0) and the part after it (side 1) of a piece."""
+    if cut > 0:
+        yield text[:cut], 0, cut <= len(text)
+    if cut < len(text):
+        yield text[max(cut, 0) :], 1, is_last
+
+
+def _input(role: str, source: Source, column: str) -> dict[str, Any]:
+    """What a source was: the hash of its file or text, or its commit on the Hub."""
+    entry = {"role": role, "path": source.name}
+    if source.revision is not None:
+        return {**entry, "sha256": None, "revision": source.revision}
+    if source.path is not None:
+        return {**entry, "sha256": sha256_file(source.path)}
+    digest = sha256()
+    for piece in read_pieces(source, column):
+        digest.update(piece.text.encode())
+    return {**entry, "sha256": digest.hexdigest()}
+
+
+def _check_sizes(train: SplitWriter, val: SplitWriter | None, expected: int) -> None:
+    total = train.bytes + (val.bytes if val else 0)
+    if total != expected:
+        raise DataError(
+            f"the data changed while it was read: {expected:,} bytes at first, then {total:,}"
+        )
+    for name, side in (("training", train), ("validation", val)):
+        if side is not None and side.documents == 0:
+            raise DataError(
+                f"no document fell to the {name} split",
+                hint="pass --val-data FILE, or another --val-fraction",
+            )
+    if val is not None and val.bytes > train.bytes:
+        log.warning(
+            "validation holds more text than training (%.1f MB of %.1f): documents differ much in "
+            "length; --val-data FILE chooses better",
+            val.bytes / 1e6,
+            total / 1e6,
+        )
+
+
+def _metrics(sides: list[SplitWriter], vocabulary: Vocabulary, seconds: float) -> dict[str, Any]:
+    """The figures of the whole corpus."""
+    counts = np.sum([side.counts for side in sides], axis=0)
+    tokens, size = int(counts.sum()), sum(side.bytes for side in sides)
+    unknown = 0 if vocabulary.unknown is None else int(counts[vocabulary.unknown])
+    longest = [side.longest for side in sides if side.longest]
+    shortest = [side.shortest for side in sides if side.shortest]
+    return {
+        "tokens": tokens,
+        "train_tokens": sides[0].tokens,
+        "val_tokens": tokens - sides[0].tokens,
+        "bytes": size,
+        "bytes_per_token": size / tokens,
+        "tokens_per_second": tokens / max(seconds, 1e-9),
+        "unknown_rate": unknown / tokens,
+        "vocab_size": vocabulary.size,
+        "vocab_used": int((counts > 0).sum()) / vocabulary.size,
+        "longest_document": _extreme(max(longest, key=lambda e: e.tokens)),
+        "shortest_document": _extreme(min(shortest, key=lambda e: e.tokens)),
+    }
+
+
+def _extreme(extreme: Extreme) -> dict[str, Any]:
+    file, line = extreme.place
+    return {"tokens": extreme.tokens, "file": file, "line": line}

@@ -1,0 +1,142 @@
+"""Read a corpus once: check it, count it, and decide which documents validate.
+
+In: sources. Out: a `Scan` of what is there and a `Plan` for the split. A document's side follows
+from the hash of its text alone, so equal documents are never on both sides.
+"""
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmctl.console import Progress
+from llmctl.data.encoding import PIECE_CHARACTERS
+from llmctl.data.readers import Piece, read_pieces
+from llmctl.data.sources import Source
+from llmctl.errors import DataError
+
+SMALL_BYTES = 64 << 20
+PROGRESS_BYTES = 1 << 18
+VAL_BYTES = 10_000_000
+VAL_FRACTION = 0.1
+HASHES = 1 << 64
+"""How many there are."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one reading of the sources found."""
+
+    documents: int
+    bytes: int
+    characters: int
+    hashes: NDArray[np.uint64]
+    """Of every document, in order, where the corpus is small or was asked for; else empty."""
+    long_hashes: tuple[int, ...]
+    """Of the documents that come in several pieces, in order: known only once they are read."""
+    opening: str
+    """The corpus's first characters."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which documents validate: those with a hash below a bound, or the end of the only one."""
+
+    fraction: float
+    hash_below: int = 0
+    train_characters: int | None = None
+    """Where a single document is cut in two."""
+
+
+def scan(
+    sources: tuple[Source, ...],
+    column: str,
+    *,
+    all_hashes: bool = False,
+    refused: frozenset[int] = frozenset(),
+) -> Scan:
+    """Read everything once: check it, count it, hash each document.
+
+    Raises:
+        DataError: an unsound document, one whose hash is in `refused`, or no text at all.
+    """
+    hashes = array("Q")
+    long_hashes: list[int] = []
+    digest, documents, size, characters, shown, opening, is_blank = None, 0, 0, 0, 0, "", True
+    with Progress("check the data", sum(source.size for source in sources), "B") as progress:
+        for text, place, line, is_last in read_documents(sources, column):
+            raw = text.encode()
+            size += len(raw)
+            characters += len(text)
+            if size >= shown:
+                progress.update(size)
+                shown = size + PROGRESS_BYTES
+            if is_blank:
+                opening += text[:PIECE_CHARACTERS]
+                is_blank = not text.strip()
+            if not is_last or digest is not None:
+                digest = digest or blake2b(digest_size=8)
+                digest.update(raw)
+                if not is_last:
+                    continue
+            number = hash_text(raw) if digest is None else int.from_bytes(digest.digest(), "little")
+            if digest is not None:
+                long_hashes.append(number)
+                digest = None
+            documents += 1
+            if number in refused:
+                raise DataError("this document is in --val-data too", file=place, line=line)
+            if all_hashes or size <= SMALL_BYTES:
+                hashes.append(number)
+            elif hashes:
+                hashes = array("Q")
+    if is_blank:
+        names = ", ".join(source.name for source in sources[:3])
+        raise DataError("an empty corpus: there is no text in it", file=names)
+    every = np.frombuffer(hashes, np.uint64)
+    return Scan(documents, size, characters, every, tuple(long_hashes), opening)
+
+
+def plan_split(found: Scan, fraction: float | None) -> Plan:
+    """Choose the validation documents: about `fraction` of all, by hash.
+
+    Raises:
+        DataError: one side would be empty.
+    """
+    if fraction is None:
+        fraction = min(VAL_FRACTION, VAL_BYTES / found.bytes)
+    if fraction == 0:
+        return Plan(0.0)
+    if found.documents == 1:
+        cut = int(found.characters * (1 - fraction))
+        if not 0 < cut < found.characters:
+            raise _too_small(found.documents, fraction)
+        return Plan(fraction, train_characters=cut)
+    if not len(found.hashes):
+        return Plan(fraction, hash_below=int(fraction * HASHES))
+    ordered = np.sort(found.hashes)
+    below = int(ordered[max(round(fraction * len(ordered)), 1) - 1]) + 1
+    if int(ordered[-1]) < below:
+        raise _too_small(found.documents, fraction)
+    return Plan(fraction, hash_below=below)
+
+
+def _too_small(documents: int, fraction: float) -> DataError:
+    return DataError(
+        f"{documents:,} documents cannot be split in two different sides at --val-fraction "
+        f"{fraction:g}",
+        hint="pass --val-data FILE, or --val-fraction 0 to go without validation",
+    )
+
+
+def read_documents(sources: tuple[Source, ...], column: str) -> Iterator[Piece]:
+    """All pieces of all documents that are not empty."""
+    return (p for s in sources for p in read_pieces(s, column) if p.text or not p.is_last)
+
+
+def hash_text(raw: bytes) -> int:
+    """A document's hash, from 0 to 2^64."""
+    return int.from_bytes(blake2b(raw, digest_size=8).digest(), "little")

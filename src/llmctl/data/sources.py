@@ -1,0 +1,155 @@
+"""Where text comes from: what `--data` names, resolved to sources in a fixed order.
+
+In: file names, folders, globs, Hub ids, `builtin:python-docs`, `-`. Out: `Source` objects, each
+saying how it is read. Nothing is read here but stdin and pipes, which are kept in a spool folder,
+since a corpus is read more than once; a Hub data set is pinned to its commit for the same reason.
+"""
+
+import re
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from llmctl.console import log
+from llmctl.data import hub
+from llmctl.errors import DataError
+
+Kind = Literal["text", "jsonl", "csv", "parquet", "hub", "builtin"]
+
+PYTHON_DOCS = "builtin:python-docs"
+PACKED = (".gz", ".zst")
+KINDS: dict[str, Kind] = {
+    ".txt": "text",
+    ".md": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}
+REFUSED = (".tar", ".tgz", ".zip", ".bz2", ".xz", ".7z", ".xlsx", ".arrow")
+KNOWN = "txt, md, jsonl, csv or parquet, also .gz or .zst"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One thing to read documents from."""
+
+    name: str
+    """As messages and the manifest call it."""
+
+    kind: Kind
+    path: Path | None = None
+    size: int = 0
+    """Bytes on disk, packed as they are; 0 where that is not known."""
+
+    revision: str | None = None
+    """Commit of a data set on the Hub."""
+
+
+def find_sources(data: Sequence[str], spool: Path) -> list[Source]:
+    """Every source that `--data` names, each file once, folders in order of name.
+
+    Args:
+        data: as given on the command line.
+        spool: an existing folder for what can be read only once.
+
+    Raises:
+        DataError: nothing there, or a kind of file that holds no text.
+        NetworkError: a Hub data set that cannot be reached, told at once and not after retries.
+    """
+    found = [source for name in data for source in _named(name, spool)]
+    return list({source.path or source.name: source for source in found}.values())
+
+
+def _named(name: str, spool: Path) -> Iterator[Source]:
+    path = Path(name).expanduser()
+    if name == "-":
+        yield _spooled("stdin", sys.stdin.buffer, spool / "stdin")
+    elif name == PYTHON_DOCS:
+        yield Source(name, "builtin")
+    elif name.startswith("builtin:"):
+        raise DataError(f"no built-in data `{name}`", hint=f"there is {PYTHON_DOCS}")
+    elif path.is_dir():
+        yield from _in_folder(path)
+    elif path.is_file():
+        yield _file(path)
+    elif path.exists():
+        with path.open("rb") as stream:
+            yield _spooled(name, stream, spool / f"pipe-{len(list(spool.iterdir()))}")
+    elif any(c in name for c in "*?["):
+        yield from _matching(path)
+    elif _is_hub_id(name):
+        yield Source(name, "hub", revision=hub.download(name, "dataset", []).name)
+    else:
+        raise DataError(
+            "no such file",
+            file=name,
+            hint=f"pass a file ({KNOWN}), a folder, a glob, "
+            f"a Hub data set as owner/name, {PYTHON_DOCS}, or - for stdin",
+        )
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether a name that is no local file can be `owner/name` on the Hub."""
+    owner, _, rest = name.partition("/")
+    looks_local = Path(name).suffix in (*KINDS, *PACKED, *REFUSED) or Path(owner).is_dir()
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and bool(rest) and not looks_local
+
+
+def _in_folder(folder: Path) -> Iterator[Source]:
+    """Files of known kinds under a folder, hidden ones aside."""
+    left_out: Counter[str] = Counter()
+    none = True
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if hidden or not path.is_file():
+            continue
+        if _suffix(path) in KINDS:
+            none = False
+            yield _file(path)
+        else:
+            left_out[_suffix(path) or path.name] += 1
+    if none:
+        raise DataError(f"an empty corpus: no file of {KNOWN} in this folder", file=folder)
+    if left_out:
+        log.info(
+            "%s: left out %d files of other kinds (%s); a glob takes any kind as text",
+            folder,
+            left_out.total(),
+            ", ".join(sorted(left_out)[:5]),
+        )
+
+
+def _matching(pattern: Path) -> Iterator[Source]:
+    root = Path(pattern.anchor)
+    files = sorted(p for p in root.glob(str(pattern.relative_to(root))) if p.is_file())
+    if not files:
+        raise DataError("no file matches", file=str(pattern))
+    yield from map(_file, files)
+
+
+def _file(path: Path) -> Source:
+    if _suffix(path) in REFUSED:
+        what = f"cannot read {_suffix(path)} files"
+        raise DataError(what, file=path, hint=f"unpack it to {KNOWN}")
+    return Source(str(path), KINDS.get(_suffix(path), "text"), path, path.stat().st_size)
+
+
+def _suffix(path: Path) -> str:
+    """The suffix that tells the kind, below .gz or .zst."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in PACKED else suffix
+
+
+def _spooled(name: str, stream: BinaryIO, path: Path) -> Source:
+    with path.open("wb") as file:
+        shutil.copyfileobj(stream, file)
+    with path.open("rb") as file:
+        if file.read(1) == b"{":
+            log.warning("%s is read as plain text; save JSON lines to a .jsonl file", name)
+    return Source(name, "text", path, path.stat().st_size)

@@ -1,0 +1,90 @@
+"""Writing files so that a reader sees all or nothing, their hashes, and the disk's refusals."""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from llmctl.errors import OutputError, ResourceError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into errors that name the directory.
+
+    Raises:
+        OutputError: read-only, not permitted, or in the way of a file.
+        ResourceError: no space left, with the numbers.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        if f"os error {errno.ENOSPC}" in str(error):
+            raise no_space(path) from None
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise no_space(path) from None
+        if error.errno in (
+            errno.EROFS,
+            errno.EACCES,
+            errno.EPERM,
+            errno.ENOTDIR,
+            errno.ENAMETOOLONG,
+        ):
+            raise OutputError(f"cannot write here: {error.strerror}", file=path) from None
+        raise
+
+
+def no_space(path: Path, needed: int | None = None) -> ResourceError:
+    """The error for a full disk, with what is needed and what is there."""
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    want = "" if needed is None else f"{needed:,} bytes needed, "
+    return ResourceError(
+        f"no space left on the disk: {want}{free:,} bytes free",
+        file=path,
+        hint="free some space or choose another --out",
+    )
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_folder(folder: Path) -> str:
+    """Hex digest over the names and contents of a folder's files, in order of name."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(f"{path.relative_to(folder)}\0{sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace a JSON file at once: a reader sees the old one or the new one."""
+    temporary = staged(path)
+    with temporary.open("w") as file:
+        file.write(json.dumps(value, indent=2, default=str) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def staged(path: Path) -> Path:
+    """Where a file is written before it gets its name."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def finite(value: Any) -> Any:
+    """The value, or None for a float that JSON cannot hold."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
