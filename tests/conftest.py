@@ -18,6 +18,15 @@ VERBS = ["sees", "likes", "finds", "follows", "remembers", "paints"]
 OBJECTS = ["the river", "a red ball", "the house", "many stars", "a song", "the garden"]
 
 
+def pytest_collection_modifyitems(items):
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @dataclass(frozen=True)
 class Result:
     """What a command left behind."""

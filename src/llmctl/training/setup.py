@@ -1,0 +1,183 @@
+"""From a config and token shards to a trainer: choose, count, plan; then allocate and place."""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from llmctl import hardware, shapes
+from llmctl.config.stages import PretrainConfig
+from llmctl.console import log, short
+from llmctl.data.shards import TokenIndex, open_tokens
+from llmctl.data.vocabulary import fingerprint
+from llmctl.errors import DataError, UserError
+from llmctl.models import load_causal_lm, load_config, load_tokenizer
+from llmctl.rundir import Run
+from llmctl.training.batches import Batches
+from llmctl.training.optimizers import make_optimizers
+from llmctl.training.placement import is_sharded
+from llmctl.training.plan import Plan, make_plan, preset_for
+from llmctl.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is known before anything is allocated."""
+
+    index: TokenIndex
+    tokenizer: PreTrainedTokenizerBase
+    architecture: PreTrainedConfig
+    parameters: int
+    plan: Plan
+    accelerator: Accelerator
+    device: str
+
+    def facts(self) -> dict[str, Any]:
+        """What a manifest should say of it."""
+        return {
+            "world_size": self.accelerator.num_processes,
+            "device": hardware.device_name(self.device),
+            "parameters": self.parameters,
+            "plan": asdict(self.plan),
+        }
+
+
+def prepare(config: PretrainConfig, tokens: Path, accelerator: Accelerator, device: str) -> Setup:
+    """Open the tokens, choose the architecture, count its parameters, and make the plan.
+
+    Args:
+        config: the command's fields.
+        tokens: folder that holds tokenizer/ and tokens/.
+        accelerator: processes.
+        device: type of device.
+
+    Raises:
+        DataError: tokens that are damaged, too few, or not of the model's tokenizer.
+        UserError: sizes that do not go together.
+    """
+    index = open_tokens(tokens / "tokens")
+    tokenizer = load_tokenizer(config.model or str(tokens))
+    _require_match(tokenizer, index, tokens)
+    architecture = _architecture(config, index, tokenizer, device)
+    if index.vocab_size > architecture.vocab_size:
+        raise DataError(
+            f"tokens of a vocabulary of {index.vocab_size:,} do not fit a model of "
+            f"{architecture.vocab_size:,}",
+            file=tokens,
+        )
+    parameters = shapes.count_parameters(architecture)
+    longest = architecture.max_position_embeddings
+    context = config.context or min(longest, LONGEST_CONTEXT)
+    if context > longest:
+        raise UserError(f"--context {context}: the model has {longest} positions")
+    plan = make_plan(
+        config,
+        parameters=parameters,
+        train_tokens=index.train.tokens,
+        context=context,
+        world_size=accelerator.num_processes,
+        device=device,
+        sharded=is_sharded(accelerator),
+    )
+    setup = Setup(index, tokenizer, architecture, parameters, plan, accelerator, device)
+    if accelerator.is_main_process:
+        _announce(setup)
+    return setup
+
+
+def build(config: PretrainConfig, setup: Setup, run: Run) -> Trainer:
+    """Allocate the model and its optimizers, place them, and put the trainer together."""
+    plan, device = setup.plan, setup.device
+    set_seed(config.seed)
+    train = Batches(setup.index.train, plan.context, config.seed)
+    model: Any = (
+        load_causal_lm(config.model, dtype=torch.float32)
+        if config.model
+        else shapes.new_model(setup.architecture)
+    )
+    if plan.precision == "pure-bf16":
+        log.warning("pure bf16 weights: updates smaller than 1/256 of a weight vanish")
+        model.to(torch.bfloat16)
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")
+    model.train()
+    if config.compile:
+        model.compile()
+    placed, *wrapped = setup.accelerator.prepare(model, *make_optimizers(model, plan, device))
+    return Trainer(
+        model=placed,
+        optimizers=[optimizer.optimizer for optimizer in wrapped],
+        plan=plan,
+        train=train,
+        val=setup.index.val,
+        run=run,
+        accelerator=setup.accelerator,
+        device=device,
+        flops_per_token=shapes.flops_per_token(setup.parameters, setup.architecture, plan.context),
+        identity={
+            **plan.identity(),
+            "parameters": setup.parameters,
+            "tokens_sha256": _content_hash(setup.index),
+        },
+        keep=config.keep,
+        log_every=config.log_every or max(1, plan.max_steps // 100),
+    )
+
+
+LONGEST_CONTEXT = 4096
+"""Training sequences of a model with more positions than this are cut to it by default."""
+
+
+def _content_hash(index: TokenIndex) -> str:
+    """Hex digest over all shards, from the digests in the index."""
+    splits = [split for split in (index.train, index.val) if split is not None]
+    digests = [shard.sha256 for split in splits for shard in split.shards]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+def _architecture(
+    config: PretrainConfig, index: TokenIndex, tokenizer: PreTrainedTokenizerBase, device: str
+) -> PreTrainedConfig:
+    if config.model:
+        return load_config(config.model)
+    preset = preset_for(index.train.tokens, device)
+    return shapes.new_config(config, preset, index.vocab_size, tokenizer)
+
+
+def _require_match(tokenizer: Any, index: TokenIndex, tokens: Path) -> None:
+    """Refuse tokens that another tokenizer made: they would be read as other text."""
+    if fingerprint(tokenizer.backend_tokenizer) != index.tokenizer_sha256:
+        raise DataError(
+            "these tokens are of another tokenizer than the model's",
+            file=tokens,
+            hint="tokenize again: llmctl tokenize --tokenizer MODEL --data … -o …",
+        )
+
+
+def _announce(setup: Setup) -> None:
+    plan, shape = setup.plan, setup.architecture
+    log.info(
+        "%s, %s parameters (%s layers, width %s), %s on %s",
+        shape.model_type,
+        f"{setup.parameters:,}",
+        shape.num_hidden_layers,
+        shape.hidden_size,
+        plan.precision,
+        hardware.device_name(setup.device),
+    )
+    tokens = plan.max_steps * plan.tokens_per_step
+    log.info(
+        "%s steps of %s tokens (context %d): %s tokens, %.1f epochs; %s, lr %g",
+        f"{plan.max_steps:,}",
+        f"{plan.tokens_per_step:,}",
+        plan.context,
+        short(tokens),
+        tokens / setup.index.train.tokens,
+        plan.optimizer,
+        plan.lr,
+    )
