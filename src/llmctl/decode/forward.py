@@ -1,0 +1,107 @@
+"""One forward pass at a time: token ids in, the next token's logits out, keys and values kept.
+
+Prompts of a batch are padded on the left, so that all rows end at the same column of the cache.
+`Forward` is what the loop needs of a model; `HuggingFaceForward` gives it for every causal LM of
+transformers, with adapters and quantized layers too; `llama.LlamaForward` is the fast one.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from llmctl.errors import ModelError
+
+
+class Forward(Protocol):
+    """A model with a cache of keys and values for the rows of one batch."""
+
+    device: torch.device
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Start a batch: read the prompts, return the logits (rows, vocabulary) after each."""
+        ...
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append one token (rows,) to every row, return the logits (rows, vocabulary) after it."""
+        ...
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Row `i` of the batch becomes what row `rows[i]` was; a row may be taken many times.
+
+        Where fewer rows remain, none moves to a higher place (`rows[i] >= i`).
+        """
+        ...
+
+
+def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids (rows, longest), and the column (rows,) in which each prompt starts."""
+    longest = max(map(len, prompts))
+    padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    starts = [longest - len(prompt) for prompt in prompts]
+    return torch.tensor(padded, device=device), torch.tensor(starts, device=device)
+
+
+class HuggingFaceForward:
+    """Any causal language model of transformers, with explicit positions and masks."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Wrap a model in eval mode; its weights are read at every call.
+
+        Raises:
+            ModelError: an adapter that gives keys and values instead of embeddings.
+        """
+        self.model = model
+        self.device = model.device
+        self._virtual: Tensor | None = None
+        if hasattr(model, "active_peft_config") and model.active_peft_config.is_prompt_learning:
+            # PEFT puts the learned embeddings before every input, so also before each new token.
+            learned = model.get_prompt(batch_size=1)
+            if not isinstance(learned, Tensor):
+                raise ModelError("prefix tuning is not supported: use prompt tuning or LoRA")
+            self._virtual = learned[0].to(model.dtype)
+            self.model = model.get_base_model()
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """See `Forward.prefill`."""
+        self._columns = 0
+        self._is_padded = len(set(map(len, prompts))) > 1
+        self._cache = DynamicCache(config=self.model.config)
+        if self._virtual is None:
+            tokens, self._starts = pad_left(prompts, self.device)
+            return self._forward(tokens)
+        length = len(self._virtual)
+        tokens, self._starts = pad_left([[0] * length + list(p) for p in prompts], self.device)
+        embeddings = self.model.get_input_embeddings()(tokens)
+        for row, start in enumerate(self._starts.tolist()):
+            embeddings[row, start : start + length] = self._virtual
+        return self._forward(tokens, embeddings)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """See `Forward.step`."""
+        return self._forward(tokens[:, None])
+
+    def select(self, rows: Sequence[int]) -> None:
+        """See `Forward.select`."""
+        index = torch.tensor(rows, device=self.device)
+        self._cache.batch_select_indices(index)
+        self._starts = self._starts[index]
+
+    def _forward(self, tokens: Tensor, embeddings: Tensor | None = None) -> Tensor:
+        first, self._columns = self._columns, self._columns + tokens.shape[1]
+        columns = torch.arange(self._columns, device=self.device)
+        # Without padding no mask: transformers then takes its fastest attention.
+        mask = (columns >= self._starts[:, None]).long() if self._is_padded else None
+        output = self.model(
+            input_ids=tokens if embeddings is None else None,
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            position_ids=(columns[first:] - self._starts[:, None]).clamp(min=0),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits

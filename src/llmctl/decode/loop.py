@@ -1,0 +1,231 @@
+"""The loop itself: batches of prompts, one forward pass a token, finished rows dropped."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmctl.config.sections import Sampling
+from llmctl.decode.forward import Forward, HuggingFaceForward
+from llmctl.decode.llama import fast_forward
+from llmctl.decode.sampling import Chooser, noise
+from llmctl.decode.text import TextStream
+from llmctl.errors import DataError, ModelError
+
+FinishReason = Literal["eos", "stop", "length"]
+WORTH_THREADS = 3_000_000
+"""Parameters times rows from which on more than one CPU thread pays."""
+OnText = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What to continue."""
+
+    tokens: Sequence[int]
+    row: int
+    """Number of its noise: rows of different numbers differ, equal ones are the same text."""
+    max_new_tokens: int | None = None
+    """Fewer tokens than the sampling asks for."""
+
+
+@dataclass
+class Response:
+    """What a model wrote. Filled while it writes, finished when it is handed out."""
+
+    index: int
+    """Place of its prompt."""
+    tokens: list[int] = field(default_factory=list)
+    """With the token that ended it, where one did."""
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    log_probs: list[float] = field(default_factory=list)
+    """Of each token at the sampling temperature, before any truncation; where asked for."""
+
+
+@dataclass
+class _Row:
+    """One response in the making."""
+
+    prompt: Prompt
+    response: Response
+    limit: int
+    eos: Collection[int]
+    stream: TextStream | None
+    on_text: OnText | None
+
+    def take(self, token: int) -> None:
+        """Append a token; the response has a finish reason when it was the last."""
+        response = self.response
+        response.tokens.append(token)
+        is_eos = token in self.eos
+        if self.stream is not None and (self.on_text or self.stream.stops) and not is_eos:
+            self._say(self.stream.feed([token]))
+        if self.stream is not None and self.stream.stopped:
+            response.finish_reason = "stop"
+        elif is_eos:
+            response.finish_reason = "eos"
+        elif len(response.tokens) == self.limit:
+            response.finish_reason = "length"
+        if response.finish_reason and self.stream is not None:
+            if not (self.on_text or self.stream.stops):
+                self._say(self.stream.feed(response.tokens[: -1 if is_eos else None]))
+            self._say(self.stream.finish())
+
+    def _say(self, piece: str) -> None:
+        self.response.text += piece
+        if piece and self.on_text:
+            self.on_text(self.response.index, piece)
+
+
+def choose_forward(model: PreTrainedModel, prompt: Sequence[int]) -> Forward:
+    """The fast pass where it covers the model and agrees on this prompt, else transformers'."""
+    return fast_forward(model, prompt) or HuggingFaceForward(model)
+
+
+def eos_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end a response: the generation config's and the tokenizer's."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    found = configured if isinstance(configured, list) else [configured]
+    return frozenset(int(t) for t in [*found, tokenizer.eos_token_id] if t is not None)
+
+
+def context_size(config: PreTrainedConfig) -> int | None:
+    """Positions that a model was built for, None where it has no limit."""
+    text = config.get_text_config()
+    return int(text.max_position_embeddings) if hasattr(text, "max_position_embeddings") else None
+
+
+def check_prompt(tokens: Sequence[int], config: PreTrainedConfig, name: str) -> None:
+    """Refuse a prompt that the model cannot read.
+
+    Raises:
+        DataError: it is empty, or leaves no room in the context.
+        ModelError: a token that the model has no embedding for.
+    """
+    context, vocabulary = context_size(config), config.get_text_config().vocab_size
+    if not tokens:
+        raise DataError(f"{name} is empty, and the tokenizer has no BOS token to start from")
+    if context is not None and len(tokens) >= context:
+        raise DataError(
+            f"{name} has {len(tokens):,} tokens, the model's context {context:,}: no room to write",
+            hint="shorten the prompt",
+        )
+    if max(tokens) >= vocabulary:
+        raise ModelError(
+            f"{name} has token {max(tokens)}, the model's vocabulary only {vocabulary:,}: "
+            "the tokenizer is another model's"
+        )
+
+
+def room(tokens: Sequence[int], config: PreTrainedConfig, wanted: int) -> int:
+    """New tokens after this prompt at most: what is wanted, as far as the context has room."""
+    context = context_size(config)
+    return wanted if context is None else min(wanted, context - len(tokens))
+
+
+def decode(
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    eos: Collection[int],
+    forward: Forward | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    on_text: OnText | None = None,
+    log_probs: bool = False,
+) -> Iterator[Response]:
+    """Continue every prompt; responses come as they finish, not in the order of the prompts.
+
+    Prompts of like length share a batch, so that little is padded, and equal ones a prefill.
+
+    Args:
+        model: any causal language model, in eval mode.
+        prompts: token ids, with BOS where the model wants it.
+        sampling: how to choose tokens, how many, and the stop strings.
+        eos: tokens that end a response.
+        forward: how to run the model; by default chosen here.
+        seed: of the noise; a row's noise depends on this and its number alone.
+        batch_size: most rows at once.
+        tokenizer: needed for texts, stop strings and on_text.
+        on_text: called with the prompt's place and each new piece of its text.
+        log_probs: record them.
+
+    Raises:
+        DataError: a prompt that leaves no room in the context.
+        ModelError: a token that the model does not have.
+    """
+    rows = []
+    for index, prompt in enumerate(prompts):
+        check_prompt(prompt.tokens, model.config, f"prompt {index + 1}")
+        stream = TextStream(tokenizer, prompt.tokens, sampling.stop) if tokenizer else None
+        wanted = prompt.max_new_tokens or sampling.max_new_tokens
+        limit = room(prompt.tokens, model.config, wanted)
+        rows.append(_Row(prompt, Response(index), limit, eos, stream, on_text))
+    if not rows:
+        return
+    forward = forward or choose_forward(model, prompts[0].tokens)
+    rows.sort(key=lambda row: len(row.prompt.tokens))
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        chooser = Chooser(
+            sampling,
+            [row.prompt.tokens for row in batch],
+            [noise(seed, row.prompt.row, row.limit) for row in batch],
+            vocabulary=model.config.get_text_config().vocab_size,
+            device=model.device,
+            record=log_probs,
+        )
+        for row in _decode_batch(forward, chooser, batch):
+            yield row.response
+
+
+@torch.inference_mode()
+def _decode_batch(forward: Forward, chooser: Chooser, rows: Sequence[_Row]) -> Iterator[_Row]:
+    """Fill the responses of one batch; each row comes when it is finished, and leaves the batch."""
+    prompts = [tuple(row.prompt.tokens) for row in rows]
+    distinct = list(dict.fromkeys(prompts))
+    logits = forward.prefill(distinct)
+    if len(distinct) < len(prompts):
+        places = [distinct.index(prompt) for prompt in prompts]
+        forward.select(places)
+        logits = logits[places]
+    while True:
+        tokens = chooser.choose(logits)
+        for row, token in zip(rows, tokens.tolist(), strict=True):  # the one wait for the device
+            row.take(token)
+        if any(row.response.finish_reason for row in rows):
+            for place, row in enumerate(rows):
+                if row.response.finish_reason:
+                    row.response.log_probs = chooser.recorded(place)
+                    yield row
+            places = _remaining(rows)
+            if not places:
+                return
+            rows, tokens = [rows[place] for place in places], tokens[places]
+            forward.select(places)
+            chooser.select(places)
+        logits = forward.step(tokens)
+
+
+def _remaining(rows: Sequence[_Row]) -> list[int]:
+    """Places of the unfinished rows; the last ones fill the gaps, so that few have to move."""
+    places = list(range(len(rows)))
+    place = 0
+    while place < len(places):
+        if rows[places[place]].response.finish_reason is None:
+            place += 1
+            continue
+        last = places.pop()
+        if place < len(places):
+            places[place] = last
+    return places
+
+
+def best_threads(parameters: int, rows: int, cores: int) -> int:
+    """CPU threads for a batch: a small product is done before a second thread has woken."""
+    return cores if parameters * rows >= WORTH_THREADS else 1

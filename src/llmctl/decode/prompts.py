@@ -1,0 +1,226 @@
+"""From what the user gives (text, files, conversations) to the tokens a model continues."""
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from llmctl.console import log
+from llmctl.data.lines import parse_row, read_lines
+from llmctl.decode.loop import Prompt, check_prompt, room
+from llmctl.errors import DataError, ModelError, UserError
+
+ROLES = {"system", "developer", "user", "assistant", "tool"}
+BREAK = "\ufdd0"
+"""A noncharacter of Unicode: no text carries it."""
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One prompt as it was given."""
+
+    prompt: str | list[Message]
+    """Text, or the messages of a conversation."""
+    name: str
+    """What messages call it: `prompt 3`, or the file and line."""
+
+
+def read_asks(file: Path) -> list[Ask]:
+    """The prompts of a file: jsonl with `prompt` or `messages`, or one per line of any other.
+
+    Raises:
+        DataError: unreadable, not UTF-8, empty, or a row that holds no prompt.
+    """
+    asks = []
+    for number, line in _lines(file):
+        prompt: Any = line
+        if file.suffix in (".jsonl", ".json"):
+            row = parse_row(line, str(file), number)
+            prompt = row.get("messages", row.get("prompt"))
+            if isinstance(prompt, list):
+                _check_messages(prompt, file, number)
+            elif not isinstance(prompt, str):
+                raise DataError("a row needs `prompt` (text) or `messages`", file=file, line=number)
+        asks.append(Ask(prompt, f"{file}:{number}"))
+    if not asks:
+        raise DataError("no prompts in this file", file=file)
+    return asks
+
+
+def read_stdin() -> Ask:
+    """All of stdin as one prompt, without the newline at its end.
+
+    Raises:
+        UserError: stdin is a terminal, where nobody knows that text is waited for.
+        DataError: it is not UTF-8.
+    """
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UserError(
+            "nothing to continue", hint='pass --prompt "Once upon a time", or pipe text to stdin'
+        )
+    try:
+        text = sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 at byte {error.start}", file="stdin") from None
+    return Ask(text.removesuffix("\n"), "the prompt on stdin")
+
+
+def read_shots(file: Path) -> list[tuple[str, str]]:
+    """The few-shot examples of a jsonl file, each (prompt, response).
+
+    Raises:
+        DataError: unreadable, not UTF-8, empty, or a row without the two texts.
+    """
+    shots = []
+    for number, line in _lines(file):
+        row = parse_row(line, str(file), number)
+        pair = (row.get("prompt"), row.get("response"))
+        if not all(isinstance(text, str) for text in pair):
+            raise DataError("an example needs `prompt` and `response`", file=file, line=number)
+        shots.append((str(pair[0]), str(pair[1])))
+    if not shots:
+        raise DataError("no examples in this file", file=file)
+    return shots
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, without their ends."""
+    try:
+        with file.open("rb") as stream:
+            for number, line in read_lines(stream, str(file)):
+                if line.strip():
+                    yield number, line.rstrip("\r\n")
+    except OSError as error:
+        raise DataError(f"cannot read: {error.strerror}", file=file) from None
+
+
+def _check_messages(messages: list[Any], file: Path, number: int) -> None:
+    for message in messages:
+        well_formed = isinstance(message, dict) and isinstance(message.get("content"), str)
+        if not well_formed or message.get("role") not in ROLES:
+            raise DataError(
+                f"a message needs a `role` of {', '.join(sorted(ROLES))} and a `content` of text",
+                file=file,
+                line=number,
+            )
+    if not messages:
+        raise DataError("`messages` is empty", file=file, line=number)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns prompts into tokens: as plain text, or in the model's chat template."""
+
+    tokenizer: PreTrainedTokenizerBase
+    chat: bool = False
+    system: str | None = None
+    shots: Sequence[tuple[str, str]] = ()
+
+    def encode(self, ask: Ask) -> list[int]:
+        """The tokens of a prompt with its examples before it.
+
+        Text that spells a special token is encoded as text; BOS is put once, where the tokenizer
+        or the template puts it, and alone for an empty prompt.
+        """
+        if isinstance(ask.prompt, list):
+            return encode_chat(self.tokenizer, ask.prompt)
+        if self.chat:
+            return encode_chat(self.tokenizer, self._turns(ask.prompt))
+        return encode_text(self.tokenizer, self._text(ask.prompt))
+
+    def _turns(self, prompt: str) -> list[Message]:
+        turns = [] if self.system is None else [{"role": "system", "content": self.system}]
+        for text, response in self.shots:
+            turns.append({"role": "user", "content": text})
+            turns.append({"role": "assistant", "content": response})
+        return [*turns, {"role": "user", "content": prompt}]
+
+    def _text(self, prompt: str) -> str:
+        """Each example on lines of its own, `prompt response`, with a blank line after it."""
+        examples = [
+            text + ("" if text[-1:].isspace() or response[:1].isspace() else " ") + response
+            for text, response in self.shots
+        ]
+        return "\n\n".join([*examples, prompt])
+
+
+def to_prompts(
+    asks: Sequence[Ask],
+    encoder: Encoder,
+    shape: PreTrainedConfig,
+    max_new_tokens: int,
+    samples: int,
+) -> list[Prompt]:
+    """One per response: the samples of a prompt follow each other.
+
+    Raises:
+        DataError: a prompt longer than the model's context.
+    """
+    prompts: list[Prompt] = []
+    for ask in asks:
+        tokens = encoder.encode(ask)
+        check_prompt(tokens, shape, ask.name)
+        fits = room(tokens, shape, max_new_tokens)
+        if fits < max_new_tokens:
+            log.warning("%s: the context has room for %d new tokens only", ask.name, fits)
+        prompts += (Prompt(tokens, len(prompts) + i) for i in range(samples))
+    return prompts
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a plain prompt; with BOS where the tokenizer adds it, never with EOS at the end."""
+    tokens = [int(token) for token in tokenizer(text, split_special_tokens=True)["input_ids"]]
+    if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
+        tokens.pop()
+    if not text and tokenizer.bos_token_id is not None:
+        return [int(tokenizer.bos_token_id)]
+    return tokens
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Tokens of a conversation in the chat template, up to where the assistant's turn begins.
+
+    Raises:
+        ModelError: the tokenizer has no chat template, or it refuses these messages.
+    """
+    if tokenizer.chat_template is None:
+        raise ModelError(
+            "this model has no chat template", hint="drop --chat to continue plain text"
+        )
+    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+    broken = [{**m, "content": pattern.sub(_break, m["content"])} for m in messages]
+    try:
+        rendered = tokenizer.apply_chat_template(broken, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ModelError(f"the chat template refuses these messages: {error.message}") from None
+    if broken == list(messages):
+        return [int(t) for t in tokenizer(rendered, add_special_tokens=False)["input_ids"]]
+    return _encode_parts(tokenizer, rendered, pattern)
+
+
+def _break(found: re.Match[str]) -> str:
+    """Hide a special token that a user spelled, so that it is not one when rendered."""
+    return found[0][0] + BREAK + found[0][1:]
+
+
+def _encode_parts(
+    tokenizer: PreTrainedTokenizerBase, rendered: str, pattern: re.Pattern[str]
+) -> list[int]:
+    """Tokens of the template's special tokens, and of the text between them as mere text."""
+    tokens: list[int] = []
+    texts, specials = pattern.split(rendered), [*pattern.findall(rendered), ""]
+    for text, name in zip(texts, specials, strict=True):
+        plain = text.replace(BREAK, "")
+        if plain:
+            encoded = tokenizer(plain, add_special_tokens=False, split_special_tokens=True)
+            tokens += [int(token) for token in encoded["input_ids"]]
+        if name:
+            tokens.append(int(tokenizer.convert_tokens_to_ids(name)))
+    return tokens

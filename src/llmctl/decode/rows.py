@@ -1,0 +1,122 @@
+"""Where responses go: rows of jsonl in a file or on stdout, or plain texts with a line between."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llmctl.console import log
+from llmctl.decode.loop import Response
+from llmctl.errors import OutputError
+from llmctl.files import writing
+
+Row = dict[str, Any]
+Emit = Callable[[Row], None]
+
+
+def check_out(out: Path | None, *, overwrite: bool) -> None:
+    """Refuse a place that cannot take the rows, before a model is loaded.
+
+    Raises:
+        OutputError: a directory, a file that must not be replaced, or a place not to be written.
+        ResourceError: the disk is full.
+    """
+    if out is None:
+        return
+    if out.is_dir():
+        raise OutputError("a directory is in the way of the output file", file=out)
+    if out.exists() and not overwrite:
+        raise OutputError("the output file exists", file=out, hint="choose another, or --overwrite")
+    if not out.absolute().parent.is_dir():
+        raise OutputError("no such directory", file=out.parent)
+    with writing(out):
+        _staging(out).touch()
+        _staging(out).unlink()
+
+
+@contextmanager
+def open_rows(out: Path | None, *, as_json: bool) -> Iterator[Emit]:
+    """A function that writes a row; a file appears whole, or with what an interrupt left."""
+    if out is None:
+        yield _print_json if as_json else _printer()
+        return
+    staging = _staging(out)
+    try:
+        with writing(out), staging.open("w", encoding="utf-8") as file:
+            yield lambda row: print(json.dumps(row, ensure_ascii=False), file=file)
+    except KeyboardInterrupt:
+        staging.replace(out)
+        raise
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
+    staging.replace(out)
+
+
+def write_rows(
+    responses: Iterable[Response], row_of: Callable[[Response], Row], emit: Emit, total: int
+) -> tuple[int, int]:
+    """Write every response in order; say on stderr how fast they came.
+
+    Returns:
+        Rows and tokens written.
+    """
+    started = time.monotonic()
+    written = tokens = 0
+
+    def write(response: Response) -> None:
+        nonlocal written, tokens
+        written += 1
+        tokens += len(response.tokens)
+        emit(row_of(response))
+
+    try:
+        in_order(responses, write)
+    finally:
+        if total > 1:
+            speed = tokens / (time.monotonic() - started)
+            log.info("%d of %d responses, %d tokens, %.0f tokens/s", written, total, tokens, speed)
+    return written, tokens
+
+
+def in_order(responses: Iterable[Response], write: Callable[[Response], None]) -> None:
+    """Write responses in the order of their prompts, each as soon as those before it are there.
+
+    On an interrupt those that were still waiting for an earlier one are written too.
+    """
+    waiting: dict[int, Response] = {}
+    place = 0
+    try:
+        for response in responses:
+            waiting[response.index] = response
+            while place in waiting:
+                write(waiting.pop(place))
+                place += 1
+    except KeyboardInterrupt:
+        for index in sorted(waiting):
+            write(waiting[index])
+        raise
+
+
+def _staging(out: Path) -> Path:
+    return out.with_name(f".tmp-{out.name}")
+
+
+def _print_json(row: Row) -> None:
+    print(json.dumps(row, ensure_ascii=False), flush=True)
+
+
+def _printer() -> Emit:
+    """Prints responses with a blank line between them."""
+    between = ""
+
+    def emit(row: Row) -> None:
+        nonlocal between
+        sys.stdout.write(f"{between}{row['response']}\n")
+        sys.stdout.flush()
+        between = "\n"
+
+    return emit

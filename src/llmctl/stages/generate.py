@@ -1,0 +1,111 @@
+"""`llmctl generate`: prompts in, text out, as it comes or as rows of jsonl."""
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from llmctl.config.stages import GenerateConfig
+from llmctl.console import log
+from llmctl.decode.loop import Prompt, Response, best_threads, decode, eos_tokens
+from llmctl.decode.prompts import Ask, Encoder, read_asks, read_shots, read_stdin, to_prompts
+from llmctl.decode.rows import Row, check_out, open_rows, write_rows
+from llmctl.hardware import pick_device, set_threads, usable_cores
+from llmctl.models import (
+    LoadIn,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    parameter_count,
+    parse_dtype,
+)
+
+
+def run(config: GenerateConfig) -> dict[str, Any] | None:
+    """Generate from every prompt; a single text streams to stdout."""
+    check_out(config.out, overwrite=config.overwrite)
+    asks = _read(config)
+    shots = read_shots(config.shots) if config.shots else []
+    device = pick_device(config.device)
+    shape, tokenizer = load_config(config.model), load_tokenizer(config.model)
+    encoder = Encoder(tokenizer, config.chat, config.system, shots)
+    prompts = to_prompts(asks, encoder, shape, config.max_new_tokens, config.num_samples)
+    if config.dry_run:
+        _print_plan(config, prompts, device)
+        return None
+    load_in: LoadIn = "8bit" if config.load_in_8bit else "4bit" if config.load_in_4bit else "full"
+    dtype = parse_dtype(config.dtype, device, shape.dtype)
+    model = load_causal_lm(config.model, dtype=dtype, device=device, load_in=load_in)
+    rows = min(len(prompts), config.batch_size)
+    set_threads(config.threads or best_threads(parameter_count(model), rows, usable_cores()))
+    streams = len(prompts) == 1 and not config.as_json and config.out is None
+    responses = decode(
+        model,
+        prompts,
+        config,
+        eos=eos_tokens(model, tokenizer),
+        seed=config.seed,
+        batch_size=config.batch_size,
+        tokenizer=tokenizer,
+        on_text=_print_piece if streams else None,
+    )
+    if streams:
+        _stream(responses)
+        return None
+    return _write(config, asks, responses, len(prompts))
+
+
+def _read(config: GenerateConfig) -> list[Ask]:
+    if config.prompts_file:
+        return read_asks(config.prompts_file)
+    if config.prompt:
+        return [Ask(text, f"prompt {i}") for i, text in enumerate(config.prompt, start=1)]
+    return [read_stdin()]
+
+
+def _print_plan(config: GenerateConfig, prompts: list[Prompt], device: str) -> None:
+    lengths = [len(prompt.tokens) for prompt in prompts]
+    log.info(
+        "would write %d responses of at most %d tokens on %s; prompts of %d to %d tokens",
+        len(prompts),
+        config.max_new_tokens,
+        device,
+        min(lengths),
+        max(lengths),
+    )
+    recipe = config.recipe("generate")
+    print(json.dumps(recipe) if config.as_json else config.to_yaml("generate").rstrip())
+
+
+def _print_piece(_: int, piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _stream(responses: Iterator[Response]) -> None:
+    """Let the text flow; the line is ended also when the user stops it."""
+    try:
+        for _ in responses:
+            pass
+    finally:
+        print(flush=True)
+
+
+def _write(
+    config: GenerateConfig, asks: list[Ask], responses: Iterator[Response], total: int
+) -> dict[str, Any] | None:
+    """One row or text for each response; what was written, where it went to a file."""
+
+    def row_of(response: Response) -> Row:
+        return {
+            "prompt": asks[response.index // config.num_samples].prompt,
+            "response": response.text,
+            "finish_reason": response.finish_reason,
+            "seed": config.seed,
+        }
+
+    with open_rows(config.out, as_json=config.as_json) as emit:
+        rows, tokens = write_rows(responses, row_of, emit, total)
+    if config.out is None:
+        return None
+    return {"stage": "generate", "out": str(config.out), "rows": rows, "tokens": tokens}
