@@ -9,7 +9,7 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "llmctl"
 FLOORS = [  # a module imports from floors below its own, and from its own package or floor
-    {"errors", "console"},
+    {"errors", "console", "files", "provenance"},
     {"config"},
     {"rundir", "options"},
     {"hardware", "launch", "models", "shapes", "data", "checkpoint", "decode"},
@@ -63,7 +63,7 @@ def test_imports_point_down(path):
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SRC)))
 def test_budgets(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= (120 if unit(path) == "stages" else 400)
+    assert len(text.splitlines()) <= (120 if unit(path) == "stages" else 300)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, f"{node.name} does not fit a screen"

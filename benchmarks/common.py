@@ -1,0 +1,64 @@
+"""What the benchmarks share: the machine's line, processes timed from outside, a table."""
+
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from llmctl.hardware import device_name, usable_cores
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
+
+
+def machine(*packages: str, device: str = "cpu") -> str:
+    """One line that says what was measured on, and with which versions."""
+    versions = [f"{name} {version(name)}" for name in packages or ("torch", "transformers")]
+    parts = [device_name(device), f"{usable_cores()} cores", f"Python {platform.python_version()}"]
+    return ", ".join([*parts, *versions])
+
+
+def seconds(command: Sequence[object], folder: Path | None = None) -> float:
+    """Wall time of a whole process, start and imports included."""
+    return timed(command, folder)[0]
+
+
+def timed(command: Sequence[object], folder: Path | None = None) -> tuple[float, str]:
+    """Wall time of a whole process, start and imports included, and what it printed."""
+    started = time.perf_counter()
+    ran = subprocess.run(
+        [str(part) for part in command], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    taken = time.perf_counter() - started
+    if ran.returncode:
+        raise SystemExit(f"{command}\n{ran.stdout[-2000:]}\n{ran.stderr[-2000:]}")
+    return taken, ran.stdout
+
+
+def alternate(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Measure the sides in turn, round after round."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, measure in sides.items():
+            found[name].append(measure())
+    return found
+
+
+def ratio(a: list[float], b: list[float]) -> float:
+    """Median of the ratios a/b, round by round, which a drifting machine does not move."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def show(values: list[float], digits: int = 2) -> str:
+    """Median, and the range behind it."""
+    middle = statistics.median(values)
+    return f"{middle:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"

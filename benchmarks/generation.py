@@ -1,0 +1,123 @@
+"""Tokens per second of llmctl's decode loop against `model.generate` with its default settings.
+
+    python benchmarks/generation.py --model FOLDER
+
+Both sides take turns in one process; medians over the rounds, the first of each thrown away. Only
+tokens that belong to a response count: none of the padding that `generate` adds after a row's end.
+Greedy, so that both sides write the same; run it on idle cores.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from common import machine
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from llmctl.config.sections import Sampling
+from llmctl.decode import Prompt, best_threads, decode, eos_tokens
+from llmctl.hardware import usable_cores
+from llmctl.models import parameter_count
+
+Tokens = list[list[int]]
+PROMPT_LENGTHS = (4, 60)
+RESPONSE_LENGTHS = (16, 256)
+
+
+def ours(model: PreTrainedModel, prompts: Tokens, limits: list[int], eos: frozenset[int]) -> Tokens:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(best_threads(parameter_count(model), len(prompts), usable_cores()))
+    asked = [Prompt(p, i, limit) for i, (p, limit) in enumerate(zip(prompts, limits, strict=True))]
+    sampling = Sampling(greedy=True, max_new_tokens=max(limits))
+    responses = decode(model, asked, sampling, eos=eos)
+    ordered = sorted(responses, key=lambda response: response.index)
+    torch.set_num_threads(threads)
+    return [response.tokens for response in ordered]
+
+
+def theirs(
+    model: PreTrainedModel, prompts: Tokens, limits: list[int], eos: frozenset[int]
+) -> Tokens:
+    width = max(map(len, prompts))
+    padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    output = model.generate(
+        padded,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=max(limits),
+    )
+    rows = [row[:limit] for row, limit in zip(output[:, width:].tolist(), limits, strict=True)]
+    return [cut(row, eos) for row in rows]
+
+
+def cut(tokens: list[int], eos: frozenset[int]) -> list[int]:
+    """The tokens up to and including the first that ends a response."""
+    end = next((i for i, token in enumerate(tokens) if token in eos), len(tokens) - 1)
+    return tokens[: end + 1]
+
+
+def rate(run: Callable[..., Tokens], *arguments: object) -> tuple[float, Tokens]:
+    started = time.perf_counter()
+    tokens = run(*arguments)
+    return sum(map(len, tokens)) / (time.perf_counter() - started), tokens
+
+
+def mixed_prompts(model: PreTrainedModel, eos: frozenset[int], count: int) -> Tokens:
+    """Beginnings of the model's own text, of different lengths."""
+    begin = [[model.config.bos_token_id or 0]] * count
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=PROMPT_LENGTHS[1])
+    prompts = [Prompt(tokens, i) for i, tokens in enumerate(begin)]
+    texts = sorted(decode(model, prompts, sampling, eos=eos), key=lambda response: response.index)
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(PROMPT_LENGTHS[0], PROMPT_LENGTHS[1], (count,), generator=draw).tolist()
+    return [
+        begin[0] + [t for t in text.tokens if t not in eos][: length - 1]
+        for text, length in zip(texts, lengths, strict=True)
+    ]
+
+
+def measure(
+    name: str, model: PreTrainedModel, prompts: Tokens, limits: list[int], rounds: int
+) -> None:
+    eos = eos_tokens(model, AutoTokenizer.from_pretrained(model.name_or_path))
+    rates: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for _ in range(rounds + 1):
+        first, our_tokens = rate(ours, model, prompts, limits, eos)
+        second, their_tokens = rate(theirs, model, prompts, limits, eos)
+        rates["ours"].append(first)
+        rates["theirs"].append(second)
+    same = sum(a == b for a, b in zip(our_tokens, their_tokens, strict=True))
+    left, right = (statistics.median(values[1:]) for values in rates.values())
+    count = sum(map(len, our_tokens))
+    print(
+        f"| {name} | {count:,} | {left:,.0f} | {right:,.0f} | {left / right:.2f} "
+        f"| {same} of {len(prompts)} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="folder of a causal language model")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    eos = eos_tokens(model, AutoTokenizer.from_pretrained(arguments.model))
+    print(
+        f"{machine()}; {parameter_count(model):,} parameters, float32, greedy, "
+        f"medians of {arguments.rounds} after one warm-up, alternating\n"
+    )
+    print("| prompts | tokens | llmctl tokens/s | generate tokens/s | ratio | same text |")
+    print("|---|---|---|---|---|---|")
+    begin = [[model.config.bos_token_id or 0]]
+    measure("1, from BOS", model, begin, [RESPONSE_LENGTHS[1]], arguments.rounds)
+    draw = torch.Generator().manual_seed(1)
+    limits = torch.randint(*RESPONSE_LENGTHS, (64,), generator=draw).tolist()
+    prompts = mixed_prompts(model, eos, 64)
+    measure("64 of 4 to 60 tokens, ends differ", model, prompts, limits, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
