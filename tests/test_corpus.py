@@ -59,6 +59,16 @@ def test_a_sample_is_drawn_evenly_across_the_corpus(data, share):
         assert taken == pytest.approx(share * sum(map(len, part)), rel=0.4)
 
 
+def test_a_sample_prefers_neither_short_nor_long_documents(tmp_path):
+    path = tmp_path / "a.jsonl"
+    texts = [f"{n} " * (5 if n % 2 else 100) for n in range(2000)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with open_corpus(Corpus(data=[str(path)])) as corpus:
+        sample = list(corpus.sample(corpus.scan.bytes // 10))
+    assert len(sample) == pytest.approx(200, rel=0.1)
+    assert sum(len(text) < 100 for text in sample) == pytest.approx(100, rel=0.25)
+
+
 def test_data_that_changes_while_it_is_read_is_refused(tmp_path, data, vocabulary):
     with open_corpus(Corpus(data=[str(data)])) as corpus:
         with data.open("a") as file:

@@ -150,6 +150,23 @@ def test_help_has_no_escape_codes_in_a_pipe(arguments, extra):
     assert "\x1b" not in ran.stdout + ran.stderr
 
 
+def test_without_arguments_there_is_help(cli):
+    result = cli()
+    assert result.code == 0
+    assert "Usage: " in result.out
+
+
+def test_on_a_terminal_help_shows_defaults():
+    ran = subprocess.run(
+        ["script", "-qc", f"{sys.executable} -m llmctl generate --help", "/dev/null"],
+        capture_output=True,
+        text=True,
+        env={**ENVIRONMENT, "TERM": "xterm", "COLUMNS": "120"},
+    )
+    assert "(default: 0.95)" in ran.stdout
+    assert "(required)" in ran.stdout
+
+
 def test_version_names_the_stack(cli):
     result = cli("--version")
     assert result.code == 0

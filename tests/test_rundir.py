@@ -8,7 +8,14 @@ import sys
 import pytest
 
 from llmctl.config.stages import PretrainConfig
-from llmctl.errors import DataError, DivergedError, ModelError, OutputError, ResourceError
+from llmctl.errors import (
+    DataError,
+    DivergedError,
+    ModelError,
+    OutputError,
+    ResourceError,
+    UserError,
+)
 from llmctl.files import writing
 from llmctl.rundir import open_run, resolve_model
 
@@ -17,8 +24,8 @@ def config(out, **flags):
     return PretrainConfig(tokens="t", out=out, **flags)
 
 
-def fail(out, folder, error):
-    with open_run("pretrain", config(out)):
+def fail(out, folder, error, **flags):
+    with open_run("pretrain", config(out, **flags)):
         (out / folder).mkdir(parents=True)
         (out / folder / "file").write_bytes(b"x")
         raise error
@@ -58,6 +65,38 @@ def test_overwrite_deletes_only_what_llmctl_wrote(tmp_path):
     with open_run("pretrain", config(out, overwrite=True)):
         assert not (out / "model" / "config.json").exists()
     assert (out / "notes.txt").read_text() == (out / "model" / "mine.txt").read_text() == "mine"
+
+
+def test_a_failed_overwrite_puts_the_earlier_run_back(tmp_path):
+    out = finished(tmp_path / "run")
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    with pytest.raises(DataError):
+        fail(out, "tokens", DataError("no such tokens"), overwrite=True)
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+def test_overwrite_never_touches_what_is_not_llmctls(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "precious.txt").write_text("mine")
+    with (
+        pytest.raises(OutputError, match="`model` stands here and is not llmctl's"),
+        open_run("pretrain", config(tmp_path, overwrite=True)),
+    ):
+        pass
+    assert (tmp_path / "model" / "precious.txt").read_text() == "mine"
+    (tmp_path / "model").rename(tmp_path / "mine")
+    with pytest.raises(DataError):
+        fail(tmp_path, "tokens", DataError("bad"), overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name[0] != ".") == ["mine"]
+
+
+def test_overwriting_and_resuming_at_once_is_refused(tmp_path):
+    out = finished(tmp_path / "run")
+    with (
+        pytest.raises(UserError, match="give one of them"),
+        open_run("pretrain", config(out, overwrite=True, resume=True)),
+    ):
+        pass
 
 
 def test_a_foreign_directory_is_refused(tmp_path):
@@ -104,7 +143,7 @@ def test_a_dead_process_leaves_no_lock(tmp_path):
     )
     assert subprocess.run([sys.executable, "-c", code, str(out)]).returncode == 9
     with (
-        pytest.raises(OutputError, match="holds a run that is running"),
+        pytest.raises(OutputError, match="holds a run that was cut off"),
         open_run("pretrain", config(out)),
     ):
         pass

@@ -25,8 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from llmctl.console import log
 from llmctl.errors import ModelError
-from llmctl.files import no_space, sha256_file
-from llmctl.models import follow_umask
+from llmctl.files import follow_umask, no_space, sha256_file
 
 MANIFEST = "manifest.json"
 PREFIX = "checkpoint-"
@@ -169,7 +168,13 @@ def load(path: Path, identity: Mapping[str, Any], rank: int = 0) -> Content:
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Only the weights of a checkpoint of this run."""
+    """Only the weights of a checkpoint of this run.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    if reason := defect(path):
+        raise ModelError(f"not a valid checkpoint: {reason}", file=path)
     return load_file(path / "model.safetensors")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from llmctl.errors import UserError
+from llmctl.errors import Terminated, UserError
 
 if TYPE_CHECKING:
     from llmctl.config.sections import StageConfig
@@ -29,7 +30,7 @@ EXAMPLES = {
 EXIT_CODES = (
     "Exit codes: 0 done; 1 bug; 2 usage or recipe; 3 data or output directory; 4 model or "
     "checkpoint; 5 memory or disk; 6 network; 7 diverged; 8 quality gate; 130 interrupted; "
-    "143 terminated."
+    "141 closed pipe; 143 terminated."
 )
 LAUNCHED = ("pretrain",)
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -43,7 +44,6 @@ def build_app(chosen: str | None) -> typer.Typer:
     app = typer.Typer(
         help="Train, align, shrink and run language models.",
         epilog=EXIT_CODES,
-        no_args_is_help=True,
         pretty_exceptions_enable=False,
         rich_markup_mode=None if _is_piped() else "rich",
         context_settings=HELP,
@@ -89,7 +89,7 @@ def _run(name: str, config: "StageConfig") -> int:
     """Run a command; stdout gets its result and nothing else."""
     from llmctl import console
 
-    console.set_up(quiet=config.quiet, verbose=config.verbose)
+    console.set_up(quiet=config.quiet or os.environ.get("RANK", "0") != "0", verbose=config.verbose)
     processes = dict(config).get("processes") if name in LAUNCHED else None
     if processes and processes > 1 and "RANK" not in os.environ:
         return int(import_module("llmctl.launch").run(processes))
@@ -124,12 +124,17 @@ def main() -> None:
     arguments = sys.argv[1:]
     completing = any(name.endswith("_COMPLETE") for name in os.environ)
     chosen = "*" if completing else next((a for a in arguments if not a.startswith("-")), None)
-    sys.exit(_guarded(build_app(chosen), arguments))
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(_guarded(build_app(chosen), arguments or ["--help"]))
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated("terminated")
 
 
 def _guarded(app: typer.Typer, arguments: list[str]) -> int:
     try:
-        result = app(standalone_mode=False)
+        result = app(arguments, standalone_mode=False)
     except UserError as error:
         if "--debug" in arguments:
             raise
@@ -148,7 +153,8 @@ def _help_hint(arguments: list[str]) -> str:
 
 
 def _report(error: UserError, arguments: list[str]) -> int:
-    if "--json" in arguments:
+    is_main = os.environ.get("RANK", "0") == "0"
+    if "--json" in arguments and is_main:
         print(json.dumps({"error": error.as_json()}))
     print(f"error: {error}", file=sys.stderr)
     return error.code

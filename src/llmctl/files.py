@@ -88,3 +88,12 @@ def staged(path: Path) -> Path:
 def finite(value: Any) -> Any:
     """The value, or None for a float that JSON cannot hold."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def follow_umask(folder: Path) -> None:
+    """Give files the mode that other programs' files have (safetensors writes 0600)."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(0o666 & ~umask)

@@ -1,6 +1,8 @@
 """What this process may use: devices, cores, numbers and their peak speed."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -26,6 +28,10 @@ PEAK_FLOPS = {  # dense bf16 tensor-core FLOP/s from the vendors' data sheets; f
     "4090": 165.2e12,
     "3090": 71e12,
 }
+
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+"""What torch says, on GPUs and on CPUs."""
 
 
 def pick_device(name: str) -> str:
@@ -96,6 +102,25 @@ def peak_flops(device: str) -> float | None:
     """Peak dense bf16 FLOP/s of the device, None where it is not known."""
     name = device_name(device)
     return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn running out of memory into an error that says what to change.
+
+    Raises:
+        ResourceError: the device or the machine has no memory left.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, RuntimeError) and not any(sign in text for sign in OUT_OF_MEMORY):
+            raise
+        raise ResourceError(
+            f"out of memory: {(text.splitlines() or [''])[0][:200]}",
+            hint="use a smaller --batch-size; in training --grad-accum keeps the effective batch",
+        ) from None
 
 
 def memory_in_use(device: str) -> int:

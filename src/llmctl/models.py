@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
@@ -17,7 +16,9 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    StrictDataclassError,
 )
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,11 +31,26 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from llmctl.errors import ModelError, NetworkError
+from llmctl.files import follow_umask
 from llmctl.rundir import resolve_model, resolve_tokenizer
 
 LoadIn = Literal["full", "8bit", "4bit"]
+BROKEN = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    ArithmeticError,
+    AttributeError,
+    SafetensorError,
+    StrictDataclassError,
+)
+"""What the libraries raise for files that are damaged."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAFE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+DERIVED = (".inv_freq", ".masked_bias", ".attn.bias")
+"""Buffers that old checkpoints carry and that models compute."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 transformers_logging.set_verbosity_error()
@@ -86,7 +102,7 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (*BROKEN, ImportError) as error:
         raise ModelError(
             f"the tokenizer does not load: {_first_line(error)}", file=folder
         ) from None
@@ -106,7 +122,7 @@ def load_config(reference: str) -> PreTrainedConfig:
         raise ModelError("no config.json in this folder", file=folder)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except BROKEN as error:
         if "trust_remote_code" in str(error) or _has_remote_code(folder):
             raise ModelError(
                 "this model wants to run Python code of its own, which llmctl never does",
@@ -143,7 +159,7 @@ def load_causal_lm(
             ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except BROKEN as error:
         raise ModelError(f"the model does not load: {_first_line(error)}", file=folder) from None
     _check_loaded(model, report, folder)
     return model.eval()
@@ -173,16 +189,9 @@ def save_model(
         pad_token_id=tokenizer.pad_token_id,
     ).save_pretrained(staging)
     follow_umask(staging)
+    if folder.exists():  # of a run that was killed before it could say that it was complete
+        shutil.rmtree(folder)
     staging.rename(folder)
-
-
-def follow_umask(folder: Path) -> None:
-    """Give files the mode that other programs' files have (safetensors writes 0600)."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in folder.iterdir():
-        if path.is_file():
-            path.chmod(0o666 & ~umask)
 
 
 def parse_dtype(name: str, device: str, folder_dtype: torch.dtype | None = None) -> torch.dtype:
@@ -212,8 +221,9 @@ def _require_safetensors(folder: Path) -> None:
 
 def _check_loaded(model: PreTrainedModel, report: dict[str, Any], folder: Path) -> None:
     """Refuse what transformers only reports: tensors it made up; and weights not finite."""
-    for problem in ("missing_keys", "mismatched_keys"):
-        if names := sorted(map(str, report[problem])):
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        names = sorted(n for n in map(str, report[problem]) if not n.endswith(DERIVED))
+        if names:
             what = problem.removesuffix("_keys")
             raise ModelError(f"{what} weights: {names[0]} (of {len(names)})", file=folder)
     for name, weight in model.named_parameters():
@@ -225,6 +235,7 @@ def _load_adapter(
     folder: Path, dtype: torch.dtype, device: str, load_in: LoadIn
 ) -> PreTrainedModel:
     """An adapter over its base, by PEFT's own class (the Auto class loses DoRA's magnitudes)."""
+    _require_safetensors(folder)
     from peft import PeftModel
 
     model = load_causal_lm(_base_of(folder), dtype=dtype, device=device, load_in=load_in)

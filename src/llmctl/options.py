@@ -117,10 +117,10 @@ def help_text(field: FieldInfo) -> str:
     text = " ".join((field.description or "").split())
     default = field.default
     if default is PydanticUndefined:
-        return f"{text} [required]"
+        return f"{text} (required)"
     if default is None or default == [] or default is False:
         return text
-    return f"{text} [default: {default}]"
+    return f"{text} (default: {default})"
 
 
 def metavar(field: FieldInfo) -> str:

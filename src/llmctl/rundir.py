@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from llmctl.claim import LOCK, Claim, claim, read_json
 from llmctl.config.sections import StageConfig
 from llmctl.errors import (
     DivergedError,
@@ -32,12 +33,8 @@ from llmctl.errors import (
     Terminated,
     UserError,
 )
-from llmctl.files import finite, sha256_file, staged, write_json, writing
+from llmctl.files import finite, write_json, writing
 from llmctl.provenance import git, versions
-
-OWN_FILES = ("recipe.yaml", "manifest.json", "status.json", "metrics.jsonl", "error.log")
-LOCK = ".llmctl.lock"
-OWN_FOLDERS = ("tokenizer", "tokens", "checkpoints", "model", "adapter", "value_model")
 
 
 @dataclass
@@ -104,16 +101,19 @@ def open_run(stage: str, config: StageConfig) -> Iterator[Run]:
     with writing(run.path):
         _enter(run.path)
         with _locked(run.path):
-            _claim(run.path, config)
+            owned = claim(run.path, overwrite=config.overwrite, resuming=is_resuming(config))
             try:
                 with writing(run.path):
                     _begin(run, config)
                     yield run
+                run.record(finished=now(), outputs=owned.outputs())
+                run.set_status("completed", resumable=False, exit_code=0)
             except BaseException as error:
-                _fail(run, error, created)
+                _fail(run, error, owned)
+                if created and not any(p.name != LOCK for p in run.path.iterdir()):
+                    shutil.rmtree(run.path)
                 raise
-            run.record(finished=now(), outputs=hashed(run.path, OWN_FOLDERS))
-            run.set_status("completed", resumable=False, exit_code=0)
+            owned.settle()
 
 
 def rank() -> int:
@@ -123,12 +123,12 @@ def rank() -> int:
 
 def is_complete(out: Path | None) -> bool:
     """Whether the directory holds a finished run."""
-    return out is not None and _read_json(out / "status.json").get("state") == "completed"
+    return out is not None and read_json(out / "status.json").get("state") == "completed"
 
 
 def read_manifest(run: Path) -> dict[str, Any]:
     """The manifest of a run, empty where there is none."""
-    return _read_json(run / "manifest.json")
+    return read_json(run / "manifest.json")
 
 
 def resolve_model(reference: str) -> str:
@@ -146,7 +146,7 @@ def resolve_model(reference: str) -> str:
         if (path / name).is_dir():
             return str(path / name)
     if (path / "manifest.json").is_file() and (path / "status.json").is_file():
-        state = _read_json(path / "status.json").get("state")
+        state = read_json(path / "status.json").get("state")
         raise ModelError(f"this run holds no model (it is {state})", file=path)
     return str(path)
 
@@ -157,28 +157,9 @@ def resolve_tokenizer(reference: str) -> str:
     return str(folder) if folder.is_dir() else resolve_model(reference)
 
 
-def hashed(root: Path, folders: Iterable[str]) -> list[dict[str, Any]]:
-    """Path, size and sha256 of every result file, checkpoints aside."""
-    return [
-        {"path": str(p.relative_to(root)), "bytes": p.stat().st_size, "sha256": sha256_file(p)}
-        for name in folders
-        if name != "checkpoints"
-        for p in sorted((root / name).rglob("*"))
-        if p.is_file()
-    ]
-
-
 def now() -> str:
     """Local time with its zone."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _enter(path: Path) -> None:
@@ -193,7 +174,7 @@ def _locked(path: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        status = _read_json(path / "status.json")
+        status = read_json(path / "status.json")
         raise OutputError(
             f"in use by another run (pid {status.get('pid')} on {status.get('host')})", file=path
         ) from None
@@ -203,58 +184,14 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _claim(path: Path, config: StageConfig) -> None:
-    """Refuse a directory that holds something else, or clear what llmctl wrote to it."""
-    present = {p.name for p in path.iterdir()} - {LOCK}
-    if not present:
-        return
-    state = _read_json(path / "status.json").get("state")
-    is_ours = state is not None and "llmctl" in read_manifest(path).get("versions", {})
-    if config.overwrite:
-        if is_ours:
-            _clear(path, read_manifest(path).get("outputs", []))
-        return
-    if not is_ours:
-        raise OutputError(
-            "not empty, and not a run of llmctl's",
-            file=path,
-            hint="choose another --out, or --overwrite to write beside what is there",
-        )
-    resuming = is_resuming(config)
-    if state == "completed" or not resuming:
-        raise OutputError(
-            f"holds a run that is {state}",
-            file=path,
-            hint="choose another --out, --overwrite to replace it"
-            + ("" if state == "completed" else ", or --resume to continue it"),
-        )
-
-
 def is_resuming(config: StageConfig) -> bool:
     """Whether this call continues an earlier one; only training commands can."""
     control = {name: value for name, value in config if name in ("resume", "resume_from")}
     return any(control.values())
 
 
-def _clear(path: Path, outputs: Iterable[Mapping[str, Any]]) -> None:
-    """Remove what llmctl wrote: these outputs, its checkpoints, its records."""
-    for output in outputs:
-        (path / output["path"]).unlink(missing_ok=True)
-    for folder in (path / "checkpoints").glob("*checkpoint-*"):
-        shutil.rmtree(folder)
-    for name in OWN_FILES:
-        (path / name).unlink(missing_ok=True)
-        staged(path / name).unlink(missing_ok=True)
-    for name in OWN_FOLDERS:
-        for folder in sorted((path / name).rglob("*"), reverse=True):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-        if (path / name).is_dir() and not any((path / name).iterdir()):
-            (path / name).rmdir()
-
-
 def _begin(run: Run, config: StageConfig) -> None:
-    if not (run.path / "recipe.yaml").exists():
+    if not any(run.checkpoints.glob("checkpoint-*")):
         (run.path / "recipe.yaml").write_text(config.to_yaml(run.stage))
     run.manifest = {
         "stage": run.stage,
@@ -262,7 +199,7 @@ def _begin(run: Run, config: StageConfig) -> None:
         "versions": versions(),
         "git": git(),
         "seed": config.seed,
-        "threads": None,
+        "threads": read_manifest(run.path).get("threads"),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "inputs": [],
         "outputs": [],
@@ -272,28 +209,17 @@ def _begin(run: Run, config: StageConfig) -> None:
     run.set_status("running", pid=os.getpid(), host=socket.gethostname(), resumable=False)
 
 
-def _fail(run: Run, error: BaseException, created: bool) -> None:
+def _fail(run: Run, error: BaseException, owned: Claim) -> None:
     """Say in status.json how the run ended; leave nothing where nothing can be resumed."""
-    code = error.code if isinstance(error, UserError) else 130 if _is_stop(error) else 1
-    resumable = any(run.checkpoints.glob("checkpoint-*"))
     stopped = isinstance(error, Interrupted | Terminated | KeyboardInterrupt)
+    code = error.code if isinstance(error, UserError) else 130 if stopped else 1
+    resumable = any(run.checkpoints.glob("checkpoint-*"))
     if not resumable and code != 1 and not isinstance(error, DivergedError):
-        _clear(run.path, hashed(run.path, OWN_FOLDERS))
-        if created:
-            (run.path / LOCK).unlink(missing_ok=True)
-            _remove_if_empty(run.path)
+        owned.withdraw()
         return
     state = "diverged" if isinstance(error, DivergedError) else "preempted" if stopped else "failed"
     with suppress(OSError):  # a full disk must not hide why the run failed
         if code == 1:
             (run.path / "error.log").write_text("".join(traceback.format_exception(error)))
+        run.record(outputs=owned.outputs())
         run.set_status(state, resumable=resumable, exit_code=code, error=str(error))
-
-
-def _is_stop(error: BaseException) -> bool:
-    return isinstance(error, KeyboardInterrupt)
-
-
-def _remove_if_empty(path: Path) -> None:
-    if not any(path.iterdir()):
-        path.rmdir()

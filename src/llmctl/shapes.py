@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from llmctl.config.stages import Shape
-from llmctl.errors import UserError
-from llmctl.models import load_config, parameter_count
+from llmctl.errors import ModelError, UserError
+from llmctl.models import BROKEN, load_config, parameter_count
 
 EXPERTS, EXPERTS_USED = 8, 2  # Mixtral's (Jiang et al., 2024, arXiv:2401.04088)
 TIED_BELOW = 2048
@@ -141,8 +141,23 @@ def new_config(
 
 def count_parameters(config: PreTrainedConfig) -> int:
     """Parameters of the model, without allocating them."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except BROKEN as error:
+        raise ModelError(f"not a causal language model: {str(error)[:200]}") from None
+    return parameter_count(model)
+
+
+def active_parameters(config: PreTrainedConfig) -> int:
+    """Parameters that one token meets: of a mixture's experts, those it is sent to."""
     with torch.device("meta"):
-        return parameter_count(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    if not experts:
+        return parameter_count(model)
+    idle = 1 - float(config.num_experts_per_tok / config.num_local_experts)
+    return int(parameter_count(model) - experts * idle)
 
 
 def new_model(config: PreTrainedConfig) -> PreTrainedModel:

@@ -1,6 +1,7 @@
 """What every config shares: strict fields, recipes, and errors that name the flag or the line."""
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ def parse_count(value: Any) -> Any:
         raise ValueError("expected a count such as 5000, 20M or 1.5GB")
     scale = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
     number = float(match[1]) * scale[match[2].lower()]
-    if number != int(number):
+    if not math.isfinite(number) or number != int(number):
         raise ValueError("expected a whole number")
     return int(number)
 
@@ -61,7 +62,11 @@ class Fields(BaseModel):
     """A frozen set of fields; the docstring under each field is its help text."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
     )
 
 

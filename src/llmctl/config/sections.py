@@ -45,7 +45,7 @@ class Output(Fields):
 class StageConfig(Config, Output):
     """Fields of every command."""
 
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seeds every random choice."""
 
 

@@ -187,6 +187,11 @@ class GenerateConfig(Sampling, StageConfig):
             raise ValueError("give --prompt or --prompts-file, not both")
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("give --load-in-8bit or --load-in-4bit, not both")
+        if "" in self.stop:
+            raise ValueError("--stop: expected some text, got ''")
+        for text in (*self.prompt, *self.stop, self.system or ""):
+            if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+                raise ValueError("a prompt that is not UTF-8")
         if self.system is not None and not self.chat:
             raise ValueError("--system goes with --chat")
         return self

@@ -7,6 +7,7 @@
 Documents are streamed three times at most (checked, sampled, encoded), so memory stays bounded.
 """
 
+import random
 import tempfile
 import time
 from collections.abc import Iterator
@@ -50,15 +51,16 @@ class Corpus:
         return self.scan.bytes + (self.val_scan.bytes if self.val_scan else 0)
 
     def sample(self, train_bytes: int) -> Iterator[str]:
-        """About `train_bytes` of the text in pieces, drawn evenly across the corpus."""
-        share = min(1.0, train_bytes / self.scan.bytes)
-        credit = 0.0
+        """About `train_bytes` of the text: of every so many pieces in a row, one at random."""
+        stride = max(1.0, self.scan.bytes / train_bytes)
+        draw = random.Random(0)
         with Progress("train the tokenizer", min(self.scan.bytes, train_bytes), "B") as progress:
-            taken = 0
-            for text in _pieces(self.sources, self.column):
-                credit += share * len(text)
-                if credit >= len(text) * 0.999999:
-                    credit -= len(text)
+            taken, drawn, wanted = 0, 0, 0
+            for number, text in enumerate(_pieces(self.sources, self.column)):
+                if number == wanted:
+                    while wanted <= number:
+                        drawn += 1
+                        wanted = int((drawn + draw.random()) * stride) if stride > 1 else drawn
                     taken += len(text)
                     progress.update(taken)
                     yield text

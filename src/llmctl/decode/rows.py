@@ -28,6 +28,8 @@ def check_out(out: Path | None, *, overwrite: bool) -> None:
         return
     if out.is_dir():
         raise OutputError("a directory is in the way of the output file", file=out)
+    if out.exists() and not out.is_file():
+        raise OutputError("not a regular file", file=out)
     if out.exists() and not overwrite:
         raise OutputError("the output file exists", file=out, hint="choose another, or --overwrite")
     if not out.absolute().parent.is_dir():

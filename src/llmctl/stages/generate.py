@@ -10,7 +10,7 @@ from llmctl.console import log
 from llmctl.decode.loop import Prompt, Response, best_threads, decode, eos_tokens
 from llmctl.decode.prompts import Ask, Encoder, read_asks, read_shots, read_stdin, to_prompts
 from llmctl.decode.rows import Row, check_out, open_rows, write_rows
-from llmctl.hardware import pick_device, set_threads, usable_cores
+from llmctl.hardware import memory_errors, pick_device, set_threads, usable_cores
 from llmctl.models import (
     LoadIn,
     load_causal_lm,
@@ -49,10 +49,11 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
         tokenizer=tokenizer,
         on_text=_print_piece if streams else None,
     )
-    if streams:
-        _stream(responses)
-        return None
-    return _write(config, asks, responses, len(prompts))
+    with memory_errors():
+        if streams:
+            _stream(responses)
+            return None
+        return _write(config, asks, responses, len(prompts))
 
 
 def _read(config: GenerateConfig) -> list[Ask]:

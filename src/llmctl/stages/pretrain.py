@@ -41,7 +41,8 @@ def run(config: PretrainConfig) -> dict[str, Any] | None:
         run.record(threads=threads, inputs=inputs, **setup.facts())
         trainer = build(config, setup, run)
         _resume(config, trainer)
-        metrics = fit(trainer)
+        with hardware.memory_errors():
+            metrics = fit(trainer)
         _export(trainer, setup)
         accelerator.wait_for_everyone()
         result = {
@@ -67,7 +68,7 @@ def _tokens(config: PretrainConfig, run: Run) -> tuple[Path, list[dict[str, Any]
         return run.path, []
     with open_corpus(config) as corpus:
         inputs = corpus.inputs()
-        if not (run.path / "tokens" / "index.json").exists():
+        if not (config.resume and (run.path / "tokens" / "index.json").exists()):
             vocabulary, save_tokenizer = load_vocabulary(str(config.tokenizer or config.model))
             save_tokenizer(run.path / "tokenizer")
             corpus.write(run.path / "tokens", vocabulary)
@@ -90,7 +91,8 @@ def _show(config: PretrainConfig, accelerator: Accelerator, device: str) -> None
         with open_corpus(config) as corpus:
             documents, size = corpus.scan.documents, corpus.bytes
         log.info("would first encode %s documents, %sB of text", f"{documents:,}", short(size))
-    print(config.to_yaml("pretrain"), end="")
+    if accelerator.is_main_process:
+        print(config.to_yaml("pretrain"), end="")
 
 
 def _resume(config: PretrainConfig, trainer: Trainer) -> None:
@@ -101,8 +103,10 @@ def _resume(config: PretrainConfig, trainer: Trainer) -> None:
     path = config.resume_from or (checkpoint.newest(root) if config.resume else None)
     if path is not None:
         resume(trainer, checkpoint.load(path, trainer.identity, trainer.rank))
-        trainer.run.forget_metrics_after(trainer.progressed.step)
+        if path.resolve().parent != root.resolve():
+            trainer.progressed.forget_best()  # its weights are not in this run
         log.info("resuming from %s", path)
+    trainer.run.forget_metrics_after(trainer.progressed.step)
 
 
 def _export(trainer: Trainer, setup: Setup) -> None:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
 from llmctl import checkpoint
-from llmctl.console import Progress, log
+from llmctl.console import Progress
 from llmctl.errors import DivergedError
 from llmctl.training.batches import IGNORED, validation_batches
 from llmctl.training.meter import Meter
@@ -38,7 +38,7 @@ def fit(trainer: Trainer) -> dict[str, Any]:
     with stop_flag() as flag, Progress("pretrain", plan.max_steps) as progress:
         progress.start_at(done.step)
         batch = to_device(trainer, done.step)
-        while done.step < plan.max_steps:
+        while done.step < plan.max_steps and not is_stopped_early(trainer):
             set_lr(trainer.optimizers, plan.lr_at(done.step))
             loss = accumulate_gradients(trainer, batch)
             batch = to_device(trainer, done.step + 1)  # while a GPU still computes
@@ -51,14 +51,9 @@ def fit(trainer: Trainer) -> dict[str, Any]:
             done.tokens += plan.tokens_per_step
             meter.count()
             if done.step % trainer.log_every == 0 or done.step == plan.max_steps:
-                progress.update(done.step, meter.log(loss, grad_norm))
-            if finish_step(trainer, meter, stopping=bool(signal_number)):
-                log.info(
-                    "step %d: stopping early, no better for %d evaluations",
-                    done.step,
-                    done.evals_since_best,
-                )
-                break
+                meter.log(loss, grad_norm)
+            progress.update(done.step, meter.text)
+            finish_step(trainer, meter, stopping=bool(signal_number))
             if signal_number:
                 raise StopFlag.error(signal_number, done.step)
     return meter.final()
@@ -134,9 +129,9 @@ def agree(trainer: Trainer, loss: Tensor, grad_norm: Tensor, flag: StopFlag) -> 
     if trainer.world > 1:
         signals = torch.tensor(float(flag.received), device=facts.device)
         facts = torch.cat([facts, signals[None]])
-        gathered = trainer.accelerator.gather(facts[None])
-        loss, finite = gathered[:, 0].mean(), bool(gathered[:, 1].min() > 0)
-        signal_number = int(gathered[:, 2].max())
+        losses, checks, numbers = trainer.accelerator.gather(facts[None]).T.tolist()
+        loss = facts.new_tensor(sum(losses) / len(losses))
+        finite, signal_number = min(checks) > 0, int(max(numbers))
     else:
         finite, signal_number = bool(facts[1] > 0), flag.received
     if not finite:
@@ -150,8 +145,14 @@ def agree(trainer: Trainer, loss: Tensor, grad_norm: Tensor, flag: StopFlag) -> 
     return loss, signal_number
 
 
-def finish_step(trainer: Trainer, meter: Meter, *, stopping: bool) -> bool:
-    """Evaluate and save where due; return whether to stop early."""
+def is_stopped_early(trainer: Trainer) -> bool:
+    """Whether the plan's patience is over."""
+    patience = trainer.plan.early_stop
+    return patience is not None and trainer.progressed.evals_since_best >= patience
+
+
+def finish_step(trainer: Trainer, meter: Meter, *, stopping: bool) -> None:
+    """Evaluate and save where due."""
     plan, done = trainer.plan, trainer.progressed
     last = done.step == plan.max_steps
     improved = False
@@ -161,7 +162,6 @@ def finish_step(trainer: Trainer, meter: Meter, *, stopping: bool) -> bool:
     if improved or stopping or last or done.step % plan.save_every == 0:
         with meter.paused():
             save(trainer)
-    return plan.early_stop is not None and done.evals_since_best >= plan.early_stop
 
 
 @torch.no_grad()
@@ -185,7 +185,7 @@ def evaluate(trainer: Trainer, split: "TokenSplit") -> dict[str, float]:
         nats += cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
         ).to(nats)
-        count += (targets != IGNORED).sum()
+        count += (targets != IGNORED).sum().to(count)
     model.train()
     nats, count = trainer.accelerator.reduce(torch.stack([nats, count])).tolist()
     loss = nats / count

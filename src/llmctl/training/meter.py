@@ -21,6 +21,7 @@ class Meter:
         self._steps = self._all_steps = 0
         self._all_seconds = 0.0
         self._last: dict[str, Any] = {}
+        self.text = ""
         self._peak = hardware.peak_flops(trainer.device)
 
     def count(self) -> None:
@@ -31,8 +32,8 @@ class Meter:
         """Leave evaluation and saving out of the speed."""
         return _Paused(self)
 
-    def log(self, loss: Tensor, grad_norm: Tensor) -> str:
-        """Write a line of metrics; return the text for the progress line."""
+    def log(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Write a line of metrics, and renew the text of the progress line."""
         trainer, done = self.trainer, self.trainer.progressed
         speed = self._speed()
         self._last = {
@@ -52,7 +53,8 @@ class Meter:
             text += f"  mfu {self._last['mfu']:.1%}"
         if "val_loss" in done.last_eval:
             text += f"  val {done.last_eval['val_loss']:.3f}"
-        return text
+        memory = short(self._last["memory_bytes"])
+        self.text = f"{text}  grad {float(grad_norm):.2g}  {memory}B"
 
     def log_evaluation(self, found: dict[str, float]) -> bool:
         """Write the line of an evaluation; return whether it is the best so far."""

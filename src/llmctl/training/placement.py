@@ -1,8 +1,10 @@
 """Processes and devices through Accelerate; what was asked for and is not in force is an error."""
 
 import os
+from datetime import timedelta
 
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from llmctl import hardware
 from llmctl.config.sections import Placement
@@ -17,7 +19,8 @@ def make_accelerator(placement: Placement) -> tuple[Accelerator, str]:
         ResourceError: the device is not there.
     """
     device = hardware.pick_device(placement.device)
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # rank 0 may tokenize first
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[patience])
     _require_in_force(placement, accelerator)
     return accelerator, device
 

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llmctl import hardware, shapes
 from llmctl.config.stages import PretrainConfig
 from llmctl.console import log, short
 from llmctl.data.shards import TokenIndex, open_tokens
 from llmctl.data.vocabulary import fingerprint
-from llmctl.errors import DataError, UserError
+from llmctl.errors import DataError, ModelError, UserError
 from llmctl.models import load_causal_lm, load_config, load_tokenizer
 from llmctl.rundir import Run
 from llmctl.training.batches import Batches
@@ -71,7 +72,9 @@ def prepare(config: PretrainConfig, tokens: Path, accelerator: Accelerator, devi
             file=tokens,
         )
     parameters = shapes.count_parameters(architecture)
-    longest = architecture.max_position_embeddings
+    longest = getattr(architecture, "max_position_embeddings", None)
+    if longest is None:
+        raise ModelError("this architecture has no fixed number of positions: not supported yet")
     context = config.context or min(longest, LONGEST_CONTEXT)
     if context > longest:
         raise UserError(f"--context {context}: the model has {longest} positions")
@@ -102,11 +105,15 @@ def build(config: PretrainConfig, setup: Setup, run: Run) -> Trainer:
     )
     if plan.precision == "pure-bf16":
         log.warning("pure bf16 weights: updates smaller than 1/256 of a weight vanish")
-        model.to(torch.bfloat16)
-    if device == "cuda":
+        for weight in model.parameters():  # buffers such as rotary frequencies stay exact
+            weight.data = weight.data.to(torch.bfloat16)
+    if device == "cuda" and plan.precision != "fp32":
         torch.set_float32_matmul_precision("high")
+    _attend_causally(model)
     model.train()
     if config.compile:
+        if is_sharded(setup.accelerator):
+            raise UserError("--compile has not been made to work under FSDP", hint="drop --compile")
         model.compile()
     placed, *wrapped = setup.accelerator.prepare(model, *make_optimizers(model, plan, device))
     return Trainer(
@@ -118,14 +125,16 @@ def build(config: PretrainConfig, setup: Setup, run: Run) -> Trainer:
         run=run,
         accelerator=setup.accelerator,
         device=device,
-        flops_per_token=shapes.flops_per_token(setup.parameters, setup.architecture, plan.context),
+        flops_per_token=shapes.flops_per_token(
+            shapes.active_parameters(setup.architecture), setup.architecture, plan.context
+        ),
         identity={
             **plan.identity(),
             "parameters": setup.parameters,
             "tokens_sha256": _content_hash(setup.index),
         },
         keep=config.keep,
-        log_every=config.log_every or max(1, plan.max_steps // 100),
+        log_every=config.log_every or min(100, max(1, plan.max_steps // 100)),
     )
 
 
@@ -138,6 +147,20 @@ def _content_hash(index: TokenIndex) -> str:
     splits = [split for split in (index.train, index.val) if split is not None]
     digests = [shard.sha256 for split in splits for shard in split.shards]
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+def _attend_causally(model: Any) -> None:
+    """Let SDPA know that attention is causal, with no mask, which is what flash attention takes.
+
+    Transformers builds a mask for what it cannot prove to be unpacked, at the price of a wait for
+    the GPU each forward pass, or of the flash kernel where the model is compiled. Training windows
+    have no padding. An attention function without a mask function gets no mask.
+    """
+    shape = model.config.to_dict()
+    windowed = shape.get("sliding_window") is not None and shape.get("use_sliding_window", True)
+    if model.config._attn_implementation == "sdpa" and not windowed:
+        AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
+        model.set_attn_implementation("sdpa_causal")
 
 
 def _architecture(

@@ -28,6 +28,11 @@ class Progressed:
     last_eval: dict[str, float] = field(default_factory=dict)
     best_eval: dict[str, float] = field(default_factory=dict)
 
+    def forget_best(self) -> None:
+        """Judge evaluations from here on only."""
+        self.best_step, self.best_loss, self.evals_since_best = None, math.inf, 0
+        self.best_eval = {}
+
 
 @dataclass
 class Trainer:
