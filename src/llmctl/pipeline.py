@@ -25,7 +25,6 @@ def run(config: DemoConfig) -> dict[str, Any] | None:
         tokens=str(out / "tok"),
         out=out / "base",
         size="nano",
-        batch_size=8,
         momentum=0.9,
         eval_tokens=32_768,
         max_steps=config.max_steps,

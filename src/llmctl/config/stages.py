@@ -200,7 +200,7 @@ class GenerateConfig(Sampling, StageConfig):
 class DemoConfig(StageConfig):
     """Tokenize, pretrain and generate on text that every Python carries."""
 
-    max_steps: Annotated[PositiveCount, Also("steps")] = 500
+    max_steps: Annotated[PositiveCount, Also("steps")] = 400
     """Optimizer steps of the training part."""
 
     threads: PositiveInt | None = None

@@ -129,6 +129,8 @@ class Encoder:
         or the template puts it, and alone for an empty prompt.
         """
         if isinstance(ask.prompt, list):
+            if self.system is not None or self.shots:
+                raise UserError(f"{ask.name}: --system and --shots do not go with `messages`")
             return encode_chat(self.tokenizer, ask.prompt)
         if self.chat:
             return encode_chat(self.tokenizer, self._turns(ask.prompt))

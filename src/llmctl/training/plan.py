@@ -11,6 +11,7 @@ from llmctl.errors import ResourceError, UserError
 COMPUTE_OPTIMAL = 20  # tokens per parameter (Hoffmann et al., 2022, arXiv:2203.15556)
 EPOCHS = 10  # more repetition teaches little (Muennighoff et al., 2023, arXiv:2305.16264)
 GPU_BATCH_TOKENS = 524_288  # of a GPT-2 124M step; scaled by the root of the size
+CPU_BATCH_TOKENS = 2_048  # small models learn more from more steps than from larger ones
 BF16_PARAMETERS = 4_000_000  # autocast costs more than it gains in smaller models on a CPU
 
 
@@ -144,7 +145,7 @@ def _batch(
     if config.batch_size is not None:
         batch_size = config.batch_size
     elif device == "cpu":
-        batch_size = max(1, (4096 if parameters < BF16_PARAMETERS else 8192) // context)
+        batch_size = max(1, CPU_BATCH_TOKENS // context)
     else:
         batch_size = max(1, 16_384 // context)
     per_pass = batch_size * context * world_size

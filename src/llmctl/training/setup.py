@@ -193,6 +193,8 @@ def _announce(setup: Setup) -> None:
         plan.precision,
         hardware.device_name(setup.device),
     )
+    if plan.warmup_steps > plan.max_steps:
+        log.warning("warm-up is longer than the run: the learning rate stays low")
     tokens = plan.max_steps * plan.tokens_per_step
     log.info(
         "%s steps of %s tokens (context %d): %s tokens, %.1f epochs; %s, lr %g",
