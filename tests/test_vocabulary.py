@@ -157,6 +157,12 @@ def test_the_chat_template_marks_what_the_assistant_wrote(trained, tmp_path):
     assert tokenizer.apply_chat_template(messages, tokenize=False).startswith(prompt + "text 1")
 
 
+@pytest.mark.parametrize("algorithm", ["bpe", "wordpiece", "char"])
+def test_training_twice_gives_the_same_tokenizer(algorithm):
+    found = {fingerprint(train_tokenizer(TEXTS, algorithm)) for _ in range(4)}
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize("algorithm", ["bpe", "wordpiece", "unigram", "char"])
 def test_a_vocabulary_larger_than_the_corpus_allows_names_the_largest(algorithm):
     with pytest.raises(DataError, match="larger than the corpus allows") as caught:
