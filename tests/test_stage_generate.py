@@ -324,6 +324,8 @@ def endless(model) -> subprocess.Popen:
         [*command, "--prompt", "ab\n", "--max-new-tokens", "1900"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A shell gives its background jobs, and so their children, a SIGINT that is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     yield process
     process.kill()
