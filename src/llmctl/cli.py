@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from llmctl import console
 from llmctl.errors import Terminated, UserError
 
 if TYPE_CHECKING:
@@ -87,9 +88,7 @@ def _add_command(app: typer.Typer, name: str, config: str, summary: str) -> None
 
 def _run(name: str, config: "StageConfig") -> int:
     """Run a command; stdout gets its result and nothing else."""
-    from llmctl import console
-
-    console.set_up(quiet=config.quiet or os.environ.get("RANK", "0") != "0", verbose=config.verbose)
+    console.set_up(quiet=config.quiet or console.rank() > 0, verbose=config.verbose)
     processes = dict(config).get("processes") if name in LAUNCHED else None
     if processes and processes > 1 and "RANK" not in os.environ:
         return int(import_module("llmctl.launch").run(processes))
@@ -97,7 +96,7 @@ def _run(name: str, config: "StageConfig") -> int:
     run: Callable[[Any], dict[str, Any] | None] = import_module(f"llmctl.{stage}").run
     try:
         result = run(config)
-        if result is not None and os.environ.get("RANK", "0") == "0":
+        if result is not None and console.rank() == 0:
             print(json.dumps(result) if config.as_json else result["out"])
         sys.stdout.flush()
     except BrokenPipeError:  # the reader went away; Typer would call it a bug
@@ -153,8 +152,7 @@ def _help_hint(arguments: list[str]) -> str:
 
 
 def _report(error: UserError, arguments: list[str]) -> int:
-    is_main = os.environ.get("RANK", "0") == "0"
-    if "--json" in arguments and is_main:
+    if "--json" in arguments and console.rank() == 0:
         print(json.dumps({"error": error.as_json()}))
     print(f"error: {error}", file=sys.stderr)
     return error.code

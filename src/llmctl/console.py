@@ -31,6 +31,11 @@ def set_up(*, quiet: bool = False, verbose: bool = False) -> None:
     log.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO)
 
 
+def rank() -> int:
+    """This process's rank, as launchers set it; only rank 0 speaks and writes."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_terminal() -> bool:
     """Whether stderr can show a live progress bar."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"

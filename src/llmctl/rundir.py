@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from llmctl.claim import LOCK, Claim, claim, read_json
 from llmctl.config.sections import StageConfig
+from llmctl.console import rank
 from llmctl.errors import (
     DivergedError,
     Interrupted,
@@ -114,11 +115,6 @@ def open_run(stage: str, config: StageConfig) -> Iterator[Run]:
                     shutil.rmtree(run.path)
                 raise
             owned.settle()
-
-
-def rank() -> int:
-    """This process's rank, as launchers set it."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def is_complete(out: Path | None) -> bool:

@@ -149,14 +149,12 @@ def count_parameters(config: PreTrainedConfig) -> int:
     return parameter_count(model)
 
 
-def active_parameters(config: PreTrainedConfig) -> int:
+def active_parameters(model: PreTrainedModel) -> int:
     """Parameters that one token meets: of a mixture's experts, those it is sent to."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     if not experts:
         return parameter_count(model)
-    idle = 1 - float(config.num_experts_per_tok / config.num_local_experts)
+    idle = 1 - float(model.config.num_experts_per_tok / model.config.num_local_experts)
     return int(parameter_count(model) - experts * idle)
 
 

@@ -16,6 +16,7 @@ from llmctl.config.stages import PretrainConfig
 from llmctl.console import log, short
 from llmctl.data.shards import TokenIndex, open_tokens
 from llmctl.data.vocabulary import fingerprint
+from llmctl.decode.loop import context_size
 from llmctl.errors import DataError, ModelError, UserError
 from llmctl.models import load_causal_lm, load_config, load_tokenizer
 from llmctl.rundir import Run
@@ -72,7 +73,7 @@ def prepare(config: PretrainConfig, tokens: Path, accelerator: Accelerator, devi
             file=tokens,
         )
     parameters = shapes.count_parameters(architecture)
-    longest = getattr(architecture, "max_position_embeddings", None)
+    longest = context_size(architecture)
     if longest is None:
         raise ModelError("this architecture has no fixed number of positions: not supported yet")
     context = config.context or min(longest, LONGEST_CONTEXT)
@@ -126,7 +127,7 @@ def build(config: PretrainConfig, setup: Setup, run: Run) -> Trainer:
         accelerator=setup.accelerator,
         device=device,
         flops_per_token=shapes.flops_per_token(
-            shapes.active_parameters(setup.architecture), setup.architecture, plan.context
+            shapes.active_parameters(model), setup.architecture, plan.context
         ),
         identity={
             **plan.identity(),
