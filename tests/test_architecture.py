@@ -9,10 +9,10 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "llmctl"
 FLOORS = [  # a module imports from floors below its own, and from its own package or floor
-    {"errors", "console", "files", "provenance"},
+    {"errors", "console", "files", "provenance", "redact", "stopping"},
     {"config"},
-    {"rundir", "claim", "options"},
-    {"hardware", "launch", "models", "shapes", "data", "checkpoint", "decode"},
+    {"rundir", "claim", "options", "lock", "survey"},
+    {"hardware", "launch", "models", "vetting", "shapes", "data", "checkpoint", "resume", "decode"},
     {"training"},
     {"stages"},
     {"pipeline"},
@@ -24,7 +24,7 @@ OWNERS = {
     "typer": {"cli", "options"},
     "bitsandbytes": {"models", "training"},
     "yaml": {"config"},
-    "filelock": {"rundir"},
+    "filelock": {"lock"},
     "accelerate": {"training", "stages"},
 }
 MODULES = sorted(p for p in SRC.rglob("*.py") if p.stem not in ("__init__", "__main__"))

@@ -82,7 +82,7 @@ def test_counts_take_suffixes(value, number):
         ("tokens: a\n\tlr: 1", "malformed YAML"),
         ("tokens: " + "[" * 50, "nested deeper"),
         ("stage: sft\ntokens: a", "the recipe is for `sft`"),
-        ("x: " + "a" * 1_000_001, "the limit is 1,000,000"),
+        ("x: " + "a" * 1_000_001, "the limit is 32,000"),
     ],
 )
 def test_bad_recipes(tmp_path, text, expected):

@@ -1,6 +1,5 @@
 """Build, load and save models and tokenizers: plain Hugging Face folders, nothing else."""
 
-import json
 import logging
 import re
 import shutil
@@ -33,6 +32,14 @@ from transformers.utils import logging as transformers_logging
 from llmctl.errors import ModelError, NetworkError
 from llmctl.files import follow_umask
 from llmctl.rundir import resolve_model, resolve_tokenizer
+from llmctl.vetting import (
+    check_counts,
+    check_files,
+    check_shards,
+    check_size,
+    read_object,
+    require_safetensors,
+)
 
 LoadIn = Literal["full", "8bit", "4bit"]
 BROKEN = (
@@ -51,7 +58,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAFE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 DERIVED = (".inv_freq", ".masked_bias", ".attn.bias")
 """Buffers that old checkpoints carry and that models compute."""
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -98,6 +104,7 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
     folder = local_folder(resolve_tokenizer(reference))
     if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer_config.json")):
         raise ModelError("no tokenizer in this folder", file=folder)
+    check_files(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False
@@ -117,13 +124,16 @@ def load_config(reference: str) -> PreTrainedConfig:
     """
     folder = local_folder(resolve_model(reference))
     if (folder / "adapter_config.json").exists():
-        return load_config(_base_of(folder))
+        folder = _base_of(folder)
     if not (folder / "config.json").exists():
         raise ModelError("no config.json in this folder", file=folder)
+    check_files(folder)
+    raw = read_object(folder / "config.json")
+    check_counts(raw, folder)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except BROKEN as error:
-        if "trust_remote_code" in str(error) or _has_remote_code(folder):
+        if "trust_remote_code" in str(error) or "auto_map" in raw:
             raise ModelError(
                 "this model wants to run Python code of its own, which llmctl never does",
                 file=folder,
@@ -146,8 +156,10 @@ def load_causal_lm(
     if (folder / "adapter_config.json").exists():
         return _load_adapter(folder, dtype, device, load_in)
     config = load_config(str(folder))
-    _require_safetensors(folder)
+    require_safetensors(folder)
+    check_shards(folder, config)
     try:
+        check_size(folder, config)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -206,19 +218,6 @@ def parameter_count(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _require_safetensors(folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
-    if pickles:
-        raise ModelError(
-            f"only pickled weights here ({pickles[0]}), which can run code when loaded",
-            file=folder,
-            hint="ask for safetensors, or convert them where you trust the file",
-        )
-    raise ModelError("no weights (*.safetensors) in this folder", file=folder)
-
-
 def _check_loaded(model: PreTrainedModel, report: dict[str, Any], folder: Path) -> None:
     """Refuse what transformers only reports: tensors it made up; and weights not finite."""
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
@@ -235,20 +234,26 @@ def _load_adapter(
     folder: Path, dtype: torch.dtype, device: str, load_in: LoadIn
 ) -> PreTrainedModel:
     """An adapter over its base, by PEFT's own class (the Auto class loses DoRA's magnitudes)."""
-    _require_safetensors(folder)
+    require_safetensors(folder, "adapter_model.safetensors")
     from peft import PeftModel
 
-    model = load_causal_lm(_base_of(folder), dtype=dtype, device=device, load_in=load_in)
-    return PeftModel.from_pretrained(model, folder).eval()
-
-
-def _base_of(adapter: Path) -> str:
-    """The model that an adapter was trained on."""
+    model = load_causal_lm(str(_base_of(folder)), dtype=dtype, device=device, load_in=load_in)
     try:
-        found = json.loads((adapter / "adapter_config.json").read_bytes())
-        return str(found["base_model_name_or_path"])
-    except (ValueError, KeyError):
-        raise ModelError("adapter_config.json names no base model", file=adapter) from None
+        return PeftModel.from_pretrained(model, folder).eval()
+    except BROKEN as error:
+        raise ModelError(f"the adapter does not load: {_first_line(error)}", file=folder) from None
+
+
+def _base_of(adapter: Path) -> Path:
+    """The folder of the model that an adapter was trained on."""
+    check_files(adapter)
+    name = read_object(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(name, str):
+        raise ModelError("adapter_config.json names no base model", file=adapter)
+    folder = local_folder(resolve_model(name))
+    if (folder / "adapter_config.json").exists():
+        raise ModelError("the base of this adapter is an adapter itself", file=adapter)
+    return folder
 
 
 def _bitsandbytes(config: PreTrainedConfig, load_in: LoadIn, dtype: torch.dtype) -> Any:
@@ -285,13 +290,6 @@ def _odd_widths(config: PreTrainedConfig) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module.in_features % 64
     ]
-
-
-def _has_remote_code(folder: Path) -> bool:
-    try:
-        return "auto_map" in json.loads((folder / "config.json").read_bytes())
-    except ValueError:
-        return False
 
 
 def _first_line(error: Exception) -> str:

@@ -12,8 +12,10 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from llmctl.errors import UserError
+from llmctl.redact import redacted
 
-RECIPE_BYTES = 1_000_000
+RECIPE_BYTES = 32_000
+"""More than any recipe needs, and less than a parser can be kept busy with for a second."""
 RECIPE_DEPTH = 20
 
 
@@ -37,6 +39,14 @@ class Flag:
     def __init__(self, *names: str) -> None:
         """Names with their dashes, the long one first."""
         object.__setattr__(self, "names", names)
+
+
+@dataclass(frozen=True)
+class Argument:
+    """Marks a field that is given by its place, not by a flag."""
+
+    name: str
+    """What `--help` calls it."""
 
 
 def parse_count(value: Any) -> Any:
@@ -103,8 +113,8 @@ class Config(Fields):
             raise cls._explain(error, recipe, lines, flags) from None
 
     def recipe(self, stage: str) -> dict[str, Any]:
-        """The resolved config as recipe keys, without what only steers this one call."""
-        return {"stage": stage, **self.model_dump(mode="json")}
+        """The resolved config as recipe keys, without secrets and what steers only this call."""
+        return {"stage": stage, **redacted(self.model_dump(mode="json"))}
 
     def to_yaml(self, stage: str) -> str:
         """The resolved config as a recipe that `load` reads back."""
@@ -124,6 +134,8 @@ class Config(Fields):
         for item in cls.model_fields[name].metadata:
             if isinstance(item, Flag):
                 return item.names[0]
+            if isinstance(item, Argument):
+                return item.name
         return "--" + name.replace("_", "-")
 
     @classmethod
@@ -200,6 +212,17 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _construct_int(loader: _StrictLoader, node: Any) -> int:
+    """A number that a message can show: Python takes long, or refuses, to print longer ones."""
+    value = int(loader.construct_yaml_int(node))
+    if abs(value) >= 2**63:
+        raise yaml.MarkedYAMLError(
+            problem="a number of more than 64 bits", problem_mark=node.start_mark
+        )
+    return value
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
@@ -234,7 +257,7 @@ def read_recipe(recipe: Path) -> tuple[dict[str, Any], dict[str, int]]:
             file=recipe,
             line=mark.line + 1 if mark else None,
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:  # a date of 99 months, …
         raise UserError(f"malformed YAML: {error}", file=recipe) from None
     if not isinstance(values, dict):
         raise UserError(

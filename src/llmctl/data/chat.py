@@ -1,4 +1,28 @@
-"""The chat template of tokenizers that are trained here: ChatML."""
+"""The chat template of tokenizers that are trained here, and the guarded rendering of all others.
+
+A template that comes with a model is a program of someone else's. Jinja's sandbox keeps it from
+files and from Python, but not from running for ever or filling the memory. So it runs in a process
+of its own, `sandbox.py`, whose time and memory the kernel bounds.
+"""
+
+import atexit
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from llmctl.data import sandbox
+from llmctl.errors import ModelError
+
+TEMPLATE_SIZE = 250_000
+"""Characters; the longest of well-known models have a tenth of it."""
+HINT = "such a template is broken or hostile: use another tokenizer, or continue plain text"
 
 CHAT_TEMPLATE = """\
 {{- bos_token }}
@@ -18,3 +42,76 @@ CHAT_TEMPLATE = """\
 {%- endif %}
 """
 """ChatML; the markers tell `return_assistant_tokens_mask` which tokens the assistant wrote."""
+
+
+def render_chat(
+    template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, str]
+) -> str:
+    """The text of a conversation, up to where the assistant's turn begins.
+
+    It is to the letter what `apply_chat_template` makes of it.
+
+    Args:
+        template: jinja, not trusted.
+        messages: the conversation, as JSON has it.
+        variables: what else the template sees: the tokenizer's special tokens.
+
+    Raises:
+        ModelError: the template refuses the messages, is broken, or takes too much time or memory.
+    """
+    if len(template) > TEMPLATE_SIZE:
+        raise ModelError(f"the chat template is larger than {TEMPLATE_SIZE:,} characters")
+    present = [{k: v for k, v in message.items() if v is not None} for message in messages]
+    request = {"template": template, "messages": present, "variables": dict(variables)}
+    answer = _ask(json.dumps(request))
+    if "text" in answer:
+        return answer["text"]
+    raise ModelError(f"the chat template {answer['refusal']}", hint=HINT)
+
+
+def _ask(request: str) -> dict[str, str]:
+    """Send a request to this process's renderer; one that died, or was interrupted, is replaced."""
+    process = _renderer(os.getpid())
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with ExitStack() as undo:
+        undo.callback(_renderer.cache_clear)
+        undo.callback(_end, process)
+        try:
+            process.stdin.write(request.encode() + b"\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            return {"refusal": "cannot be rendered: its process ended"}
+        answer = process.stdout.readline()
+        if not answer.endswith(b"\n"):
+            if process.wait() == -signal.SIGALRM:
+                return {"refusal": f"takes too long: more than {sandbox.SECONDS:.0f} s"}
+            return {"refusal": f"ends its process (exit code {process.returncode})"}
+        undo.pop_all()
+    return json.loads(answer)  # type: ignore[no-any-return]
+
+
+@cache
+def _renderer(_: int) -> subprocess.Popen[bytes]:
+    """The process that renders for this one, whose id keeps forks from sharing it.
+
+    It gets no Ctrl-C of the terminal (a process group of its own). As a script, and with `-P`, it
+    imports neither from the working directory nor from its own.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-P", str(Path(sandbox.__file__).resolve())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        # Each thread that numpy would start takes from the address space that is bounded.
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+        process_group=0,
+    )
+    atexit.register(_end, process)
+    return process
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    atexit.unregister(_end)
+    process.kill()
+    process.communicate()

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from llmctl.console import log
+from llmctl.data.chat import CHAT_TEMPLATE, render_chat
 from llmctl.data.lines import parse_row, read_lines
 from llmctl.decode.loop import Prompt, check_prompt, room
 from llmctl.errors import DataError, ModelError, UserError
@@ -198,13 +198,24 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
     special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
     broken = [{**m, "content": pattern.sub(_break, m["content"])} for m in messages]
-    try:
-        rendered = tokenizer.apply_chat_template(broken, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise ModelError(f"the chat template refuses these messages: {error.message}") from None
+    rendered = _render(tokenizer, broken)
     if broken == list(messages):
         return [int(t) for t in tokenizer(rendered, add_special_tokens=False)["input_ids"]]
     return _encode_parts(tokenizer, rendered, pattern)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    """The text of a conversation; only a template that llmctl wrote runs in this process."""
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError:
+        raise ModelError("several chat templates, and none of them is the default") from None
+    if not isinstance(template, str):
+        raise ModelError("the chat template is not text")
+    if template != CHAT_TEMPLATE:
+        return render_chat(template, messages, tokenizer.special_tokens_map)
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text
 
 
 def _break(found: re.Match[str]) -> str:

@@ -1,0 +1,110 @@
+"""Render chat templates that nobody vouches for: the process that `chat.py` starts.
+
+In: on stdin, a line of JSON for each conversation. Out: on stdout, a line of JSON with its text, or
+with what is wrong with the template. Runs as a script and imports nothing of llmctl. It ends with
+its stdin, and so also when the process that started it is killed.
+"""
+
+import importlib.util
+import json
+import resource
+import signal
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+SECONDS = 3.0
+"""For one conversation; a template takes milliseconds."""
+MEMORY = 512 * 2**20
+"""Bytes of this whole process, of which Python and its libraries take a fifth."""
+TEXT = 1_000_000
+"""Characters that a template may write besides four times what it was given."""
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+"""What Python raises for a template that is wrong, besides jinja's own errors."""
+
+
+def main() -> None:
+    """Answer each line of stdin."""
+    render = import_renderer()
+    from jinja2 import TemplateError
+
+    _bound_memory()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    for line in sys.stdin.buffer:
+        # The kernel ends this process, wherever it is: no Python code has to get its turn for it.
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        try:
+            answer = _answer(render, line)
+        except (TemplateError, *FAILURES) as error:
+            answer = {"refusal": f"refuses these messages: {_one_line(error)}"}
+        except MemoryError:
+            answer = {"refusal": f"takes too much memory: more than {MEMORY >> 20} MB"}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+        sys.stdout.buffer.flush()
+
+
+def import_renderer() -> Callable[..., tuple[list[str], Any]]:
+    """The function of transformers that renders a template.
+
+    Importing transformers takes a second, of which this function needs a tenth. So its packages are
+    left empty here; should a later version want more of them, they are imported after all.
+    """
+    spec = importlib.util.find_spec("transformers")
+    if spec is not None and spec.submodule_search_locations:
+        root = spec.submodule_search_locations[0]
+        for name, path in (("transformers", root), ("transformers.utils", f"{root}/utils")):
+            sys.modules[name] = types.ModuleType(name)
+            sys.modules[name].__path__ = [path]
+    try:
+        from transformers.utils.chat_template_utils import render_jinja_template
+    except (ImportError, AttributeError):
+        for name in [n for n in sys.modules if n.partition(".")[0] == "transformers"]:
+            del sys.modules[name]
+        from transformers.utils.chat_template_utils import render_jinja_template
+    return render_jinja_template  # type: ignore[no-any-return]
+
+
+def _bound_memory() -> None:
+    """Cap the address space; where a system cannot (macOS), the time alone is the bound."""
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    limit = MEMORY if most == resource.RLIM_INFINITY else min(MEMORY, most)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    except ValueError:
+        if sys.platform != "darwin":
+            raise
+
+
+def _answer(render: Callable[..., tuple[list[str], Any]], line: bytes) -> dict[str, str]:
+    request = json.loads(line)
+    (text,), _ = render(
+        conversations=[request["messages"]],
+        chat_template=request["template"],
+        add_generation_prompt=True,
+        **request["variables"],
+    )
+    if len(text) > TEXT + 4 * len(line):
+        return {"refusal": f"writes too much: {len(text):,} characters"}
+    return {"text": text}
+
+
+def _one_line(error: Exception) -> str:
+    """The message, without what could play tricks on a terminal."""
+    shown = "".join(c if c.isprintable() else " " for c in str(error)[:200]).strip()
+    return shown or type(error).__name__
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""What is checked of a model folder before any library reads it: it may come from anyone.
+
+Libraries read a file whole however large, build as many layers as config.json asks for, and follow
+an index to wherever it points. All this is refused here, by name.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from llmctl.errors import ModelError
+
+MEGABYTE = 10**6
+LARGEST = {
+    "config.json": 10 * MEGABYTE,
+    "generation_config.json": 10 * MEGABYTE,
+    "adapter_config.json": 10 * MEGABYTE,
+    "tokenizer_config.json": 10 * MEGABYTE,
+    "special_tokens_map.json": 10 * MEGABYTE,
+    "added_tokens.json": 10 * MEGABYTE,
+    "chat_template.json": 10 * MEGABYTE,
+    "chat_template.jinja": 10 * MEGABYTE,
+    "model.safetensors.index.json": 100 * MEGABYTE,
+    "tokenizer.json": 200 * MEGABYTE,
+    "vocab.json": 200 * MEGABYTE,
+    "tokenizer.model": 200 * MEGABYTE,
+}
+"""Bytes of each file; those of the largest models are a tenth of it."""
+MOST = {r"(layers?|blocks?|stages)$": 1000, r"(experts?|heads?|labels?|groups?)$": 100_000}
+"""Of what config.json counts, each of which becomes a Python object."""
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def check_files(folder: Path) -> None:
+    """Refuse files that are read whole and are too large, or no files at all.
+
+    Raises:
+        ModelError: a file over its limit, or a pipe or device in the place of one.
+    """
+    templates = folder.glob("additional_chat_templates/*.jinja")
+    limits = {folder / name: limit for name, limit in LARGEST.items()}
+    for file, limit in {**limits, **dict.fromkeys(templates, 10 * MEGABYTE)}.items():
+        if file.exists() and not file.is_file():
+            raise ModelError("not a regular file", file=file)
+        if file.exists() and (size := file.stat().st_size) > limit:
+            raise ModelError(f"a file of {size:,} bytes; the limit is {limit:,}", file=file)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object of a JSON file.
+
+    Raises:
+        ModelError: it is no JSON, nested too deeply, or not an object.
+    """
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError, OSError) as error:
+        what = str(error).splitlines()[0][:200]
+        raise ModelError(f"{file.name} does not load: {what}", file=file.parent) from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{file.name} does not load: not an object", file=file.parent)
+    return content
+
+
+def check_counts(config: dict[str, Any], folder: Path) -> None:
+    """Refuse a config.json that asks for more layers, heads or labels than any model has.
+
+    Raises:
+        ModelError: naming the key.
+    """
+    for key, value in config.items():
+        if isinstance(value, dict):
+            check_counts(value, folder)
+        elif isinstance(value, int):
+            most = min((m for name, m in MOST.items() if re.search(name, key)), default=value)
+            if value > most:
+                shown = f"{value:,}" if value < 10**15 else "more than 10**15"
+                raise ModelError(f"config.json: {key} of {shown} is absurd", file=folder)
+
+
+def require_safetensors(folder: Path, name: str = "*.safetensors") -> None:
+    """Refuse a folder without such weights; pickled ones can run code when they are loaded.
+
+    Raises:
+        ModelError: with how to mend it.
+    """
+    if any(folder.glob(name)):
+        return
+    pickles = [p.name for pattern in PICKLES for p in sorted(folder.glob(pattern))]
+    if pickles:
+        raise ModelError(
+            f"only pickled weights here ({pickles[0]}), which can run code when loaded",
+            file=folder,
+            hint="ask for safetensors, or convert them where you trust the file",
+        )
+    raise ModelError(f"no weights ({name}) in this folder", file=folder)
+
+
+def check_shards(folder: Path, config: PreTrainedConfig) -> None:
+    """Refuse an index that leads out of its folder, to a file that is missing, or to a pickle.
+
+    Raises:
+        ModelError: naming the file that it points at.
+    """
+    explicit = config.to_dict().get("transformers_weights")
+    if explicit is None and (folder / "model.safetensors").is_file():
+        return
+    index = str(explicit or "model.safetensors.index.json")
+    if index != Path(index).name:
+        raise ModelError(f"config.json points out of its folder, at {index!r}", file=folder)
+    if not index.endswith(".index.json") or not (folder / index).is_file():
+        return
+    if (folder / index).stat().st_size > LARGEST["model.safetensors.index.json"]:
+        raise ModelError(f"{index} is too large", file=folder)
+    shards = read_object(folder / index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise ModelError(f"{index} has no weight_map", file=folder)
+    for name in {str(shard) for shard in shards.values()}:
+        if name != Path(name).name or not name.endswith(".safetensors"):
+            raise ModelError(f"{index} points at {name!r}, not at a shard beside it", file=folder)
+        if not (folder / name).is_file():
+            raise ModelError(f"a shard is missing: {name}", file=folder)
+
+
+def check_size(folder: Path, config: PreTrainedConfig) -> None:
+    """Refuse a config.json of a model far larger than its weights, before memory is taken for it.
+
+    A weight has a byte at least, in the formats of quantized models a bit.
+
+    Raises:
+        ModelError: with both sizes.
+        SafetensorError: weights with a header that does not fit them.
+    """
+    weights = list(folder.glob("*.safetensors"))
+    for file in weights:
+        with safe_open(file, "pt"):  # raises for a header that does not fit its file
+            pass
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    parameters = sum(p.numel() for p in model.parameters())
+    held = sum(file.stat().st_size for file in weights)
+    if parameters > held * (8 if "quantization_config" in config.to_dict() else 1):
+        raise ModelError(
+            f"config.json describes {parameters:.3g} parameters, the weights have {held:,} bytes",
+            file=folder,
+        )
