@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test quick check docs clean
+.PHONY: demo test torture quick check docs clean
 
 demo: $(STAMP)
 	$(BIN)/llmctl demo --overwrite
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+torture: $(STAMP)
+	TORTURE=long $(BIN)/python -m pytest tests/torture
 
 quick: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"

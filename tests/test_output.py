@@ -4,14 +4,19 @@ import contextlib
 import json
 import os
 import pty
+import random
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import SMALL
 
 from llmctl import console
 from llmctl.cli import COMMANDS
+from llmctl.lock import locked
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -76,6 +81,42 @@ def test_a_directory_in_use(cli, command, tmp_path):
         refused(cli(*command, "-o", out), 3, "in use by another run")
 
 
+def llmctl(*arguments, seconds=30):
+    """Run it in a process of its own: the result and how long it took."""
+    started = time.monotonic()
+    ran = subprocess.run(
+        [sys.executable, "-m", "llmctl", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=seconds,
+    )
+    return ran, time.monotonic() - started
+
+
+@pytest.mark.parametrize("name", ["tokenize", "pretrain"])
+def test_a_directory_in_use_is_refused_at_once(name, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    flags = {"tokenize": ("--data", "x"), "pretrain": ("--tokens", "x", "--processes", 2)}[name]
+    with locked(out):
+        ran, seconds = llmctl(name, *flags, "-o", out)
+    assert ran.returncode == 3
+    assert ran.stderr.startswith(f"error: {out}: in use by another run (pid {os.getpid()} on ")
+    assert seconds < 2
+
+
+def test_a_finished_run_is_known_at_once_whatever_the_flags(base):
+    before = {p: p.stat().st_mtime_ns for p in base.rglob("*")}
+    flags = ("--tokens", "x", "--lr", 0.5, "--max-steps", 999, "--processes", 2, "--json")
+    ran, seconds = llmctl("pretrain", *flags, "-o", base, "--resume")
+    assert ran.returncode == 0, ran.stderr
+    assert "is already complete" in ran.stderr
+    assert json.loads(ran.stdout)["out"] == str(base)
+    assert seconds < 2, "torch alone takes longer"
+    assert {p: p.stat().st_mtime_ns for p in base.rglob("*")} == before
+
+
 @pytest.mark.parametrize("name", ["späße 中文", "-run", "a" * 200, "two words"])
 def test_odd_names_are_fine(cli, corpus, tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -85,10 +126,10 @@ def test_odd_names_are_fine(cli, corpus, tmp_path, name, monkeypatch):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_wrong_flag_is_a_usage_error_with_a_suggestion(cli, name):
-    result = cli(name, "--sede", 1)
+    result = cli(name, "--quite")
     assert result.code == 2
-    assert "No such option: --sede" in result.err
-    assert "--seed" in result.err
+    assert "No such option: --quite" in result.err
+    assert "--quiet" in result.err
     assert f"llmctl {name} --help" in result.err
     assert not result.out
 
@@ -241,3 +282,128 @@ def test_plain_progress_prints_now_and_then(monkeypatch, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("work  step 2/10  loss 2  eta ")
     assert len(lines) == 4
+
+
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)]
+WORDS = {130: "interrupted", 143: "terminated"}
+
+
+@pytest.fixture
+def heeded():
+    """A SIGINT that is not ignored, as it is in a background shell's children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def stopped_after(seconds, number, *arguments, entry=("-m", "llmctl"), path=""):
+    """Code, stdout and stderr of a process that got a signal."""
+    process = subprocess.Popen(
+        [sys.executable, *entry, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**ENVIRONMENT, "PYTHONPATH": f"{path}:{os.environ.get('PYTHONPATH', '')}"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    time.sleep(seconds)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_a_signal_while_importing_is_one_line_and_its_code(tokens, tmp_path, number, code):
+    flags = ("--tokens", tokens, *SMALL, "--json", "-o", tmp_path / "a" / "run")
+    found, out, err = stopped_after(0.8, number, "pretrain", *flags)
+    assert (found, err) == (code, f"error: {WORDS[code]}\n")
+    assert json.loads(out)["error"]["code"] == code
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("entry", [("-m", "llmctl"), ("-c", "from llmctl.cli import main; main()")])
+@pytest.mark.parametrize("slow_import", ["typer", "torch"])
+def test_a_signal_is_minded_from_the_start(tokens, tmp_path, entry, slow_import):
+    (tmp_path / f"{slow_import}.py").write_text("import time\ntime.sleep(20)\n")
+    flags = ("pretrain", "--tokens", tokens, "-o", tmp_path / "run")
+    found = stopped_after(1.2, signal.SIGTERM, *flags, entry=entry, path=tmp_path)
+    if entry[0] == "-c" and slow_import == "typer":
+        assert found[0] == -signal.SIGTERM, "llmctl has not been reached yet"
+    else:
+        assert found == (143, "", "error: terminated\n")
+
+
+def test_a_late_sigusr1_does_not_spoil_a_result(tmp_path):
+    program = (
+        "import os, signal, sys; from llmctl.__main__ import start\n"
+        "class Last:\n"
+        "    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGUSR1):\n"
+        "        kill(pid, number)\n"
+        "sys.last = Last()  # goes with the interpreter\n"
+        "sys.argv = ['llmctl', '--version']\n"
+        "start()"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+@pytest.mark.parametrize("name", ["tokenize", "pretrain"])
+def test_a_signal_at_any_time_ends_in_order(tokens, tmp_path, number, code, name):
+    text = tmp_path / "text.txt"
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 9))) for _ in range(20_000)]
+    text.write_text(" ".join(draw.choices(words, k=400_000)))
+    flags = {
+        "tokenize": ("--data", text, "--vocab-size", 4000),
+        "pretrain": ("--tokens", tokens, *SMALL, "--max-steps", 3000, "--threads", 1),
+    }[name]
+    for seconds in (0.4, 1.0, 1.7, 2.4, 3.1, 4.0, 5.0):
+        out = tmp_path / "run"
+        found, _, err = stopped_after(seconds, number, name, *flags, "-o", out)
+        assert "Traceback" not in err
+        assert "Exception" not in err
+        found = 128 - found if found < 0 else found  # as a shell says it, once Python is ending
+        assert found == code or (found == 0 and name == "tokenize"), (seconds, err)
+        if out.exists():
+            state = json.loads((out / "status.json").read_text())["state"]
+            assert state == "completed" or (found, state) == (code, "preempted")
+            assert not (out / "model").exists()
+            shutil.rmtree(out)
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+@pytest.mark.parametrize("wrap", [False, True])
+def test_a_signal_while_tokenizing_leaves_nothing(
+    cli, corpus, tmp_path, monkeypatch, heeded, number, code, wrap
+):
+    from llmctl.stages import tokenize
+
+    def write(*_):
+        (tmp_path / "run" / "tokens").mkdir()
+        (tmp_path / "run" / "tokens" / "half").touch()
+        try:
+            signal.raise_signal(number)
+        except Exception as error:
+            raise AssertionError("what every library swallows") from error
+        except KeyboardInterrupt as error:
+            if wrap:
+                raise RuntimeError("a library's own words") from error
+            raise
+
+    monkeypatch.setattr(tokenize.Corpus, "write", write)
+    handlers = [signal.getsignal(number) for number, _ in SIGNALS]
+    result = cli("tokenize", "--data", corpus, "--algorithm", "byte", "-o", tmp_path / "run")
+    assert result.code == code
+    assert result.err.splitlines()[-1] == f"error: {WORDS[code]}"
+    assert "Traceback" not in result.err
+    assert not list(tmp_path.iterdir())
+    assert [signal.getsignal(number) for number, _ in SIGNALS] == handlers
+
+
+def test_debug_keeps_the_traceback_and_the_code(cli, tmp_path):
+    result = cli("pretrain", "--tokens", tmp_path, "-o", tmp_path / "run", "--debug")
+    assert result.code == 3
+    assert "Traceback" in result.err
+    assert result.err.splitlines()[-2].startswith("error: ")

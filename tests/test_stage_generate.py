@@ -350,4 +350,4 @@ def test_ctrl_c_ends_the_line(endless) -> None:
     assert endless.wait(timeout=20) == 130
     assert text.endswith(b"\n")
     assert 3 < len(text) < 1900
-    assert endless.stderr.read() == b""
+    assert endless.stderr.read() == b"error: interrupted\n"

@@ -290,7 +290,7 @@ def test_memory_that_runs_out_is_said_as_such(cli, tokens, tmp_path, monkeypatch
     monkeypatch.setattr(loop, "accumulate_gradients", fail)
     result = cli("pretrain", "--tokens", tokens, *SMALL, *STEPS, "-o", tmp_path / "run")
     assert result.code == 5
-    assert "smaller --batch-size" in result.err
+    assert "try --batch-size 4 --grad-accum 2" in result.err
 
 
 def test_a_finished_run_is_left_untouched(cli, base, tokens):
@@ -572,6 +572,9 @@ def test_a_gpu_trains_in_bfloat16_and_resumes(cli, tokens, tmp_path):
         (("--device", "cuda"), 5, "--device cuda: there is none here"),
         (("--lrr", 1), 2, "--lr"),
         (("--max-steps", "many"), 2, "expected a count"),
+        (("--optimizer", "adamw", "--momentum", 0.8), 2, "--momentum is Muon's"),
+        (("--schedule", "constant", "--min-lr", 0.2), 2, "--min-lr does not go with"),
+        (("--resume-allow", "lr"), 2, "--resume-allow goes with --resume"),
         (("--model", "nobody/nothing"), 6, "the Hub is switched off"),
         (("--config-from", "./nothing"), 4, "no such model folder"),
         (("--resume-from", "nowhere"), 4, "not a valid checkpoint: manifest.json is missing"),

@@ -1,6 +1,20 @@
-"""`python -m llmctl`: what launchers run."""
+"""`llmctl` and `python -m llmctl`: the process starts here."""
 
-from llmctl.cli import main
+import signal
+
+from llmctl.stopping import leave_on_signals
+
+
+def start() -> None:
+    """Mind signals first: importing the rest takes long enough to be interrupted."""
+    leave_on_signals()
+    from llmctl.cli import main
+
+    try:
+        main()
+    finally:  # Python takes its handlers away before it ends: SIGUSR1 would give a code of its own
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
 
 if __name__ == "__main__":
-    main()
+    start()

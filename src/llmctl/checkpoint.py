@@ -1,36 +1,48 @@
 """Checkpoints that survive a kill at any instant.
 
     checkpoints/checkpoint-N/
-      model.safetensors       weights
+      model.safetensors       weights that train, and buffers
       optimizer.safetensors   optimizer tensors
       rng-RANK.safetensors    random generators of each rank
-      state.json              what is no tensor: step, best loss, optimizer scalars
-      manifest.json           written last: step, identity, and size and sha256 of every file
+      state.json              what is no tensor: progress, scheduler, optimizer scalars
+      manifest.json           written last: step, run, identity, and size and sha256 of every file
 
 A checkpoint is filled under a temporary name, each file fsynced, the manifest last; then renamed,
-and the folder that holds it fsynced. Only then are older ones deleted. No pickle is ever written.
+and the folder that holds it fsynced. Only then are older ones deleted, under yet another name. At
+every instant the folder holds each checkpoint whole or not at all. No pickle is ever written.
 """
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from llmctl.console import log
-from llmctl.errors import ModelError
-from llmctl.files import follow_umask, no_space, sha256_file
+from llmctl.errors import UserError
+from llmctl.files import follow_umask, no_space, sha256_file, writing
 
 MANIFEST = "manifest.json"
 PREFIX = "checkpoint-"
 STAGED = ".tmp-"
 DOOMED = ".trash-"
+LEAST = 2
+"""Checkpoints kept at least: the newest may be the one that a failing disk damages."""
+
+
+def _nothing(event: str, path: Path) -> None:
+    pass
+
+
+fault: Callable[[str, Path], None] = _nothing
+"""Called after every write, fsync, rename and delete; tests put a crash here."""
 
 
 @dataclass(frozen=True)
@@ -42,58 +54,72 @@ class Content:
     optimizer: Mapping[str, torch.Tensor]
     rng: Mapping[str, torch.Tensor]
     state: Mapping[str, Any]
+    best: int | None = None
+    """Step of the checkpoint with the best validation loss, which a resumed run needs as well."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Whose checkpoints these are: which run, and what one must share with it to resume."""
+
+    run_id: str | None
+    identity: Mapping[str, Any]
 
 
 def save(
     root: Path,
     content: Content,
-    identity: Mapping[str, Any],
+    owner: Owner,
     *,
     rank: int = 0,
-    barrier: Callable[[], None] = lambda: None,
+    together: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Path:
     """Write `root/checkpoint-STEP`, whole or not at all; every rank calls it.
 
     Args:
         root: the run's checkpoints/ folder.
         content: what to write.
-        identity: what a run must share with this one to resume from it.
+        owner: goes into the manifest.
         rank: this process's; rank 0 writes all but the others' generators.
-        barrier: waits for all ranks.
+        together: ends when all ranks are done, and fails on all if it fails on one.
 
     Raises:
         ResourceError: no space is left; nothing is left behind.
     """
     final = root / f"{PREFIX}{content.step}"
     staging = root / f"{STAGED}{final.name}"
-    if rank == 0:
-        shutil.rmtree(staging, ignore_errors=True)
-        _require_space(root, content)
-        staging.mkdir(parents=True)
-    barrier()
     try:
-        _write_tensors(staging / f"rng-{rank}.safetensors", content.rng)
-        if rank == 0:
-            _write_tensors(staging / "model.safetensors", content.model)
-            _write_tensors(staging / "optimizer.safetensors", content.optimizer)
-            _write_json(staging / "state.json", content.state)
-        barrier()
-        if rank == 0:
-            _commit(staging, final, content.step, identity)
-    except (OSError, SafetensorError):
+        with together(), writing(root):
+            if rank == 0:
+                _prepare(root, staging, size(content))
+        with together(), writing(root):
+            _write_tensors(staging / f"rng-{rank}.safetensors", content.rng)
+            if rank == 0:
+                _write_tensors(staging / "model.safetensors", content.model)
+                _write_tensors(staging / "optimizer.safetensors", content.optimizer)
+                _write_json(staging / "state.json", content.state)
+        with together(), writing(root):
+            if rank == 0:
+                _commit(staging, final, content, owner)
+    except (OSError, SafetensorError, UserError):
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    barrier()
     return final
 
 
-def rotate(root: Path, keep: int, best: int | None) -> None:
-    """Delete all but the newest `keep` (at least two) checkpoints and the best one."""
-    found = _newest_first(root)
-    for path in found[max(2, keep) :]:
-        if _step(path) != best:
-            doomed = path.rename(path.with_name(DOOMED + path.name))
-            shutil.rmtree(doomed)
+def rotate(root: Path, keep: int, *, step: int, run_id: str | None) -> None:
+    """After the save of `step`, delete what this run no longer needs.
+
+    Kept are the newest `keep` (at least two) checkpoints, and the best one that each of them refers
+    to: whichever of them a run resumes from, it ends with the same result. Later ones than `step`
+    are damaged or of a branch that `--resume-from` left. Another run's are not touched.
+    """
+    mine = [path for path in newest_first(root) if run_of(path) == run_id]
+    kept = [path for path in mine if step_of(path) <= step][: max(LEAST, keep)]
+    needed = {step_of(path) for path in kept} | {manifest_of(path)["best"] for path in kept}
+    for path in mine:
+        if step_of(path) not in needed:
+            _delete(path)
 
 
 def clean(root: Path) -> None:
@@ -101,126 +127,76 @@ def clean(root: Path) -> None:
     for pattern in (f"{STAGED}*", f"{DOOMED}*"):
         for path in root.glob(pattern):
             shutil.rmtree(path)
+            fault("delete", path)
 
 
-def newest(root: Path) -> Path | None:
-    """The newest valid checkpoint; says which ones it passed over and why; None without any.
-
-    Raises:
-        ModelError: there are checkpoints, and none is valid.
-    """
-    found = _newest_first(root)
-    for path in found:
-        reason = defect(path)
-        if reason is None:
-            return path
-        log.warning("passing over %s: %s", path, reason)
-    if found:
-        raise ModelError(
-            "no valid checkpoint here",
-            file=root,
-            hint="nothing was deleted; --overwrite starts anew",
-        )
-    return None
+def size(content: Content) -> int:
+    """Bytes that a checkpoint takes, about."""
+    tensors = [*content.model.values(), *content.optimizer.values()]
+    return sum(t.numel() * t.element_size() for t in tensors) + 1_000_000
 
 
-def defect(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        files, world_size = manifest["files"], manifest["identity"]["world_size"]
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (ValueError, KeyError, TypeError):
-        return f"{MANIFEST} is damaged"
-    needed = {"model.safetensors", "optimizer.safetensors", "state.json"}
-    needed |= {f"rng-{rank}.safetensors" for rank in range(world_size)}
-    if absent := sorted(needed - set(files)):
-        return f"{absent[0]} is not in its manifest"
-    for name, facts in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != facts["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, not {facts['bytes']}"
-        if sha256_file(file) != facts["sha256"]:
-            return f"{name} is damaged (its sha256 differs)"
-    return None
-
-
-def load(path: Path, identity: Mapping[str, Any], rank: int = 0) -> Content:
-    """Read a checkpoint that `defect` found nothing wrong with.
+def require_space(root: Path, needed: int) -> None:
+    """Refuse to begin what the disk cannot hold.
 
     Raises:
-        ModelError: it is damaged, or belongs to a run that differs.
+        ResourceError: fewer bytes are free than needed.
     """
-    if reason := defect(path):
-        raise ModelError(f"not a valid checkpoint: {reason}", file=path)
-    manifest = json.loads((path / MANIFEST).read_bytes())
-    _require_same(path, manifest["identity"], json.loads(json.dumps(identity)))
-    return Content(
-        step=manifest["step"],
-        model=load_file(path / "model.safetensors"),
-        optimizer=load_file(path / "optimizer.safetensors"),
-        rng=load_file(path / f"rng-{rank}.safetensors"),
-        state=json.loads((path / "state.json").read_bytes()),
-    )
+    if shutil.disk_usage(root).free < needed:
+        raise no_space(root, needed)
 
 
-def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Only the weights of a checkpoint of this run.
-
-    Raises:
-        ModelError: it is damaged.
-    """
-    if reason := defect(path):
-        raise ModelError(f"not a valid checkpoint: {reason}", file=path)
-    return load_file(path / "model.safetensors")
+def _prepare(root: Path, staging: Path, needed: int) -> None:
+    shutil.rmtree(staging, ignore_errors=True)
+    if not root.exists():
+        root.mkdir()  # not its parents: a run directory that was deleted stays so
+        _fsync(root.parent)
+    require_space(root, needed)
+    staging.mkdir()
 
 
-def _require_same(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    different = [k for k in sorted({*saved, *wanted}) if saved.get(k) != wanted.get(k)]
-    if different:
-        changes = ", ".join(f"{k}: {saved.get(k)} -> {wanted.get(k)}" for k in different)
-        raise ModelError(
-            f"this checkpoint is of a run that differs ({changes})",
-            file=path,
-            hint="resume with the same recipe, data and processes, or start a new run",
-        )
-
-
-def _commit(staging: Path, final: Path, step: int, identity: Mapping[str, Any]) -> None:
+def _commit(staging: Path, final: Path, content: Content, owner: Owner) -> None:
     follow_umask(staging)
     files = {
         file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
         for file in sorted(staging.iterdir())
     }
-    _write_json(staging / MANIFEST, {"step": step, "identity": identity, "files": files})
+    manifest = {
+        "step": content.step,
+        "best": content.best,
+        "run_id": owner.run_id,
+        "identity": json.loads(json.dumps(owner.identity)),
+        "files": files,
+    }
+    _write_json(staging / MANIFEST, {**manifest, "sha256": seal(manifest)})
     _fsync(staging)
-    if final.exists():  # a damaged one that resume passed over
-        shutil.rmtree(final)
+    if final.exists():  # a damaged one that resume passed over, or one of a branch that was left
+        _delete(final)
     staging.rename(final)
+    fault("rename", final)
     _fsync(final.parent)
 
 
-def _require_space(root: Path, content: Content) -> None:
-    tensors = [*content.model.values(), *content.optimizer.values()]
-    needed = sum(t.numel() * t.element_size() for t in tensors) + 1_000_000
-    root.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(root).free < needed:
-        raise no_space(root, needed)
+def _delete(path: Path) -> None:
+    """Delete a checkpoint so that no half of it is ever taken for one."""
+    doomed = path.with_name(DOOMED + path.name)
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    fault("rename", doomed)
+    shutil.rmtree(doomed)
+    fault("delete", doomed)
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    fault("write", path)
     _fsync(path)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    with path.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(json.dumps(value, indent=1))
+    fault("write", path)
+    _fsync(path)
 
 
 def _fsync(path: Path) -> None:
@@ -229,12 +205,40 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    fault("fsync", path)
 
 
-def _newest_first(root: Path) -> list[Path]:
+def manifest_of(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint that has one.
+
+    Raises:
+        ValueError: it is not as it was written.
+    """
+    manifest = json.loads((path / MANIFEST).read_bytes())
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != seal(manifest):
+        raise ValueError("damaged")
+    return manifest
+
+
+def seal(manifest: Mapping[str, Any]) -> str:
+    """Hash of a manifest, which vouches for every file but itself."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def run_of(path: Path) -> str | None:
+    """The run that wrote a checkpoint; no run's id where that cannot be read."""
+    try:
+        return manifest_of(path)["run_id"]  # type: ignore[no-any-return]
+    except (OSError, ValueError):
+        return ""
+
+
+def newest_first(root: Path) -> list[Path]:
+    """All that bear a checkpoint's name, the highest step first."""
     found = [p for p in root.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=_step, reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
     return int(path.name.removeprefix(PREFIX))

@@ -13,10 +13,10 @@ from typing import Any
 
 from llmctl.errors import OutputError, UserError
 from llmctl.files import sha256_file, staged
+from llmctl.lock import LOCK
 
 OWN_FILES = ("recipe.yaml", "manifest.json", "status.json", "metrics.jsonl", "error.log")
 OWN_FOLDERS = ("tokenizer", "tokens", "model", "adapter", "value_model")
-LOCK = ".llmctl.lock"
 ASIDE = ".replaced"
 
 
@@ -50,11 +50,16 @@ class Claim:
             for file in (self.path / name, staged(self.path / name)):
                 if file not in self.before:
                     file.unlink(missing_ok=True)
-        for folder in (self.path / "checkpoints").glob(".tmp-*"):
-            shutil.rmtree(folder)
+        self.sweep()
         _prune(self.path)
         _move_written(self.path / ASIDE, self.path)
         shutil.rmtree(self.path / ASIDE, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove the folders that were being filled: results and checkpoints, not yet named."""
+        names = [self.path / f".tmp-{name}" for name in OWN_FOLDERS]
+        for folder in (*names, *(self.path / "checkpoints").glob(".tmp-*")):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _results(self) -> Iterator[Path]:
         for name in OWN_FOLDERS:

@@ -2,31 +2,37 @@
 
 import json
 import os
-import signal
 import sys
+import traceback
 from collections.abc import Callable
 from importlib import import_module
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import typer
+from typer.main import get_command
 
 from llmctl import console
-from llmctl.errors import Terminated, UserError
+from llmctl.errors import UserError
+from llmctl.redact import redact, redacted
+from llmctl.stopping import leaving, raising, reason
 
 if TYPE_CHECKING:
-    from llmctl.config.sections import StageConfig
+    from llmctl.config.sections import Reporting
 
 COMMANDS = {
     "demo": ("DemoConfig", "Tokenize, pretrain and generate on text that every Python carries."),
     "tokenize": ("TokenizeConfig", "Train a tokenizer and turn a corpus into token shards."),
     "pretrain": ("PretrainConfig", "Train a causal language model from scratch, or continue one."),
     "generate": ("GenerateConfig", "Generate text from a model."),
+    "runs": ("RunsConfig", "List runs: how they went, how far they are, how to resume them."),
 }
 EXAMPLES = {
     "demo": "llmctl demo",
     "tokenize": "llmctl tokenize --data corpus.txt -o runs/tok",
     "pretrain": "llmctl pretrain --tokens runs/tok -o runs/base",
     "generate": 'llmctl generate --model runs/base --prompt "Once upon a time"',
+    "runs": "llmctl runs runs/",
 }
 EXIT_CODES = (
     "Exit codes: 0 done; 1 bug; 2 usage or recipe; 3 data or output directory; 4 model or "
@@ -86,23 +92,42 @@ def _add_command(app: typer.Typer, name: str, config: str, summary: str) -> None
     )(command(name, config_class, lambda config: _run(name, config)))
 
 
-def _run(name: str, config: "StageConfig") -> int:
+def _run(name: str, config: "Reporting") -> int:
     """Run a command; stdout gets its result and nothing else."""
     console.set_up(quiet=config.quiet or console.rank() > 0, verbose=config.verbose)
-    processes = dict(config).get("processes") if name in LAUNCHED else None
-    if processes and processes > 1 and "RANK" not in os.environ:
-        return int(import_module("llmctl.launch").run(processes))
-    stage = "pipeline" if name == "demo" else f"stages.{name}"
-    run: Callable[[Any], dict[str, Any] | None] = import_module(f"llmctl.{stage}").run
     try:
-        result = run(config)
+        result = _finished_already(name, config)
+        if result is None:
+            processes = dict(config).get("processes") if name in LAUNCHED else None
+            if processes and processes > 1 and "RANK" not in os.environ:
+                return int(import_module("llmctl.launch").run(processes))
+            result = _carry_out(name, config)
         if result is not None and console.rank() == 0:
-            print(json.dumps(result) if config.as_json else result["out"])
+            shown = redacted(result)
+            print(json.dumps(shown) if config.as_json else shown["out"])
         sys.stdout.flush()
     except BrokenPipeError:  # the reader went away; Typer would call it a bug
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return 0
+
+
+def _finished_already(name: str, config: "Reporting") -> dict[str, Any] | None:
+    from llmctl.config.sections import StageConfig  # pydantic, which `--help` does without
+
+    if not isinstance(config, StageConfig):
+        return None
+    from llmctl.rundir import finished_already
+
+    return finished_already(name, config)
+
+
+def _carry_out(name: str, config: "Reporting") -> dict[str, Any] | None:
+    """Import the command's module and run it; a signal unwinds it and is one line."""
+    stage = "pipeline" if name == "demo" else f"stages.{name}"
+    run: Callable[[Any], dict[str, Any] | None] = import_module(f"llmctl.{stage}").run
+    with raising():
+        return run(config)
 
 
 def _print_versions(wanted: bool) -> None:
@@ -123,20 +148,18 @@ def main() -> None:
     arguments = sys.argv[1:]
     completing = any(name.endswith("_COMPLETE") for name in os.environ)
     chosen = "*" if completing else next((a for a in arguments if not a.startswith("-")), None)
-    signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(_guarded(build_app(chosen), arguments or ["--help"]))
-
-
-def _terminate(number: int, frame: object) -> None:
-    raise Terminated("terminated")
+    sys.excepthook = _print_bug
+    with leaving():
+        code = _guarded(build_app(chosen), arguments or ["--help"])
+    sys.exit(code)
 
 
 def _guarded(app: typer.Typer, arguments: list[str]) -> int:
-    try:
-        result = app(arguments, standalone_mode=False)
+    try:  # not app(): it would put a hook of its own in place of ours
+        result = get_command(app).main(arguments, standalone_mode=False)
     except UserError as error:
         if "--debug" in arguments:
-            raise
+            print(redact(traceback.format_exc()), end="", file=sys.stderr)
         return _report(error, arguments)
     except typer.TyperException as error:
         usage = UserError(error.format_message().rstrip("."), hint=_help_hint(arguments))
@@ -153,6 +176,15 @@ def _help_hint(arguments: list[str]) -> str:
 
 def _report(error: UserError, arguments: list[str]) -> int:
     if "--json" in arguments and console.rank() == 0:
-        print(json.dumps({"error": error.as_json()}))
-    print(f"error: {error}", file=sys.stderr)
+        print(json.dumps({"error": redacted(error.as_json())}))
+    if not error.told and (console.rank() == 0 or reason(error) is None):  # a signal reaches all
+        print(redact(f"error: {error}"), file=sys.stderr)
     return error.code
+
+
+def _print_bug(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """What an uncaught exception leaves on stderr: its traceback, without secrets."""
+    lines = traceback.format_exception(kind, error, trace)
+    print(redact("".join(lines)), end="", file=sys.stderr)

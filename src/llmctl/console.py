@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from llmctl.redact import redact
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
@@ -21,7 +23,7 @@ class _Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        print(prefix + record.getMessage(), file=sys.stderr)
+        print(prefix + redact(record.getMessage()), file=sys.stderr)
 
 
 def set_up(*, quiet: bool = False, verbose: bool = False) -> None:
@@ -109,13 +111,15 @@ def _rich_progress(unit: str) -> "RichProgress":
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: `45s`, `12m`, `3h05m`."""
+    """Seconds as people say them: `45s`, `12m30s`, `3h05m`, `2d03h`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    if whole < 86_400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86_400}d{whole % 86_400 // 3600:02d}h"
 
 
 def short(number: float) -> str:

@@ -33,6 +33,8 @@ class UserError(Exception):
         self.file = None if file is None else str(file)
         self.line = line
         self.hint = hint
+        self.told = False
+        """Whether another rank says it already."""
 
     def __str__(self) -> str:
         """One to three lines: place and message, then the hint."""

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from llmctl.errors import OutputError, ResourceError
+from llmctl.redact import redact, redacted
 
 
 @contextmanager
@@ -22,26 +24,41 @@ def writing(path: Path) -> Iterator[None]:
 
     Raises:
         OutputError: read-only, not permitted, or in the way of a file.
-        ResourceError: no space left, with the numbers.
+        ResourceError: no space left, with the numbers; a file too large; a disk that fails.
     """
     try:
         yield
     except SafetensorError as error:
-        if f"os error {errno.ENOSPC}" in str(error):
-            raise no_space(path) from None
+        said = re.search(r"os error (\d+)", str(error))
+        if refusal := _refusal(int(said[1]), path) if said else None:
+            raise refusal from None
         raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise no_space(path) from None
-        if error.errno in (
-            errno.EROFS,
-            errno.EACCES,
-            errno.EPERM,
-            errno.ENOTDIR,
-            errno.ENAMETOOLONG,
-        ):
-            raise OutputError(f"cannot write here: {error.strerror}", file=path) from None
+        if refusal := _refusal(error.errno, path):
+            raise refusal from None
         raise
+
+
+def _refusal(number: int | None, path: Path) -> OutputError | ResourceError | None:
+    """The error for what the operating system refused, None for what is no matter of the disk."""
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return no_space(path)
+    if number == errno.EFBIG:
+        return ResourceError(
+            "a file grew beyond the size that is allowed",
+            file=path,
+            hint="raise the limit (ulimit -f) or choose another file system for --out",
+        )
+    if number == errno.EIO:
+        return ResourceError(
+            "the disk failed (input/output error)",
+            file=path,
+            hint="check the disk and its connection, or choose another --out",
+        )
+    refused = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
+    if number in refused:
+        return OutputError(f"cannot write here: {os.strerror(number)}", file=path)
+    return None
 
 
 def no_space(path: Path, needed: int | None = None) -> ResourceError:
@@ -71,13 +88,17 @@ def sha256_folder(folder: Path) -> str:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Replace a JSON file at once: a reader sees the old one or the new one."""
+    """Replace a JSON file at once: a reader sees the old one or the new one, and no secret."""
     temporary = staged(path)
     with temporary.open("w") as file:
-        file.write(json.dumps(value, indent=2, default=str) + "\n")
+        file.write(json.dumps(redacted(value), indent=2, default=_as_text) + "\n")
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _as_text(value: object) -> str:
+    return redact(str(value))
 
 
 def staged(path: Path) -> Path:

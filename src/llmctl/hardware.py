@@ -1,6 +1,8 @@
 """What this process may use: devices, cores, numbers and their peak speed."""
 
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,8 +107,12 @@ def peak_flops(device: str) -> float | None:
 
 
 @contextmanager
-def memory_errors() -> Iterator[None]:
+def memory_errors(batch_size: int | None = None, grad_accum: int = 1) -> Iterator[None]:
     """Turn running out of memory into an error that says what to change.
+
+    Args:
+        batch_size: of the training that the body does, if it trains.
+        grad_accum: its accumulation.
 
     Raises:
         ResourceError: the device or the machine has no memory left.
@@ -119,8 +125,23 @@ def memory_errors() -> Iterator[None]:
             raise
         raise ResourceError(
             f"out of memory: {(text.splitlines() or [''])[0][:200]}",
-            hint="use a smaller --batch-size; in training --grad-accum keeps the effective batch",
+            hint=_smaller(batch_size, grad_accum),
         ) from None
+
+
+def _smaller(batch_size: int | None, grad_accum: int) -> str:
+    """What to type instead; a training step keeps its size."""
+    if batch_size is None:
+        return "use a smaller --batch-size"
+    if batch_size == 1:
+        return "one sequence is too much already: use a smaller model or shorter sequences"
+    half = batch_size // 2 if batch_size % 2 == 0 else 1
+    more = batch_size * grad_accum // half
+    return (
+        f"try --batch-size {half} --grad-accum {more}, which keeps the effective batch "
+        "(to go on from a checkpoint, with --resume --resume-allow batch_size,grad_accum), "
+        "or --find-batch-size"
+    )
 
 
 def memory_in_use(device: str) -> int:
@@ -128,3 +149,27 @@ def memory_in_use(device: str) -> int:
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return int(psutil.Process().memory_info().rss)
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: the most that this process has held so far."""
+    if device == "cuda":
+        return torch.cuda.max_memory_reserved()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def memory_left() -> int:
+    """Bytes of the machine's memory that this process could still take, by its cgroup as well."""
+    left = int(psutil.virtual_memory().available)
+    for folder, limit, usage in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            most, used = ((Path(folder) / name).read_text().strip() for name in (limit, usage))
+        except OSError:
+            continue
+        if most.isdigit():
+            left = min(left, int(most) - int(used))
+    return left

@@ -13,7 +13,8 @@ import typer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from llmctl.config.base import Config, Flag
+from llmctl.config.base import Argument, Config, Flag
+from llmctl.config.sections import StageConfig
 
 CONTROL_PANEL = "Output"
 
@@ -29,12 +30,13 @@ def command(
         run: what to do with the loaded config.
     """
 
-    def call(recipe: Path | None, **flags: Any) -> int:
+    def call(recipe: Path | None = None, **flags: Any) -> int:
         given = {k: v for k, v in flags.items() if v is not None and v != [] and v is not False}
         given |= {k: False for k, v in flags.items() if v is False}
         return run(config_class.load(stage, recipe, given))
 
-    call.__signature__ = inspect.Signature([_RECIPE, *_flags(config_class)])  # type: ignore[attr-defined]
+    recipe = [_RECIPE] if issubclass(config_class, StageConfig) else []
+    call.__signature__ = inspect.Signature([*recipe, *_flags(config_class)])  # type: ignore[attr-defined]
     return call
 
 
@@ -69,11 +71,11 @@ _RECIPE = inspect.Parameter(
 def panels(config_class: type[Config]) -> dict[str, list[str]]:
     """Panel title -> field names: own fields first, then each shared group."""
     grouped: dict[str, list[str]] = {}
+    titles = dict.fromkeys((config_class.__name__, "StageConfig"), "Options")
+    titles["Reporting"] = CONTROL_PANEL
     for owner in config_class.__mro__:
         own = [n for n in inspect.get_annotations(owner) if n in config_class.model_fields]
-        title = {config_class.__name__: "Options", "StageConfig": "Options"}.get(
-            owner.__name__, owner.__name__
-        )
+        title = titles.get(owner.__name__, owner.__name__)
         taken = {name for names in grouped.values() for name in names}
         if new := [name for name in own if name not in taken]:
             grouped.setdefault(title, []).extend(new)
@@ -95,6 +97,9 @@ def _flags(config_class: type[Config]) -> Iterator[inspect.Parameter]:
 
 
 def _option(config_class: type[Config], name: str, field: FieldInfo, panel: str) -> Any:
+    for item in field.metadata:
+        if isinstance(item, Argument):
+            return typer.Argument(metavar=f"[{item.name}]", help=help_text(field))
     given = next((item.names for item in field.metadata if isinstance(item, Flag)), None)
     names = list(given or [config_class.flag(name)])
     kind = _cli_type(field.annotation)

@@ -10,32 +10,28 @@ model/ …        the result, only there when the run completed
 
 import json
 import os
-import shutil
 import socket
 import sys
 import time
 import traceback
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
-from llmctl.claim import LOCK, Claim, claim, read_json
+from llmctl import lock
+from llmctl.claim import Claim, claim, read_json
 from llmctl.config.sections import StageConfig
-from llmctl.console import rank
-from llmctl.errors import (
-    DivergedError,
-    Interrupted,
-    ModelError,
-    OutputError,
-    Terminated,
-    UserError,
-)
+from llmctl.console import log, rank
+from llmctl.errors import DivergedError, ModelError, OutputError, UserError
 from llmctl.files import finite, write_json, writing
 from llmctl.provenance import git, versions
+from llmctl.redact import redact, redacted
+from llmctl.stopping import reason
 
 
 @dataclass
@@ -57,7 +53,7 @@ class Run:
         """Append one line to metrics.jsonl; NaN and infinity become null."""
         if self.is_main:
             with (self.path / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({k: finite(v) for k, v in metrics.items()}) + "\n")
+                file.write(json.dumps(redacted({k: finite(v) for k, v in metrics.items()})) + "\n")
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines of steps that a resumed run will do again."""
@@ -96,25 +92,45 @@ def open_run(stage: str, config: StageConfig) -> Iterator[Run]:
         raise UserError("--out is required", hint="pass -o DIRECTORY")
     run = Run(config.out, stage, is_main=rank() == 0)
     if not run.is_main:
-        yield run
+        with writing(run.path):
+            yield run
         return
-    created = not run.path.exists()
-    with writing(run.path):
-        _enter(run.path)
-        with _locked(run.path):
-            owned = claim(run.path, overwrite=config.overwrite, resuming=is_resuming(config))
-            try:
-                with writing(run.path):
-                    _begin(run, config)
-                    yield run
+    with writing(run.path), _entered(run.path), lock.locked(run.path):
+        owned = claim(run.path, overwrite=config.overwrite, resuming=is_resuming(config))
+        try:
+            with writing(run.path), _still_there(run.path):
+                _begin(run, config)
+                yield run
+            with writing(run.path), _still_there(run.path):
                 run.record(finished=now(), outputs=owned.outputs())
                 run.set_status("completed", resumable=False, exit_code=0)
-            except BaseException as error:
+        except BaseException as error:
+            with suppress(OSError):  # a full disk must not hide why the run failed
                 _fail(run, error, owned)
-                if created and not any(p.name != LOCK for p in run.path.iterdir()):
-                    shutil.rmtree(run.path)
-                raise
-            owned.settle()
+            raise
+        owned.settle()
+
+
+def finished_already(stage: str, config: StageConfig) -> dict[str, Any] | None:
+    """The result of the finished run that this call would resume, None where there is work to do.
+
+    Looks before anything heavy is imported; `open_run` is what takes the lock.
+
+    Raises:
+        OutputError: another run is at work in the directory, or what finished there is no such run.
+    """
+    if config.out is None:
+        return None
+    if rank() == 0 and not config.dry_run and lock.is_held(config.out):
+        raise lock.in_use(config.out)
+    if not is_resuming(config) or not is_complete(config.out):
+        return None
+    manifest = read_manifest(config.out)
+    if manifest.get("stage") != stage or not isinstance(manifest.get("result"), dict):
+        raise OutputError(f"holds a completed run, not one of `{stage}`", file=config.out)
+    if rank() == 0:
+        log.info("%s is already complete", config.out)
+    return dict(manifest["result"])
 
 
 def is_complete(out: Path | None) -> bool:
@@ -158,26 +174,37 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-def _enter(path: Path) -> None:
-    if path.exists() and not path.is_dir():
+@contextmanager
+def _entered(path: Path) -> Iterator[None]:
+    """Make the directory; where the body fails and leaves it empty, so are those made for it."""
+    if (path.is_symlink() or path.exists()) and not path.is_dir():
         raise OutputError("a file is in the way of the run directory", file=path)
-    path.mkdir(parents=True, exist_ok=True)
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # not empty, or never made
+                folder.rmdir()
+        raise
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    lock = FileLock(path / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        status = read_json(path / "status.json")
-        raise OutputError(
-            f"in use by another run (pid {status.get('pid')} on {status.get('host')})", file=path
-        ) from None
+def _still_there(path: Path) -> Iterator[None]:
+    """Tell a run whose directory went away under it from one that misses a file.
+
+    The lock file tells also where some library made the directory again.
+    """
+    deleted = OutputError("the run directory was deleted while running", file=path)
     try:
         yield
-    finally:
-        lock.release()
+    except (FileNotFoundError, SafetensorError):
+        if not (path / lock.LOCK).exists():
+            raise deleted from None
+        raise
+    if not (path / lock.LOCK).exists():
+        raise deleted
 
 
 def is_resuming(config: StageConfig) -> bool:
@@ -189,33 +216,44 @@ def is_resuming(config: StageConfig) -> bool:
 def _begin(run: Run, config: StageConfig) -> None:
     if not any(run.checkpoints.glob("checkpoint-*")):
         (run.path / "recipe.yaml").write_text(config.to_yaml(run.stage))
+    earlier = read_manifest(run.path)
     run.manifest = {
+        "run_id": earlier.get("run_id") or uuid.uuid4().hex,
         "stage": run.stage,
         "command": ["llmctl", *sys.argv[1:]],
         "versions": versions(),
         "git": git(),
         "seed": config.seed,
-        "threads": read_manifest(run.path).get("threads"),
+        "threads": earlier.get("threads"),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "inputs": [],
         "outputs": [],
         "started": now(),
     }
     run.record()
-    run.set_status("running", pid=os.getpid(), host=socket.gethostname(), resumable=False)
+    started = any(run.checkpoints.glob("checkpoint-*"))
+    run.set_status("running", pid=os.getpid(), host=socket.gethostname(), resumable=started)
 
 
 def _fail(run: Run, error: BaseException, owned: Claim) -> None:
     """Say in status.json how the run ended; leave nothing where nothing can be resumed."""
-    stopped = isinstance(error, Interrupted | Terminated | KeyboardInterrupt)
-    code = error.code if isinstance(error, UserError) else 130 if stopped else 1
+    if not (run.path / lock.LOCK).exists():
+        return  # deleted while running: not to be made again
+    signalled = reason(error)
+    known = signalled or (error if isinstance(error, UserError) else None)
     resumable = any(run.checkpoints.glob("checkpoint-*"))
-    if not resumable and code != 1 and not isinstance(error, DivergedError):
+    if not resumable and known and not isinstance(error, DivergedError):
         owned.withdraw()
         return
-    state = "diverged" if isinstance(error, DivergedError) else "preempted" if stopped else "failed"
-    with suppress(OSError):  # a full disk must not hide why the run failed
-        if code == 1:
-            (run.path / "error.log").write_text("".join(traceback.format_exception(error)))
-        run.record(outputs=owned.outputs())
-        run.set_status(state, resumable=resumable, exit_code=code, error=str(error))
+    owned.sweep()
+    if known is None:
+        text = "".join(traceback.format_exception(error))
+        (run.path / "error.log").write_text(redact(text))
+    diverged = "diverged" if isinstance(error, DivergedError) else "failed"
+    run.record(outputs=owned.outputs())
+    run.set_status(
+        "preempted" if signalled else diverged,
+        resumable=resumable,
+        exit_code=known.code if known else 1,
+        error=str(known or error),
+    )

@@ -1,9 +1,17 @@
 """Groups of fields that several commands share; a class's name is its panel in `--help`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from llmctl.config.base import Also, Config, Count, Fields, Flag
 
@@ -15,19 +23,14 @@ Control = Field(exclude=True)
 """Marks a field that steers one call and is no part of the recipe."""
 
 
-class Output(Fields):
-    """What a command prints, and where it writes."""
+def _names(value: Any) -> Any:
+    """`lr,max-steps` as a list of field names."""
+    parts = [part for text in value for part in str(text).split(",")] if value else []
+    return [part.strip().replace("-", "_") for part in parts if part.strip()]
 
-    out: Annotated[
-        Path | None, Flag("--out", "-o"), Also("output-dir", "out-dir", "output"), Control
-    ] = None
-    """Run directory to create."""
 
-    overwrite: Annotated[bool, Control] = False
-    """Replace what llmctl wrote to a finished run directory; other files stay."""
-
-    dry_run: Annotated[bool, Control] = False
-    """Check everything, print the resolved recipe and the plan, write nothing."""
+class Reporting(Fields):
+    """What a command prints."""
 
     as_json: Annotated[bool, Flag("--json"), Control] = False
     """Print the result, or the error, as one JSON object."""
@@ -40,6 +43,21 @@ class Output(Fields):
 
     debug: Annotated[bool, Control] = False
     """Keep the traceback of an error."""
+
+
+class Output(Reporting):
+    """Where a command writes."""
+
+    out: Annotated[
+        Path | None, Flag("--out", "-o"), Also("output-dir", "out-dir", "output"), Control
+    ] = None
+    """Run directory to create."""
+
+    overwrite: Annotated[bool, Control] = False
+    """Replace what llmctl wrote to a finished run directory; other files stay."""
+
+    dry_run: Annotated[bool, Control] = False
+    """Check everything, print the resolved recipe and the plan, write nothing."""
 
 
 class StageConfig(Config, Output):
@@ -106,6 +124,19 @@ class Optimizer(Fields):
     max_grad_norm: Annotated[NonNegativeFloat, Also("grad-clip", "gradient-clip-val")] = 1.0
     """Clip the global gradient norm to this; 0 does not clip."""
 
+    on_nan: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is NaN or infinite ends the run, or is counted and skipped."""
+
+    max_nan_skips: NonNegativeInt = 10
+    """Skipped steps after which the run ends all the same."""
+
+    @model_validator(mode="after")
+    def _check_nan(self) -> Self:
+        default = type(self).model_fields["max_nan_skips"].default
+        if self.on_nan == "stop" and self.max_nan_skips != default:
+            raise ValueError("--max-nan-skips goes with --on-nan skip")
+        return self
+
 
 class Batch(Fields):
     """How much data makes a step."""
@@ -121,6 +152,10 @@ class Batch(Fields):
 
     batch_tokens: Annotated[PositiveCount | None, Also("total-batch-size")] = None
     """Tokens per step over all devices, reached by accumulation."""
+
+    find_batch_size: Annotated[bool, Also("auto-find-batch-size", "probe-batch-size")] = False
+    """Try on a throwaway copy of the model how large a batch fits, before training; accumulation
+    makes up for what does not, so that a step keeps its size."""
 
 
 class Length(Fields):
@@ -165,7 +200,18 @@ class Checkpoints(Fields):
     """Continue from the newest valid checkpoint of `--out`; start afresh where there is none."""
 
     resume_from: Annotated[Path | None, Also("resume-from-checkpoint"), Control] = None
-    """Continue from this checkpoint."""
+    """Continue from this checkpoint; with `resume`, only where `--out` has none of its own."""
+
+    resume_allow: Annotated[
+        list[str], BeforeValidator(_names), Also("resume-allow-changes"), Control
+    ] = []
+    """Settings that may differ from the resumed run's, such as `lr,max_steps`."""
+
+    @model_validator(mode="after")
+    def _check_resume(self) -> Self:
+        if self.resume_allow and not (self.resume or self.resume_from):
+            raise ValueError("--resume-allow goes with --resume or --resume-from")
+        return self
 
 
 class Placement(Fields):

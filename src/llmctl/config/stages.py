@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import PositiveInt, model_validator
 
-from llmctl.config.base import Also, Fields, Flag
+from llmctl.config.base import Also, Argument, Config, Fields, Flag
 from llmctl.config.sections import (
     Batch,
     Checkpoints,
@@ -16,6 +16,7 @@ from llmctl.config.sections import (
     Optimizer,
     Placement,
     PositiveCount,
+    Reporting,
     Sampling,
     StageConfig,
 )
@@ -58,6 +59,8 @@ class TokenizeConfig(Corpus, StageConfig):
             raise ValueError(f"--tokenizer reuses a tokenizer: drop {self.flag(clash[0])}")
         if self.algorithm == "byte" and self.vocab_size is not None:
             raise ValueError("--vocab-size does not go with --algorithm byte: it has 256 bytes")
+        if "min_frequency" in self.given() and self.algorithm in ("byte", "char"):
+            raise ValueError(f"--min-frequency does not go with --algorithm {self.algorithm}")
         if self.val_data and self.val_fraction is not None:
             raise ValueError("give --val-data or --val-fraction, not both")
         return self
@@ -133,6 +136,8 @@ class PretrainConfig(
             raise ValueError("give --grad-accum or --batch-tokens, not both")
         if "decay" in given and self.schedule != "wsd":
             raise ValueError("--decay goes with --schedule wsd")
+        if "min_lr" in given and self.schedule == "constant":
+            raise ValueError("--min-lr does not go with --schedule constant")
         return self
 
 
@@ -205,3 +210,10 @@ class DemoConfig(StageConfig):
 
     threads: PositiveInt | None = None
     """CPU threads; by default the cores that this process may use."""
+
+
+class RunsConfig(Config, Reporting):
+    """List runs: how they went, how far they are, how to resume them."""
+
+    directory: Annotated[Path | None, Argument("DIR"), Control] = None
+    """Directory to look in; by default runs/ where there is one, else the current directory."""

@@ -8,43 +8,43 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from llmctl import checkpoint, hardware, rundir
+from llmctl import hardware, rundir
 from llmctl.config.stages import PretrainConfig
 from llmctl.console import log, short
 from llmctl.data.corpus import open_corpus
 from llmctl.data.tokenizer import load_vocabulary
-from llmctl.files import sha256_file
+from llmctl.files import sha256_file, writing
 from llmctl.models import save_model
-from llmctl.rundir import Run, open_run
+from llmctl.resume import load_weights
+from llmctl.rundir import Run
+from llmctl.training.guard import open_together, together
 from llmctl.training.loop import fit, resume
 from llmctl.training.placement import make_accelerator
-from llmctl.training.setup import Setup, build, prepare
+from llmctl.training.setup import Setup, build, prepare, with_largest_batch
 from llmctl.training.state import weights
 from llmctl.training.trainer import Trainer
 
 
 def run(config: PretrainConfig) -> dict[str, Any] | None:
-    """Train and return the final metrics; a finished run that is resumed is left untouched."""
-    if (config.resume or config.resume_from) and rundir.is_complete(config.out):
-        assert config.out is not None
-        log.info("%s is already complete", config.out)
-        return rundir.read_manifest(config.out)["result"]  # type: ignore[no-any-return]
-    threads = hardware.set_threads(config.threads or _earlier_threads(config))
+    """Train and return the final metrics."""
+    earlier = _earlier(config)
+    threads = hardware.set_threads(config.threads or earlier.get("threads"))
     accelerator, device = make_accelerator(config)
     if config.dry_run:
         _show(config, accelerator, device)
         return None
-    with open_run("pretrain", config) as run:
-        tokens, inputs = _tokens(config, run)
-        accelerator.wait_for_everyone()
+    with open_together(accelerator, "pretrain", config) as run:
+        with together(accelerator):
+            tokens, inputs = _tokens(config, run)
         setup = prepare(config, tokens, accelerator, device)
+        if config.find_batch_size:
+            setup = with_largest_batch(config, setup, earlier.get("plan", {}).get("batch_size"))
         run.record(threads=threads, inputs=inputs, **setup.facts())
-        trainer = build(config, setup, run)
-        _resume(config, trainer)
-        with hardware.memory_errors():
+        with hardware.memory_errors(setup.plan.batch_size, setup.plan.grad_accum):
+            trainer = build(config, setup, run)
+            resume(trainer, config)
             metrics = fit(trainer)
         _export(trainer, setup)
-        accelerator.wait_for_everyone()
         result = {
             "stage": "pretrain",
             "out": str(run.path),
@@ -75,11 +75,11 @@ def _tokens(config: PretrainConfig, run: Run) -> tuple[Path, list[dict[str, Any]
     return run.path, inputs
 
 
-def _earlier_threads(config: PretrainConfig) -> int | None:
-    """The threads of the run that is resumed: another number sums in another order."""
-    if not config.resume or config.out is None:
-        return None
-    return rundir.read_manifest(config.out).get("threads")
+def _earlier(config: PretrainConfig) -> dict[str, Any]:
+    """The manifest of the run that is resumed: other threads sum in another order, for one."""
+    if config.resume and config.out is not None and (config.out / "checkpoints").is_dir():
+        return rundir.read_manifest(config.out)
+    return rundir.read_manifest(config.resume_from.parent.parent) if config.resume_from else {}
 
 
 def _show(config: PretrainConfig, accelerator: Accelerator, device: str) -> None:
@@ -95,26 +95,14 @@ def _show(config: PretrainConfig, accelerator: Accelerator, device: str) -> None
         print(config.to_yaml("pretrain"), end="")
 
 
-def _resume(config: PretrainConfig, trainer: Trainer) -> None:
-    root = trainer.run.checkpoints
-    if trainer.rank == 0 and root.is_dir():
-        checkpoint.clean(root)
-    trainer.accelerator.wait_for_everyone()
-    path = config.resume_from or (checkpoint.newest(root) if config.resume else None)
-    if path is not None:
-        resume(trainer, checkpoint.load(path, trainer.identity, trainer.rank))
-        if path.resolve().parent != root.resolve():
-            trainer.progressed.forget_best()  # its weights are not in this run
-        log.info("resuming from %s", path)
-    trainer.run.forget_metrics_after(trainer.progressed.step)
-
-
 def _export(trainer: Trainer, setup: Setup) -> None:
     """Write `model/`: the best checkpoint by validation loss, the last where none was measured."""
-    best, current = trainer.progressed.best_step, weights(trainer.model)
-    if trainer.rank != 0:
-        return
-    if best is not None and best != trainer.progressed.step:
-        current = checkpoint.load_weights(trainer.run.checkpoints / f"checkpoint-{best}")
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    save_model(model, current, setup.tokenizer, trainer.run.path / "model")
+    job = trainer.job
+    best, current = job.progressed.best_step, weights(trainer.model, job.rank)
+    with together(job.accelerator), writing(job.run.path):
+        if job.rank != 0:
+            return
+        if best is not None and best != job.progressed.step:
+            current = load_weights(job.run.checkpoints / f"checkpoint-{best}")
+        model = job.accelerator.unwrap_model(trainer.model)
+        save_model(model, current, setup.tokenizer, job.run.path / "model")

@@ -1,95 +1,97 @@
 """Speed and metrics: what metrics.jsonl, the progress line and the final result say."""
 
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from rich.filesize import decimal
 from torch import Tensor
 
 from llmctl import hardware
 from llmctl.console import duration, log, short
-from llmctl.training.trainer import Trainer
+from llmctl.training.job import Job
 
 
 class Meter:
-    """Clocks and writes one training run."""
+    """Clocks and writes one training run, over all its resumptions."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, job: Job) -> None:
         """Start the clock."""
-        self.trainer = trainer
-        self.started = self._mark = time.perf_counter()
-        self._steps = self._all_steps = 0
-        self._all_seconds = 0.0
-        self._last: dict[str, Any] = {}
+        self.job = job
         self.text = ""
-        self._peak = hardware.peak_flops(trainer.device)
+        self._mark = self._trained = time.perf_counter()
+        self._since = time.perf_counter(), job.progressed.tokens
+        self._peak = hardware.peak_flops(job.device)
 
-    def count(self) -> None:
-        """One more step is done."""
-        self._steps += 1
-
-    def paused(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def paused(self) -> Iterator[None]:
         """Leave evaluation and saving out of the speed."""
-        return _Paused(self)
+        begun = time.perf_counter()
+        yield
+        away = time.perf_counter() - begun
+        self._trained += away
+        self._since = self._since[0] + away, self._since[1]
+
+    def keep_time(self) -> None:
+        """Bring the progress's clocks up to now, for a checkpoint or a line."""
+        now, done = time.perf_counter(), self.job.progressed
+        done.seconds += now - self._mark
+        done.training_seconds += now - self._trained
+        self._mark = self._trained = now
 
     def log(self, loss: Tensor, grad_norm: Tensor) -> None:
         """Write a line of metrics, and renew the text of the progress line."""
-        trainer, done = self.trainer, self.trainer.progressed
+        job, done = self.job, self.job.progressed
+        self.keep_time()
         speed = self._speed()
-        self._last = {
+        facts: dict[str, Any] = {
             "step": done.step,
-            "time": round(time.perf_counter() - self.started, 3),
+            "time": round(done.seconds, 3),
             "tokens": done.tokens,
             "loss": float(loss),
-            "lr": trainer.plan.lr_at(done.step - 1),
+            "lr": job.lr(),
             "grad_norm": float(grad_norm),
             "tokens_per_second": speed,
             "mfu": self._mfu(speed),
-            "memory_bytes": hardware.memory_in_use(trainer.device),
+            "memory_bytes": hardware.memory_in_use(job.device),
+            **job.extras(),
         }
-        trainer.run.log(self._last)
-        text = f"loss {float(loss):.3f}  lr {self._last['lr']:.2g}  {short(speed)} tok/s"
-        if self._last["mfu"] is not None:
-            text += f"  mfu {self._last['mfu']:.1%}"
+        if done.skipped_steps:
+            facts["skipped_steps"] = done.skipped_steps
+        done.last_log = facts
+        job.run.log(facts)
+        text = f"loss {float(loss):.3f}  lr {facts['lr']:.2g}  {short(speed)} tok/s"
+        if facts["mfu"] is not None:
+            text += f"  mfu {facts['mfu']:.1%}"
         if "val_loss" in done.last_eval:
             text += f"  val {done.last_eval['val_loss']:.3f}"
-        memory = short(self._last["memory_bytes"])
-        self.text = f"{text}  grad {float(grad_norm):.2g}  {memory}B"
+        memory = decimal(facts["memory_bytes"])
+        self.text = f"{text}  grad {float(grad_norm):.2g}  {memory}"
 
     def log_evaluation(self, found: dict[str, float]) -> bool:
         """Write the line of an evaluation; return whether it is the best so far."""
-        done = self.trainer.progressed
-        done.last_eval = found
-        improved = found["val_loss"] < done.best_loss
-        if improved:
-            done.best_step, done.best_loss, done.best_eval = done.step, found["val_loss"], found
-            done.evals_since_best = 0
-        else:
-            done.evals_since_best += 1
-        elapsed = round(time.perf_counter() - self.started, 3)
-        self.trainer.run.log({"step": done.step, "time": elapsed, "tokens": done.tokens, **found})
-        if self.trainer.rank == 0:
-            log.info(
-                "step %s  val_loss %.4f  perplexity %.4g  bits/byte %.4f%s  %s",
-                f"{done.step:,}",
-                found["val_loss"],
-                found["val_perplexity"],
-                found["val_bits_per_byte"],
-                "  best" if improved else "",
-                duration(elapsed),
-            )
+        job, done = self.job, self.job.progressed
+        improved = done.judge(found)
+        elapsed = done.seconds + time.perf_counter() - self._mark
+        facts = {"step": done.step, "time": round(elapsed, 3), "tokens": done.tokens}
+        job.run.log({**facts, **found})
+        if job.rank == 0:
+            shown = "  ".join(_worded(name, value) for name, value in found.items())
+            best = "  best" if improved else ""
+            log.info("step %s  %s%s  %s", f"{done.step:,}", shown, best, duration(elapsed))
         return improved
 
     def final(self) -> dict[str, Any]:
         """Metrics of the whole run: the best evaluation, the last loss, the mean speed."""
-        self._speed()
-        done = self.trainer.progressed
-        speed = self._rate(self._all_steps, self._all_seconds)
-        keep = ("loss", "grad_norm", "memory_bytes")
+        self.keep_time()
+        done = self.job.progressed
+        speed = round(done.tokens / max(done.training_seconds, 1e-9), 1)
+        keep = ("loss", "grad_norm", "memory_bytes", "skipped_steps")
         return {
             "step": done.step,
             "tokens": done.tokens,
-            **{name: self._last[name] for name in keep if name in self._last},
+            **{name: done.last_log[name] for name in keep if name in done.last_log},
             **done.best_eval,
             "best_step": done.best_step,
             "tokens_per_second": speed,
@@ -98,29 +100,18 @@ class Meter:
 
     def _speed(self) -> float:
         """Tokens per second since the last call."""
-        now = time.perf_counter()
-        seconds, steps = now - self._mark, self._steps
-        self._mark, self._steps = now, 0
-        self._all_steps += steps
-        self._all_seconds += seconds
-        return self._rate(steps, seconds)
-
-    def _rate(self, steps: int, seconds: float) -> float:
-        return round(steps * self.trainer.plan.tokens_per_step / max(seconds, 1e-9), 1)
+        now, tokens = time.perf_counter(), self.job.progressed.tokens
+        before, counted = self._since
+        self._since = now, tokens
+        return round((tokens - counted) / max(now - before, 1e-9), 1)
 
     def _mfu(self, speed: float) -> float | None:
         """Share of the peak FLOP/s of all devices that the model's own FLOPs make."""
-        if self._peak is None:
+        if self._peak is None or self.job.flops_per_token is None:
             return None
-        return speed * self.trainer.flops_per_token / (self._peak * self.trainer.world)
+        return speed * self.job.flops_per_token / (self._peak * self.job.world)
 
 
-class _Paused:
-    def __init__(self, meter: Meter) -> None:
-        self._meter = meter
-
-    def __enter__(self) -> None:
-        self._since = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._meter._mark += time.perf_counter() - self._since
+def _worded(name: str, value: float) -> str:
+    short_names = {"val_perplexity": "perplexity", "val_bits_per_byte": "bits/byte"}
+    return f"{short_names.get(name, name)} {value:.4g}"

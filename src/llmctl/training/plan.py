@@ -53,9 +53,13 @@ class Plan:
         return self.sequences_per_step * self.context
 
     def identity(self) -> dict[str, Any]:
-        """What decides the weights; how often to look at them or save them does not."""
+        """What decides the weights, by flag; how often to look at them or save them does not."""
         free = ("eval_every", "eval_tokens", "save_every", "early_stop")
-        return {name: value for name, value in asdict(self).items() if name not in free}
+        return {
+            name.removesuffix("_steps") if name in ("warmup_steps", "decay_steps") else name: value
+            for name, value in asdict(self).items()
+            if name not in free
+        }
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step number `step`, counted from 0."""
@@ -98,6 +102,8 @@ def make_plan(
     per_step = batch_size * grad_accum * world_size * context
     max_steps = _max_steps(config, parameters, train_tokens, per_step)
     optimizer = _optimizer(config, device, sharded)
+    if "momentum" in config.given() and optimizer != "muon":
+        raise UserError(f"--momentum is Muon's, and this run uses {optimizer}")
     tenth = max(1, max_steps // 10)
     warmup = config.warmup if config.warmup >= 1 else round(config.warmup * max_steps)
     return Plan(

@@ -1,7 +1,7 @@
 """From a config and token shards to a trainer: choose, count, plan; then allocate and place."""
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,13 @@ from llmctl.errors import DataError, ModelError, UserError
 from llmctl.models import load_causal_lm, load_config, load_tokenizer
 from llmctl.rundir import Run
 from llmctl.training.batches import Batches
+from llmctl.training.job import Job, Rhythm
+from llmctl.training.loop import evaluate, loss_of
 from llmctl.training.optimizers import make_optimizers
 from llmctl.training.placement import is_sharded
 from llmctl.training.plan import Plan, make_plan, preset_for
+from llmctl.training.probe import largest_batch
+from llmctl.training.state import architecture, capture
 from llmctl.training.trainer import Trainer
 
 
@@ -96,51 +100,110 @@ def prepare(config: PretrainConfig, tokens: Path, accelerator: Accelerator, devi
 
 def build(config: PretrainConfig, setup: Setup, run: Run) -> Trainer:
     """Allocate the model and its optimizers, place them, and put the trainer together."""
-    plan, device = setup.plan, setup.device
+    plan, device, accelerator = setup.plan, setup.device, setup.accelerator
     set_seed(config.seed)
     train = Batches(setup.index.train, plan.context, config.seed)
+    model = _new_model(config, setup)
+    model.train()
+    flops = shapes.flops_per_token(
+        shapes.active_parameters(model), setup.architecture, plan.context
+    )
+    if config.compile:
+        if is_sharded(accelerator):
+            raise UserError("--compile has not been made to work under FSDP", hint="drop --compile")
+        model.compile()
+    placed, *wrapped = accelerator.prepare(model, *make_optimizers(model, plan, device))
+    optimizers = [optimizer.optimizer for optimizer in wrapped]
+    job = Job(
+        title="pretrain",
+        run=run,
+        accelerator=accelerator,
+        device=device,
+        identity=_identity(setup),
+        rhythm=_rhythm(config, plan),
+        flops_per_token=flops,
+        capture=lambda: capture(placed, optimizers, job.progressed, rank=job.rank),
+        evaluate=None if setup.index.val is None else lambda: evaluate(trainer),
+        lr=lambda: plan.lr_at(job.progressed.step - 1),
+    )
+    trainer = Trainer(placed, optimizers, plan, train, setup.index.val, job)
+    return trainer
+
+
+def with_largest_batch(config: PretrainConfig, setup: Setup, known: int | None) -> Setup:
+    """The setup with the largest batch that fits, tried on a copy; a step keeps its size.
+
+    Args:
+        config: the command's fields.
+        setup: its plan says how many sequences make a step.
+        known: the batch size found when the run began, if it is resumed.
+    """
+    plan = setup.plan
+    total = plan.batch_size * plan.grad_accum
+    size = known or _try_batches(config, setup, total)
+    return replace(setup, plan=replace(plan, batch_size=size, grad_accum=total // size))
+
+
+def _try_batches(config: PretrainConfig, setup: Setup, total: int) -> int:
+    plan, device = setup.plan, setup.device
+    model = _new_model(config, setup).to(device).train()
+    optimizers = make_optimizers(model, plan, device)
+
+    def step(size: int) -> None:
+        tokens = torch.randint(setup.architecture.vocab_size, (size, plan.context), device=device)
+        loss = loss_of(model, (tokens, tokens), plan, device)
+        loss.backward()  # type: ignore[no-untyped-call]
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    size = largest_batch(step, total, device)
+    sizes = setup.accelerator.gather(torch.tensor([size], device=device))
+    return int(sizes.min())
+
+
+LONGEST_CONTEXT = 4096
+"""Training sequences of a model with more positions than this are cut to it by default."""
+
+
+def _new_model(config: PretrainConfig, setup: Setup) -> Any:
+    """The model with its first weights, on the CPU."""
     model: Any = (
         load_causal_lm(config.model, dtype=torch.float32)
         if config.model
         else shapes.new_model(setup.architecture)
     )
-    if plan.precision == "pure-bf16":
+    if setup.plan.precision == "pure-bf16":
         log.warning("pure bf16 weights: updates smaller than 1/256 of a weight vanish")
         for weight in model.parameters():  # buffers such as rotary frequencies stay exact
             weight.data = weight.data.to(torch.bfloat16)
-    if device == "cuda" and plan.precision != "fp32":
+    if setup.device == "cuda" and setup.plan.precision != "fp32":
         torch.set_float32_matmul_precision("high")
     _attend_causally(model)
-    model.train()
-    if config.compile:
-        if is_sharded(setup.accelerator):
-            raise UserError("--compile has not been made to work under FSDP", hint="drop --compile")
-        model.compile()
-    placed, *wrapped = setup.accelerator.prepare(model, *make_optimizers(model, plan, device))
-    return Trainer(
-        model=placed,
-        optimizers=[optimizer.optimizer for optimizer in wrapped],
-        plan=plan,
-        train=train,
-        val=setup.index.val,
-        run=run,
-        accelerator=setup.accelerator,
-        device=device,
-        flops_per_token=shapes.flops_per_token(
-            shapes.active_parameters(model), setup.architecture, plan.context
-        ),
-        identity={
-            **plan.identity(),
-            "parameters": setup.parameters,
-            "tokens_sha256": _content_hash(setup.index),
-        },
-        keep=config.keep,
+    return model
+
+
+def _identity(setup: Setup) -> dict[str, Any]:
+    """What a run must share with this one to resume from it."""
+    return {
+        **setup.plan.identity(),
+        "architecture": architecture(setup.architecture),
+        "tokens": _content_hash(setup.index),
+        "tokenizer": setup.index.tokenizer_sha256,
+    }
+
+
+def _rhythm(config: PretrainConfig, plan: Plan) -> Rhythm:
+    return Rhythm(
+        max_steps=plan.max_steps,
         log_every=config.log_every or min(100, max(1, plan.max_steps // 100)),
+        eval_every=plan.eval_every,
+        save_every=plan.save_every,
+        keep=config.keep,
+        early_stop=plan.early_stop,
+        on_nan=config.on_nan,
+        max_nan_skips=config.max_nan_skips,
     )
-
-
-LONGEST_CONTEXT = 4096
-"""Training sequences of a model with more positions than this are cut to it by default."""
 
 
 def _content_hash(index: TokenIndex) -> str:

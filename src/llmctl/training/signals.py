@@ -2,28 +2,30 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from llmctl.console import log
 from llmctl.errors import Interrupted, Terminated
-
-CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from llmctl.stopping import ECHO, handled_by
 
 
 class StopFlag:
     """Set by the first signal; the loop reads it between steps."""
 
-    def __init__(self) -> None:
-        """Nothing has arrived yet."""
+    def __init__(self, echo: float = 0.0) -> None:
+        """Nothing has arrived yet; what comes within `echo` seconds of the first is the first."""
         self.received: int = 0
+        self._echo, self._at = echo, 0.0
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Note the first signal; leave at the second."""
-        if self.received:
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._at = number, now
+        elif now - self._at >= self._echo:
             os._exit(128 + (number if number == signal.SIGINT else signal.SIGTERM))
-        self.received = number
 
     @staticmethod
     def error(number: int, step: int) -> Interrupted | Terminated:
@@ -36,11 +38,6 @@ class StopFlag:
 @contextmanager
 def stop_flag() -> Iterator[StopFlag]:
     """A flag that catches the signals while the body runs."""
-    flag = StopFlag()
-    before = {number: signal.signal(number, flag.handle) for number in CAUGHT}
-    try:
+    flag = StopFlag(ECHO if "RANK" in os.environ else 0.0)
+    with handled_by(flag.handle):
         yield flag
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        log.debug("signal handlers restored")

@@ -1,48 +1,73 @@
 """A trainer's state as named tensors, and back; the same for one process, DDP and FSDP."""
 
-from collections.abc import Mapping
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim import Optimizer
+from torch.optim import Muon, Optimizer
+from transformers import PreTrainedConfig
 
 from llmctl.checkpoint import Content
 from llmctl.errors import ModelError
+from llmctl.training.job import Progressed
+
+WITHOUT_EFFECT = ("transformers_version", "_name_or_path", "dtype", "use_cache")
+"""Keys of a model's configuration that decide nothing in training."""
 
 
 def capture(
-    model: nn.Module, optimizers: list[Optimizer], step: int, state: Mapping[str, Any]
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    progressed: Progressed,
+    state: Mapping[str, Any] | None = None,
+    *,
+    rank: int = 0,
 ) -> Content:
-    """All that decides how the run goes on. Collective: every rank calls it."""
+    """All that decides how the run goes on. Collective: every rank calls it; rank 0 gets tensors.
+
+    Args:
+        model: placed as it trains. What is frozen is not kept: it never changes.
+        optimizers: over its parameters.
+        progressed: how far the run is.
+        state: what else must come back, such as a scheduler's state; JSON.
+        rank: this process's.
+    """
     moments = {
         f"{name}.{key}": value
         for name, facts in _optimizer_state(model, optimizers).items()
         for key, value in facts.items()
     }
-    tensors = {name: whole(value) for name, value in moments.items() if torch.is_tensor(value)}
+    tensors = {name: value for name, value in moments.items() if torch.is_tensor(value)}
     scalars = {name: value for name, value in moments.items() if name not in tensors}
     return Content(
-        step=step,
-        model=weights(model),
-        optimizer=tensors,
+        step=progressed.step,
+        model=_gathered(_trained(model), rank),
+        optimizer=_gathered(tensors, rank),
         rng=generators(),
-        state={"progressed": dict(state), "optimizer": scalars},
+        state={"progressed": vars(progressed), "optimizer": scalars, **(state or {})},
+        best=progressed.best_step,
     )
 
 
 @torch.no_grad()
 def restore(model: nn.Module, optimizers: list[Optimizer], content: Content) -> None:
-    """Put back what `capture` took.
+    """Put back what `capture` took, but for the random generators: see `set_generators`.
 
     Raises:
         ModelError: the checkpoint's weights have other names than the model's.
     """
-    named = _named(model)
+    named = _trained(model)
     if unknown := sorted(set(named) ^ set(content.model)):
         raise ModelError(f"the checkpoint is of another model: {unknown[0]}")
     for name, tensor in named.items():
+        if content.model[name].shape != tensor.shape:
+            raise ModelError(f"the checkpoint is of another model: the shape of {name}")
         tensor.copy_(_spread(content.model[name], tensor))
     saved: dict[str, dict[str, Any]] = {}
     for key, value in {**content.optimizer, **content.state["optimizer"]}.items():
@@ -55,28 +80,90 @@ def restore(model: nn.Module, optimizers: list[Optimizer], content: Content) -> 
         state = {number: saved[name] for number, name in enumerate(names) if name in saved}
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
-    torch.set_rng_state(content.rng["cpu"])
-    if "cuda" in content.rng:
-        torch.cuda.set_rng_state(content.rng["cuda"])
 
 
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    """The model's weights and buffers on the CPU by name, tied ones once. Collective."""
-    return {name: whole(tensor) for name, tensor in _named(model).items()}
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A copy on the CPU, of all shards where the tensor is sharded."""
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().to("cpu", copy=True)
+def weights(model: nn.Module, rank: int = 0) -> dict[str, Tensor]:
+    """All weights and buffers on rank 0's CPU by name, tied ones once. Collective."""
+    return _gathered(_named(model), rank)
 
 
 def generators() -> dict[str, Tensor]:
-    """State of this process's random generators."""
-    found = {"cpu": torch.get_rng_state()}
+    """State of this process's random generators: torch's, NumPy's and Python's."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    numpy_state = [kind, np.asarray(keys).tolist(), *rest]
+    found = {
+        "cpu": torch.get_rng_state(),
+        "numpy": _as_tensor(numpy_state),
+        "python": _as_tensor(random.getstate()),
+    }
     if torch.cuda.is_available():
         found["cuda"] = torch.cuda.get_rng_state()
     return found
+
+
+def set_generators(states: Mapping[str, Tensor]) -> None:
+    """Put back what `generators` took."""
+    torch.set_rng_state(states["cpu"])
+    np.random.set_state(tuple(_as_json(states["numpy"])))
+    version, internal, gauss = _as_json(states["python"])
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Let the body draw random numbers without a trace."""
+    before = generators()
+    try:
+        yield
+    finally:
+        set_generators(before)
+
+
+def checkpoint_bytes(model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> int:
+    """About how large a checkpoint will be: weights that train, and two moments of each.
+
+    Those among them that Muon updates have one.
+    """
+    total = 3 * sum(tensor.numel() * tensor.element_size() for tensor in _trained(model).values())
+    for optimizer in optimizers:
+        if isinstance(optimizer, Muon):
+            groups = (group["params"] for group in optimizer.param_groups)
+            total -= sum(p.numel() * p.element_size() for params in groups for p in params)
+    return total
+
+
+def architecture(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a model's configuration says of the function that its weights make."""
+    return {name: value for name, value in config.to_dict().items() if name not in WITHOUT_EFFECT}
+
+
+def _as_tensor(state: object) -> Tensor:
+    return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+
+def _as_json(tensor: Tensor) -> Any:
+    return json.loads(bytes(tensor.tolist()))
+
+
+def _gathered(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Copies on rank 0's CPU, of all shards where sharded; nothing on other ranks. Collective."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if rank == 0:
+            found[name] = full.detach().to("cpu", copy=True)
+    return found
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes: parameters that have gradients, and buffers."""
+    return {
+        name: tensor
+        for name, tensor in _named(model).items()
+        if tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+    }
 
 
 def _named(model: nn.Module) -> dict[str, Tensor]:

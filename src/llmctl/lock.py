@@ -1,0 +1,70 @@
+"""The lock of a run directory: one run at a time, and a refusal that names the other one.
+
+The lock is the operating system's, so that it ends with its process however that ends. Its file
+says who holds it: process id and host, a line each, as filelock's own soft locks do.
+"""
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, SoftFileLock, Timeout
+
+from llmctl.errors import OutputError
+
+LOCK = ".llmctl.lock"
+PROBE_SECONDS = 0.2
+"""How long to wait for a lock: `is_held` takes it for a moment."""
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the directory's lock while the body runs.
+
+    Raises:
+        OutputError: another run holds it.
+    """
+    lock = FileLock(path / LOCK, timeout=PROBE_SECONDS)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise in_use(path) from None
+    try:
+        if not isinstance(lock, SoftFileLock):
+            (path / LOCK).write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
+        yield
+    except BaseException:
+        if not (path / "status.json").exists():  # nothing of a run is left here
+            (path / LOCK).unlink(missing_ok=True)
+        raise
+    finally:
+        lock.release()
+
+
+def is_held(path: Path) -> bool:
+    """Whether a live run holds the directory's lock; needs no right to write."""
+    try:
+        descriptor = os.open(path / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without flock: the lock proper will tell
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def in_use(path: Path) -> OutputError:
+    """The refusal, with the process that the lock file names."""
+    try:
+        pid, host, *_ = (path / LOCK).read_text().split("\n")
+    except (OSError, ValueError):
+        return OutputError("in use by another run", file=path)
+    return OutputError(f"in use by another run (pid {pid} on {host})", file=path)

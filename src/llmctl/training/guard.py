@@ -1,0 +1,236 @@
+"""The guarantees, for our loop and for TRL's trainers alike: finite numbers, signals, checkpoints.
+
+Every step: `agree` on what all ranks saw, `accept` the step or refuse it, then `finish_step`.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+
+from llmctl import checkpoint
+from llmctl.checkpoint import Content
+from llmctl.config.sections import Checkpoints, StageConfig
+from llmctl.console import log
+from llmctl.errors import DivergedError, ModelError, UserError
+from llmctl.resume import defect, load, lost_best, newest, require_same
+from llmctl.rundir import Run, open_run
+from llmctl.training.job import Job, Progressed
+from llmctl.training.meter import Meter
+from llmctl.training.signals import StopFlag
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all ranks saw of a step before any of them updates a weight."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    tokens: int
+    finite: bool
+    signal: int
+
+
+@contextmanager
+def together(accelerator: Accelerator) -> Iterator[None]:
+    """What fails on one rank fails on all, at the end of the body, and is said by one. Collective.
+
+    Else the others would wait for the rank that failed, and end with an error of the network's.
+
+    Raises:
+        UserError: any rank's.
+    """
+    mine: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        mine = error
+    failed = [mine] if accelerator.num_processes == 1 else gather_object([mine])
+    first = next((error for error in failed if error is not None), None)
+    if mine is not None:
+        raise mine
+    if first is not None:
+        first.told = True
+        raise first
+
+
+@contextmanager
+def open_together(accelerator: Accelerator, stage: str, config: StageConfig) -> Iterator[Run]:
+    """`rundir.open_run` on rank 0; its refusals end all ranks."""
+    with ExitStack() as stack:
+        with together(accelerator):
+            run = stack.enter_context(open_run(stage, config))
+        yield run
+
+
+def agree(job: Job, loss: Tensor, grad_norm: Tensor, tokens: int, flag: StopFlag) -> Verdict:
+    """The mean loss and the tokens of all ranks, and the signal that any of them received.
+
+    One transfer from a GPU per step pays for the promise that no step uses a number that is not
+    finite; all ranks stop at the same step, whichever of them a signal reached.
+    """
+    finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+    if job.world == 1:
+        return Verdict(loss, grad_norm, tokens, bool(finite), flag.received)
+    counted = torch.tensor([tokens, flag.received], dtype=torch.float64)
+    facts = torch.cat([torch.stack([loss, finite]).double(), counted.to(loss.device)])
+    losses, checks, counts, signals = job.accelerator.gather(facts[None]).T.tolist()
+    mean = loss.new_tensor(sum(losses) / len(losses))
+    return Verdict(mean, grad_norm, round(sum(counts)), min(checks) > 0, int(max(signals)))
+
+
+def accept(job: Job, verdict: Verdict, batch: str) -> bool:
+    """Whether the optimizer may take the step; the same on every rank.
+
+    Args:
+        job: the run; a refused step is counted in its progress.
+        verdict: of all ranks.
+        batch: which examples the step was computed from.
+
+    Raises:
+        DivergedError: loss or gradients are not finite, and the run is to stop at that, or was so
+            too often.
+    """
+    if verdict.finite:
+        return True
+    done, rhythm = job.progressed, job.rhythm
+    done.skipped_steps += 1
+    loss, grad_norm = float(verdict.loss), float(verdict.grad_norm)
+    what = f"step {done.step + 1:,}: loss {loss:g}, gradient norm {grad_norm:g} ({batch})"
+    if rhythm.on_nan == "skip" and done.skipped_steps <= rhythm.max_nan_skips:
+        log.warning("skipped %s; %d so far", what, done.skipped_steps)
+        return False
+    if rhythm.on_nan == "skip":
+        what += f"; {done.skipped_steps} skipped, more than --max-nan-skips {rhythm.max_nan_skips}"
+    error = DivergedError(
+        what,
+        hint="the weights were not touched by this step; try a lower --lr, a longer --warmup, or "
+        "--on-nan skip",
+    )
+    error.told = job.rank > 0
+    raise error
+
+
+def finish_step(job: Job, meter: Meter, verdict: Verdict) -> None:
+    """Log, evaluate and save where due; then end the run if a signal came.
+
+    Raises:
+        Interrupted, Terminated: a signal came, and the run is saved.
+    """
+    done, rhythm = job.progressed, job.rhythm
+    done.step += 1
+    done.tokens += verdict.tokens
+    last = done.step == rhythm.max_steps
+    if done.step % rhythm.log_every == 0 or last:
+        meter.log(verdict.loss, verdict.grad_norm)
+    improved = False
+    if job.evaluate is not None and (done.step % rhythm.eval_every == 0 or last):
+        with meter.paused():
+            improved = meter.log_evaluation(job.evaluate())
+    if improved or last or verdict.signal or done.step % rhythm.save_every == 0:
+        with meter.paused():
+            save(job, meter)
+    if verdict.signal:
+        raise StopFlag.error(verdict.signal, done.step)
+
+
+def is_over(job: Job) -> bool:
+    """Whether the last step is done, or the patience with the validation loss."""
+    done, rhythm = job.progressed, job.rhythm
+    patient = rhythm.early_stop is None or done.evals_since_best < rhythm.early_stop
+    return done.step >= rhythm.max_steps or not patient
+
+
+def save(job: Job, meter: Meter) -> None:
+    """Write a checkpoint of this step, then drop those no longer kept."""
+    meter.keep_time()
+    done, run = job.progressed, job.run
+    checkpoint.save(
+        run.checkpoints,
+        job.capture(),
+        job.owner,
+        rank=job.rank,
+        together=lambda: together(job.accelerator),
+    )
+    if job.rank == 0:
+        checkpoint.rotate(
+            run.checkpoints,
+            job.rhythm.keep,
+            step=done.step,
+            run_id=job.owner.run_id,
+        )
+        run.set_status("running", step=done.step, resumable=True)
+
+
+def find_checkpoint(job: Job, config: Checkpoints, needed: int) -> Content | None:
+    """What to resume from, if this call resumes; the job is then as far as that checkpoint.
+
+    Rank 0 chooses and verifies, all ranks load.
+
+    Args:
+        job: the run.
+        config: says whether and from where to resume.
+        needed: bytes of one checkpoint, for which there must be room.
+
+    Raises:
+        ModelError: none is valid, or it is of a run that differs.
+        ResourceError: the disk cannot hold the run.
+        UserError: it is beyond this run's last step.
+    """
+    chosen: list[Any] = [None, False]
+    with together(job.accelerator):
+        if job.rank == 0:
+            chosen = [*_choose(job, config)]
+            _require_room(job, needed)
+    path, has_best = broadcast_object_list(chosen)
+    if path is None:
+        job.run.forget_metrics_after(0)
+        return None
+    content = load(path, job.rank)
+    job.progressed = Progressed(**content.state["progressed"])
+    if not has_best:
+        job.progressed.forget_best()
+    job.run.forget_metrics_after(content.step)
+    if job.rank == 0:
+        log.info("resuming from %s", path)
+    return content
+
+
+def _require_room(job: Job, needed: int) -> None:
+    """Refuse to begin what the disk cannot hold: the kept checkpoints, the next, and the result.
+
+    What earlier checkpoints of the run take is counted as free.
+    """
+    root = job.run.checkpoints
+    held = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
+    kept = max(checkpoint.LEAST, job.rhythm.keep) + (job.evaluate is not None)
+    copies = min(kept, job.rhythm.max_steps // job.rhythm.save_every) + 1
+    checkpoint.require_space(job.run.path, max(0, needed * copies - held))
+
+
+def _choose(job: Job, config: Checkpoints) -> tuple[Path | None, bool]:
+    """The checkpoint, and whether the best one that it refers to is in this run."""
+    root = job.run.checkpoints
+    if root.is_dir():
+        checkpoint.clean(root)
+    path = newest(root, job.owner.run_id) if config.resume else None
+    if path is None:
+        path = config.resume_from
+        if path is None:
+            return None, False
+        if reason := defect(path):
+            raise ModelError(f"not a valid checkpoint: {reason}", file=path)
+    changed = require_same(path, job.owner, config.resume_allow)
+    step = checkpoint.step_of(path)
+    if step > job.rhythm.max_steps:
+        raise UserError(f"--max-steps {job.rhythm.max_steps}: {path.name} is beyond it")
+    for name, (then, now) in changed.items():
+        log.warning("%s: %s -> %s from step %d on, as --resume-allow says", name, then, now, step)
+    job.run.record(resumed={"from": str(path), "step": step, "changed": changed})
+    return path, path.resolve().parent == root.resolve() and lost_best(path) is None

@@ -1,0 +1,69 @@
+"""How large a batch fits, tried before training on a model that is thrown away."""
+
+import gc
+from collections.abc import Callable
+
+import torch
+from rich.filesize import decimal
+
+from llmctl import hardware
+from llmctl.console import log
+from llmctl.errors import ResourceError
+from llmctl.training.state import generators_kept
+
+MARGIN = 0.9
+"""Share of a machine's free memory that a batch may take."""
+
+
+def largest_batch(step: Callable[[int], None], wanted: int, device: str) -> int:
+    """The largest size that fits among those that divide the wanted one into halves.
+
+    Args:
+        step: compute and update once with a batch of this size, on a copy; what it allocates and
+            keeps between calls is counted.
+        wanted: sequences that one device should process in a step.
+        device: type of device.
+
+    Raises:
+        ResourceError: not even one sequence fits.
+    """
+    sizes, fitting = _halves(wanted), 0
+    with generators_kept():
+        for size in sizes:
+            before = hardware.peak_memory(device)
+            if not _fits(step, size, device):
+                break
+            grown = (hardware.peak_memory(device) - before) / (size - fitting)
+            fitting = size
+            more = next((s for s in sizes if s > size), size) - size
+            if device != "cuda" and grown * more > MARGIN * hardware.memory_left():
+                break  # a CPU has no refusal to wait for: the kernel would kill the process
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    if not fitting:
+        raise ResourceError(
+            "out of memory with a single sequence", hint="use a smaller model or a shorter context"
+        )
+    peak = decimal(hardware.peak_memory(device))
+    log.info("batch size %d of %d fits (%s at the peak)", fitting, wanted, peak)
+    return fitting
+
+
+def _halves(wanted: int) -> list[int]:
+    """`wanted`, its half, and so on while it is even; ascending. One is always tried."""
+    sizes = [wanted]
+    while sizes[-1] % 2 == 0:
+        sizes.append(sizes[-1] // 2)
+    return sorted({1, *sizes})
+
+
+def _fits(step: Callable[[int], None], size: int, device: str) -> bool:
+    try:
+        with hardware.memory_errors():
+            step(size)
+            if device == "cuda":
+                torch.cuda.synchronize()
+    except ResourceError:
+        return False
+    return True

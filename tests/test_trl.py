@@ -1,0 +1,171 @@
+"""TRL's trainer under the mixin: resume is exact whatever the data and the model, and refusals."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torture import sft
+
+from llmctl.files import sha256_file
+from llmctl.training.order import Order
+
+STEPS = ("--max-steps", 10, "--save-every", 3, "--eval-every", 4, "--keep", 9)
+WAYS = {
+    "plain": (),
+    "accumulation": ("--grad-accum", 3, "--batch-size", 2),
+    "epochs": ("--rows", 14),
+    "packing": ("--packing",),
+    "lora": ("--lora",),
+    "grouped": ("--group-by-length", "--rows", 22),
+    "streaming": ("--streaming", "--rows", 14, "--grad-accum", 2),
+    "without evaluation": ("--no-eval",),
+}
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def train(capsys):
+    """Run the proof: `train(out, "--resume")` -> code, stderr."""
+
+    def run(out, *flags):
+        code = sft.main([str(flag) for flag in ("-o", out, *flags)])
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def digest(run):
+    return sha256_file(run / "model" / "model.safetensors")
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def cut(whole, to, after):
+    """A run that was killed after the checkpoint of this step."""
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(whole, to, ignore=shutil.ignore_patterns("model"))
+    (to / "status.json").write_text('{"state": "running"}')
+    for path in (to / "checkpoints").iterdir():
+        if int(path.name.split("-")[1]) > after:
+            shutil.rmtree(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_resume_from_every_checkpoint_ends_in_the_same_bits(train, tmp_path, way):
+    run = (*STEPS, *WAYS[way])
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert train(whole, *run)[0] == 0
+    steps = sorted(int(p.name.split("-")[1]) for p in (whole / "checkpoints").iterdir())
+    assert len(steps) >= 4
+    for step in steps[:-1]:
+        cut(whole, again, step)
+        code, err = train(again, *run, "--resume")
+        assert code == 0, err
+        assert f"checkpoint-{step}" in err
+        assert digest(again) == digest(whole), f"from step {step}"
+        ours, theirs = metrics(again), metrics(whole)
+        assert [(r["step"], r.get("loss")) for r in ours] == [
+            (r["step"], r.get("loss")) for r in theirs
+        ]
+
+
+def test_it_learns_and_evaluation_changes_nothing(train, tmp_path):
+    for name, more in (("with", ()), ("without", ("--no-eval",))):
+        assert train(tmp_path / name, *STEPS, *more)[0] == 0
+    losses = [row["loss"] for row in metrics(tmp_path / "with") if "loss" in row]
+    assert losses[-1] < losses[0] / 1.25
+    assert digest(tmp_path / "with") == digest(tmp_path / "without")
+
+
+def test_accumulation_equals_a_larger_batch(train, tmp_path):
+    for name, size, passes in (("whole", 8, 1), ("parts", 2, 4)):
+        run = ("--batch-size", size, "--grad-accum", passes, "--dropout", 0, "--max-steps", 4)
+        assert train(tmp_path / name, *run)[0] == 0
+    whole, parts = (load_file(tmp_path / n / "model/model.safetensors") for n in ("whole", "parts"))
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], atol=1e-4, rtol=1e-4)
+
+
+def test_only_what_trains_is_saved(train, tmp_path):
+    assert train(tmp_path / "run", *STEPS, "--lora")[0] == 0
+    saved = load_file(tmp_path / "run/checkpoints/checkpoint-10/model.safetensors")
+    assert saved
+    assert all("lora" in name for name in saved)
+
+
+def test_another_run_is_refused_with_the_difference(train, tmp_path):
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert train(whole, *STEPS)[0] == 0
+    cut(whole, again, 3)
+    for flags, named in (
+        (("--lr", 0.5), "lr: 0.01 -> 0.5"),
+        (("--rows", 50), "data: 60 -> 50"),
+        (("--seed", 1), "seed: 0 -> 1"),
+        (("--hidden", 64), "hidden_size: 32 -> 64"),
+        (("--lora",), "adapter: [] -> "),
+    ):
+        code, err = train(again, *STEPS, *flags, "--resume")
+        assert code == 4, err
+        assert named in err
+    code, err = train(again, *STEPS, "--lr", 0.5, "--resume", "--resume-allow", "lr")
+    assert code == 0, err
+    assert "lr: 0.01 -> 0.5 from step 3 on" in err
+    record = json.loads((again / "manifest.json").read_text())["resumed"]
+    assert record["changed"] == {"lr": [0.01, 0.5]}
+    assert digest(again) != digest(whole)
+
+
+def test_data_without_labels_is_refused(train, tmp_path):
+    code, err = train(tmp_path / "run", *STEPS, "--masked")
+    assert code == 3
+    assert "step 1: every label is masked (examples " in err
+
+
+# --- the order of the examples
+
+
+def test_every_example_once_an_epoch_whatever_the_split():
+    whole = Order(10, batch_size=4, steps=5, seed=1)
+    seen = [i for n in range(5) for i in whole.batch(n)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:]
+    for accum, world in ((2, 1), (1, 2), (2, 2)):
+        size = 4 // (accum * world)
+        for step in range(5):
+            parts = [
+                Order(
+                    10,
+                    batch_size=size,
+                    grad_accum=accum,
+                    rank=rank,
+                    world=world,
+                    steps=5,
+                    seed=1,
+                ).batch(step * accum + number)
+                for number in range(accum)
+                for rank in range(world)
+            ]
+            assert [i for part in parts for i in part] == whole.batch(step)
+
+
+@pytest.mark.parametrize("size", [64, 61])
+def test_grouping_puts_alike_lengths_into_a_step(size):
+    lengths = [(i * 37) % 101 for i in range(size)]
+    order = Order(size, batch_size=4, steps=2 * size // 4, seed=0, lengths=lengths)
+    seen = [i for n in range(len(order)) for i in order.batch(n)]
+    assert sorted(seen[:size]) == list(range(size))
+    assert sorted(seen[size : 2 * size]) == sorted(set(seen[size : 2 * size]))
+    spread = [max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in order]
+    mixed = Order(size, batch_size=4, steps=2 * size // 4, seed=0)
+    plain = [max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in mixed]
+    assert sum(spread) < sum(plain) / 4

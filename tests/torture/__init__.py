@@ -1,0 +1,1 @@
+"""What must never break: runs that are killed, starved, damaged and signalled."""

@@ -1,0 +1,217 @@
+"""A bare SFTTrainer under the mixin, as a command: what `llmctl sft` will stand on.
+
+    python tests/torture/sft.py -o OUT --max-steps 20 --save-every 4 [--resume]
+
+Its data, tokenizer and model are made on the spot. It leaves as a command of llmctl's would: with
+the same run directory, checkpoints, messages and exit codes.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from llmctl import console, rundir
+from llmctl.config.sections import Checkpoints, Optimizer, StageConfig
+from llmctl.errors import UserError
+from llmctl.files import follow_umask
+from llmctl.stopping import leaving, raising, reason
+
+SUBJECTS = ["the cat", "a dog", "my friend", "the old man", "our teacher"]
+VERBS = ["sees", "likes", "finds", "follows", "remembers"]
+OBJECTS = ["the river", "a red ball", "the house", "many stars", "a song"]
+
+
+class Proof(Checkpoints, Optimizer, StageConfig):
+    """Fields that the proof takes; as a recipe they are what a real command records."""
+
+    max_steps: int = 12
+    batch_size: int = 4
+    grad_accum: int = 1
+    eval_every: int = 4
+    save_every: int = 4
+    early_stop: int | None = None
+    hidden: int = 32
+    dropout: float = 0.1
+    rows: int = 60
+    lora: bool = False
+    packing: bool = False
+    streaming: bool = False
+    group_by_length: bool = False
+    no_eval: bool = False
+    masked: bool = False
+    log_every: int = 1
+
+
+def main(arguments: list[str]) -> int:
+    """Run with these arguments; the exit code."""
+    console.set_up(quiet=console.rank() > 0)
+    try:
+        config = parse(arguments)
+        if rundir.finished_already("sft", config) is None:
+            with leaving(), raising():
+                train(config)
+    except UserError as error:
+        if not error.told and (console.rank() == 0 or reason(error) is None):
+            print(f"error: {error}", file=sys.stderr)
+        return error.code
+    if console.rank() == 0:
+        print(config.out)
+    return 0
+
+
+def parse(arguments: list[str]) -> Proof:
+    """Flags as `llmctl` would take them."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    for name, field in Proof.model_fields.items():
+        flag = "--" + name.replace("_", "-")
+        if name == "resume_allow":
+            parser.add_argument(flag, action="append")
+        elif field.default is False:
+            parser.add_argument(flag, action="store_true", default=None)
+        elif name != "out":
+            parser.add_argument(flag)
+    given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
+    return Proof(**given)
+
+
+def train(config: Proof) -> None:
+    """Build, fit, save: a stage in small."""
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+    from safetensors.torch import save_file
+
+    from llmctl.training.guard import open_together
+    from llmctl.training.state import weights
+
+    set_seed(config.seed)
+    with open_together(Accelerator(cpu=True), "sft", config) as run:
+        trainer = build(config, run)
+        run.record(plan={"max_steps": config.max_steps})
+        result = trainer.fit(config)
+        found = weights(trainer.model, trainer.job.rank)
+        trainer.accelerator.wait_for_everyone()
+        if trainer.job.rank == 0:
+            staging = run.path / ".tmp-model"
+            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(run.path / "model", ignore_errors=True)
+            staging.mkdir()
+            save_file(found, staging / "model.safetensors")
+            follow_umask(staging)
+            staging.rename(run.path / "model")
+        run.record(result={"out": str(config.out), **result})
+
+
+def build(config: Proof, run: rundir.Run):
+    """The trainer under the mixin."""
+    import datasets
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    from llmctl.training.job import Rhythm
+    from llmctl.training.trl import Reliable, Terms
+
+    class ReliableSFT(Reliable, SFTTrainer):
+        pass
+
+    datasets.disable_progress_bars()
+    texts = sentences(config.rows + 8)
+    rows = datasets.Dataset.from_list([{"text": text} for text in texts[8:]])
+    held_out = datasets.Dataset.from_list([{"text": text} for text in texts[:8]])
+    tokenizer = make_tokenizer(texts)
+    if config.streaming:
+        rows = rows.to_iterable_dataset(num_shards=2).shuffle(seed=config.seed, buffer_size=16)
+    args = SFTConfig(
+        output_dir=str(run.path),
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.grad_accum,
+        learning_rate=config.lr or 1e-2,
+        max_grad_norm=config.max_grad_norm,
+        lr_scheduler_type="cosine",
+        warmup_steps=2,
+        seed=config.seed,
+        bf16=False,
+        use_cpu=True,
+        activation_checkpointing=False,
+        max_length=32,
+        packing=config.packing,
+        dataset_text_field="text",
+    )
+    rhythm = Rhythm(
+        max_steps=config.max_steps,
+        log_every=config.log_every,
+        eval_every=config.eval_every,
+        save_every=config.save_every,
+        keep=config.keep,
+        early_stop=config.early_stop,
+        on_nan=config.on_nan,
+        max_nan_skips=config.max_nan_skips,
+    )
+    identity = {"data": config.rows, "packing": config.packing, "streaming": config.streaming}
+    trainer = ReliableSFT(
+        model=make_model(config, len(tokenizer)),
+        args=args,
+        train_dataset=rows,
+        eval_dataset=None if config.no_eval else held_out,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, lora_dropout=0.1) if config.lora else None,
+        terms=Terms(run, rhythm, identity, config.group_by_length),
+    )
+    if config.masked:
+        collate = trainer.data_collator
+        trainer.data_collator = lambda rows: mask_all(collate(rows))
+    return trainer
+
+
+def sentences(count: int) -> list[str]:
+    """Simple English of unequal length."""
+    parts = [f"{s} {v} {o}" for v in VERBS for o in OBJECTS for s in SUBJECTS]
+    return [
+        " and ".join(parts[(i * 7 + k) % len(parts)] for k in range(1 + i % 3))
+        for i in range(count)
+    ]
+
+
+def make_tokenizer(texts: list[str]):
+    """A tokenizer of whole words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", "<unk>", *sorted({w for text in texts for w in text.split()})]
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def make_model(config: Proof, vocabulary: int):
+    """A Llama of two layers with dropout."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=config.hidden,
+        intermediate_size=2 * config.hidden,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        attention_dropout=config.dropout,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(shape)
+
+
+def mask_all(batch):
+    """Data that has nothing to learn."""
+    return {**batch, "labels": batch["labels"].fill_(-100)}
+
+
+if __name__ == "__main__":
+    import torch
+
+    torch.set_num_threads(1)
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,61 @@
+"""The training commands that every crash test is run on: one row for each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A training command.
+
+    `large` makes checkpoints of tens of megabytes, so that a save lasts long enough to be hit;
+    `small` runs in a second. `arguments` takes the tokenize run and the shared folder.
+    """
+
+    name: str
+    entry: str
+    arguments: Callable[[Path], tuple[object, ...]]
+    large: tuple[object, ...]
+    small: tuple[object, ...]
+
+    def command(self, tokens: Path, size: str, out: Path, *more: object) -> tuple[object, ...]:
+        """The whole command line of a run to `out`; later flags win."""
+        shape = self.large if size == "large" else self.small
+        return (*self.arguments(tokens), *shape, "-o", out, *more)
+
+
+PRETRAIN = Subject(
+    name="pretrain",
+    entry="llmctl.cli:main",
+    arguments=lambda tokens: (
+        *("pretrain", "--tokens", tokens, "--optimizer", "adamw", "--precision", "fp32"),
+        *("--batch-size", 4, "--context", 32, "--threads", 1, "--seed", 5),
+    ),
+    large=(
+        *("--layers", 4, "--hidden", 160, "--heads", 4),
+        *("--max-steps", 10, "--save-every", 1, "--eval-every", 5),
+    ),
+    small=(
+        *("--layers", 2, "--hidden", 32, "--heads", 2),
+        *("--max-steps", 12, "--save-every", 2, "--eval-every", 6),
+    ),
+)
+
+SFT = Subject(
+    name="sft",
+    entry="torture.sft:main",
+    arguments=lambda tokens: ("--seed", 5),
+    large=("--hidden", 256, "--max-steps", 10, "--save-every", 1, "--eval-every", 5),
+    small=("--max-steps", 12, "--save-every", 2, "--eval-every", 6),
+)
+
+SUBJECTS = [PRETRAIN, *([SFT] if find_spec("torture.sft") else [])]
+
+
+def every_subject(function):
+    """Run a test once for each training command."""
+    return pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)(function)

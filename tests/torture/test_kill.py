@@ -1,0 +1,69 @@
+"""SIGKILL at random moments, most of them inside a save: the run resumes to the same bits."""
+
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from llmctl.resume import defect
+from torture.conftest import LONG, counts, tally
+from torture.harness import checkpoints, saving_step, unfinished, until
+from torture.subjects import SUBJECTS, every_subject
+
+pytestmark = pytest.mark.slow
+KILLS = 25 if LONG else 10 // len(SUBJECTS)
+GROUP = "SIGKILL at a random moment"
+
+
+@every_subject
+@pytest.mark.parametrize("number", range(KILLS))
+def test_a_kill_and_a_resume_end_in_the_same_bits(run, reference, draw, tmp_path, subject, number):
+    whole = reference(subject, "large")
+    out = tmp_path / "run"
+    trial = run(subject, "large", out, "--resume")
+    if draw.random() < 0.9:
+        wanted, files = draw.randint(1, 9), draw.randint(0, 6)
+        until(lambda: is_inside(out, wanted, files), trial)
+        time.sleep(draw.uniform(0, whole.save_seconds / 10))
+    else:
+        time.sleep(draw.uniform(0, whole.seconds))
+    before = saving_step(out)
+    trial.kill()
+    assert trial.code in (-signal.SIGKILL, 0), trial.err
+    tally(GROUP, subject, "tried", *(["inside a save"] if unfinished(out) else []))
+    broken = {p.name: defect(p) for p in checkpoints(out).values()}
+    assert not any(broken.values()), broken
+    assert broken or before <= 1, "an earlier save had completed, and nothing is left of it"
+    again = run(subject, "large", out, "--resume")
+    assert again.wait() == 0, again.err
+    tally(GROUP, subject, "survived")
+    assert whole.matches(out)
+    tally(GROUP, subject, "bit-identical")
+    assert not unfinished(out)
+    shutil.rmtree(out)
+
+
+def is_inside(run: Path, step: int, files: int) -> bool:
+    """Whether the save of `step`, or one soon after it, is as far as so many files.
+
+    Six files are never there: that is a wait for the deletion that follows a save.
+    """
+    now = saving_step(run)
+    if now > step + 1:
+        return True
+    if files == 6:
+        return now == 0 and bool(unfinished(run)) and max(checkpoints(run), default=0) >= step
+    staged = run / "checkpoints" / f".tmp-checkpoint-{now}"
+    try:
+        return now >= step and len(list(staged.iterdir())) >= files
+    except FileNotFoundError:
+        return False
+
+
+def test_most_kills_hit_a_save():
+    rows = [row for (group, _), row in counts.items() if group == GROUP]
+    tried, inside = (sum(row[c] for row in rows) for c in ("tried", "inside a save"))
+    if LONG:
+        assert inside >= 0.6 * tried, f"{inside} of {tried} kills were inside a save"
