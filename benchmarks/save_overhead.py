@@ -19,7 +19,10 @@ from llmctl import console, hardware
 from llmctl.config.stages import PretrainConfig, TokenizeConfig
 from llmctl.stages import pretrain, tokenize
 
-SHAPE: dict[str, Any] = {"layers": 6, "hidden": 384, "heads": 6}  # 10M parameters
+SHAPE: dict[str, Any] = {  # 10M parameters
+    **{"layers": 6, "hidden": 384, "heads": 6},
+    **{"batch_size": 8, "context": 128, "precision": "fp32"},
+}
 
 
 def per_step(config: PretrainConfig) -> float:
@@ -33,8 +36,8 @@ def per_step(config: PretrainConfig) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=50)
     options = parser.parse_args()
     console.set_up(quiet=True)
     hardware.set_threads(None)

@@ -61,7 +61,7 @@ def test_a_damaged_newest_is_passed_over_by_name(root, name, damage, caplog):
         path.write_bytes(raw)
     else:
         path.write_bytes(raw[: len(raw) // 2 if damage == "halve" else 0])
-    assert resume.newest(root, "run") == root / "checkpoint-2"
+    assert resume.newest(root, "run")[0] == root / "checkpoint-2"
     assert name in resume.defect(root / "checkpoint-3")
     with pytest.raises(ModelError, match=name):
         resume.load_weights(root / "checkpoint-3")
@@ -70,7 +70,7 @@ def test_a_damaged_newest_is_passed_over_by_name(root, name, damage, caplog):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"files": {}}'])
 def test_a_damaged_manifest_is_passed_over(root, text):
     (root / "checkpoint-3" / "manifest.json").write_text(text)
-    assert resume.newest(root, "run") == root / "checkpoint-2"
+    assert resume.newest(root, "run")[0] == root / "checkpoint-2"
 
 
 def test_a_manifest_that_lists_too_little_is_no_excuse(root):
@@ -78,7 +78,7 @@ def test_a_manifest_that_lists_too_little_is_no_excuse(root):
     manifest = json.loads(path.read_bytes())
     del manifest["files"]["optimizer.safetensors"]
     path.write_text(json.dumps(manifest))
-    assert resume.newest(root, "run") == root / "checkpoint-2"
+    assert resume.newest(root, "run")[0] == root / "checkpoint-2"
 
 
 def test_none_valid_is_an_error_and_deletes_nothing(root):
@@ -90,8 +90,8 @@ def test_none_valid_is_an_error_and_deletes_nothing(root):
 
 
 def test_nothing_there_is_no_error(tmp_path):
-    assert resume.newest(tmp_path, "run") is None
-    assert resume.newest(tmp_path / "absent", "run") is None
+    assert resume.newest(tmp_path, "run")[0] is None
+    assert resume.newest(tmp_path / "absent", "run")[0] is None
 
 
 @pytest.mark.parametrize(
@@ -116,22 +116,31 @@ def test_rotation_drops_what_lies_ahead_but_not_another_runs(root):
     assert {int(p.name.split("-")[1]) for p in root.iterdir()} == {1, 2, 9}
 
 
+def test_a_damaged_checkpoint_counts_for_nothing(root):
+    (root / "checkpoint-3" / "state.json").unlink()
+    found, damaged = resume.newest(root, "run")
+    assert (found, damaged) == (root / "checkpoint-2", {3})
+    checkpoint.save(root, content(4), OWNER)
+    checkpoint.rotate(root, 2, step=4, run_id="run", damaged=damaged)
+    assert {int(p.name.split("-")[1]) for p in root.iterdir()} == {2, 4}
+
+
 def test_another_runs_checkpoint_is_passed_over(root, caplog):
     checkpoint.save(root, content(9), Owner("another", IDENTITY))
-    assert resume.newest(root, "run") == root / "checkpoint-3"
+    assert resume.newest(root, "run")[0] == root / "checkpoint-3"
     assert "checkpoint-9: it is of another run" in caplog.text
 
 
 def test_a_renamed_checkpoint_is_passed_over(root):
     (root / "checkpoint-3").rename(root / "checkpoint-30")
-    assert resume.newest(root, "run") == root / "checkpoint-2"
+    assert resume.newest(root, "run")[0] == root / "checkpoint-2"
 
 
 def test_one_whose_best_checkpoint_is_lost_is_passed_over(root, caplog):
     checkpoint.save(root, replace(content(4), best=3), OWNER)
-    assert resume.newest(root, "run") == root / "checkpoint-4"
+    assert resume.newest(root, "run")[0] == root / "checkpoint-4"
     (root / "checkpoint-3" / "model.safetensors").unlink()
-    assert resume.newest(root, "run") == root / "checkpoint-2"
+    assert resume.newest(root, "run")[0] == root / "checkpoint-2"
     assert "the best checkpoint, checkpoint-3: model.safetensors is missing" in caplog.text
 
 

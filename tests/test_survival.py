@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -242,6 +243,17 @@ def test_its_own_newest_goes_before_the_named_one(train, tmp_path):
     assert digest(tmp_path / "second") == digest(tmp_path / "first")
 
 
+def test_other_surroundings_are_said(train, tmp_path, monkeypatch):
+    assert train(tmp_path / "whole").code == 0
+    cut(tmp_path / "whole", tmp_path / "again", 8)
+    result = train(tmp_path / "again", "--resume")
+    assert "not the same to the last bit" not in result.err
+    cut(tmp_path / "whole", tmp_path / "elsewhere", 8)
+    result = train(tmp_path / "elsewhere", "--resume", "--threads", 2)
+    assert result.code == 0
+    assert "threads: 1 -> 2: not the same to the last bit" in result.err
+
+
 # --- time and disk
 
 
@@ -273,3 +285,87 @@ def test_a_disk_that_cannot_hold_the_run_is_refused_before_it(train, tmp_path, m
     assert result.code == 5
     assert "bytes needed, 900,000 bytes free" in result.err
     assert not (tmp_path / "run").exists()
+
+
+# --- what a fresh eye found
+
+
+def test_other_text_is_refused_on_resume(cli, tokens, corpus, tmp_path):
+    """Also where the tokens of the run are there already."""
+    out = tmp_path / "run"
+    common = ("pretrain", "--tokenizer", tokens, *SMALL, *STEPS, "-o", out)
+    assert cli(*common, "--data", corpus).code == 0
+    (out / "status.json").write_text('{"state": "failed"}')
+    (out / "checkpoints" / "checkpoint-12" / "state.json").unlink()
+    other = tmp_path / "other.jsonl"
+    other.write_text(corpus.read_text().replace("cat", "cow", 1))
+    for flags, name in (
+        (("--data", other), "data: "),
+        (("--data", corpus, "--val-fraction", 0.3), "val_fraction: None -> 0.3"),
+    ):
+        result = cli(*common, *flags, "--resume")
+        assert result.code == 4, result.err
+        assert f"the run began with other data ({name}" in result.err
+    result = cli(*common, "--data", corpus, "--resume")
+    assert result.code == 0, result.err
+
+
+def test_weights_that_the_last_update_ruined_are_not_a_result(train, tmp_path):
+    flags = ("--lr", 1e39, "--warmup", 0, "--optimizer", "adamw")
+    result = train(tmp_path / "run", "--max-steps", 1, *flags)
+    assert result.code == 7, result.err
+    assert "not finite after the update" in result.err or "val_loss" in result.err
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_finding_a_batch_does_not_hide_that_it_changed(train, tmp_path):
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert train(whole).code == 0
+    cut(whole, again, 4)
+    result = train(again, "--batch-size", 6, "--find-batch-size", "--resume")
+    assert result.code == 4
+    assert "batch_size: 8 -> 6" in result.err
+
+
+def test_another_effective_batch_is_said(train, tmp_path):
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert train(whole).code == 0
+    cut(whole, again, 4)
+    flags = ("--resume", "--resume-allow", "batch_size,grad_accum")
+    result = train(again, "--batch-size", 4, "--grad-accum", 2, *flags)
+    assert result.code == 0, result.err
+    assert "another effective batch" not in result.err
+    shutil.rmtree(again)
+    cut(whole, again, 4)
+    result = train(again, "--batch-size", 4, *flags)
+    assert "another effective batch" in result.err
+
+
+def test_a_resumed_run_keeps_nothing_of_a_deleted_checkpoint_open(train, tmp_path):
+    from llmctl.resume import load
+
+    assert train(tmp_path / "whole").code == 0
+    content = load(tmp_path / "whole" / "checkpoints" / "checkpoint-12")
+    assert "checkpoint-12" not in Path("/proc/self/maps").read_text()
+    assert content.model
+
+
+@pytest.mark.parametrize(
+    ("limit", "usage", "cached"),
+    [
+        ("memory.max", "memory.current", "inactive_file 300\n"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file 300\nx 1\n"),
+    ],
+)
+def test_a_jobs_own_limit_counts_and_cached_files_do_not(
+    tmp_path, monkeypatch, limit, usage, cached
+):
+    from llmctl import hardware
+
+    (tmp_path / limit).write_text("1000\n")
+    (tmp_path / usage).write_text("700\n")
+    (tmp_path / "memory.stat").write_text(cached)
+    monkeypatch.setattr(hardware, "_memory_cgroups", lambda: [tmp_path])
+    assert hardware.memory_left() == 600
+    (tmp_path / limit).write_text("max\n")
+    assert hardware.memory_left() > 10**6

@@ -1,15 +1,20 @@
 """TRL's trainer under the mixin: resume is exact whatever the data and the model, and refusals."""
 
 import json
+import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+import trl
 from safetensors.torch import load_file
 from torture import sft
 
+from llmctl.errors import UserError
 from llmctl.files import sha256_file
-from llmctl.training.order import Order
+from llmctl.training.order import Order, Stream, token_lengths
+from llmctl.training.trl import Reliable
 
 STEPS = ("--max-steps", 10, "--save-every", 3, "--eval-every", 4, "--keep", 9)
 WAYS = {
@@ -22,6 +27,8 @@ WAYS = {
     "streaming": ("--streaming", "--rows", 14, "--grad-accum", 2),
     "without evaluation": ("--no-eval",),
 }
+PAIRS = {"reward": "--lora", "dpo": "--group-by-length"}
+"""TRL's trainers on pairs of answers, each with something else that must not break them."""
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +86,23 @@ def test_resume_from_every_checkpoint_ends_in_the_same_bits(train, tmp_path, way
         ]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [False, True], ids=["plain", "more"])
+@pytest.mark.parametrize("kind", PAIRS)
+def test_trainers_on_pairs_resume_in_the_same_bits(train, tmp_path, kind, more):
+    run = ("--kind", kind, "--max-steps", 6, "--save-every", 3, "--eval-every", 4, "--keep", 9)
+    run += (PAIRS[kind],) if more else ()
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    code, err = train(whole, *run)
+    assert code == 0, err
+    cut(whole, again, 3)
+    code, err = train(again, *run, "--resume")
+    assert code == 0, err
+    assert "checkpoint-3" in err
+    assert digest(again) == digest(whole)
+    assert metrics(again)[-1]["val_loss"] == metrics(whole)[-1]["val_loss"]
+
+
 def test_it_learns_and_evaluation_changes_nothing(train, tmp_path):
     for name, more in (("with", ()), ("without", ("--no-eval",))):
         assert train(tmp_path / name, *STEPS, *more)[0] == 0
@@ -113,6 +137,7 @@ def test_another_run_is_refused_with_the_difference(train, tmp_path):
         (("--seed", 1), "seed: 0 -> 1"),
         (("--hidden", 64), "hidden_size: 32 -> 64"),
         (("--lora",), "adapter: [] -> "),
+        (("--group-by-length",), "group_by_length: False -> True"),
     ):
         code, err = train(again, *STEPS, *flags, "--resume")
         assert code == 4, err
@@ -125,10 +150,75 @@ def test_another_run_is_refused_with_the_difference(train, tmp_path):
     assert digest(again) != digest(whole)
 
 
-def test_data_without_labels_is_refused(train, tmp_path):
+def test_data_without_labels_is_refused_and_named_in_short(train, tmp_path):
     code, err = train(tmp_path / "run", *STEPS, "--masked")
     assert code == 3
-    assert "step 1: every label is masked (examples " in err
+    assert re.search(r"step 1: every label is masked \(examples (\d+, ){3}\d+\)", err)
+    code, err = train(tmp_path / "large", *STEPS, "--masked", "--grad-accum", 5)
+    assert re.search(r"masked \(examples (\d+, ){7}\d+ and 12 more\)", err)
+
+
+def test_examples_are_named_only_where_a_step_is_refused(train, tmp_path, monkeypatch):
+    def never(trainer):
+        raise AssertionError("nobody asked")
+
+    monkeypatch.setattr(Reliable, "_named", never)
+    assert train(tmp_path / "run", "--max-steps", 2)[0] == 0
+
+
+def test_several_validation_sets_are_refused(train, tmp_path, monkeypatch):
+    whole = trl.SFTTrainer.__init__
+
+    def split(trainer, *args, eval_dataset, **kwargs):
+        whole(trainer, *args, eval_dataset={"a": eval_dataset, "b": eval_dataset}, **kwargs)
+
+    monkeypatch.setattr(trl.SFTTrainer, "__init__", split)
+    code, err = train(tmp_path / "run", *STEPS)
+    assert (code, "one data set" in err) == (2, True), err
+
+
+def test_only_the_prefix_of_a_metric_is_renamed(train, tmp_path, monkeypatch):
+    found = {"eval_loss": 1.0, "eval_medieval_loss": 2.0}
+    monkeypatch.setattr(trl.SFTTrainer, "evaluate", lambda trainer: found)
+    assert train(tmp_path / "run", "--max-steps", 4)[0] == 0
+    assert metrics(tmp_path / "run")[-1]["val_medieval_loss"] == 2
+
+
+def test_resuming_keeps_nothing_of_the_checkpoint_in_memory(train, tmp_path, monkeypatch):
+    seen = []
+    step = Reliable.training_step
+
+    def watched(trainer, *args, **kwargs):
+        seen.append(trainer._content)
+        return step(trainer, *args, **kwargs)
+
+    assert train(tmp_path / "run", *STEPS)[0] == 0
+    cut(tmp_path / "run", tmp_path / "again", 3)
+    monkeypatch.setattr(Reliable, "training_step", watched)
+    assert train(tmp_path / "again", *STEPS, "--resume")[0] == 0
+    assert seen == [None] * 7
+
+
+def test_under_fsdp_trainer_reads_no_checkpoint_of_its_own(train, tmp_path, monkeypatch):
+    """It would look for one where there is none. The model itself is not sharded here."""
+    prepare = Reliable._prepare_for_training
+
+    def prepared(trainer, *args):
+        trainer.is_fsdp_enabled = True
+        trainer.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=2)
+        try:
+            return prepare(trainer, *args)
+        finally:
+            trainer.is_fsdp_enabled = False
+            del trainer.accelerator.state.fsdp_plugin
+
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert train(whole, *STEPS)[0] == 0
+    cut(whole, again, 3)
+    monkeypatch.setattr(Reliable, "_prepare_for_training", prepared)
+    code, err = train(again, *STEPS, "--resume")
+    assert code == 0, err
+    assert digest(again) == digest(whole)
 
 
 # --- the order of the examples
@@ -156,6 +246,39 @@ def test_every_example_once_an_epoch_whatever_the_split():
                 for rank in range(world)
             ]
             assert [i for part in parts for i in part] == whole.batch(step)
+
+
+def test_all_the_token_ids_of_an_example_are_its_length():
+    import datasets
+
+    rows = [
+        {"prompt_ids": [1] * i, "chosen_ids": [2, 2], "rejected_ids": [3], "token_type_ids": [0]}
+        for i in range(4)
+    ]
+    assert token_lengths(datasets.Dataset.from_list(rows)) == [3, 4, 5, 6]
+    for nothing in (datasets.Dataset.from_list([{"text": "a"}]), [1, 2]):
+        with pytest.raises(UserError, match="--group-by-length needs token ids"):
+            token_lengths(nothing)
+
+
+def test_a_stream_cannot_be_grouped(train, tmp_path):
+    code, err = train(tmp_path / "run", *STEPS, "--streaming", "--group-by-length")
+    assert (code, "a stream has none" in err) == (2, True), err
+
+
+def test_ranks_share_a_stream_as_one_would_read_it():
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"i": i} for i in range(10)]).to_iterable_dataset()
+    rows = rows.shuffle(seed=3, buffer_size=4)
+    alone = [row["i"] for row, _ in zip(Stream(rows, 4), range(24), strict=False)]
+    ranks = [Stream(rows, 2, rank, world=2) for rank in range(2)]
+    parts = [[row["i"] for row, _ in zip(rank, range(12), strict=False)] for rank in ranks]
+    for start in range(0, 12, 2):
+        both = parts[0][start : start + 2] + parts[1][start : start + 2]
+        assert both == alone[2 * start : 2 * start + 4]
+    assert sorted(alone[:10]) == sorted(alone[10:20]) == list(range(10))
+    assert alone[:10] != alone[10:20]
 
 
 @pytest.mark.parametrize("size", [64, 61])

@@ -1,5 +1,6 @@
 """`llmctl` and `python -m llmctl`: the process starts here."""
 
+import os
 import signal
 
 from llmctl.stopping import leave_on_signals
@@ -8,6 +9,7 @@ from llmctl.stopping import leave_on_signals
 def start() -> None:
     """Mind signals first: importing the rest takes long enough to be interrupted."""
     leave_on_signals()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice, once for each rank
     from llmctl.cli import main
 
     try:

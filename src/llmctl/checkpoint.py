@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,19 +107,28 @@ def save(
     return final
 
 
-def rotate(root: Path, keep: int, *, step: int, run_id: str | None) -> None:
+def rotate(
+    root: Path, keep: int, *, step: int, run_id: str | None, damaged: Collection[int] = ()
+) -> None:
     """After the save of `step`, delete what this run no longer needs.
 
     Kept are the newest `keep` (at least two) checkpoints, and the best one that each of them refers
     to: whichever of them a run resumes from, it ends with the same result. Later ones than `step`
-    are damaged or of a branch that `--resume-from` left. Another run's are not touched.
+    are of a branch that `--resume-from` left. Another run's are not touched.
+
+    Args:
+        root: the run's checkpoints/ folder.
+        keep: how many.
+        step: of the checkpoint just saved.
+        run_id: of this run.
+        damaged: steps of checkpoints that resume passed over: they count for nothing.
     """
-    mine = [path for path in newest_first(root) if run_of(path) == run_id]
+    broken = [path for path in newest_first(root) if step_of(path) in damaged]
+    mine = [p for p in newest_first(root) if run_of(p) == run_id and p not in broken]
     kept = [path for path in mine if step_of(path) <= step][: max(LEAST, keep)]
     needed = {step_of(path) for path in kept} | {manifest_of(path)["best"] for path in kept}
-    for path in mine:
-        if step_of(path) not in needed:
-            _delete(path)
+    for path in (*broken, *(p for p in mine if step_of(p) not in needed)):
+        _delete(path)
 
 
 def clean(root: Path) -> None:

@@ -1,23 +1,27 @@
 """Who owns what in a run directory: claim it, give it back as it was, or replace what was there.
 
 Only files that llmctl wrote are ever deleted. With `--overwrite` the earlier run is set aside, and
-deleted only once the new one has completed; a run that fails puts it back.
+deleted only once the new one has completed; a run that fails puts it back. A manifest of llmctl's
+makes a directory its own: it is the first file that a run writes, and the last that is moved or
+removed, so that the next call knows what a kill at any instant left.
 """
 
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmctl.errors import OutputError, UserError
-from llmctl.files import sha256_file, staged
+from llmctl.files import fsync, replace_file, sha256_file, staged
 from llmctl.lock import LOCK
 
-OWN_FILES = ("recipe.yaml", "manifest.json", "status.json", "metrics.jsonl", "error.log")
+MANIFEST = "manifest.json"
+OWN_FILES = ("recipe.yaml", "status.json", "metrics.jsonl", "error.log", MANIFEST)
 OWN_FOLDERS = ("tokenizer", "tokens", "model", "adapter", "value_model")
 ASIDE = ".replaced"
+DOOMED = ".replaced.gone"
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class Claim:
 
     path: Path
     before: frozenset[Path]
+    earlier: Mapping[str, bytes] = field(default_factory=dict)
+    """Recipe, status and manifest of the run that is resumed, as it left them."""
 
     def outputs(self) -> list[dict[str, Any]]:
         """Path, size and sha256 of every result file of this run."""
@@ -38,22 +44,43 @@ class Claim:
             for file in self._results()
         ]
 
+    def flush(self) -> None:
+        """Wait until all results are on the disk: what says that the run completed is so at once.
+
+        After a power cut the one would else be there without the others.
+        """
+        files = [*self._results(), *self.path.glob("metrics.jsonl")]
+        folders = {p for file in files for p in file.parents if p.is_relative_to(self.path)}
+        for path in (*files, *folders, self.path):
+            fsync(path)
+
     def settle(self) -> None:
         """The run completed: what it replaced goes for good."""
-        shutil.rmtree(self.path / ASIDE, ignore_errors=True)
+        _drop_aside(self.path)
+
+    def has_ended(self) -> bool:
+        """Whether the run that is resumed could say itself how it ended."""
+        state = as_object(self.earlier.get("status.json", b"")).get("state")
+        return state in ("preempted", "failed", "diverged")
+
+    def restore(self) -> None:
+        """The run that was to be resumed goes on as it stood: its records are put back."""
+        for name, content in self.earlier.items():
+            replace_file(self.path / name, content)
 
     def withdraw(self) -> None:
         """The run left nothing to keep: remove what it wrote, put back what it replaced."""
+        if (self.path / ASIDE).is_dir():  # from here on what was replaced is the directory's run
+            (self.path / MANIFEST).unlink(missing_ok=True)
         for file in self._results():
             file.unlink()
-        for name in OWN_FILES:
-            for file in (self.path / name, staged(self.path / name)):
-                if file not in self.before:
-                    file.unlink(missing_ok=True)
         self.sweep()
         _prune(self.path)
-        _move_written(self.path / ASIDE, self.path)
-        shutil.rmtree(self.path / ASIDE, ignore_errors=True)
+        for name in OWN_FILES:
+            for file in (staged(self.path / name), self.path / name):
+                if file not in self.before:
+                    file.unlink(missing_ok=True)
+        _put_back(self.path)
 
     def sweep(self) -> None:
         """Remove the folders that were being filled: results and checkpoints, not yet named."""
@@ -77,17 +104,15 @@ def claim(path: Path, *, overwrite: bool, resuming: bool) -> Claim:
     """
     if overwrite and resuming:
         raise UserError("--overwrite starts anew and --resume continues: give one of them")
-    shutil.rmtree(path / ASIDE, ignore_errors=True)
-    present = {p.name for p in path.iterdir()} - {LOCK}
+    _recover(path)
+    present = {p.name for p in path.iterdir()} - {LOCK, *(f".{name}.tmp" for name in OWN_FILES)}
     state = read_json(path / "status.json").get("state")
-    is_ours = state is not None and "llmctl" in read_json(path / "manifest.json").get(
-        "versions", {}
-    )
+    is_ours = is_llmctls(read_json(path / MANIFEST))
     if present and not is_ours:
         _refuse_foreign(path, present, overwrite)
     elif present and not overwrite and (state == "completed" or not resuming):
         raise OutputError(
-            f"holds a run that {'was cut off' if state == 'running' else f'is {state}'}",
+            f"holds a run that {'was cut off' if state in ('running', None) else f'is {state}'}",
             file=path,
             hint="choose another --out, or --overwrite to replace it"
             + ("" if state == "completed" else "; --resume continues a training run"),
@@ -95,15 +120,31 @@ def claim(path: Path, *, overwrite: bool, resuming: bool) -> Claim:
     if is_ours and overwrite:
         _move_written(path, path / ASIDE)
         _prune(path)
-    kept = () if resuming else (p for p in path.rglob("*") if p.is_file())
-    return Claim(path, frozenset(kept))
+    if not resuming:
+        return Claim(path, frozenset(p for p in path.rglob("*") if p.is_file()))
+    records = (path / name for name in ("recipe.yaml", "status.json", MANIFEST))
+    return Claim(path, frozenset(), {p.name: p.read_bytes() for p in records if p.is_file()})
+
+
+def is_llmctls(manifest: Mapping[str, Any]) -> bool:
+    """Whether a run of llmctl's wrote the manifest."""
+    versions = manifest.get("versions")
+    return isinstance(versions, Mapping) and "llmctl" in versions
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty where there is none."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return as_object(path.read_bytes())
+    except OSError:
+        return {}
+
+
+def as_object(text: bytes) -> dict[str, Any]:
+    """The JSON object, empty where it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -121,12 +162,36 @@ def _refuse_foreign(path: Path, present: set[str], overwrite: bool) -> None:
         )
 
 
+def _recover(path: Path) -> None:
+    """Undo an overwriting that was killed before its run began; forget what one has replaced."""
+    shutil.rmtree(path / DOOMED, ignore_errors=True)
+    if not (path / ASIDE).is_dir():
+        return
+    here, aside = (is_llmctls(read_json(p / MANIFEST)) for p in (path, path / ASIDE))
+    if here and aside:
+        _drop_aside(path)
+    elif here or aside:
+        _put_back(path)
+
+
+def _drop_aside(path: Path) -> None:
+    """Delete what was replaced, under another name: half of it must never be put back."""
+    if (path / ASIDE).is_dir():
+        (path / ASIDE).rename(path / DOOMED)
+        shutil.rmtree(path / DOOMED, ignore_errors=True)
+
+
+def _put_back(path: Path) -> None:
+    _move_written(path / ASIDE, path)
+    shutil.rmtree(path / ASIDE, ignore_errors=True)
+
+
 def _move_written(source: Path, target: Path) -> None:
     """Move what a run wrote: its records, its results as it listed them, its checkpoints."""
-    outputs = read_json(source / "manifest.json").get("outputs", [])
-    files = [*(output["path"] for output in outputs), *OWN_FILES]
+    manifest = read_json(source / MANIFEST) or read_json(target / MANIFEST)
+    outputs = [output["path"] for output in manifest.get("outputs", [])]
     folders = [p.relative_to(source) for p in (source / "checkpoints").glob("*checkpoint-*")]
-    for name in (*files, *folders):
+    for name in (*outputs, *folders, *OWN_FILES):
         if (source / name).exists():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).rename(target / name)

@@ -104,12 +104,18 @@ def _run(name: str, config: "Reporting") -> int:
             result = _carry_out(name, config)
         if result is not None and console.rank() == 0:
             shown = redacted(result)
-            print(json.dumps(shown) if config.as_json else shown["out"])
+            print(_json(shown) if config.as_json else shown["out"])
         sys.stdout.flush()
     except BrokenPipeError:  # the reader went away; Typer would call it a bug
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return 0
+
+
+def _json(result: dict[str, Any]) -> str:
+    from llmctl.files import finite  # safetensors, which `--help` does without
+
+    return json.dumps(finite(result), allow_nan=False)
 
 
 def _finished_already(name: str, config: "Reporting") -> dict[str, Any] | None:

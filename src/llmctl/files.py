@@ -88,17 +88,41 @@ def sha256_folder(folder: Path) -> str:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Replace a JSON file at once: a reader sees the old one or the new one, and no secret."""
-    temporary = staged(path)
-    with temporary.open("w") as file:
-        file.write(json.dumps(redacted(value), indent=2, default=_as_text) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Replace a JSON file at once: nothing in it is a secret, or a number that JSON has not."""
+    shown = finite(redacted(value))
+    text = json.dumps(shown, indent=2, default=_as_text, allow_nan=False)
+    replace_file(path, f"{text}\n".encode())
 
 
 def _as_text(value: object) -> str:
     return redact(str(value))
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file at once: a reader sees the old one or the new one, also after a power cut."""
+    temporary = staged(path)
+    temporary.write_bytes(content)
+    fsync(temporary)
+    temporary.replace(path)
+
+
+def replace_folder(staging: Path, folder: Path) -> None:
+    """Give a folder that was filled under another name its own, once all of it is on the disk."""
+    for path in (*staging.rglob("*"), staging):
+        fsync(path)
+    if folder.exists():  # of a run that was killed before it could say that it was complete
+        shutil.rmtree(folder)
+    staging.rename(folder)
+    fsync(folder.parent)
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def staged(path: Path) -> Path:
@@ -107,8 +131,14 @@ def staged(path: Path) -> Path:
 
 
 def finite(value: Any) -> Any:
-    """The value, or None for a float that JSON cannot hold."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """The value with None for every float that JSON cannot hold, also in mappings and lists."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
 
 
 def follow_umask(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """What this process may use: devices, cores, numbers and their peak speed."""
 
+import gc
 import os
 import resource
 import sys
@@ -32,7 +33,7 @@ PEAK_FLOPS = {  # dense bf16 tensor-core FLOP/s from the vendors' data sheets; f
 }
 
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What torch says, on GPUs and on CPUs."""
 
 
@@ -159,17 +160,49 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def release_memory(device: str) -> None:
+    """Give back what is no longer used, and forget the peak."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def memory_left() -> int:
-    """Bytes of the machine's memory that this process could still take, by its cgroup as well."""
+    """Bytes of the machine's memory that this process could still take, by its cgroups as well."""
     left = int(psutil.virtual_memory().available)
-    for folder, limit, usage in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        try:
-            most, used = ((Path(folder) / name).read_text().strip() for name in (limit, usage))
-        except OSError:
-            continue
-        if most.isdigit():
-            left = min(left, int(most) - int(used))
+    for folder in _memory_cgroups():
+        for limit, usage in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            try:
+                most, used = ((folder / name).read_text().strip() for name in (limit, usage))
+            except OSError:
+                continue
+            if most.isdigit():
+                left = min(left, int(most) - int(used) + _reclaimable(folder))
     return left
+
+
+def _memory_cgroups() -> Iterator[Path]:
+    """The folders of this process's memory cgroup and of those above it, version 2 or 1."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            root = Path("/sys/fs/cgroup") / controllers
+            inner = root / path.lstrip("/")
+            yield from (f for f in (inner, *inner.parents) if f.is_relative_to(root))
+
+
+def _reclaimable(folder: Path) -> int:
+    """Bytes of cached files in a cgroup, which count as used but give way."""
+    try:
+        words = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except OSError:
+        return 0
+    return int(words.get("total_inactive_file", words.get("inactive_file", 0)))

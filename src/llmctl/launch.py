@@ -18,7 +18,8 @@ def run(processes: int) -> int:
 
     torchrun itself turns every code into 1; the first child to fail is the one that knows why.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("agent.server.api", "multiprocessing.api"):  # each sets a level of its own
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to save after a signal
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # each rank sets its own share of the cores
     flags = ["--standalone", "--nproc-per-node", str(processes), "--signals-to-handle", PASSED_ON]

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from llmctl.errors import ModelError, NetworkError
-from llmctl.files import follow_umask
+from llmctl.files import follow_umask, replace_folder
 from llmctl.rundir import resolve_model, resolve_tokenizer
 from llmctl.vetting import (
     check_counts,
@@ -201,9 +201,7 @@ def save_model(
         pad_token_id=tokenizer.pad_token_id,
     ).save_pretrained(staging)
     follow_umask(staging)
-    if folder.exists():  # of a run that was killed before it could say that it was complete
-        shutil.rmtree(folder)
-    staging.rename(folder)
+    replace_folder(staging, folder)
 
 
 def parse_dtype(name: str, device: str, folder_dtype: torch.dtype | None = None) -> torch.dtype:

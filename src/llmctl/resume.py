@@ -28,26 +28,29 @@ from llmctl.files import sha256_file
 
 FIXED = ("architecture", "world_size")
 """What no run may change half-way: the state of every weight and of every rank is needed."""
+FOREIGN = "it is of another run"
 DERIVED = {"max_steps": ("warmup", "decay")}
 """What follows from a setting, and may differ where it may."""
 
 
-def newest(root: Path, run_id: str | None) -> Path | None:
-    """This run's newest valid checkpoint, or None where there is no checkpoint at all.
+def newest(root: Path, run_id: str | None) -> tuple[Path | None, frozenset[int]]:
+    """This run's newest valid checkpoint, and the steps of its damaged ones that are newer.
 
     Says which ones it passed over and why. One whose best checkpoint is lost is passed over too: it
-    could not end as the uninterrupted run does.
+    could not end as the uninterrupted run does. None where there is no checkpoint at all.
 
     Raises:
         ModelError: there are checkpoints, and none is valid.
     """
-    found = newest_first(root)
+    found, damaged = newest_first(root), set[int]()
     for path in found:
         reason = defect(path, run_id)
+        if reason is not None and reason != FOREIGN:
+            damaged.add(step_of(path))
         if reason is None and (best := lost_best(path)):
             reason = f"the best checkpoint, {best}"
         if reason is None:
-            return path
+            return path, frozenset(damaged)
         log.warning("passing over %s: %s", path, reason)
     if found:
         raise ModelError(
@@ -55,7 +58,7 @@ def newest(root: Path, run_id: str | None) -> Path | None:
             file=root,
             hint="nothing was deleted; --resume-from PATH takes one, --overwrite starts anew",
         )
-    return None
+    return None, frozenset()
 
 
 def defect(path: Path, run_id: str | None = None) -> str | None:
@@ -69,7 +72,7 @@ def defect(path: Path, run_id: str | None = None) -> str | None:
     if path.name != f"{PREFIX}{manifest['step']}":
         return f"{MANIFEST} is of step {manifest['step']}"
     if run_id is not None and manifest["run_id"] != run_id:
-        return "it is of another run"
+        return FOREIGN
     for name, facts in manifest["files"].items():
         file = path / name
         if not file.is_file():
@@ -131,9 +134,9 @@ def load(path: Path, rank: int = 0) -> Content:
     manifest = manifest_of(path)
     return Content(
         step=manifest["step"],
-        model=load_file(path / "model.safetensors"),
-        optimizer=load_file(path / "optimizer.safetensors"),
-        rng=load_file(path / f"rng-{rank}.safetensors"),
+        model=_read(path / "model.safetensors"),
+        optimizer=_read(path / "optimizer.safetensors"),
+        rng=_read(path / f"rng-{rank}.safetensors"),
         state=json.loads((path / "state.json").read_bytes()),
         best=manifest["best"],
     )
@@ -147,7 +150,12 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     """
     if reason := defect(path):
         raise ModelError(f"not a valid checkpoint: {reason}", file=path)
-    return load_file(path / "model.safetensors")
+    return _read(path / "model.safetensors")
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    """Copies: a tensor that `load_file` maps would keep a deleted checkpoint on the disk."""
+    return {name: tensor.clone() for name, tensor in load_file(file).items()}
 
 
 def _change(name: str, then: Any, now: Any) -> str:

@@ -24,11 +24,11 @@ from typing import Any
 from safetensors import SafetensorError
 
 from llmctl import lock
-from llmctl.claim import Claim, claim, read_json
+from llmctl.claim import Claim, as_object, claim, read_json
 from llmctl.config.sections import StageConfig
 from llmctl.console import log, rank
 from llmctl.errors import DivergedError, ModelError, OutputError, UserError
-from llmctl.files import finite, write_json, writing
+from llmctl.files import finite, fsync, replace_file, write_json, writing
 from llmctl.provenance import git, versions
 from llmctl.redact import redact, redacted
 from llmctl.stopping import reason
@@ -43,6 +43,8 @@ class Run:
     is_main: bool = True
     manifest: dict[str, Any] = field(default_factory=dict)
     status: dict[str, Any] = field(default_factory=dict)
+    under_way: bool = False
+    """Whether training began: until then a resumed run stays what it was if this call fails."""
 
     @property
     def checkpoints(self) -> Path:
@@ -53,17 +55,26 @@ class Run:
         """Append one line to metrics.jsonl; NaN and infinity become null."""
         if self.is_main:
             with (self.path / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(redacted({k: finite(v) for k, v in metrics.items()})) + "\n")
+                file.write(json.dumps(finite(redacted(metrics)), allow_nan=False) + "\n")
 
     def forget_metrics_after(self, step: int) -> None:
-        """Drop the lines of steps that a resumed run will do again."""
+        """Begin training: drop the lines of steps that will be done again, and what is no line."""
+        self.under_way = True
         path = self.path / "metrics.jsonl"
         if self.is_main and path.exists():
-            lines = path.read_text().splitlines(keepends=True)
+            lines = path.read_bytes().split(b"\n")
+            steps = (as_object(line).get("step") for line in lines)
             kept = [
-                line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step
+                line + b"\n"
+                for line, found in zip(lines, steps, strict=True)
+                if isinstance(found, int) and found <= step
             ]
-            path.write_text("".join(kept))
+            replace_file(path, b"".join(kept))
+
+    def keep_recipe(self, config: StageConfig) -> None:
+        """Write recipe.yaml: what the run is resumed with, once that was found to go together."""
+        if self.is_main:
+            replace_file(self.path / "recipe.yaml", config.to_yaml(self.stage).encode())
 
     def record(self, **facts: Any) -> None:
         """Add facts to the manifest, at once on disk."""
@@ -103,6 +114,7 @@ def open_run(stage: str, config: StageConfig) -> Iterator[Run]:
                 yield run
             with writing(run.path), _still_there(run.path):
                 run.record(finished=now(), outputs=owned.outputs())
+                owned.flush()
                 run.set_status("completed", resumable=False, exit_code=0)
         except BaseException as error:
             with suppress(OSError):  # a full disk must not hide why the run failed
@@ -129,7 +141,7 @@ def finished_already(stage: str, config: StageConfig) -> dict[str, Any] | None:
     if manifest.get("stage") != stage or not isinstance(manifest.get("result"), dict):
         raise OutputError(f"holds a completed run, not one of `{stage}`", file=config.out)
     if rank() == 0:
-        log.info("%s is already complete", config.out)
+        log.info("%s is already complete%s", config.out, _how_to_extend(config.out, config))
     return dict(manifest["result"])
 
 
@@ -182,6 +194,9 @@ def _entered(path: Path) -> Iterator[None]:
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
+        with suppress(PermissionError):  # one may write where one may not read
+            for folder in made:
+                fsync(folder.parent)
         yield
     except BaseException:
         for folder in made:
@@ -214,41 +229,53 @@ def is_resuming(config: StageConfig) -> bool:
 
 
 def _begin(run: Run, config: StageConfig) -> None:
-    if not any(run.checkpoints.glob("checkpoint-*")):
-        (run.path / "recipe.yaml").write_text(config.to_yaml(run.stage))
-    earlier = read_manifest(run.path)
+    """Write the records, the manifest first: it makes the directory ours (see claim.py)."""
+    manifest, status = read_manifest(run.path), read_json(run.path / "status.json")
+    known = manifest if manifest.get("stage") == run.stage else {}
     run.manifest = {
-        "run_id": earlier.get("run_id") or uuid.uuid4().hex,
+        "run_id": uuid.uuid4().hex,
         "stage": run.stage,
+        "threads": None,
+        "inputs": [],
+        **{k: v for k, v in known.items() if k not in ("finished", "result")},
         "command": ["llmctl", *sys.argv[1:]],
         "versions": versions(),
         "git": git(),
         "seed": config.seed,
-        "threads": earlier.get("threads"),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-        "inputs": [],
         "outputs": [],
         "started": now(),
     }
     run.record()
+    if not (run.path / "recipe.yaml").exists():
+        run.keep_recipe(config)
     started = any(run.checkpoints.glob("checkpoint-*"))
+    if started and "step" in status:
+        run.status["step"] = status["step"]
     run.set_status("running", pid=os.getpid(), host=socket.gethostname(), resumable=started)
 
 
 def _fail(run: Run, error: BaseException, owned: Claim) -> None:
-    """Say in status.json how the run ended; leave nothing where nothing can be resumed."""
+    """Say in status.json how the run ended; leave nothing where nothing can be resumed.
+
+    A run that could not be resumed stays what it was.
+    """
     if not (run.path / lock.LOCK).exists():
         return  # deleted while running: not to be made again
     signalled = reason(error)
     known = signalled or (error if isinstance(error, UserError) else None)
     resumable = any(run.checkpoints.glob("checkpoint-*"))
-    if not resumable and known and not isinstance(error, DivergedError):
+    stays = owned.earlier and not run.under_way and (resumable or owned.has_ended())
+    if not resumable and not stays and known and not isinstance(error, DivergedError):
         owned.withdraw()
         return
     owned.sweep()
     if known is None:
         text = "".join(traceback.format_exception(error))
         (run.path / "error.log").write_text(redact(text))
+    if stays:
+        owned.restore()
+        return
     diverged = "diverged" if isinstance(error, DivergedError) else "failed"
     run.record(outputs=owned.outputs())
     run.set_status(
@@ -257,3 +284,13 @@ def _fail(run: Run, error: BaseException, owned: Claim) -> None:
         exit_code=known.code if known else 1,
         error=str(known or error),
     )
+
+
+def _how_to_extend(out: Path, config: StageConfig) -> str:
+    allow = dict(config).get("resume_allow")
+    names = (path.name.removeprefix("checkpoint-") for path in out.glob("checkpoints/checkpoint-*"))
+    steps = [int(name) for name in names if name.isdigit()]
+    if not allow or not steps:
+        return ""
+    newest = out / "checkpoints" / f"checkpoint-{max(steps)}"
+    return f"; to go on from there: --resume-from {newest} -o NEW --resume-allow {','.join(allow)}"

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llmctl.claim import ASIDE, OWN_FOLDERS
+from llmctl.claim import ASIDE, OWN_FOLDERS, is_llmctls
 from llmctl.files import finite
 from llmctl.lock import LOCK, is_held
 
@@ -73,7 +73,7 @@ def summarize(path: Path, now: datetime) -> Summary:
         age_seconds=max(0, round((now - updated).total_seconds())),
         bytes=_size(path),
         resumable=resumable,
-        resume=_resume_command(path, stage) if resumable and stage else None,
+        resume=_resume_command(path, stage, manifest) if resumable and stage else None,
     )
 
 
@@ -100,10 +100,10 @@ def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
 def _is_run(folder: Path, names: Any) -> bool:
     """Whether llmctl wrote it, as far as can be told where its files may be broken."""
     records = {"status.json", "manifest.json"} & set(names)
-    if not records or (len(records) == 1 and LOCK not in names):
-        return False
+    if not records or LOCK in names:
+        return bool(records)
     manifest = _object(folder / "manifest.json")
-    return LOCK in names or manifest is None or "llmctl" in (manifest.get("versions") or ())
+    return len(records) == 2 if manifest is None else is_llmctls(manifest)
 
 
 def _state(path: Path, status: dict[str, Any] | None, manifest: dict[str, Any] | None) -> str:
@@ -136,13 +136,13 @@ def _last_metrics(path: Path) -> dict[str, Any]:
         return found
     for line in reversed(lines):
         wanted = [k for k in ("step", "loss", "val_loss") if k not in found]
+        if not wanted:
+            break
         if not any(f'"{key}"'.encode() in line for key in wanted):
             continue
         with suppress(ValueError, RecursionError):
             row = json.loads(line)
             found = {**row, **found} if isinstance(row, dict) else found
-        if len(wanted) == 0:
-            break
     return found
 
 
@@ -166,11 +166,14 @@ def _size(folder: Path) -> int:
     return total
 
 
-def _resume_command(path: Path, stage: str) -> str:
+def _resume_command(path: Path, stage: str, manifest: dict[str, Any]) -> str:
+    """The recipe says what was changed half-way; the newest checkpoint may be from before that."""
     place = f"./{path}" if str(path).startswith("-") else str(path)
-    return shlex.join(
-        ["llmctl", stage, "-c", os.path.join(place, "recipe.yaml"), "-o", place, "--resume"]  # noqa: PTH118
-    )
+    recipe = os.path.join(place, "recipe.yaml")  # noqa: PTH118
+    resumed = _typed(manifest.get("resumed"), dict) or {}
+    changed = _typed(resumed.get("changed"), dict)
+    allow = ["--resume-allow", ",".join(changed)] if changed else []
+    return shlex.join(["llmctl", stage, "-c", recipe, "-o", place, "--resume", *allow])
 
 
 def _latest(*steps: Any) -> int | None:

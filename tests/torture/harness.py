@@ -7,6 +7,7 @@ hundreds of crashes fits CI. Every wait has a limit, and nothing outlives the su
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,6 +185,30 @@ def until(
                 trial.kill()
             pytest.fail(f"nothing happened for {seconds} s\n{trial.err[-2000:] if trial else ''}")
         time.sleep(0.001)
+
+
+def kill_when(
+    launch: Callable[[], Trial], out: Path, moment: Callable[[Trial], object], tries: int = 8
+) -> Trial:
+    """Start a run and SIGKILL it once `moment` returns; how far it was is left in `out`.
+
+    One that had ended by then was not killed: what it did is undone, and it is started again.
+    """
+    before = out.with_name(f"{out.name}-before")
+    if out.exists():
+        shutil.copytree(out, before)
+    for _ in range(tries):
+        trial = launch()
+        moment(trial)
+        trial.kill()
+        if trial.code == -signal.SIGKILL:
+            shutil.rmtree(before, ignore_errors=True)
+            return trial
+        assert trial.code == 0, trial.err
+        shutil.rmtree(out)
+        if before.exists():
+            shutil.copytree(before, out)
+    pytest.fail(f"{tries} runs ended before they could be killed")
 
 
 def unfinished(run: Path) -> list[str]:

@@ -1,6 +1,6 @@
 """A bare SFTTrainer under the mixin, as a command: what `llmctl sft` will stand on.
 
-    python tests/torture/sft.py -o OUT --max-steps 20 --save-every 4 [--resume]
+    python tests/torture/sft.py -o OUT --max-steps 20 --save-every 4 [--kind dpo] [--resume]
 
 Its data, tokenizer and model are made on the spot. It leaves as a command of llmctl's would: with
 the same run directory, checkpoints, messages and exit codes.
@@ -9,6 +9,7 @@ the same run directory, checkpoints, messages and exit codes.
 import argparse
 import shutil
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 from llmctl import console, rundir
@@ -25,6 +26,7 @@ OBJECTS = ["the river", "a red ball", "the house", "many stars", "a song"]
 class Proof(Checkpoints, Optimizer, StageConfig):
     """Fields that the proof takes; as a recipe they are what a real command records."""
 
+    kind: str = "sft"
     max_steps: int = 12
     batch_size: int = 4
     grad_accum: int = 1
@@ -107,37 +109,18 @@ def build(config: Proof, run: rundir.Run):
     """The trainer under the mixin."""
     import datasets
     from peft import LoraConfig
-    from trl import SFTConfig, SFTTrainer
 
     from llmctl.training.job import Rhythm
     from llmctl.training.trl import Reliable, Terms
 
-    class ReliableSFT(Reliable, SFTTrainer):
-        pass
-
     datasets.disable_progress_bars()
     texts = sentences(config.rows + 8)
-    rows = datasets.Dataset.from_list([{"text": text} for text in texts[8:]])
-    held_out = datasets.Dataset.from_list([{"text": text} for text in texts[:8]])
+    examples = [example(config.kind, text) for text in texts]
+    rows = datasets.Dataset.from_list(examples[8:])
+    held_out = datasets.Dataset.from_list(examples[:8])
     tokenizer = make_tokenizer(texts)
     if config.streaming:
         rows = rows.to_iterable_dataset(num_shards=2).shuffle(seed=config.seed, buffer_size=16)
-    args = SFTConfig(
-        output_dir=str(run.path),
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.grad_accum,
-        learning_rate=config.lr or 1e-2,
-        max_grad_norm=config.max_grad_norm,
-        lr_scheduler_type="cosine",
-        warmup_steps=2,
-        seed=config.seed,
-        bf16=False,
-        use_cpu=True,
-        activation_checkpointing=False,
-        max_length=32,
-        packing=config.packing,
-        dataset_text_field="text",
-    )
     rhythm = Rhythm(
         max_steps=config.max_steps,
         log_every=config.log_every,
@@ -149,19 +132,61 @@ def build(config: Proof, run: rundir.Run):
         max_nan_skips=config.max_nan_skips,
     )
     identity = {"data": config.rows, "packing": config.packing, "streaming": config.streaming}
-    trainer = ReliableSFT(
-        model=make_model(config, len(tokenizer)),
+    base, args = trainer_of(config, run.path)
+    model = make_model(config, len(tokenizer))
+    trainer = type("ReliableTrainer", (Reliable, base), {})(
+        model=model,
         args=args,
         train_dataset=rows,
         eval_dataset=None if config.no_eval else held_out,
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, lora_dropout=0.1) if config.lora else None,
         terms=Terms(run, rhythm, identity, config.group_by_length),
+        **({"ref_model": deepcopy(model)} if config.kind == "dpo" else {}),
     )
     if config.masked:
         collate = trainer.data_collator
         trainer.data_collator = lambda rows: mask_all(collate(rows))
     return trainer
+
+
+def trainer_of(config: Proof, out: Path):
+    """One of TRL's trainers, and its arguments."""
+    import trl
+
+    name = {"sft": "SFT", "reward": "Reward", "dpo": "DPO"}[config.kind]
+    if config.kind == "sft":
+        own = {"packing": config.packing, "dataset_text_field": "text"}
+    else:
+        own = {"disable_dropout": False}
+    args = getattr(trl, f"{name}Config")(
+        output_dir=str(out),
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.grad_accum,
+        learning_rate=config.lr or 1e-2,
+        max_grad_norm=config.max_grad_norm,
+        lr_scheduler_type="cosine",
+        warmup_steps=2,
+        seed=config.seed,
+        bf16=False,
+        use_cpu=True,
+        activation_checkpointing=False,
+        max_length=32,
+        **own,
+    )
+    return getattr(trl, f"{name}Trainer"), args
+
+
+def example(kind: str, text: str) -> dict[str, str]:
+    """A text as this trainer takes it; the answer refused has its words the other way round."""
+    if kind == "sft":
+        return {"text": text}
+    words = text.split()
+    if kind == "reward":
+        return {"chosen": text, "rejected": " ".join(words[::-1])}
+    prompt, answer = words[:2], words[2:]
+    answers = {"chosen": answer, "rejected": answer[::-1]}
+    return {"prompt": " ".join(prompt), **{k: " " + " ".join(v) for k, v in answers.items()}}
 
 
 def sentences(count: int) -> list[str]:
@@ -188,7 +213,7 @@ def make_tokenizer(texts: list[str]):
 
 def make_model(config: Proof, vocabulary: int):
     """A Llama of two layers with dropout."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
     shape = LlamaConfig(
         vocab_size=vocabulary,
@@ -202,6 +227,9 @@ def make_model(config: Proof, vocabulary: int):
         eos_token_id=1,
         bos_token_id=None,
     )
+    if config.kind == "reward":
+        shape.num_labels = 1
+        return LlamaForSequenceClassification(shape)
     return LlamaForCausalLM(shape)
 
 

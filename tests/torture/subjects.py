@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -53,7 +52,7 @@ SFT = Subject(
     small=("--max-steps", 12, "--save-every", 2, "--eval-every", 6),
 )
 
-SUBJECTS = [PRETRAIN, *([SFT] if find_spec("torture.sft") else [])]
+SUBJECTS = [PRETRAIN, SFT]
 
 
 def every_subject(function):

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from llmctl.checkpoint import seal
 from llmctl.files import sha256_file
 from llmctl.resume import defect
 from torture.conftest import LONG, tally
-from torture.harness import checkpoints, saving_step, stop_at, unfinished, until
+from torture.harness import checkpoints, kill_when, saving_step, stop_at, unfinished, until
 from torture.subjects import every_subject
 
 pytestmark = pytest.mark.slow
@@ -25,11 +26,13 @@ def test_two_crashes_in_a_row(run, reference, draw, tmp_path, subject, number):
     whole = reference(subject, "large")
     out = tmp_path / "run"
     for earliest in (2, 5):
-        trial = run(subject, "large", out, "--resume")
-        wanted = draw.randint(earliest, earliest + 2)
-        until(lambda wanted=wanted: saving_step(out) >= wanted, trial)
-        time.sleep(draw.uniform(0, whole.save_seconds))
-        trial.kill()
+
+        def moment(trial, earliest=earliest):
+            wanted = draw.randint(earliest, earliest + 2)
+            until(lambda: saving_step(out) >= wanted, trial)
+            time.sleep(draw.uniform(0, whole.save_seconds))
+
+        kill_when(lambda: run(subject, "large", out, "--resume"), out, moment)
     ends_the_same(run, subject, out, whole, "two SIGKILLs in a row")
 
 
@@ -38,13 +41,11 @@ def test_two_crashes_in_a_row(run, reference, draw, tmp_path, subject, number):
 def test_a_crash_while_it_resumes(run, reference, draw, tmp_path, subject, number):
     whole = reference(subject, "large")
     out = tmp_path / "run"
-    trial = run(subject, "large", out)
-    until(lambda: saving_step(out) >= 4, trial)
-    trial.kill()
+    save = partial(until, lambda: saving_step(out) >= 4)
+    kill_when(lambda: run(subject, "large", out), out, save)
     there = checkpoints(out)
-    resumed = run(subject, "large", out, "--resume")
-    time.sleep(draw.uniform(0, 0.5))
-    resumed.kill()
+    resume = partial(run, subject, "large", out, "--resume")
+    kill_when(resume, out, lambda _: time.sleep(draw.uniform(0, 0.5)))
     assert all(defect(p) is None for p in checkpoints(out).values())
     assert max(checkpoints(out)) >= max(there)
     ends_the_same(run, subject, out, whole, "SIGKILL while it resumes")

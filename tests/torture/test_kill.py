@@ -1,7 +1,6 @@
 """SIGKILL at random moments, most of them inside a save: the run resumes to the same bits."""
 
 import shutil
-import signal
 import time
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 
 from llmctl.resume import defect
 from torture.conftest import LONG, counts, tally
-from torture.harness import checkpoints, saving_step, unfinished, until
+from torture.harness import checkpoints, kill_when, saving_step, unfinished, until
 from torture.subjects import SUBJECTS, every_subject
 
 pytestmark = pytest.mark.slow
@@ -22,16 +21,19 @@ GROUP = "SIGKILL at a random moment"
 def test_a_kill_and_a_resume_end_in_the_same_bits(run, reference, draw, tmp_path, subject, number):
     whole = reference(subject, "large")
     out = tmp_path / "run"
-    trial = run(subject, "large", out, "--resume")
-    if draw.random() < 0.9:
-        wanted, files = draw.randint(1, 9), draw.randint(0, 6)
-        until(lambda: is_inside(out, wanted, files), trial)
-        time.sleep(draw.uniform(0, whole.save_seconds / 10))
-    else:
-        time.sleep(draw.uniform(0, whole.seconds))
-    before = saving_step(out)
-    trial.kill()
-    assert trial.code in (-signal.SIGKILL, 0), trial.err
+    before = 0
+
+    def moment(trial):
+        nonlocal before
+        if draw.random() < 0.9:
+            wanted, files = draw.randint(1, 9), draw.randint(0, 6)
+            until(lambda: is_inside(out, wanted, files), trial)
+            time.sleep(draw.uniform(0, whole.save_seconds / 10))
+        else:
+            time.sleep(draw.uniform(0, whole.seconds))
+        before = saving_step(out)
+
+    kill_when(lambda: run(subject, "large", out, "--resume"), out, moment)
     tally(GROUP, subject, "tried", *(["inside a save"] if unfinished(out) else []))
     broken = {p.name: defect(p) for p in checkpoints(out).values()}
     assert not any(broken.values()), broken
@@ -65,5 +67,7 @@ def is_inside(run: Path, step: int, files: int) -> bool:
 def test_most_kills_hit_a_save():
     rows = [row for (group, _), row in counts.items() if group == GROUP]
     tried, inside = (sum(row[c] for row in rows) for c in ("tried", "inside a save"))
-    if LONG:
-        assert inside >= 0.6 * tried, f"{inside} of {tried} kills were inside a save"
+    if tried < KILLS * len(SUBJECTS):
+        pytest.skip("this counts the kills of the test above, and not all were made")
+    least = 0.6 if LONG else 0.3  # nine in ten are aimed at one; a few draws vary more than many
+    assert inside >= least * tried, f"{inside} of {tried} kills were inside a save"

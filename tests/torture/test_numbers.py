@@ -12,7 +12,7 @@ from torture import harness
 from torture.conftest import tally
 from torture.harness import checkpoints
 from torture.plants import spoil_loss
-from torture.subjects import PRETRAIN, SFT, SUBJECTS, every_subject
+from torture.subjects import PRETRAIN, SFT, every_subject
 from torture.test_damage import error_of
 
 pytestmark = pytest.mark.slow
@@ -131,7 +131,6 @@ def two_skips_and_no_memory():
     spoil_loss("memory", (9,))
 
 
-@pytest.mark.skipif(SFT not in SUBJECTS, reason="pretrain has no labels that are masked")
 def test_data_with_nothing_to_learn_is_refused(run, tmp_path):
     out = tmp_path / "run"
     trial = run(SFT, "small", out, "--masked")

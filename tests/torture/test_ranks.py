@@ -1,16 +1,18 @@
-"""Two processes: a signal that they see at different times, and a rank that is killed.
+"""Several processes: a signal that they see at different times, and a rank that is killed.
 
 Ranks are forked as torchrun would start them; in the long form torchrun itself starts them too.
 """
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import psutil
 import pytest
@@ -27,7 +29,7 @@ LAUNCHERS = ["forked", *(["torchrun"] if LONG else [])]
 
 @dataclass
 class Pair:
-    """Two ranks, each with its pid, and how they ended."""
+    """The ranks of a run, each with its pid, and how they ended."""
 
     pids: list[int]
     wait: object
@@ -42,19 +44,20 @@ def free_port():
 
 @pytest.fixture
 def forked(run):
-    def start(subject, out, *flags):
-        common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    def start(subject, out, *flags, world=2, size="small"):
+        common = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        common["MASTER_ADDR"] = "127.0.0.1"
         common["MASTER_PORT"] = str(free_port())
         ranks: list[Trial] = [
             run(
                 subject,
-                "small",
+                size,
                 out,
                 *FLAGS,
                 *flags,
                 environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             )
-            for rank in range(2)
+            for rank in range(world)
         ]
 
         def wait(seconds):
@@ -144,6 +147,28 @@ def resumes_to_the_same_bits(forked, subject, out, wanted, group):
 
 
 @every_subject
+def test_three_ranks_resume_in_the_same_bits(forked, copy_of, tmp_path, subject):
+    """The sum of three numbers depends on their order; gradients of megabytes are sent in parts."""
+    group = "three ranks, resumed from the middle"
+    whole = tmp_path / "whole"
+    flags = ("--max-steps", 8, "--save-every", 4, "--eval-every", 4, "--keep", 9)
+    start = partial(forked, subject, world=3, size="large")
+    started = start(whole, *flags)
+    assert started.wait(LIMIT) == [0, 0, 0], started.errors()
+    tally(group, subject, "tried")
+    out = copy_of(whole)
+    for step, path in checkpoints(out).items():
+        if step > 4:
+            shutil.rmtree(path)
+    again = start(out, *flags, "--resume")
+    assert again.wait(LIMIT) == [0, 0, 0], again.errors()
+    assert "checkpoint-4" in again.errors()
+    tally(group, subject, "survived")
+    assert digest(out) == digest(whole)
+    tally(group, subject, "bit-identical")
+
+
+@every_subject
 @pytest.mark.parametrize("skew", [0.05, 1, 0][: 3 if LONG else 2])
 def test_both_ranks_end_though_they_see_the_signal_apart(
     pair, forked, whole, tmp_path, subject, skew
@@ -210,6 +235,7 @@ def test_a_disk_that_rank_0_finds_full_ends_both(forked, whole, tmp_path, subjec
         codes = started.wait(30)
         assert codes[0] == 5, started.errors()
         assert codes[1] != 0
+        assert "Traceback" not in started.errors(), started.errors()
         assert not unfinished(out)
         (disk / "filler").unlink()
         resumes_to_the_same_bits(forked, subject, out, wanted, "two ranks, the disk fills up")

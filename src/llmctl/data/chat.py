@@ -20,6 +20,8 @@ from typing import Any
 from llmctl.data import sandbox
 from llmctl.errors import ModelError
 
+PASSED_ON = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG")
+"""Of the environment, to the process that runs what nobody vouches for: no secret."""
 TEMPLATE_SIZE = 250_000
 """Characters; the longest of well-known models have a tenth of it."""
 HINT = "such a template is broken or hostile: use another tokenizer, or continue plain text"
@@ -104,7 +106,11 @@ def _renderer(_: int) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         # Each thread that numpy would start takes from the address space that is bounded.
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+        env={
+            **{name: os.environ[name] for name in PASSED_ON if name in os.environ},
+            "OPENBLAS_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
+        },
         process_group=0,
     )
     atexit.register(_end, process)

@@ -25,10 +25,10 @@ from llmctl.data.encoding import Cutter, Mismatch, encoder
 from llmctl.data.readers import read_pieces
 from llmctl.data.scan import PROGRESS_BYTES, Plan, Scan, hash_text, plan_split, read_documents, scan
 from llmctl.data.sources import Source, find_sources
-from llmctl.data.tokenizer import Vocabulary
+from llmctl.data.tokenizer import Vocabulary, load_vocabulary
 from llmctl.data.vocabulary import fingerprint
 from llmctl.data.writer import Extreme, SplitWriter
-from llmctl.errors import DataError
+from llmctl.errors import DataError, ModelError
 from llmctl.files import sha256_file, write_json
 
 TRAIN_CHARACTERS = 1 << 11
@@ -239,3 +239,38 @@ def _metrics(sides: list[SplitWriter], vocabulary: Vocabulary, seconds: float) -
 def _extreme(extreme: Extreme) -> dict[str, Any]:
     file, line = extreme.place
     return {"tokens": extreme.tokens, "file": file, "line": line}
+
+
+def encode_once(
+    config: CorpusConfig, tokenizer: str, folder: Path, written: dict[str, Any] | None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Tokenize a run's text into `folder`, or see that what was written there is of the same text.
+
+    Args:
+        config: what to read.
+        tokenizer: to encode with: a run, a folder or a Hub id.
+        folder: gets tokenizer/ and tokens/.
+        written: what this function returned when the run began, None where it did not get so far.
+
+    Returns:
+        The inputs for the manifest, and what the tokens depend on.
+
+    Raises:
+        ModelError: the run began with other text, another tokenizer or another split.
+    """
+    with open_corpus(config) as corpus:
+        inputs = corpus.inputs()
+        vocabulary, save_tokenizer = load_vocabulary(tokenizer)
+        wanted = {
+            "data": [facts["sha256"] for facts in inputs],
+            "text_column": config.text_column,
+            "val_fraction": config.val_fraction,
+            "tokenizer": fingerprint(vocabulary.tokenizer),
+        }
+        if written is None:
+            save_tokenizer(folder / "tokenizer")
+            corpus.write(folder / "tokens", vocabulary)
+        elif changed := [name for name in wanted if wanted[name] != written[name]]:
+            what = ", ".join(f"{name}: {written[name]} -> {wanted[name]}" for name in changed)
+            raise ModelError(f"the run began with other data ({what})", file=folder)
+    return inputs, wanted

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from llmctl import hardware, rundir
 from llmctl.config.stages import PretrainConfig
 from llmctl.console import log, short
-from llmctl.data.corpus import open_corpus
+from llmctl.data.corpus import encode_once, open_corpus
 from llmctl.data.tokenizer import load_vocabulary
 from llmctl.files import sha256_file, writing
 from llmctl.models import save_model
@@ -36,13 +36,15 @@ def run(config: PretrainConfig) -> dict[str, Any] | None:
     with open_together(accelerator, "pretrain", config) as run:
         with together(accelerator):
             tokens, inputs = _tokens(config, run)
-        setup = prepare(config, tokens, accelerator, device)
+        with together(accelerator):
+            setup = prepare(config, tokens, accelerator, device)
         if config.find_batch_size:
-            setup = with_largest_batch(config, setup, earlier.get("plan", {}).get("batch_size"))
+            setup = with_largest_batch(config, setup, earlier.get("plan"))
         run.record(threads=threads, inputs=inputs, **setup.facts())
         with hardware.memory_errors(setup.plan.batch_size, setup.plan.grad_accum):
             trainer = build(config, setup, run)
             resume(trainer, config)
+            run.keep_recipe(config)
             metrics = fit(trainer)
         _export(trainer, setup)
         result = {
@@ -66,12 +68,10 @@ def _tokens(config: PretrainConfig, run: Run) -> tuple[Path, list[dict[str, Any]
         return folder, [{"role": "tokens", "path": config.tokens, "sha256": digest}]
     if not run.is_main:
         return run.path, []
-    with open_corpus(config) as corpus:
-        inputs = corpus.inputs()
-        if not (config.resume and (run.path / "tokens" / "index.json").exists()):
-            vocabulary, save_tokenizer = load_vocabulary(str(config.tokenizer or config.model))
-            save_tokenizer(run.path / "tokenizer")
-            corpus.write(run.path / "tokens", vocabulary)
+    written = run.manifest.get("encoded") if config.resume else None
+    reference = str(config.tokenizer or config.model)
+    inputs, encoded = encode_once(config, reference, run.path, written)
+    run.record(encoded=encoded)
     return run.path, inputs
 
 

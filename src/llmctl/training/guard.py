@@ -3,7 +3,8 @@
 Every step: `agree` on what all ranks saw, `accept` the step or refuse it, then `finish_step`.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +14,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
+from torch.distributed import DistError
 
 from llmctl import checkpoint
-from llmctl.checkpoint import Content
+from llmctl.checkpoint import Content, manifest_of
 from llmctl.config.sections import Checkpoints, StageConfig
 from llmctl.console import log
-from llmctl.errors import DivergedError, ModelError, UserError
+from llmctl.errors import DivergedError, ModelError, ResourceError, UserError
+from llmctl.files import writing
 from llmctl.resume import defect, load, lost_best, newest, require_same
 from llmctl.rundir import Run, open_run
 from llmctl.training.job import Job, Progressed
 from llmctl.training.meter import Meter
 from llmctl.training.signals import StopFlag
+from llmctl.training.state import surroundings
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,15 @@ def together(accelerator: Accelerator) -> Iterator[None]:
         yield
     except UserError as error:
         mine = error
-    failed = [mine] if accelerator.num_processes == 1 else gather_object([mine])
-    first = next((error for error in failed if error is not None), None)
-    if mine is not None:
-        raise mine
-    if first is not None:
-        first.told = True
-        raise first
+    failed: list[UserError | None] = (
+        [mine] if accelerator.num_processes == 1 else gather_object([mine])
+    )
+    speaker = next((rank for rank, error in enumerate(failed) if error is not None), None)
+    if speaker is not None:
+        said = failed[speaker] if mine is None else mine
+        assert said is not None
+        said.told = speaker != accelerator.process_index
+        raise said
 
 
 @contextmanager
@@ -66,7 +72,19 @@ def open_together(accelerator: Accelerator, stage: str, config: StageConfig) -> 
     with ExitStack() as stack:
         with together(accelerator):
             run = stack.enter_context(open_run(stage, config))
-        yield run
+        try:
+            yield run
+        except RuntimeError as error:
+            if accelerator.num_processes > 1 and _is_lost_peer(error):
+                raise ResourceError(
+                    "another process of this run ended", hint="what it said last tells why"
+                ) from None
+            raise
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    signs = ("closed by peer", "Connection reset", "Broken pipe", "Socket", "remote process")
+    return isinstance(error, DistError) or any(sign in str(error) for sign in signs)
 
 
 def agree(job: Job, loss: Tensor, grad_norm: Tensor, tokens: int, flag: StopFlag) -> Verdict:
@@ -85,13 +103,13 @@ def agree(job: Job, loss: Tensor, grad_norm: Tensor, tokens: int, flag: StopFlag
     return Verdict(mean, grad_norm, round(sum(counts)), min(checks) > 0, int(max(signals)))
 
 
-def accept(job: Job, verdict: Verdict, batch: str) -> bool:
+def accept(job: Job, verdict: Verdict, batch: Callable[[], str]) -> bool:
     """Whether the optimizer may take the step; the same on every rank.
 
     Args:
         job: the run; a refused step is counted in its progress.
         verdict: of all ranks.
-        batch: which examples the step was computed from.
+        batch: says which examples the step was computed from.
 
     Raises:
         DivergedError: loss or gradients are not finite, and the run is to stop at that, or was so
@@ -102,7 +120,7 @@ def accept(job: Job, verdict: Verdict, batch: str) -> bool:
     done, rhythm = job.progressed, job.rhythm
     done.skipped_steps += 1
     loss, grad_norm = float(verdict.loss), float(verdict.grad_norm)
-    what = f"step {done.step + 1:,}: loss {loss:g}, gradient norm {grad_norm:g} ({batch})"
+    what = f"step {done.step + 1:,}: loss {loss:g}, gradient norm {grad_norm:g} ({batch()})"
     if rhythm.on_nan == "skip" and done.skipped_steps <= rhythm.max_nan_skips:
         log.warning("skipped %s; %d so far", what, done.skipped_steps)
         return False
@@ -121,6 +139,7 @@ def finish_step(job: Job, meter: Meter, verdict: Verdict) -> None:
     """Log, evaluate and save where due; then end the run if a signal came.
 
     Raises:
+        DivergedError: the validation loss, or a weight after the update, is not finite.
         Interrupted, Terminated: a signal came, and the run is saved.
     """
     done, rhythm = job.progressed, job.rhythm
@@ -132,7 +151,12 @@ def finish_step(job: Job, meter: Meter, verdict: Verdict) -> None:
     improved = False
     if job.evaluate is not None and (done.step % rhythm.eval_every == 0 or last):
         with meter.paused():
-            improved = meter.log_evaluation(job.evaluate())
+            found = job.evaluate()
+            improved = meter.log_evaluation(found)
+        if not math.isfinite(found["val_loss"]):
+            error = DivergedError(f"step {done.step:,}: val_loss {found['val_loss']:g}")
+            error.told = job.rank > 0
+            raise error
     if improved or last or verdict.signal or done.step % rhythm.save_every == 0:
         with meter.paused():
             save(job, meter)
@@ -151,9 +175,12 @@ def save(job: Job, meter: Meter) -> None:
     """Write a checkpoint of this step, then drop those no longer kept."""
     meter.keep_time()
     done, run = job.progressed, job.run
+    content = job.capture()
+    with together(job.accelerator):
+        _require_finite(content)
     checkpoint.save(
         run.checkpoints,
-        job.capture(),
+        content,
         job.owner,
         rank=job.rank,
         together=lambda: together(job.accelerator),
@@ -164,8 +191,24 @@ def save(job: Job, meter: Meter) -> None:
             job.rhythm.keep,
             step=done.step,
             run_id=job.owner.run_id,
+            damaged=job.damaged - {done.step},
         )
+        job.damaged.discard(done.step)
         run.set_status("running", step=done.step, resumable=True)
+
+
+def _require_finite(content: Content) -> None:
+    """Refuse to keep weights that no later check of a loss would catch: the last step's, for one.
+
+    Raises:
+        DivergedError: a weight or a moment is NaN or infinite.
+    """
+    for name, tensor in (*content.model.items(), *content.optimizer.items()):
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum()):
+            raise DivergedError(
+                f"step {content.step:,}: {name} is not finite after the update",
+                hint="the last checkpoint is good; try a lower --lr or a longer --warmup",
+            )
 
 
 def find_checkpoint(job: Job, config: Checkpoints, needed: int) -> Content | None:
@@ -192,13 +235,18 @@ def find_checkpoint(job: Job, config: Checkpoints, needed: int) -> Content | Non
     if path is None:
         job.run.forget_metrics_after(0)
         return None
-    content = load(path, job.rank)
+    with together(job.accelerator), writing(path):
+        content = load(path, job.rank)
     job.progressed = Progressed(**content.state["progressed"])
     if not has_best:
         job.progressed.forget_best()
     job.run.forget_metrics_after(content.step)
     if job.rank == 0:
         log.info("resuming from %s", path)
+        now = surroundings(job.device)
+        for name, then in content.state["made_with"].items():
+            if then != now[name]:
+                log.warning("%s: %s -> %s: not the same to the last bit", name, then, now[name])
     return content
 
 
@@ -219,18 +267,29 @@ def _choose(job: Job, config: Checkpoints) -> tuple[Path | None, bool]:
     root = job.run.checkpoints
     if root.is_dir():
         checkpoint.clean(root)
-    path = newest(root, job.owner.run_id) if config.resume else None
+    path, has_best = None, True
+    if config.resume:
+        path, damaged = newest(root, job.owner.run_id)
+        job.damaged |= damaged
     if path is None:
         path = config.resume_from
         if path is None:
             return None, False
         if reason := defect(path):
             raise ModelError(f"not a valid checkpoint: {reason}", file=path)
+        has_best = path.resolve().parent == root.resolve() and lost_best(path) is None
     changed = require_same(path, job.owner, config.resume_allow)
     step = checkpoint.step_of(path)
     if step > job.rhythm.max_steps:
         raise UserError(f"--max-steps {job.rhythm.max_steps}: {path.name} is beyond it")
+    if _effective(manifest_of(path)["identity"]) != _effective(job.identity):
+        log.warning("another effective batch: some examples come twice or not at all")
     for name, (then, now) in changed.items():
         log.warning("%s: %s -> %s from step %d on, as --resume-allow says", name, then, now, step)
     job.run.record(resumed={"from": str(path), "step": step, "changed": changed})
-    return path, path.resolve().parent == root.resolve() and lost_best(path) is None
+    return path, has_best
+
+
+def _effective(identity: dict[str, Any]) -> int:
+    """Sequences of a step, over all processes."""
+    return int(identity["batch_size"] * identity["grad_accum"] * identity["world_size"])

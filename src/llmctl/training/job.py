@@ -80,6 +80,8 @@ class Job:
     extras: Callable[[], dict[str, Any]] = dict
     """Further metrics since the last call."""
     progressed: Progressed = field(default_factory=Progressed)
+    damaged: set[int] = field(default_factory=set)
+    """Steps of checkpoints that resume passed over."""
 
     @property
     def world(self) -> int:

@@ -26,7 +26,12 @@ from llmctl.training.meter import Meter
 from llmctl.training.optimizers import set_lr
 from llmctl.training.plan import Plan
 from llmctl.training.signals import stop_flag
-from llmctl.training.state import checkpoint_bytes, restore, set_generators
+from llmctl.training.state import (
+    checkpoint_bytes,
+    generators_kept,
+    restore,
+    set_generators,
+)
 from llmctl.training.trainer import Trainer
 
 
@@ -43,12 +48,14 @@ def fit(trainer: Trainer) -> dict[str, Any]:
     with stop_flag() as flag, Progress(job.title, plan.max_steps) as progress:
         progress.start_at(done.step)
         batch = to_device(trainer, done.step)
+        if job.world > 1:
+            lay_out_buckets(trainer, batch)
         while not is_over(job):
             set_lr(trainer.optimizers, plan.lr_at(done.step))
             loss = accumulate_gradients(trainer, batch)
             batch = to_device(trainer, done.step + 1)  # while a GPU still computes
             verdict = agree(job, loss, clip(trainer), tokens, flag)
-            accepted = accept(job, verdict, _sequences(trainer))
+            accepted = accept(job, verdict, lambda: _sequences(trainer))
             for optimizer in trainer.optimizers:
                 if accepted:
                     optimizer.step()
@@ -65,6 +72,16 @@ def resume(trainer: Trainer, config: Checkpoints) -> None:
     if content is not None:
         restore(trainer.model, trainer.optimizers, content)
         set_generators(content.rng)
+
+
+def lay_out_buckets(trainer: Trainer, batch: list[tuple[Tensor, Tensor]]) -> None:
+    """Have DDP's first backward pass behind us, after which it lays its buckets out anew.
+
+    A resumed run would otherwise add three ranks' gradients in another order in its first step.
+    """
+    with generators_kept():
+        accumulate_gradients(trainer, batch[:1])
+    trainer.model.zero_grad(set_to_none=True)
 
 
 def to_device(trainer: Trainer, step: int) -> list[tuple[Tensor, Tensor]]:
@@ -139,7 +156,7 @@ def evaluate(trainer: Trainer) -> dict[str, float]:
     model.eval()
     nats = torch.zeros((), dtype=torch.float64, device="cpu" if job.device == "mps" else job.device)
     count = torch.zeros_like(nats)
-    size = max(1, 16_384 // plan.context)
+    size = max(1, min(16_384 // plan.context, 2 * plan.batch_size))  # within what training takes
     pairs = validation_batches(split, plan.context, size, plan.eval_tokens, job.rank, job.world)
     for inputs, targets in (move(pair, job.device) for pair in pairs):
         with autocast(plan, job.device):

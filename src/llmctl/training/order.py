@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, Sampler
 
-from llmctl.errors import DataError
+from llmctl.errors import DataError, UserError
 
 STRETCH = 50
 """Steps whose examples are sorted by length together: enough to find alike ones, and to mix."""
+OTHER_IDS = ("token_type_ids", "mm_token_type_ids", "position_ids")
+"""Columns that are named like token ids, and stand beside them."""
 
 
 class Order(Sampler[list[int]]):
@@ -124,3 +126,23 @@ class Stream(IterableDataset[Any]):
                 place += 1
             if place == before:
                 raise DataError("there are no training examples")
+
+
+def token_lengths(dataset: Any) -> list[int]:
+    """Tokens of each example, over all of its texts: TRL's prompts, answers, and answers refused.
+
+    Raises:
+        UserError: the data set has no column of token ids.
+    """
+    names = [
+        name
+        for name in getattr(dataset, "column_names", None) or ()
+        if name.endswith("_ids") and name not in OTHER_IDS
+    ]
+    if not names:
+        raise UserError(
+            "--group-by-length needs token ids to count, and this data has none",
+            hint="leave it out; what is tokenized batch by batch, as images are, cannot be grouped",
+        )
+    texts = [[len(ids) for ids in dataset[name]] for name in names]
+    return [sum(lengths) for lengths in zip(*texts, strict=True)]

@@ -1,6 +1,5 @@
 """How large a batch fits, tried before training on a model that is thrown away."""
 
-import gc
 from collections.abc import Callable
 
 import torch
@@ -12,7 +11,7 @@ from llmctl.errors import ResourceError
 from llmctl.training.state import generators_kept
 
 MARGIN = 0.9
-"""Share of a machine's free memory that a batch may take."""
+"""Share of the memory that a batch may take; communication and evaluation need some too."""
 
 
 def largest_batch(step: Callable[[int], None], wanted: int, device: str) -> int:
@@ -38,9 +37,6 @@ def largest_batch(step: Callable[[int], None], wanted: int, device: str) -> int:
             more = next((s for s in sizes if s > size), size) - size
             if device != "cuda" and grown * more > MARGIN * hardware.memory_left():
                 break  # a CPU has no refusal to wait for: the kernel would kill the process
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
     if not fitting:
         raise ResourceError(
             "out of memory with a single sequence", hint="use a smaller model or a shorter context"
@@ -66,4 +62,7 @@ def _fits(step: Callable[[int], None], size: int, device: str) -> bool:
                 torch.cuda.synchronize()
     except ResourceError:
         return False
-    return True
+    if device != "cuda" or size == 1:
+        return True
+    _, total = torch.cuda.mem_get_info()
+    return hardware.peak_memory(device) <= MARGIN * total

@@ -21,6 +21,7 @@ from llmctl.errors import DataError, ModelError, UserError
 from llmctl.models import load_causal_lm, load_config, load_tokenizer
 from llmctl.rundir import Run
 from llmctl.training.batches import Batches
+from llmctl.training.guard import together
 from llmctl.training.job import Job, Rhythm
 from llmctl.training.loop import evaluate, loss_of
 from llmctl.training.optimizers import make_optimizers
@@ -130,17 +131,25 @@ def build(config: PretrainConfig, setup: Setup, run: Run) -> Trainer:
     return trainer
 
 
-def with_largest_batch(config: PretrainConfig, setup: Setup, known: int | None) -> Setup:
+def with_largest_batch(config: PretrainConfig, setup: Setup, known: dict[str, Any] | None) -> Setup:
     """The setup with the largest batch that fits, tried on a copy; a step keeps its size.
 
     Args:
         config: the command's fields.
         setup: its plan says how many sequences make a step.
-        known: the batch size found when the run began, if it is resumed.
+        known: the plan of the run that is resumed, if one is.
     """
-    plan = setup.plan
+    plan, accelerator = setup.plan, setup.accelerator
     total = plan.batch_size * plan.grad_accum
-    size = known or _try_batches(config, setup, total)
+    size = plan.batch_size  # of a resumed run with another step: refused further on
+    if known is None:
+        with together(accelerator):
+            size = _try_batches(config, setup, total)
+        hardware.release_memory(setup.device)
+        sizes = accelerator.gather(torch.tensor([size], device=setup.device))
+        size = int(sizes.min())
+    elif known["batch_size"] * known["grad_accum"] == total:
+        size = known["batch_size"]
     return replace(setup, plan=replace(plan, batch_size=size, grad_accum=total // size))
 
 
@@ -157,9 +166,7 @@ def _try_batches(config: PretrainConfig, setup: Setup, total: int) -> int:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    size = largest_batch(step, total, device)
-    sizes = setup.accelerator.gather(torch.tensor([size], device=device))
-    return int(sizes.min())
+    return largest_batch(step, total, device)
 
 
 LONGEST_CONTEXT = 4096

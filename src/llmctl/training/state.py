@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Muon, Optimizer
 from transformers import PreTrainedConfig
 
+from llmctl import hardware
 from llmctl.checkpoint import Content
 from llmctl.errors import ModelError
 from llmctl.training.job import Progressed
@@ -50,7 +51,12 @@ def capture(
         model=_gathered(_trained(model), rank),
         optimizer=_gathered(tensors, rank),
         rng=generators(),
-        state={"progressed": vars(progressed), "optimizer": scalars, **(state or {})},
+        state={
+            "progressed": vars(progressed),
+            "optimizer": scalars,
+            "made_with": surroundings(next(model.parameters()).device.type),
+            **(state or {}),
+        },
         best=progressed.best_step,
     )
 
@@ -85,6 +91,15 @@ def restore(model: nn.Module, optimizers: list[Optimizer], content: Content) -> 
 def weights(model: nn.Module, rank: int = 0) -> dict[str, Tensor]:
     """All weights and buffers on rank 0's CPU by name, tied ones once. Collective."""
     return _gathered(_named(model), rank)
+
+
+def surroundings(device: str) -> dict[str, Any]:
+    """What the last bits depend on besides the run: the device, the library, the threads."""
+    return {
+        "device": hardware.device_name(device),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def generators() -> dict[str, Tensor]:

@@ -21,13 +21,13 @@ from llmctl import hardware
 from llmctl.checkpoint import Content
 from llmctl.config.sections import Checkpoints
 from llmctl.console import Progress
-from llmctl.errors import DataError, ModelError
+from llmctl.errors import DataError, ModelError, UserError
 from llmctl.rundir import Run
 from llmctl.training.arguments import continue_schedule, identity_of, take_over
 from llmctl.training.guard import accept, agree, find_checkpoint, finish_step, is_over
 from llmctl.training.job import Job, Rhythm
 from llmctl.training.meter import Meter
-from llmctl.training.order import Order, Stream
+from llmctl.training.order import Order, Stream, token_lengths
 from llmctl.training.signals import StopFlag, stop_flag
 from llmctl.training.state import (
     capture,
@@ -59,10 +59,15 @@ class Reliable(Trainer):  # type: ignore[misc]
             args: the trainer's own.
             terms: of the run.
             kwargs: the trainer's own; `args.max_steps` is the rhythm's.
+
+        Raises:
+            UserError: what cannot be resumed exactly, or be judged by one loss.
         """
         arguments = kwargs["args"]
         take_over(arguments, terms.rhythm.max_steps)
         super().__init__(*args, **kwargs)
+        if isinstance(self.eval_dataset, dict):
+            raise UserError("several validation sets have no one val_loss; give one data set")
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self._terms = terms
@@ -76,7 +81,11 @@ class Reliable(Trainer):  # type: ignore[misc]
             run=terms.run,
             accelerator=self.accelerator,
             device=arguments.device.type,
-            identity={**identity_of(self), **terms.identity},
+            identity={
+                **identity_of(self),
+                "group_by_length": terms.group_by_length,
+                **terms.identity,
+            },
             rhythm=terms.rhythm,
             flops_per_token=None,
             capture=self._capture,
@@ -108,6 +117,7 @@ class Reliable(Trainer):  # type: ignore[misc]
                 self.train()
             elif self._content is not None:
                 restore(self.model, [], self._content)
+            self._content = None
         return self._meter.final()
 
     # --- data
@@ -115,6 +125,7 @@ class Reliable(Trainer):  # type: ignore[misc]
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches in an order that is a function of the seed and the step alone."""
         args, dataset, collate = self.args, self.train_dataset, self.data_collator
+        grouped = self._terms.group_by_length
         common: dict[str, Any] = {
             "num_workers": args.dataloader_num_workers,
             "pin_memory": args.dataloader_pin_memory and args.device.type == "cuda",
@@ -123,13 +134,14 @@ class Reliable(Trainer):  # type: ignore[misc]
         if isinstance(dataset, datasets.IterableDataset):
             if args.dataloader_num_workers:
                 raise DataError("streamed data is read in one process only")
+            if grouped:
+                raise UserError("--group-by-length needs all lengths at once; a stream has none")
             collate = self._get_collator_with_removed_columns(collate, description="training")
             stream = Stream(dataset, args.train_batch_size, self.job.rank, self.job.world)
             return DataLoader(
                 stream, batch_size=args.train_batch_size, collate_fn=collate, **common
             )
-        grouped = self._terms.group_by_length
-        lengths = [len(ids) for ids in dataset["input_ids"]] if grouped else None
+        dataset = self._remove_unused_columns(dataset, description="training")
         self._order = Order(
             len(dataset),
             batch_size=args.train_batch_size,
@@ -138,9 +150,8 @@ class Reliable(Trainer):  # type: ignore[misc]
             world=self.job.world,
             steps=self.job.rhythm.max_steps,
             seed=args.seed,
-            lengths=lengths,
+            lengths=token_lengths(dataset) if grouped else None,
         )
-        dataset = self._remove_unused_columns(dataset, description="training")
         return DataLoader(dataset, batch_sampler=self._order, collate_fn=collate, **common)
 
     def get_batch_samples(
@@ -161,13 +172,15 @@ class Reliable(Trainer):  # type: ignore[misc]
         return batches, labels
 
     def _named(self) -> str:
-        """Which examples the step at hand is computed from."""
+        """Which examples the step at hand is computed from: the first few, and how many more."""
         step = self.job.progressed.step
         if isinstance(self.train_dataset, datasets.IterableDataset):
             size = self.args.gradient_accumulation_steps * self.job.world
             first = step * size * self.args.train_batch_size
             return f"examples {first:,} to {first + size * self.args.train_batch_size - 1:,}"
-        return "examples " + ", ".join(map(str, self._order.step(step)))
+        examples = self._order.step(step)
+        rest = f" and {len(examples) - NAMED:,} more" if len(examples) > NAMED else ""
+        return "examples " + ", ".join(map(str, examples[:NAMED])) + rest
 
     # --- steps
 
@@ -184,7 +197,7 @@ class Reliable(Trainer):  # type: ignore[misc]
         assert self._loss is not None
         self._verdict = agree(self.job, self._loss, norm, self._tokens, self._flag)
         self._loss = None
-        if not accept(self.job, self._verdict, self._named()):
+        if not accept(self.job, self._verdict, self._named):
             model.zero_grad(set_to_none=True)  # an update without gradients changes nothing
         return norm
 
@@ -201,7 +214,7 @@ class Reliable(Trainer):  # type: ignore[misc]
         with generators_kept():
             found = self.evaluate()
         kept = {name: value for name, value in found.items() if not name.endswith(DROPPED)}
-        return {name.replace("eval_", "val_"): value for name, value in kept.items()}
+        return {"val_" + name.removeprefix("eval_"): value for name, value in kept.items()}
 
     def _extras(self) -> dict[str, Any]:
         """What TRL measured since the last call."""
@@ -227,6 +240,9 @@ class Reliable(Trainer):  # type: ignore[misc]
         self.state.global_step = self.job.progressed.step
         return 0, self.job.progressed.step * self.args.gradient_accumulation_steps
 
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: under FSDP Trainer would read weights here, which `restore` puts in place."""
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self._content is None:
             return
@@ -239,10 +255,13 @@ class Reliable(Trainer):  # type: ignore[misc]
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self._content is not None:
             set_generators(self._content.rng)
+        self._content = None  # the last of it is in place; it is as large as a checkpoint
 
 
 RESUMED = "a checkpoint of llmctl's"
 """What Trainer is told to resume from: no path, since it never reads one."""
+NAMED = 8
+"""Examples that a message names."""
 DROPPED = ("_runtime", "_per_second", "num_tokens", "epoch", "_model_preparation_time")
 """Trainer's figures that `meter.py` gives, or that mean nothing here."""
 
