@@ -238,6 +238,7 @@ def test_a_disk_that_rank_0_finds_full_ends_both(forked, whole, tmp_path, subjec
         assert "Traceback" not in started.errors(), started.errors()
         assert not unfinished(out)
         (disk / "filler").unlink()
+        tally("two ranks, the disk fills up", subject, "tried")
         resumes_to_the_same_bits(forked, subject, out, wanted, "two ranks, the disk fills up")
 
 
