@@ -13,24 +13,13 @@ import time
 
 import pytest
 from conftest import SMALL
+from torture.harness import mounted
 
 from llmctl import console
 from llmctl.cli import COMMANDS
 from llmctl.lock import locked
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-@contextlib.contextmanager
-def mounted(folder, options):
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("this needs the right to mount")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture(params=["tokenize", "pretrain"])

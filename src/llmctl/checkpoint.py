@@ -14,7 +14,6 @@ every instant the folder holds each checkpoint whole or not at all. No pickle is
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -27,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from llmctl.errors import UserError
-from llmctl.files import follow_umask, no_space, sha256_file, writing
+from llmctl.files import follow_umask, fsync, no_space, sha256_file, writing
 
 MANIFEST = "manifest.json"
 PREFIX = "checkpoint-"
@@ -209,11 +208,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(path)
     fault("fsync", path)
 
 
