@@ -24,14 +24,22 @@ COMMANDS = {
     "demo": ("DemoConfig", "Tokenize, pretrain and generate on text that every Python carries."),
     "tokenize": ("TokenizeConfig", "Train a tokenizer and turn a corpus into token shards."),
     "pretrain": ("PretrainConfig", "Train a causal language model from scratch, or continue one."),
+    "audit": ("AuditConfig", "Check examples as `sft` would see them."),
+    "sft": ("SftConfig", "Fine-tune a model on examples, in full or with adapters."),
+    "merge": ("MergeConfig", "Merge an adapter into its base model."),
     "generate": ("GenerateConfig", "Generate text from a model."),
+    "chat": ("ChatConfig", "Talk with a model in the terminal."),
     "runs": ("RunsConfig", "List runs: how they went, how far they are, how to resume them."),
 }
 EXAMPLES = {
     "demo": "llmctl demo",
     "tokenize": "llmctl tokenize --data corpus.txt -o runs/tok",
     "pretrain": "llmctl pretrain --tokens runs/tok -o runs/base",
+    "audit": "llmctl audit examples.jsonl --model runs/base",
+    "sft": "llmctl sft --model runs/base --data examples.jsonl --lora -o runs/sft",
+    "merge": "llmctl merge --model runs/sft -o runs/merged",
     "generate": 'llmctl generate --model runs/base --prompt "Once upon a time"',
+    "chat": "llmctl chat --model runs/sft",
     "runs": "llmctl runs runs/",
 }
 EXIT_CODES = (
@@ -39,7 +47,7 @@ EXIT_CODES = (
     "checkpoint; 5 memory or disk; 6 network; 7 diverged; 8 quality gate; 130 interrupted; "
     "141 closed pipe; 143 terminated."
 )
-LAUNCHED = ("pretrain",)
+LAUNCHED = ("pretrain", "sft")
 HELP = {"help_option_names": ["-h", "--help"]}
 
 

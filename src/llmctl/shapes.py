@@ -15,7 +15,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from llmctl.config.stages import Shape
+from llmctl.config.stages.pretraining import Shape
 from llmctl.errors import ModelError, UserError
 from llmctl.models import BROKEN, load_config, parameter_count
 

@@ -88,12 +88,8 @@ class Corpus(Fields):
 class Optimizer(Fields):
     """Update rule and learning-rate schedule."""
 
-    optimizer: Annotated[Literal["auto", "adamw", "muon", "adamw-8bit"], Also("optim")] = "auto"
-    """Update rule. auto: Muon from scratch, AdamW when continuing a model and under FSDP.
-    Muon takes the matrices of the blocks, AdamW the rest."""
-
     lr: Annotated[PositiveFloat | None, Also("learning-rate")] = None
-    """Peak learning rate, on AdamW's scale for every optimizer; by default chosen by model size."""
+    """Peak learning rate; by default chosen by model size."""
 
     schedule: Annotated[
         Literal["cosine", "linear", "constant", "wsd"], Also("lr-scheduler-type", "lr-scheduler")
@@ -117,9 +113,6 @@ class Optimizer(Fields):
 
     beta2: Annotated[OpenFraction, Also("adam-beta2")] = 0.95
     """AdamW's decay of the second moment."""
-
-    momentum: OpenFraction = 0.95
-    """Muon's momentum."""
 
     max_grad_norm: Annotated[NonNegativeFloat, Also("grad-clip", "gradient-clip-val")] = 1.0
     """Clip the global gradient norm to this; 0 does not clip."""
@@ -148,10 +141,7 @@ class Batch(Fields):
     """Sequences per forward pass on one device; by default chosen by model size."""
 
     grad_accum: Annotated[PositiveInt | None, Also("gradient-accumulation-steps")] = None
-    """Forward passes per step; by default 1, or what `batch_tokens` asks for."""
-
-    batch_tokens: Annotated[PositiveCount | None, Also("total-batch-size")] = None
-    """Tokens per step over all devices, reached by accumulation."""
+    """Forward passes per step; by default 1."""
 
     find_batch_size: Annotated[bool, Also("auto-find-batch-size", "probe-batch-size")] = False
     """Try on a throwaway copy of the model how large a batch fits, before training; accumulation
@@ -159,19 +149,13 @@ class Batch(Fields):
 
 
 class Length(Fields):
-    """How long to train; one of the four, by default chosen by corpus and model."""
+    """How long to train: steps or epochs."""
 
     max_steps: Annotated[PositiveCount | None, Also("num-iterations", "steps")] = None
     """Optimizer steps."""
 
     epochs: Annotated[PositiveFloat | None, Also("num-train-epochs", "num-epochs")] = None
-    """Passes over the training tokens."""
-
-    tokens_budget: Annotated[PositiveCount | None, Also("max-tokens")] = None
-    """Tokens to train on."""
-
-    tokens_per_parameter: Annotated[PositiveFloat | None, Also("target-param-data-ratio")] = None
-    """Tokens per parameter; 20 is compute-optimal (Hoffmann et al., 2022, arXiv:2203.15556)."""
+    """Passes over the training data."""
 
 
 class Evaluation(Fields):
@@ -179,9 +163,6 @@ class Evaluation(Fields):
 
     eval_every: Annotated[PositiveInt | None, Also("eval-steps", "eval-interval")] = None
     """Steps between evaluations; by default a tenth of the run."""
-
-    eval_tokens: NonNegativeCount = 131_072
-    """Validation tokens to evaluate on, spread over the split; 0 takes the whole split."""
 
     early_stop: Annotated[PositiveInt | None, Also("patience", "early-stopping-patience")] = None
     """Stop after this many evaluations without a better validation loss."""
@@ -232,6 +213,34 @@ class Placement(Fields):
 
     processes: Annotated[PositiveInt | None, Also("nproc-per-node", "num-processes")] = None
     """Processes to train with; more than one are launched here unless a launcher already did."""
+
+
+class Loading(Fields):
+    """A model to use, and how to load it."""
+
+    model: Annotated[str, Also("model-name-or-path", "base-model")]
+    """Model: a run, folder or Hub id."""
+
+    load_in_8bit: bool = False
+    """Load the weights in 8 bits with bitsandbytes."""
+
+    load_in_4bit: bool = False
+    """Load the weights in 4 bits (NF4) with bitsandbytes."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Device to run on."""
+
+    dtype: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Also("torch-dtype")] = "auto"
+    """Type of the weights; auto takes the checkpoint's on a GPU and fp32 on a CPU."""
+
+    threads: PositiveInt | None = None
+    """CPU threads; by default chosen by model size."""
+
+    @model_validator(mode="after")
+    def _check_loading(self) -> Self:
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ValueError("give --load-in-8bit or --load-in-4bit, not both")
+        return self
 
 
 class Sampling(Fields):

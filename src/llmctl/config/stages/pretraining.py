@@ -1,23 +1,21 @@
-"""One config class per command."""
+"""Configs of `tokenize` and `pretrain`."""
 
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
 
-from llmctl.config.base import Also, Argument, Config, Fields, Flag
+from llmctl.config.base import Also, Fields
 from llmctl.config.sections import (
     Batch,
     Checkpoints,
-    Control,
     Corpus,
     Evaluation,
     Length,
+    NonNegativeCount,
+    OpenFraction,
     Optimizer,
     Placement,
     PositiveCount,
-    Reporting,
-    Sampling,
     StageConfig,
 )
 
@@ -99,8 +97,18 @@ class Shape(Fields):
     """Tokens per training sequence."""
 
 
+class TokenLength(Length):
+    """How long to train, also in tokens; one of the four, by default by corpus and model."""
+
+    tokens_budget: Annotated[PositiveCount | None, Also("max-tokens")] = None
+    """Tokens to train on."""
+
+    tokens_per_parameter: Annotated[PositiveFloat | None, Also("target-param-data-ratio")] = None
+    """Tokens per parameter; 20 is compute-optimal (Hoffmann et al., 2022, arXiv:2203.15556)."""
+
+
 class PretrainConfig(
-    Corpus, Shape, Length, Batch, Optimizer, Evaluation, Checkpoints, Placement, StageConfig
+    Corpus, Shape, TokenLength, Batch, Optimizer, Evaluation, Checkpoints, Placement, StageConfig
 ):
     """Train a causal language model from scratch, or continue one."""
 
@@ -109,6 +117,19 @@ class PretrainConfig(
 
     tokenizer: Annotated[str | None, Also("tokenizer-name-or-path")] = None
     """Tokenizer for --data: a run, folder or Hub id; by default the model's own."""
+
+    optimizer: Annotated[Literal["auto", "adamw", "muon", "adamw-8bit"], Also("optim")] = "auto"
+    """Update rule. auto: Muon from scratch, AdamW when continuing a model and under FSDP.
+    Muon takes the matrices of the blocks, AdamW the rest; `lr` is on AdamW's scale for both."""
+
+    momentum: OpenFraction = 0.95
+    """Muon's momentum."""
+
+    batch_tokens: Annotated[PositiveCount | None, Also("total-batch-size")] = None
+    """Tokens per step over all devices, reached by accumulation."""
+
+    eval_tokens: NonNegativeCount = 131_072
+    """Validation tokens to evaluate on, spread over the split; 0 takes the whole split."""
 
     log_every: Annotated[PositiveInt | None, Also("logging-steps", "log-interval")] = None
     """Steps between lines of metrics; by default a hundredth of the run."""
@@ -129,7 +150,7 @@ class PretrainConfig(
             raise ValueError(f"--model has its shape already: drop {self.flag(clash[0])}")
         if self.config_from and (clash := sorted(dials & given)):
             raise ValueError(f"--config-from has its shape already: drop {self.flag(clash[0])}")
-        lengths = [name for name in Length.model_fields if getattr(self, name) is not None]
+        lengths = [name for name in TokenLength.model_fields if getattr(self, name) is not None]
         if len(lengths) > 1:
             raise ValueError(f"give {self.flag(lengths[0])} or {self.flag(lengths[1])}, not both")
         if self.grad_accum and self.batch_tokens:
@@ -139,81 +160,3 @@ class PretrainConfig(
         if "min_lr" in given and self.schedule == "constant":
             raise ValueError("--min-lr does not go with --schedule constant")
         return self
-
-
-class GenerateConfig(Sampling, StageConfig):
-    """Generate text from a model."""
-
-    model: Annotated[str, Also("model-name-or-path", "base-model")]
-    """Model to sample from: a run, folder or Hub id."""
-
-    prompt: list[str] = []
-    """Text to continue (repeatable); `""` starts from nothing. Without any, stdin is read."""
-
-    prompts_file: Annotated[Path | None, Also("prompts")] = None
-    """File of prompts: one per line of txt, or `prompt` (or `messages`) of each line of jsonl."""
-
-    out: Annotated[Path | None, Flag("--out", "-o"), Also("output", "output-file"), Control] = None
-    """Write rows of jsonl to this file."""
-
-    num_samples: Annotated[PositiveInt, Also("num-return-sequences")] = 1
-    """Responses for each prompt."""
-
-    batch_size: PositiveInt = 64
-    """Most sequences generated at once."""
-
-    chat: bool = False
-    """Put the prompt in the model's chat template, as a user's turn."""
-
-    system: Annotated[str | None, Also("system-prompt")] = None
-    """System message for --chat."""
-
-    shots: Path | None = None
-    """Few-shot examples set before each prompt: jsonl of `prompt` and `response`."""
-
-    load_in_8bit: bool = False
-    """Load the weights in 8 bits with bitsandbytes."""
-
-    load_in_4bit: bool = False
-    """Load the weights in 4 bits (NF4) with bitsandbytes."""
-
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Device to run on."""
-
-    dtype: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Also("torch-dtype")] = "auto"
-    """Type of the weights; auto takes the checkpoint's on a GPU and fp32 on a CPU."""
-
-    threads: PositiveInt | None = None
-    """CPU threads; by default chosen by model size."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.prompt and self.prompts_file:
-            raise ValueError("give --prompt or --prompts-file, not both")
-        if self.load_in_8bit and self.load_in_4bit:
-            raise ValueError("give --load-in-8bit or --load-in-4bit, not both")
-        if "" in self.stop:
-            raise ValueError("--stop: expected some text, got ''")
-        for text in (*self.prompt, *self.stop, self.system or ""):
-            if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-                raise ValueError("a prompt that is not UTF-8")
-        if self.system is not None and not self.chat:
-            raise ValueError("--system goes with --chat")
-        return self
-
-
-class DemoConfig(StageConfig):
-    """Tokenize, pretrain and generate on text that every Python carries."""
-
-    max_steps: Annotated[PositiveCount, Also("steps")] = 400
-    """Optimizer steps of the training part."""
-
-    threads: PositiveInt | None = None
-    """CPU threads; by default the cores that this process may use."""
-
-
-class RunsConfig(Config, Reporting):
-    """List runs: how they went, how far they are, how to resume them."""
-
-    directory: Annotated[Path | None, Argument("DIR"), Control] = None
-    """Directory to look in; by default runs/ where there is one, else the current directory."""

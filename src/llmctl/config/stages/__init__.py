@@ -1,0 +1,19 @@
+"""One config class per command."""
+
+from llmctl.config.stages.finetuning import AuditConfig, MergeConfig, SftConfig
+from llmctl.config.stages.housekeeping import DemoConfig, RunsConfig
+from llmctl.config.stages.pretraining import PRESETS, PretrainConfig, TokenizeConfig
+from llmctl.config.stages.using import ChatConfig, GenerateConfig
+
+__all__ = [
+    "PRESETS",
+    "AuditConfig",
+    "ChatConfig",
+    "DemoConfig",
+    "GenerateConfig",
+    "MergeConfig",
+    "PretrainConfig",
+    "RunsConfig",
+    "SftConfig",
+    "TokenizeConfig",
+]

@@ -1,0 +1,118 @@
+"""Configs of `sft`, `audit` and `merge`."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import PositiveInt, model_validator
+
+from llmctl.config.base import Also, Argument
+from llmctl.config.sections import (
+    Batch,
+    Checkpoints,
+    Evaluation,
+    Length,
+    Optimizer,
+    Placement,
+    StageConfig,
+)
+from llmctl.config.supervised import Adapter, Memory, Samples, Supervised
+
+
+class SftConfig(
+    Supervised,
+    Adapter,
+    Length,
+    Batch,
+    Optimizer,
+    Memory,
+    Evaluation,
+    Samples,
+    Checkpoints,
+    Placement,
+    StageConfig,
+):
+    """Fine-tune a model on examples, in full or with adapters."""
+
+    model: Annotated[str, Also("model-name-or-path", "base-model")]
+    """Model to fine-tune: a run, folder or Hub id."""
+
+    data: Annotated[list[str], Also("dataset", "dataset-name")] = []
+    """Examples (repeatable): a file of jsonl, json, csv or parquet, a Hub data set, or
+    `builtin:tasks`; `a.jsonl=0.7` gives it that weight in the mixture."""
+
+    task: Literal["chat", "classify"] = "chat"
+    """Learn to answer, or to tell labels (columns `text` and `label`)."""
+
+    packing: bool = False
+    """Put several examples into one sequence, kept apart by their positions."""
+
+    optimizer: Annotated[
+        Literal["auto", "adamw", "adamw-8bit", "paged-adamw-8bit"], Also("optim")
+    ] = "auto"
+    """Update rule. auto: AdamW; its paged 8-bit form for a quantized model on a GPU."""
+
+    log_every: Annotated[PositiveInt | None, Also("logging-steps", "log-interval")] = None
+    """Steps between lines of metrics; by default a hundredth of the run."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.data:
+            raise ValueError(
+                "--data is required: jsonl, json, csv, parquet, a Hub id or builtin:tasks"
+            )
+        if self.max_steps and self.epochs:
+            raise ValueError("give --max-steps or --epochs, not both")
+        if self.task == "classify":
+            unused = (
+                "chat_template",
+                "train_on",
+                "packing",
+                "chunked_loss",
+                "prompt_tuning",
+                "samples",
+                "sample_prompt",
+                "sample_tokens",
+            )
+            if clash := [name for name in unused if name in self.given()]:
+                raise ValueError(f"{self.flag(clash[0])} does not go with --task classify")
+        if "decay" in self.given() and self.schedule != "wsd":
+            raise ValueError("--decay goes with --schedule wsd")
+        if "min_lr" in self.given() and self.schedule == "constant":
+            raise ValueError("--min-lr does not go with --schedule constant")
+        return self
+
+
+class AuditConfig(Supervised, StageConfig):
+    """Check examples as `sft` would see them."""
+
+    data: Annotated[list[str], Argument("DATA")] = []
+    """Examples: files of jsonl, json, csv or parquet, Hub data sets, or `builtin:tasks`."""
+
+    model: Annotated[str, Also("model-name-or-path", "base-model", "tokenizer")]
+    """Model whose tokenizer and template to use: a run, folder or Hub id."""
+
+    packing: bool = False
+    """Also say how well the examples pack."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.data:
+            raise ValueError(
+                "DATA is required: jsonl, json, csv, parquet, a Hub id or builtin:tasks"
+            )
+        return self
+
+
+class MergeConfig(StageConfig):
+    """Merge an adapter into its base model."""
+
+    model: Annotated[str, Also("adapter", "model-name-or-path")]
+    """Adapter to merge: a run or a PEFT folder."""
+
+    base: Annotated[str | None, Also("base-model")] = None
+    """Base model; by default the one that the adapter names."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Device to compare the logits on."""
+
+    threads: PositiveInt | None = None
+    """CPU threads; by default the cores that this process may use."""

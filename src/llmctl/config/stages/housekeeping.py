@@ -1,0 +1,26 @@
+"""Configs of the commands around the stages: `demo` and `runs`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import PositiveInt
+
+from llmctl.config.base import Also, Argument, Config
+from llmctl.config.sections import Control, PositiveCount, Reporting, StageConfig
+
+
+class DemoConfig(StageConfig):
+    """Tokenize, pretrain and generate on text that every Python carries."""
+
+    max_steps: Annotated[PositiveCount, Also("steps")] = 400
+    """Optimizer steps of the training part."""
+
+    threads: PositiveInt | None = None
+    """CPU threads; by default the cores that this process may use."""
+
+
+class RunsConfig(Config, Reporting):
+    """List runs: how they went, how far they are, how to resume them."""
+
+    directory: Annotated[Path | None, Argument("DIR"), Control] = None
+    """Directory to look in; by default runs/ where there is one, else the current directory."""

@@ -1,0 +1,142 @@
+"""Groups of fields of fine-tuning: its data, its adapters, its memory."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from llmctl.config.base import Also, Fields
+from llmctl.config.sections import NonNegativeCount, OpenFraction, PositiveCount
+
+
+class Supervised(Fields):
+    """Examples to learn from, and how they become tokens."""
+
+    columns: Annotated[list[str], Also("column")] = []
+    """What the columns hold, where their names do not tell (repeatable): `prompt=q,response=a`.
+    Roles: messages, prompt, response, system, text, label."""
+
+    chat_template: Annotated[str | None, Also("chat-template-path", "template")] = None
+    """Chat template: a jinja file, or a name such as chatml. By default the model's own; a base
+    model without one gets ChatML."""
+
+    train_on: Literal["assistant", "completion", "prompt", "all"] = "assistant"
+    """Tokens that count in the loss: every turn of the assistant, its last turn only, everything
+    but its turns, or all. Plain text counts whole."""
+
+    max_length: Annotated[
+        PositiveCount | None, Also("max-seq-length", "cutoff-len", "sequence-len")
+    ] = None
+    """Longest example in tokens; by default the model's context, at most 2,048."""
+
+    truncation: Literal["auto", "cut", "drop"] = "auto"
+    """Examples longer than that: cut their ends, end-of-turn token included, or leave them out.
+    auto cuts, and refuses data of which more than a fifth would lose its end."""
+
+    val_size: NonNegativeCount | None = None
+    """Examples to hold out: those with the smallest hashes. By default a tenth, at most 500; 0
+    holds out none."""
+
+    val_fraction: OpenFraction | None = None
+    """Share of the examples to hold out."""
+
+    val_data: list[str] = []
+    """Validation examples from elsewhere (repeatable)."""
+
+    skip_bad_rows: NonNegativeCount = 0
+    """Leave out up to this many rows that cannot be read, and count them."""
+
+    @model_validator(mode="after")
+    def _check_supervised(self) -> Self:
+        ways = ("val_size", "val_fraction", "val_data")
+        given = [name for name in ways if getattr(self, name) not in (None, [])]
+        if len(given) > 1:
+            raise ValueError(
+                f"give --{given[0].replace('_', '-')} or --{given[1].replace('_', '-')}, not both"
+            )
+        return self
+
+
+class Adapter(Fields):
+    """Train a few weights beside the model's own."""
+
+    lora: Annotated[bool, Also("use-peft")] = False
+    """Train low-rank adapters (Hu et al., 2021, arXiv:2106.09685)."""
+
+    lora_r: Annotated[PositiveInt, Also("lora-rank")] = 16
+    """Rank of the adapters."""
+
+    lora_alpha: PositiveFloat | None = None
+    """Scale of the adapters; by default twice the rank."""
+
+    lora_dropout: OpenFraction = 0.0
+    """Dropout before the adapters."""
+
+    lora_targets: Annotated[list[str], Also("lora-target-modules", "lora-target")] = []
+    """Layers to adapt (repeatable): names as in the model, such as q_proj; by default every linear
+    layer but the output (`all-linear`)."""
+
+    rslora: Annotated[bool, Also("use-rslora")] = False
+    """Scale by the root of the rank (Kalajdzievski, 2023, arXiv:2312.03732)."""
+
+    dora: Annotated[bool, Also("use-dora")] = False
+    """Train magnitude apart from direction (Liu et al., 2024, arXiv:2402.09353); implies lora."""
+
+    prompt_tuning: Annotated[PositiveInt | None, Also("num-virtual-tokens")] = None
+    """Train this many virtual tokens before every input instead (Lester et al., 2021,
+    arXiv:2104.08691)."""
+
+    load_in_4bit: bool = False
+    """Keep the frozen weights in 4 bits (NF4, double quantization; QLoRA, Dettmers et al., 2023,
+    arXiv:2305.14314); needs lora."""
+
+    load_in_8bit: bool = False
+    """Keep the frozen weights in 8 bits; needs lora."""
+
+    merge: Annotated[bool, Also("merge-adapter")] = False
+    """Also write model/, with the adapter merged in."""
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the model's own weights stay frozen."""
+        return self.lora or self.dora or self.prompt_tuning is not None
+
+    @model_validator(mode="after")
+    def _check_adapter(self) -> Self:
+        fields = type(self).model_fields
+        low_rank = self.lora or self.dora
+        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "rslora"):
+            if not low_rank and getattr(self, name) != fields[name].default:
+                raise ValueError(f"--{name.replace('_', '-')} goes with --lora")
+        if low_rank and self.prompt_tuning is not None:
+            raise ValueError("give --lora or --prompt-tuning, not both")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("give --load-in-4bit or --load-in-8bit, not both")
+        if (self.load_in_4bit or self.load_in_8bit) and not low_rank:
+            flag = "--load-in-4bit" if self.load_in_4bit else "--load-in-8bit"
+            raise ValueError(f"{flag} freezes the weights: add --lora to train beside them")
+        if self.merge and not low_rank:
+            raise ValueError("--merge goes with --lora")
+        return self
+
+
+class Memory(Fields):
+    """Save memory for time."""
+
+    activation_checkpointing: Annotated[bool, Also("gradient-checkpointing")] = False
+    """Compute activations again in the backward pass instead of keeping them."""
+
+    chunked_loss: bool = False
+    """Compute the loss a few positions at a time, and never hold all logits."""
+
+
+class Samples(Fields):
+    """What the model writes while it learns."""
+
+    samples: NonNegativeCount = 4
+    """Validation prompts to answer at every evaluation, into samples.jsonl; 0 answers none."""
+
+    sample_prompt: Annotated[list[str], Also("sample-prompts")] = []
+    """Prompt to answer instead (repeatable)."""
+
+    sample_tokens: Annotated[PositiveInt, Field(le=4096)] = 64
+    """Most tokens of such an answer."""

@@ -1,0 +1,129 @@
+"""Examples as tokens: which of them are trained on, and where each example begins.
+
+In: what `rendering.py` makes of conversations and texts. Out: flat arrays, so that millions of
+examples cost their tokens and little more.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Encoded(NamedTuple):
+    """One training sequence."""
+
+    tokens: list[int]
+    trained: list[bool]
+    """Whether a token counts in the loss, one for each; the first never does, having no past."""
+    ends: bool
+    """Whether its last trained token is one that ends a turn or a text."""
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """N training sequences of T tokens in all."""
+
+    tokens: NDArray[np.int32]
+    """(T,) ids, one sequence after the other."""
+    trained: NDArray[np.bool_]
+    """(T,) whether a token counts in the loss."""
+    starts: NDArray[np.int64]
+    """(N + 1,) where each sequence begins, and where the last one ends."""
+    full_lengths: NDArray[np.int64]
+    """(N,) tokens of each before any cut."""
+    ends: NDArray[np.bool_]
+    """(N,) whether its last trained token ended a turn or a text, before any cut."""
+    rows: NDArray[np.int64]
+    """(N,) number of the example that each was made of; several may be made of one."""
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(N,) tokens of each sequence."""
+        return np.diff(self.starts)
+
+    @property
+    def cut(self) -> NDArray[np.bool_]:
+        """(N,) whether a sequence lost its end."""
+        return self.full_lengths > self.lengths
+
+    @property
+    def trained_counts(self) -> NDArray[np.int64]:
+        """(N,) tokens of each sequence that count in the loss."""
+        total = np.concatenate([[0], np.cumsum(self.trained)])
+        counts: NDArray[np.int64] = total[self.starts[1:]] - total[self.starts[:-1]]
+        return counts
+
+    def sequence(self, number: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Tokens of one sequence, and whether each is trained on."""
+        place = slice(self.starts[number], self.starts[number + 1])
+        return self.tokens[place], self.trained[place]
+
+    def digest(self) -> str:
+        """Hex sha256 of all that decides what is learned from it."""
+        found = hashlib.sha256()
+        for part in (self.tokens, self.trained, self.starts):
+            found.update(np.ascontiguousarray(part).tobytes())
+        return found.hexdigest()
+
+    def select(self, kept: NDArray[np.bool_] | NDArray[np.int64]) -> "Tokenized":
+        """Some of the sequences, by a mask (N,) or by their numbers, in that order."""
+        numbers = np.flatnonzero(kept) if kept.dtype == np.bool_ else kept
+        lengths = self.lengths[numbers]
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        within = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+        places = np.repeat(self.starts[numbers], lengths) + within
+        return Tokenized(
+            self.tokens[places],
+            self.trained[places],
+            starts,
+            self.full_lengths[numbers],
+            self.ends[numbers],
+            self.rows[numbers],
+        )
+
+    def shortened(self, max_length: int, truncation: Literal["cut", "drop"]) -> "Tokenized":
+        """No sequence longer than this: cut at its end, or left out."""
+        if truncation == "drop":
+            return self.select(self.full_lengths <= max_length)
+        if not len(self) or self.lengths.max() <= max_length:
+            return self
+        within = np.arange(len(self.tokens)) - np.repeat(self.starts[:-1], self.lengths)
+        kept = within < max_length
+        lengths = np.minimum(self.lengths, max_length)
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        return replace(self, tokens=self.tokens[kept], trained=self.trained[kept], starts=starts)
+
+
+def collect(examples: Iterable[Iterable[Encoded]]) -> Tokenized:
+    """The sequences of all examples, in order; an example may give several, or none."""
+    tokens: list[NDArray[np.int32]] = []
+    trained: list[NDArray[np.bool_]] = []
+    ends, rows = [], []
+    for row, encoded in _numbered(examples):
+        tokens.append(np.asarray(encoded.tokens, dtype=np.int32))
+        trained.append(np.asarray(encoded.trained, dtype=np.bool_))
+        ends.append(encoded.ends)
+        rows.append(row)
+    lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)
+    return Tokenized(
+        np.concatenate([np.zeros(0, np.int32), *tokens]),
+        np.concatenate([np.zeros(0, np.bool_), *trained]),
+        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        lengths,
+        np.array(ends, dtype=np.bool_),
+        np.array(rows, dtype=np.int64),
+    )
+
+
+def _numbered(examples: Iterable[Iterable[Encoded]]) -> Iterator[tuple[int, Encoded]]:
+    for row, sequences in enumerate(examples):
+        for encoded in sequences:
+            yield row, encoded
