@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llmctl.data import chat, sandbox
-from llmctl.data.chat import CHAT_TEMPLATE, render_chat
+from llmctl.data.chat import CHAT_TEMPLATE, render_chat, render_cuts
 from llmctl.decode.prompts import encode_chat
 from llmctl.errors import ModelError
 
@@ -71,6 +71,46 @@ def test_a_foreign_template_is_rendered_outside(tokenizer, monkeypatch) -> None:
     monkeypatch.setattr(type(tokenizer), "apply_chat_template", lambda *a, **k: inside.append(a))
     assert encode_chat(tokenizer, HI) == expected
     assert not inside
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_cuts_come_in_one_answer_and_see_the_tools(tokenizer, monkeypatch, trusted) -> None:
+    template = "{{ tools | tojson if tools }}" + CHATML
+    asked: list[str] = []
+    monkeypatch.setattr(
+        chat, "_ask", lambda request, ask=chat._ask: asked.append("") or ask(request)
+    )
+    cuts = [(1, True), (2, False), (1, True), (4, False)]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    variables = tokenizer.special_tokens_map
+    texts = render_cuts(template, TALK, cuts, variables, tools, trusted=trusted)
+    tokenizer.chat_template = template
+    assert texts == [
+        tokenizer.apply_chat_template(
+            TALK[:count], tools=tools, tokenize=False, add_generation_prompt=is_prompt
+        )
+        for count, is_prompt in cuts
+    ]
+    assert len(asked) == (not trusted)
+
+
+def test_a_template_of_ours_refuses_in_the_same_words() -> None:
+    refusals = []
+    for trusted in (True, False):
+        with pytest.raises(ModelError) as refused:
+            render_cuts("{{ raise_exception('no') }}", HI, [(1, True)], {}, trusted=trusted)
+        refusals.append(refused.value.message)
+    assert refusals == ["the chat template refuses these messages: no"] * 2
+
+
+def test_the_bound_on_text_counts_all_cuts_and_what_they_were_given() -> None:
+    cuts = [(1, True)] * 5
+    long = [{"role": "user", "content": "x" * 400_000}]
+    assert [len(text) for text in render_cuts("{{ messages[0].content }}", long, cuts, {})] == (
+        [400_000] * 5
+    )
+    with pytest.raises(ModelError, match="writes too much: 1,200,000 characters"):
+        render_cuts("{{ 'x' * 400000 }}", HI, cuts, {})
 
 
 @pytest.mark.parametrize(

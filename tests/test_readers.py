@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from llmctl.data import lines, readers
+from llmctl.data import lines, readers, records
 from llmctl.data.builtin import python_docs
 from llmctl.data.readers import read_pieces
 from llmctl.data.sources import find_sources
@@ -101,6 +101,66 @@ def test_a_line_of_jsonl_is_a_document(tmp_path, spool, suffix):
     assert texts(spool, path) == [ODD, "b\nc"]
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_element_of_a_json_array_is_a_document(tmp_path, spool, suffix, indent):
+    path = tmp_path / f"a.json{suffix}"
+    raw = json.dumps([{"text": ODD}, {"text": "b\nc"}], indent=indent, ensure_ascii=False)
+    path.write_bytes(packed(("\ufeff\n " + raw).encode(), suffix))
+    assert texts(spool, path) == [ODD, "b\nc"]
+
+
+def test_a_json_file_may_hold_lines(tmp_path, spool):
+    path = tmp_path / "a.json"
+    path.write_text('{"text": "a"}\n\n{"text": "b"}\n')
+    assert texts(spool, path) == ["a", "b"]
+    path.write_text('{\n"text": "a"\n}')
+    with pytest.raises(DataError, match="an array of objects, or one object a line"):
+        texts(spool, path)
+
+
+def test_an_array_over_the_limit_is_refused(tmp_path, spool, monkeypatch):
+    monkeypatch.setattr(records, "ARRAY_BYTES", 1 << 20)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "a" * (1 << 20)}]))
+    with pytest.raises(DataError, match="an array of more than 1 MiB, the limit"):
+        texts(spool, path)
+
+
+def test_invalid_utf8_in_an_array_is_refused_with_its_offset(tmp_path, spool):
+    path = tmp_path / "a.json"
+    path.write_bytes(b'[{"text": "\xff"}]')
+    with pytest.raises(DataError, match="not UTF-8 at byte 11"):
+        texts(spool, path)
+
+
+def test_reading_goes_on_after_a_bad_row_where_it_can(tmp_path, spool):
+    rows = {
+        "a.jsonl": '{"n": "1"}\nno\n[]\n{"n": "2"}\n',
+        "a.json": '[{"n": "1"},\n7,\nnull,\n{"n": "2"}]',
+        "a.csv": 'n\n1\n"2"3\n4,5\n2\n',
+    }
+    for name, text in rows.items():
+        (tmp_path / name).write_text(text)
+        (source,) = find_sources([str(tmp_path / name)], spool)
+        bad = []
+        found = list(records.read_records(source, on_bad=bad.append))
+        assert [record.row for record in found] == [{"n": "1"}, {"n": "2"}]
+        first = found[0].line
+        assert [error.line for error in bad] == [first + 1, first + 2]
+        assert found[1].line == first + 3
+        with pytest.raises(DataError) as caught:
+            list(records.read_records(source))
+        assert caught.value.line == first + 1
+
+
+def test_plain_text_has_no_rows(tmp_path, spool):
+    (tmp_path / "a.txt").write_text("a")
+    (source,) = find_sources([str(tmp_path / "a.txt")], spool)
+    with pytest.raises(DataError, match="plain text has no rows"):
+        records.read_records(source)
+
+
 def test_a_byte_order_mark_before_jsonl_is_dropped(tmp_path, spool):
     path = tmp_path / "a.jsonl"
     path.write_text('\ufeff{"text": "a"}\n')
@@ -157,6 +217,9 @@ def test_csv_rows_are_documents(tmp_path, spool):
         ("id,text\n1,a\n2\n", "1 fields, but the header has 2", 3),
         ('id,text\n1,"a"b\n', "not CSV", 2),
         ('id,text\n1,"a\n', "not CSV: unexpected end of data", 2),
+        ('id,text\n1,"a\nb"\n2\n', "1 fields, but the header has 2", 4),
+        ('id,text\n1,a\n2,"b\n\n', "not CSV: unexpected end of data", 3),
+        ("text,text\na,b\n", "two columns are named `text`", 1),
     ],
 )
 def test_bad_csv_is_refused(tmp_path, spool, rows, message, line):
@@ -182,6 +245,7 @@ def test_parquet_rows_are_documents(tmp_path, spool, suffix):
         ({"text": ["a", None]}, "`text` is null"),
         ({"text": [1, 2]}, "`text` is a number"),
         ({"body": ["a"]}, "no column `text`; there is `body`"),
+        ({"body": pa.array([], pa.string())}, "no column `text`; there is `body`"),
     ],
 )
 def test_bad_parquet_is_refused(tmp_path, spool, columns, message):

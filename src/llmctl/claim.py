@@ -18,7 +18,10 @@ from llmctl.files import fsync, replace_file, sha256_file, staged
 from llmctl.lock import LOCK
 
 MANIFEST = "manifest.json"
-OWN_FILES = ("recipe.yaml", "status.json", "metrics.jsonl", "error.log", MANIFEST)
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+LOGS = (METRICS, SAMPLES)
+OWN_FILES = ("recipe.yaml", "status.json", *LOGS, "error.log", MANIFEST)
 OWN_FOLDERS = ("tokenizer", "tokens", "model", "adapter", "value_model")
 ASIDE = ".replaced"
 DOOMED = ".replaced.gone"
@@ -49,7 +52,7 @@ class Claim:
 
         After a power cut the one would else be there without the others.
         """
-        files = [*self._results(), *self.path.glob("metrics.jsonl")]
+        files = [*self._results(), *(p for name in LOGS for p in self.path.glob(name))]
         folders = {p for file in files for p in file.parents if p.is_relative_to(self.path)}
         for path in (*files, *folders, self.path):
             fsync(path)

@@ -1,10 +1,9 @@
 """Build, load and save models and tokenizers: plain Hugging Face folders, nothing else."""
 
-import logging
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -15,9 +14,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
-    StrictDataclassError,
 )
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,31 +26,22 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from llmctl.adapters import Adapter, is_adapter, put_adapter, read_adapter, require_base
 from llmctl.errors import ModelError, NetworkError
 from llmctl.files import follow_umask, replace_folder
+from llmctl.quantized import LoadIn, quantization
 from llmctl.rundir import resolve_model, resolve_tokenizer
 from llmctl.vetting import (
+    BROKEN,
     check_counts,
     check_files,
     check_shards,
     check_size,
+    first_line,
     read_object,
     require_safetensors,
 )
 
-LoadIn = Literal["full", "8bit", "4bit"]
-BROKEN = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    TypeError,
-    ArithmeticError,
-    AttributeError,
-    SafetensorError,
-    StrictDataclassError,
-)
-"""What the libraries raise for files that are damaged."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAFE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 DERIVED = (".inv_freq", ".masked_bias", ".attn.bias")
@@ -110,9 +98,7 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
             folder, trust_remote_code=False
         )
     except (*BROKEN, ImportError) as error:
-        raise ModelError(
-            f"the tokenizer does not load: {_first_line(error)}", file=folder
-        ) from None
+        raise ModelError(f"the tokenizer does not load: {first_line(error)}", file=folder) from None
     return tokenizer
 
 
@@ -123,8 +109,8 @@ def load_config(reference: str) -> PreTrainedConfig:
         ModelError: there is none, it is broken, or it wants to run code of its own.
     """
     folder = local_folder(resolve_model(reference))
-    if (folder / "adapter_config.json").exists():
-        folder = _base_of(folder)
+    if is_adapter(folder):
+        return _config_under(read_adapter(folder))
     if not (folder / "config.json").exists():
         raise ModelError("no config.json in this folder", file=folder)
     check_files(folder)
@@ -139,7 +125,7 @@ def load_config(reference: str) -> PreTrainedConfig:
                 file=folder,
                 hint="use a model of an architecture that transformers carries",
             ) from None
-        raise ModelError(f"config.json does not load: {_first_line(error)}", file=folder) from None
+        raise ModelError(f"config.json does not load: {first_line(error)}", file=folder) from None
     return config
 
 
@@ -153,8 +139,12 @@ def load_causal_lm(
         NetworkError: a Hub id that cannot be had.
     """
     folder = local_folder(resolve_model(reference))
-    if (folder / "adapter_config.json").exists():
-        return _load_adapter(folder, dtype, device, load_in)
+    if is_adapter(folder):
+        adapter = read_adapter(folder)
+        under = find_base(adapter)
+        require_base(adapter, under)
+        model = load_causal_lm(str(under), dtype=dtype, device=device, load_in=load_in)
+        return put_adapter(model, adapter)
     config = load_config(str(folder))
     require_safetensors(folder)
     check_shards(folder, config)
@@ -164,7 +154,7 @@ def load_causal_lm(
             folder,
             config=config,
             dtype=dtype,
-            quantization_config=_bitsandbytes(config, load_in, dtype),
+            quantization_config=quantization(config, load_in, dtype),
             device_map={"": device},
             trust_remote_code=False,
             use_safetensors=True,
@@ -172,9 +162,33 @@ def load_causal_lm(
             output_loading_info=True,
         )
     except BROKEN as error:
-        raise ModelError(f"the model does not load: {_first_line(error)}", file=folder) from None
+        raise ModelError(f"the model does not load: {first_line(error)}", file=folder) from None
     _check_loaded(model, report, folder)
     return model.eval()
+
+
+def find_base(adapter: Adapter, named: str | None = None) -> Path:
+    """The folder of the model under an adapter: the one that it was trained on.
+
+    Args:
+        adapter: names it.
+        named: where to look instead.
+
+    Raises:
+        ModelError: it is gone, or an adapter itself.
+        NetworkError: a Hub id that cannot be had.
+    """
+    name = resolve_model(named or adapter.base)
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise ModelError(
+            f"the base of this adapter is gone: {name}",
+            file=adapter.folder,
+            hint="put it back, or: llmctl merge --model ADAPTER --base WHERE -o OUT",
+        )
+    folder = local_folder(name)
+    if is_adapter(folder):
+        raise ModelError("the base of this adapter is an adapter itself", file=adapter.folder)
+    return folder
 
 
 def save_model(
@@ -186,7 +200,8 @@ def save_model(
     """Write a folder that `from_pretrained` opens, whole or not at all.
 
     Args:
-        model: gives the configuration; its own weights are not read.
+        model: gives the configuration, and the tokens that end a response; its own weights are
+            not read.
         state: the weights to write, by name.
         tokenizer: saved beside them.
         folder: where to; a sibling is filled first and renamed.
@@ -197,7 +212,7 @@ def save_model(
     tokenizer.save_pretrained(staging)
     GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=_stops(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     ).save_pretrained(staging)
     follow_umask(staging)
@@ -216,6 +231,22 @@ def parameter_count(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def _stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | list[int] | None:
+    """The tokens that end a response: the model's, and the tokenizer's."""
+    known = model.generation_config.eos_token_id if model.generation_config else None
+    ends = [*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id]
+    stops = sorted({int(token) for token in ends if token is not None})
+    return stops[0] if len(stops) == 1 else stops or None
+
+
+def _config_under(adapter: Adapter) -> PreTrainedConfig:
+    """The configuration of an adapter's base, with the rows that the adapter adds."""
+    config = load_config(str(find_base(adapter)))
+    text = config.get_text_config()
+    text.vocab_size = max(text.vocab_size, max(adapter.rows, default=-1) + 1)
+    return config
+
+
 def _check_loaded(model: PreTrainedModel, report: dict[str, Any], folder: Path) -> None:
     """Refuse what transformers only reports: tensors it made up; and weights not finite."""
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
@@ -226,69 +257,3 @@ def _check_loaded(model: PreTrainedModel, report: dict[str, Any], folder: Path) 
     for name, weight in model.named_parameters():
         if weight.is_floating_point() and not torch.isfinite(weight.sum()):
             raise ModelError(f"weights that are not finite: {name}", file=folder)
-
-
-def _load_adapter(
-    folder: Path, dtype: torch.dtype, device: str, load_in: LoadIn
-) -> PreTrainedModel:
-    """An adapter over its base, by PEFT's own class (the Auto class loses DoRA's magnitudes)."""
-    require_safetensors(folder, "adapter_model.safetensors")
-    from peft import PeftModel
-
-    model = load_causal_lm(str(_base_of(folder)), dtype=dtype, device=device, load_in=load_in)
-    try:
-        return PeftModel.from_pretrained(model, folder).eval()
-    except BROKEN as error:
-        raise ModelError(f"the adapter does not load: {_first_line(error)}", file=folder) from None
-
-
-def _base_of(adapter: Path) -> Path:
-    """The folder of the model that an adapter was trained on."""
-    check_files(adapter)
-    name = read_object(adapter / "adapter_config.json").get("base_model_name_or_path")
-    if not isinstance(name, str):
-        raise ModelError("adapter_config.json names no base model", file=adapter)
-    folder = local_folder(resolve_model(name))
-    if (folder / "adapter_config.json").exists():
-        raise ModelError("the base of this adapter is an adapter itself", file=adapter)
-    return folder
-
-
-def _bitsandbytes(config: PreTrainedConfig, load_in: LoadIn, dtype: torch.dtype) -> Any:
-    """The quantization to load in, with bitsandbytes' CPU defects guarded.
-
-    On CPUs with AVX512-BF16 its 4-bit layers repack their weights in place at the first forward in
-    eval mode and are wrong afterwards; and NF4 dequantizes wrongly where a layer's input width is
-    not a multiple of 64, so such layers stay as they are.
-    """
-    if load_in == "full":
-        return None
-    for noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    import bitsandbytes.nn.modules as bitsandbytes_modules
-    from transformers import BitsAndBytesConfig
-
-    if load_in == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    bitsandbytes_modules.has_avx512bf16 = lambda: False
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head", *_odd_widths(config)],
-    )
-
-
-def _odd_widths(config: PreTrainedConfig) -> list[str]:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module.in_features % 64
-    ]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

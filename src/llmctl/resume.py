@@ -22,9 +22,11 @@ from llmctl.checkpoint import (
     run_of,
     step_of,
 )
+from llmctl.config.sections import Resumable
 from llmctl.console import log
 from llmctl.errors import ModelError, UserError
 from llmctl.files import sha256_file
+from llmctl.rundir import read_manifest
 
 FIXED = ("architecture", "world_size")
 """What no run may change half-way: the state of every weight and of every rank is needed."""
@@ -127,6 +129,13 @@ def require_same(path: Path, owner: Owner, allow: Collection[str] = ()) -> dict[
             + ("" if fixed else f"; --resume-allow {','.join(refused)} insists"),
         )
     return different
+
+
+def earlier_manifest(config: Resumable) -> dict[str, Any]:
+    """The manifest of the run that is resumed: other threads sum in another order, for one."""
+    if config.resume and config.out is not None and (config.out / "checkpoints").is_dir():
+        return read_manifest(config.out)
+    return read_manifest(config.resume_from.parent.parent) if config.resume_from else {}
 
 
 def load(path: Path, rank: int = 0) -> Content:

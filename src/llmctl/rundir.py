@@ -3,7 +3,7 @@
 recipe.yaml     the resolved config
 manifest.json   stage, command, versions, git, seed, inputs and outputs with hashes, timings
 status.json     running | completed | preempted | diverged | failed; step; resumable; exit code
-metrics.jsonl   one JSON object a line
+metrics.jsonl   one JSON object a line; samples.jsonl likewise
 checkpoints/    for --resume
 model/ …        the result, only there when the run completed
 """
@@ -24,7 +24,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from llmctl import lock
-from llmctl.claim import Claim, as_object, claim, read_json
+from llmctl.claim import LOGS, METRICS, Claim, as_object, claim, read_json
 from llmctl.config.sections import StageConfig
 from llmctl.console import log, rank
 from llmctl.errors import DivergedError, ModelError, OutputError, UserError
@@ -51,17 +51,18 @@ class Run:
         """Where checkpoints are kept."""
         return self.path / "checkpoints"
 
-    def log(self, metrics: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl; NaN and infinity become null."""
+    def log(self, metrics: Mapping[str, Any], name: str = METRICS) -> None:
+        """Append one line to metrics.jsonl, or its like; NaN and infinity become null."""
         if self.is_main:
-            with (self.path / "metrics.jsonl").open("a") as file:
+            with (self.path / name).open("a") as file:
                 file.write(json.dumps(finite(redacted(metrics)), allow_nan=False) + "\n")
 
     def forget_metrics_after(self, step: int) -> None:
         """Begin training: drop the lines of steps that will be done again, and what is no line."""
         self.under_way = True
-        path = self.path / "metrics.jsonl"
-        if self.is_main and path.exists():
+        for path in (self.path / name for name in LOGS if self.is_main):
+            if not path.exists():
+                continue
             lines = path.read_bytes().split(b"\n")
             steps = (as_object(line).get("step") for line in lines)
             kept = [

@@ -17,7 +17,8 @@ from transformers import (
 
 from llmctl.config.stages.pretraining import Shape
 from llmctl.errors import ModelError, UserError
-from llmctl.models import BROKEN, load_config, parameter_count
+from llmctl.models import load_config, parameter_count
+from llmctl.vetting import BROKEN
 
 EXPERTS, EXPERTS_USED = 8, 2  # Mixtral's (Jiang et al., 2024, arXiv:2401.04088)
 TIED_BELOW = 2048

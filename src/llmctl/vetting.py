@@ -10,11 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from llmctl.errors import ModelError
 
+BROKEN = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    ArithmeticError,
+    AttributeError,
+    SafetensorError,
+    StrictDataclassError,
+)
+"""What the libraries raise for files that are damaged."""
 MEGABYTE = 10**6
 LARGEST = {
     "config.json": 10 * MEGABYTE,
@@ -149,3 +162,8 @@ def check_size(folder: Path, config: PreTrainedConfig) -> None:
             f"config.json describes {parameters:.3g} parameters, the weights have {held:,} bytes",
             file=folder,
         )
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, short enough for one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -45,22 +45,33 @@ def spoil_loss(kind: str, passes: tuple[int, ...], steps_log: Path | None = None
 
     def hook(module, arguments, output):
         nonlocal seen
-        loss = getattr(output, "loss", None)
-        if not isinstance(module, PreTrainedModel) or loss is None or not module.training:
+        if not isinstance(module, PreTrainedModel) or not hasattr(output, "logits"):
+            return
+        if not module.training:
             return
         seen += 1
         if seen not in passes:
             return
         if kind == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        for name in ("loss", "log_probs"):  # TRL takes the loss from the second where it can
-            value = getattr(output, name, None)
-            if value is not None and kind == "inf":
-                setattr(output, name, value + (torch.inf if name == "loss" else -torch.inf))
-            elif value is not None:
-                value.register_hook(lambda gradient: gradient * torch.nan)
+        if getattr(output, "loss", None) is not None:
+            _spoil_value(output, kind)
+        elif kind == "nan-gradient":
+            output.logits.register_hook(lambda gradient: gradient * torch.nan)
+        else:  # every token but the first is impossible
+            output.logits = output.logits.index_fill(
+                -1, torch.arange(1, output.logits.shape[-1]), -torch.inf
+            )
 
     register_module_forward_hook(hook)
+
+
+def _spoil_value(output, kind: str) -> None:
+    """Of a model that computes its loss itself."""
+    if kind == "inf":
+        output.loss = output.loss + float("inf")
+    else:
+        output.loss.register_hook(lambda gradient: gradient * float("nan"))
 
 
 def count_steps(log: Path) -> None:

@@ -13,7 +13,7 @@ from copy import deepcopy
 from pathlib import Path
 
 from llmctl import console, rundir
-from llmctl.config.sections import Checkpoints, Optimizer, StageConfig
+from llmctl.config.sections import Optimizer, Resumable
 from llmctl.errors import UserError
 from llmctl.files import follow_umask
 from llmctl.stopping import leaving, raising, reason
@@ -23,7 +23,7 @@ VERBS = ["sees", "likes", "finds", "follows", "remembers"]
 OBJECTS = ["the river", "a red ball", "the house", "many stars", "a song"]
 
 
-class Proof(Checkpoints, Optimizer, StageConfig):
+class Proof(Optimizer, Resumable):
     """Fields that the proof takes; as a recipe they are what a real command records."""
 
     kind: str = "sft"

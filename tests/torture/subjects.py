@@ -6,31 +6,33 @@ from pathlib import Path
 
 import pytest
 
+from torture.bases import make_base, make_chats
+
 
 @dataclass(frozen=True)
 class Subject:
     """A training command.
 
     `large` makes checkpoints of tens of megabytes, so that a save lasts long enough to be hit;
-    `small` runs in a second. `arguments` takes the tokenize run and the shared folder.
+    `small` runs in a second. `arguments` takes a tokenize run and the size.
     """
 
     name: str
     entry: str
-    arguments: Callable[[Path], tuple[object, ...]]
+    arguments: Callable[[Path, str], tuple[object, ...]]
     large: tuple[object, ...]
     small: tuple[object, ...]
 
     def command(self, tokens: Path, size: str, out: Path, *more: object) -> tuple[object, ...]:
         """The whole command line of a run to `out`; later flags win."""
         shape = self.large if size == "large" else self.small
-        return (*self.arguments(tokens), *shape, "-o", out, *more)
+        return (*self.arguments(tokens, size), *shape, "-o", out, *more)
 
 
 PRETRAIN = Subject(
     name="pretrain",
     entry="llmctl.cli:main",
-    arguments=lambda tokens: (
+    arguments=lambda tokens, _: (
         *("pretrain", "--tokens", tokens, "--optimizer", "adamw", "--precision", "fp32"),
         *("--batch-size", 4, "--context", 32, "--threads", 1, "--seed", 5),
     ),
@@ -46,11 +48,24 @@ PRETRAIN = Subject(
 
 SFT = Subject(
     name="sft",
+    entry="llmctl.cli:main",
+    arguments=lambda tokens, size: (
+        *("sft", "--model", make_base(tokens, size), "--data", make_chats(tokens)),
+        *("--batch-size", 4, "--lr", "1e-3", "--precision", "fp32", "--threads", 1, "--seed", 5),
+        *("--val-size", 8, "--samples", 1, "--sample-tokens", 4),
+    ),
+    large=("--max-steps", 10, "--save-every", 1, "--eval-every", 5),
+    small=("--max-steps", 12, "--save-every", 2, "--eval-every", 6),
+)
+
+PROOF = Subject(
+    name="a bare SFTTrainer",
     entry="torture.sft:main",
-    arguments=lambda tokens: ("--seed", 5),
+    arguments=lambda tokens, size: ("--seed", 5),
     large=("--hidden", 256, "--max-steps", 10, "--save-every", 1, "--eval-every", 5),
     small=("--max-steps", 12, "--save-every", 2, "--eval-every", 6),
 )
+"""The mixin over one of TRL's trainers as it is, which no command is."""
 
 SUBJECTS = [PRETRAIN, SFT]
 

@@ -12,7 +12,7 @@ from torture import harness
 from torture.conftest import tally
 from torture.harness import checkpoints
 from torture.plants import spoil_loss
-from torture.subjects import PRETRAIN, SFT, every_subject
+from torture.subjects import PRETRAIN, PROOF, every_subject
 from torture.test_damage import error_of
 
 pytestmark = pytest.mark.slow
@@ -133,7 +133,7 @@ def two_skips_and_no_memory():
 
 def test_data_with_nothing_to_learn_is_refused(run, tmp_path):
     out = tmp_path / "run"
-    trial = run(SFT, "small", out, "--masked")
+    trial = run(PROOF, "small", out, "--masked")
     assert trial.wait() == 3, trial.err
     error_of(trial)
     assert not checkpoints(out)

@@ -74,8 +74,6 @@ def torchrun(tokens, tmp_path):
     launched = []
 
     def start(subject, out, *flags):
-        if subject.name != "pretrain":
-            pytest.skip("only commands of the CLI are launched this way")
         command = subject.command(tokens, "small", out, *FLAGS, *flags)
         launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
         log = tmp_path / f"torchrun-{len(launched)}"

@@ -105,6 +105,7 @@ def test_a_pickled_adapter_is_refused(cli, model, tmp_path, canary) -> None:
     (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Evil(canary)))
     result = cli("generate", "--model", adapter, *ASK)
     assert (result.code, "only pickled weights" in result.err) == (4, True), result.err
+    (adapter / "adapter_model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
     (adapter / "adapter_config.json").write_text(
         json.dumps({**about, "base_model_name_or_path": str(adapter)})
     )

@@ -195,6 +195,10 @@ class Checkpoints(Fields):
         return self
 
 
+class Resumable(Checkpoints, StageConfig):
+    """Fields of every command that trains."""
+
+
 class Placement(Fields):
     """Devices, numbers and processes."""
 
@@ -204,9 +208,6 @@ class Placement(Fields):
     precision: Literal["auto", "fp32", "bf16", "pure-bf16"] = "auto"
     """Numbers in the forward and backward pass; weights stay in float32 but for pure-bf16.
     auto: bf16 where the device has it and the model is large enough to gain."""
-
-    compile: Annotated[bool, Also("torch-compile")] = False
-    """Compile the model with torch.compile; pays on a GPU."""
 
     threads: PositiveInt | None = None
     """CPU threads; by default the cores that this process may use."""

@@ -61,17 +61,60 @@ def render_chat(
     Raises:
         ModelError: the template refuses the messages, is broken, or takes too much time or memory.
     """
+    return render_cuts(template, messages, [(len(messages), True)], variables)[0]
+
+
+def render_cuts(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    cuts: Sequence[tuple[int, bool]],
+    variables: Mapping[str, str],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    trusted: bool = False,
+) -> list[str]:
+    """The texts of several cuts of a conversation, at the cost of one request.
+
+    Args:
+        template: jinja.
+        messages: the conversation, as JSON has it.
+        cuts: each how many of the messages to render, and whether the assistant is to go on.
+        variables: what else the template sees: the tokenizer's special tokens.
+        tools: JSON schemas of what the assistant may call.
+        trusted: llmctl wrote the template, which then runs in this process.
+
+    Raises:
+        ModelError: the template refuses the messages, is broken, or takes too much time or memory.
+    """
     if len(template) > TEMPLATE_SIZE:
         raise ModelError(f"the chat template is larger than {TEMPLATE_SIZE:,} characters")
     present = [{k: v for k, v in message.items() if v is not None} for message in messages]
-    request = {"template": template, "messages": present, "variables": dict(variables)}
+    request: dict[str, Any] = {
+        "template": template,
+        "messages": present,
+        "cuts": list(cuts),
+        "tools": None if tools is None else list(tools),
+        "variables": dict(variables),
+    }
+    if trusted:
+        return _render_here(request)
     answer = _ask(json.dumps(request))
-    if "text" in answer:
-        return answer["text"]
+    if "texts" in answer:
+        return answer["texts"]  # type: ignore[no-any-return]
     raise ModelError(f"the chat template {answer['refusal']}", hint=HINT)
 
 
-def _ask(request: str) -> dict[str, str]:
+def _render_here(request: dict[str, Any]) -> list[str]:
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        return list(sandbox.render_cuts(render_jinja_template, **request))
+    except TemplateError as error:
+        raise ModelError(f"the chat template refuses these messages: {error}") from None
+
+
+def _ask(request: str) -> dict[str, Any]:
     """Send a request to this process's renderer; one that died, or was interrupted, is replaced."""
     process = _renderer(os.getpid())
     assert process.stdin is not None

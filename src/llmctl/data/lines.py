@@ -1,9 +1,10 @@
-"""Lines and rows of jsonl, strictly: whatever is not UTF-8 or not one JSON object is an error.
+"""Lines and rows of JSON, strictly: whatever is not UTF-8 or not one JSON object is an error.
 
-In: an open file and what to call it. Out: numbered lines, and their objects.
+In: an open file, or its text, and what to call it. Out: numbered lines, and their objects.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from typing import IO, Any, NoReturn
 
@@ -49,13 +50,9 @@ def parse_row(line: str, place: str, number: int) -> dict[str, Any]:
         DataError: not JSON, not an object, a key given twice, NaN or infinity.
     """
     try:
-        row = _DECODER.decode(line.rstrip())
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"not JSON: {error.msg} at column {error.colno}", file=place, line=number
-        ) from None
+        row = DECODER.decode(line.rstrip())
     except (ValueError, RecursionError) as error:
-        raise DataError(f"not JSON: {error}", file=place, line=number) from None
+        raise _not_json(error, place, number) from None
     if not isinstance(row, dict):
         raise DataError(
             f"expected an object, got {json_type(row)}",
@@ -64,6 +61,32 @@ def parse_row(line: str, place: str, number: int) -> dict[str, Any]:
             hint="jsonl has one object a line",
         )
     return row
+
+
+def parse_array(text: str, place: str) -> Iterator[tuple[int, Any]]:
+    """1-based line and value of each element of the JSON array that a text holds.
+
+    Raises:
+        DataError: not JSON, a key given twice, NaN or infinity; elements before it are told.
+    """
+    at, counted, line = _skip(text, text.index("[") + 1), 0, 1
+    is_more = text[at : at + 1] != "]"
+    while is_more:
+        line += text.count("\n", counted, at)
+        counted = at
+        try:
+            value, at = DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise _not_json(error, place, line) from None
+        yield line, value
+        at = _skip(text, at)
+        is_more = text[at : at + 1] != "]"
+        if is_more and text[at : at + 1] != ",":
+            raise _not_json(json.JSONDecodeError("Expecting ',' delimiter", text, at), place, line)
+        at = _skip(text, at + is_more)
+    end = _skip(text, at + 1)
+    if end < len(text):
+        raise _not_json(json.JSONDecodeError("Extra data", text, end), place, line)
 
 
 def not_utf8(place: str, offset: int, head: bytes) -> NoReturn:
@@ -89,6 +112,20 @@ def json_type(value: Any) -> str:
     return names.get(type(value), "text" if isinstance(value, str) else "a number")
 
 
+def _not_json(error: ValueError | RecursionError, place: str, line: int) -> DataError:
+    """The error for text that is no JSON and begins in this line."""
+    if isinstance(error, json.JSONDecodeError):
+        what, line = f"{error.msg} at column {error.colno}", max(line, error.lineno)
+        return DataError(f"not JSON: {what}", file=place, line=line)
+    return DataError(f"not JSON: {error}", file=place, line=line)
+
+
+def _skip(text: str, at: int) -> int:
+    """The next place that holds no white space."""
+    found = _FILLED.search(text, at)
+    return found.start() if found else len(text)
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
@@ -102,4 +139,5 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+_FILLED = re.compile(r"[^ \t\n\r]")
+DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)

@@ -1,8 +1,8 @@
 """Render chat templates that nobody vouches for: the process that `chat.py` starts.
 
-In: on stdin, a line of JSON for each conversation. Out: on stdout, a line of JSON with its text, or
-with what is wrong with the template. Runs as a script and imports nothing of llmctl. It ends with
-its stdin, and so also when the process that started it is killed.
+In: on stdin, a line of JSON for each conversation. Out: on stdout, a line of JSON with its texts,
+or with what is wrong with the template. Runs as a script and imports nothing of llmctl. It ends
+with its stdin, and so also when the process that started it is killed.
 """
 
 import importlib.util
@@ -11,7 +11,7 @@ import resource
 import signal
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 SECONDS = 3.0
@@ -19,7 +19,7 @@ SECONDS = 3.0
 MEMORY = 512 * 2**20
 """Bytes of this whole process, of which Python and its libraries take a fifth."""
 TEXT = 1_000_000
-"""Characters that a template may write besides four times what it was given."""
+"""Characters that a template may write besides four times what it was given for each text."""
 FAILURES = (
     ArithmeticError,
     AssertionError,
@@ -87,17 +87,44 @@ def _bound_memory() -> None:
             raise
 
 
-def _answer(render: Callable[..., tuple[list[str], Any]], line: bytes) -> dict[str, str]:
+def _answer(render: Callable[..., tuple[list[str], Any]], line: bytes) -> dict[str, Any]:
     request = json.loads(line)
-    (text,), _ = render(
-        conversations=[request["messages"]],
-        chat_template=request["template"],
-        add_generation_prompt=True,
-        **request["variables"],
-    )
-    if len(text) > TEXT + 4 * len(line):
-        return {"refusal": f"writes too much: {len(text):,} characters"}
-    return {"text": text}
+    texts, size = [], 0
+    for text in render_cuts(render, **request):
+        texts.append(text)
+        size += len(text)
+        if size > TEXT + 4 * len(line) * len(request["cuts"]):
+            return {"refusal": f"writes too much: {size:,} characters"}
+    return {"texts": texts}
+
+
+def render_cuts(
+    render: Callable[..., tuple[list[str], Any]],
+    template: str,
+    messages: list[dict[str, Any]],
+    cuts: Sequence[tuple[int, bool]],
+    tools: list[dict[str, Any]] | None,
+    variables: dict[str, str],
+) -> Iterator[str]:
+    """The text of each cut of a conversation.
+
+    Args:
+        render: what `import_renderer` gives.
+        template: jinja.
+        messages: the conversation, as JSON has it.
+        cuts: each how many of the messages to render, and whether the assistant is to go on.
+        tools: JSON schemas of what the assistant may call.
+        variables: what else the template sees.
+    """
+    for count, is_prompt in cuts:
+        (text,), _ = render(
+            conversations=[messages[:count]],
+            tools=tools,
+            chat_template=template,
+            add_generation_prompt=is_prompt,
+            **variables,
+        )
+        yield text
 
 
 def _one_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """Where text comes from: what `--data` names, resolved to sources in a fixed order.
 
-In: file names, folders, globs, Hub ids, `builtin:python-docs`, `-`. Out: `Source` objects, each
-saying how it is read. Nothing is read here but stdin and pipes, which are kept in a spool folder,
+In: file names, folders, globs, Hub ids, built-in data, `-`. Out: `Source` objects, each saying how
+it is read. Nothing is read here but stdin and pipes, which are kept in a spool folder,
 since a corpus is read more than once; a Hub data set is pinned to its commit for the same reason.
 """
 
@@ -16,9 +16,10 @@ from typing import BinaryIO, Literal
 
 from llmctl.console import log
 from llmctl.data import hub
+from llmctl.data.tasks import TASKS, seed_of
 from llmctl.errors import DataError
 
-Kind = Literal["text", "jsonl", "csv", "parquet", "hub", "builtin"]
+Kind = Literal["text", "jsonl", "json", "csv", "parquet", "hub", "builtin"]
 
 PYTHON_DOCS = "builtin:python-docs"
 PACKED = (".gz", ".zst")
@@ -27,12 +28,12 @@ KINDS: dict[str, Kind] = {
     ".md": "text",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
-    ".json": "jsonl",
+    ".json": "json",
     ".csv": "csv",
     ".parquet": "parquet",
 }
 REFUSED = (".tar", ".tgz", ".zip", ".bz2", ".xz", ".7z", ".xlsx", ".arrow")
-KNOWN = "txt, md, jsonl, csv or parquet, also .gz or .zst"
+KNOWN = "txt, md, jsonl, json, csv or parquet, also .gz or .zst"
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,8 @@ def _named(name: str, spool: Path) -> Iterator[Source]:
     path = Path(name).expanduser()
     if name == "-":
         yield _spooled("stdin", sys.stdin.buffer, spool / "stdin")
-    elif name == PYTHON_DOCS:
-        yield Source(name, "builtin")
     elif name.startswith("builtin:"):
-        raise DataError(f"no built-in data `{name}`", hint=f"there is {PYTHON_DOCS}")
+        yield _built_in(name)
     elif path.is_dir():
         yield from _in_folder(path)
     elif path.is_file():
@@ -90,8 +89,16 @@ def _named(name: str, spool: Path) -> Iterator[Source]:
             "no such file",
             file=name,
             hint=f"pass a file ({KNOWN}), a folder, a glob, "
-            f"a Hub data set as owner/name, {PYTHON_DOCS}, or - for stdin",
+            f"a Hub data set as owner/name, {PYTHON_DOCS}, {TASKS}, or - for stdin",
         )
+
+
+def _built_in(name: str) -> Source:
+    if f"{name}:".startswith(f"{TASKS}:"):
+        seed_of(name)
+    elif name != PYTHON_DOCS:
+        raise DataError(f"no built-in data `{name}`", hint=f"there is {PYTHON_DOCS} and {TASKS}")
+    return Source(name, "builtin")
 
 
 def _is_hub_id(name: str) -> bool:

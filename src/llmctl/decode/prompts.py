@@ -1,23 +1,22 @@
 """From what the user gives (text, files, conversations) to the tokens a model continues."""
 
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from llmctl.console import log
-from llmctl.data.chat import CHAT_TEMPLATE, render_chat
 from llmctl.data.lines import parse_row, read_lines
+from llmctl.data.rendering import ChatFormat
+from llmctl.data.special import encode_text as encode_text
 from llmctl.decode.loop import Prompt, check_prompt, room
-from llmctl.errors import DataError, ModelError, UserError
+from llmctl.errors import DataError, UserError
 
 ROLES = {"system", "developer", "user", "assistant", "tool"}
-BREAK = "\ufdd0"
-"""A noncharacter of Unicode: no text carries it."""
 Message = dict[str, str]
 
 
@@ -131,10 +130,14 @@ class Encoder:
         if isinstance(ask.prompt, list):
             if self.system is not None or self.shots:
                 raise UserError(f"{ask.name}: --system and --shots do not go with `messages`")
-            return encode_chat(self.tokenizer, ask.prompt)
+            return self._format.prompt(ask.prompt)
         if self.chat:
-            return encode_chat(self.tokenizer, self._turns(ask.prompt))
+            return self._format.prompt(self._turns(ask.prompt))
         return encode_text(self.tokenizer, self._text(ask.prompt))
+
+    @cached_property
+    def _format(self) -> ChatFormat:
+        return ChatFormat(self.tokenizer)
 
     def _turns(self, prompt: str) -> list[Message]:
         turns = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -175,65 +178,10 @@ def to_prompts(
     return prompts
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a plain prompt; with BOS where the tokenizer adds it, never with EOS at the end."""
-    tokens = [int(token) for token in tokenizer(text, split_special_tokens=True)["input_ids"]]
-    if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
-        tokens.pop()
-    if not text and tokenizer.bos_token_id is not None:
-        return [int(tokenizer.bos_token_id)]
-    return tokens
-
-
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
     """Tokens of a conversation in the chat template, up to where the assistant's turn begins.
 
     Raises:
         ModelError: the tokenizer has no chat template, or it refuses these messages.
     """
-    if tokenizer.chat_template is None:
-        raise ModelError(
-            "this model has no chat template", hint="drop --chat to continue plain text"
-        )
-    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-    pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
-    broken = [{**m, "content": pattern.sub(_break, m["content"])} for m in messages]
-    rendered = _render(tokenizer, broken)
-    if broken == list(messages):
-        return [int(t) for t in tokenizer(rendered, add_special_tokens=False)["input_ids"]]
-    return _encode_parts(tokenizer, rendered, pattern)
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
-    """The text of a conversation; only a template that llmctl wrote runs in this process."""
-    try:
-        template = tokenizer.get_chat_template()
-    except ValueError:
-        raise ModelError("several chat templates, and none of them is the default") from None
-    if not isinstance(template, str):
-        raise ModelError("the chat template is not text")
-    if template != CHAT_TEMPLATE:
-        return render_chat(template, messages, tokenizer.special_tokens_map)
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text
-
-
-def _break(found: re.Match[str]) -> str:
-    """Hide a special token that a user spelled, so that it is not one when rendered."""
-    return found[0][0] + BREAK + found[0][1:]
-
-
-def _encode_parts(
-    tokenizer: PreTrainedTokenizerBase, rendered: str, pattern: re.Pattern[str]
-) -> list[int]:
-    """Tokens of the template's special tokens, and of the text between them as mere text."""
-    tokens: list[int] = []
-    texts, specials = pattern.split(rendered), [*pattern.findall(rendered), ""]
-    for text, name in zip(texts, specials, strict=True):
-        plain = text.replace(BREAK, "")
-        if plain:
-            encoded = tokenizer(plain, add_special_tokens=False, split_special_tokens=True)
-            tokens += [int(token) for token in encoded["input_ids"]]
-        if name:
-            tokens.append(int(tokenizer.convert_tokens_to_ids(name)))
-    return tokens
+    return ChatFormat(tokenizer).prompt(messages)

@@ -12,13 +12,13 @@ from llmctl.decode.prompts import Ask, Encoder, read_asks, read_shots, read_stdi
 from llmctl.decode.rows import Row, check_out, open_rows, write_rows
 from llmctl.hardware import memory_errors, pick_device, set_threads, usable_cores
 from llmctl.models import (
-    LoadIn,
     load_causal_lm,
     load_config,
     load_tokenizer,
     parameter_count,
     parse_dtype,
 )
+from llmctl.quantized import LoadIn
 
 
 def run(config: GenerateConfig) -> dict[str, Any] | None:

@@ -8,14 +8,14 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from llmctl import hardware, rundir
+from llmctl import hardware
 from llmctl.config.stages import PretrainConfig
 from llmctl.console import log, short
 from llmctl.data.corpus import encode_once, open_corpus
 from llmctl.data.tokenizer import load_vocabulary
 from llmctl.files import sha256_file, writing
 from llmctl.models import save_model
-from llmctl.resume import load_weights
+from llmctl.resume import earlier_manifest, load_weights
 from llmctl.rundir import Run
 from llmctl.training.guard import open_together, together
 from llmctl.training.loop import fit, resume
@@ -27,7 +27,7 @@ from llmctl.training.trainer import Trainer
 
 def run(config: PretrainConfig) -> dict[str, Any] | None:
     """Train and return the final metrics."""
-    earlier = _earlier(config)
+    earlier = earlier_manifest(config)
     threads = hardware.set_threads(config.threads or earlier.get("threads"))
     accelerator, device = make_accelerator(config)
     if config.dry_run:
@@ -73,13 +73,6 @@ def _tokens(config: PretrainConfig, run: Run) -> tuple[Path, list[dict[str, Any]
     inputs, encoded = encode_once(config, reference, run.path, written)
     run.record(encoded=encoded)
     return run.path, inputs
-
-
-def _earlier(config: PretrainConfig) -> dict[str, Any]:
-    """The manifest of the run that is resumed: other threads sum in another order, for one."""
-    if config.resume and config.out is not None and (config.out / "checkpoints").is_dir():
-        return rundir.read_manifest(config.out)
-    return rundir.read_manifest(config.resume_from.parent.parent) if config.resume_from else {}
 
 
 def _show(config: PretrainConfig, accelerator: Accelerator, device: str) -> None:

@@ -129,16 +129,17 @@ class Stream(IterableDataset[Any]):
 
 
 def token_lengths(dataset: Any) -> list[int]:
-    """Tokens of each example, over all of its texts: TRL's prompts, answers, and answers refused.
+    """Tokens of each example: its `length`, or else over all of its texts.
+
+    TRL has prompts, answers, and answers refused.
 
     Raises:
         UserError: the data set has no column of token ids.
     """
-    names = [
-        name
-        for name in getattr(dataset, "column_names", None) or ()
-        if name.endswith("_ids") and name not in OTHER_IDS
-    ]
+    columns = getattr(dataset, "column_names", None) or ()
+    if "length" in columns:
+        return [int(length) for length in dataset["length"]]
+    names = [name for name in columns if name.endswith("_ids") and name not in OTHER_IDS]
     if not names:
         raise UserError(
             "--group-by-length needs token ids to count, and this data has none",

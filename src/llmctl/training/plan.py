@@ -5,8 +5,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llmctl import hardware
+from llmctl.config.sections import Placement
 from llmctl.config.stages import PretrainConfig
 from llmctl.errors import ResourceError, UserError
+from llmctl.training.schedule import lr_at, warmup_steps
 
 COMPUTE_OPTIMAL = 20  # tokens per parameter (Hoffmann et al., 2022, arXiv:2203.15556)
 EPOCHS = 10  # more repetition teaches little (Muennighoff et al., 2023, arXiv:2305.16264)
@@ -63,16 +65,7 @@ class Plan:
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step number `step`, counted from 0."""
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
-        if self.schedule == "constant":
-            return self.lr
-        start = self.warmup_steps
-        if self.schedule == "wsd":
-            start = max(start, self.max_steps - self.decay_steps)
-        done = max(0.0, (step - start) / max(1, self.max_steps - start))
-        shape = (1 + math.cos(math.pi * done)) / 2 if self.schedule == "cosine" else 1 - done
-        return self.lr * (self.min_lr + (1 - self.min_lr) * shape)
+        return lr_at(self, step)
 
 
 def preset_for(train_tokens: int, device: str) -> str:
@@ -105,7 +98,6 @@ def make_plan(
     if "momentum" in config.given() and optimizer != "muon":
         raise UserError(f"--momentum is Muon's, and this run uses {optimizer}")
     tenth = max(1, max_steps // 10)
-    warmup = config.warmup if config.warmup >= 1 else round(config.warmup * max_steps)
     return Plan(
         max_steps=max_steps,
         batch_size=batch_size,
@@ -115,7 +107,7 @@ def make_plan(
         optimizer=optimizer,
         lr=config.lr or default_lr(parameters, optimizer, continued=config.model is not None),
         schedule=config.schedule,
-        warmup_steps=int(warmup),
+        warmup_steps=warmup_steps(config, max_steps),
         decay_steps=round(config.decay * max_steps),
         min_lr=config.min_lr,
         weight_decay=config.weight_decay,
@@ -123,7 +115,7 @@ def make_plan(
         beta2=config.beta2,
         momentum=config.momentum,
         max_grad_norm=config.max_grad_norm,
-        precision=_precision(config, parameters, device),
+        precision=choose_precision(config, parameters, device),
         seed=config.seed,
         eval_every=config.eval_every or tenth,
         eval_tokens=config.eval_tokens,
@@ -196,7 +188,12 @@ def _optimizer(config: PretrainConfig, device: str, sharded: bool) -> str:
     return chosen
 
 
-def _precision(config: PretrainConfig, parameters: int, device: str) -> str:
+def choose_precision(config: Placement, parameters: int, device: str) -> str:
+    """fp32, bf16 or pure-bf16: what was asked for, or what pays.
+
+    Raises:
+        ResourceError: this GPU has no bfloat16.
+    """
     if config.precision == "auto":
         gains = device == "cuda" or parameters >= BF16_PARAMETERS
         return "bf16" if gains and hardware.has_bf16(device) else "fp32"

@@ -19,7 +19,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from llmctl import hardware
 from llmctl.checkpoint import Content
-from llmctl.config.sections import Checkpoints
+from llmctl.config.sections import Resumable
 from llmctl.console import Progress
 from llmctl.errors import DataError, ModelError, UserError
 from llmctl.rundir import Run
@@ -94,7 +94,7 @@ class Reliable(Trainer):  # type: ignore[misc]
             extras=self._extras,
         )
 
-    def fit(self, config: Checkpoints) -> dict[str, Any]:
+    def fit(self, config: Resumable) -> dict[str, Any]:
         """Train, from a checkpoint where the call asks for one; return the final metrics.
 
         Raises:
@@ -105,6 +105,7 @@ class Reliable(Trainer):  # type: ignore[misc]
             Interrupted, Terminated: a signal came; the run is saved.
         """
         self._content = find_checkpoint(self.job, config, checkpoint_bytes(self.model))
+        self.job.run.keep_recipe(config)
         self._meter = Meter(self.job)
         batch, passes = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
         with (
@@ -267,5 +268,7 @@ DROPPED = ("_runtime", "_per_second", "num_tokens", "epoch", "_model_preparation
 
 
 def _tokens(batch: dict[str, Tensor]) -> int:
+    if "tokens" in batch:
+        return int(batch["tokens"])
     mask = batch.get("attention_mask")
     return int(batch["input_ids"].numel() if mask is None else mask.sum())

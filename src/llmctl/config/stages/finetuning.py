@@ -2,16 +2,19 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
-from llmctl.config.base import Also, Argument
+from llmctl.config.base import Also, Argument, Config
 from llmctl.config.sections import (
     Batch,
-    Checkpoints,
     Evaluation,
+    Fraction,
     Length,
+    OpenFraction,
     Optimizer,
     Placement,
+    Reporting,
+    Resumable,
     StageConfig,
 )
 from llmctl.config.supervised import Adapter, Memory, Samples, Supervised
@@ -26,9 +29,8 @@ class SftConfig(
     Memory,
     Evaluation,
     Samples,
-    Checkpoints,
     Placement,
-    StageConfig,
+    Resumable,
 ):
     """Fine-tune a model on examples, in full or with adapters."""
 
@@ -45,10 +47,22 @@ class SftConfig(
     packing: bool = False
     """Put several examples into one sequence, kept apart by their positions."""
 
+    group_by_length: bool = False
+    """Put examples of like length into one step: less padding, less mixing."""
+
     optimizer: Annotated[
         Literal["auto", "adamw", "adamw-8bit", "paged-adamw-8bit"], Also("optim")
     ] = "auto"
     """Update rule. auto: AdamW; its paged 8-bit form for a quantized model on a GPU."""
+
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay, on matrices only."""
+
+    beta2: Annotated[OpenFraction, Also("adam-beta2")] = 0.999
+    """AdamW's decay of the second moment."""
+
+    min_lr: Annotated[Fraction, Also("min-lr-rate")] = 0.0
+    """Learning rate at the end, as a share of the peak (wsd and linear and cosine)."""
 
     log_every: Annotated[PositiveInt | None, Also("logging-steps", "log-interval")] = None
     """Steps between lines of metrics; by default a hundredth of the run."""
@@ -74,6 +88,9 @@ class SftConfig(
             )
             if clash := [name for name in unused if name in self.given()]:
                 raise ValueError(f"{self.flag(clash[0])} does not go with --task classify")
+        if self.packing and (self.prompt_tuning or self.group_by_length):
+            other = "--prompt-tuning" if self.prompt_tuning else "--group-by-length"
+            raise ValueError(f"--packing does not go with {other}")
         if "decay" in self.given() and self.schedule != "wsd":
             raise ValueError("--decay goes with --schedule wsd")
         if "min_lr" in self.given() and self.schedule == "constant":
@@ -81,7 +98,7 @@ class SftConfig(
         return self
 
 
-class AuditConfig(Supervised, StageConfig):
+class AuditConfig(Supervised, Config, Reporting):
     """Check examples as `sft` would see them."""
 
     data: Annotated[list[str], Argument("DATA")] = []
@@ -92,6 +109,9 @@ class AuditConfig(Supervised, StageConfig):
 
     packing: bool = False
     """Also say how well the examples pack."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Chooses the examples, where weights leave some out."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -7,7 +7,6 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from llmctl.config.base import Also, Fields
 from llmctl.config.sections import (
     Batch,
-    Checkpoints,
     Corpus,
     Evaluation,
     Length,
@@ -16,6 +15,7 @@ from llmctl.config.sections import (
     Optimizer,
     Placement,
     PositiveCount,
+    Resumable,
     StageConfig,
 )
 
@@ -108,7 +108,7 @@ class TokenLength(Length):
 
 
 class PretrainConfig(
-    Corpus, Shape, TokenLength, Batch, Optimizer, Evaluation, Checkpoints, Placement, StageConfig
+    Corpus, Shape, TokenLength, Batch, Optimizer, Evaluation, Placement, Resumable
 ):
     """Train a causal language model from scratch, or continue one."""
 
@@ -124,6 +124,9 @@ class PretrainConfig(
 
     momentum: OpenFraction = 0.95
     """Muon's momentum."""
+
+    compile: Annotated[bool, Also("torch-compile")] = False
+    """Compile the model with torch.compile; pays on a GPU."""
 
     batch_tokens: Annotated[PositiveCount | None, Also("total-batch-size")] = None
     """Tokens per step over all devices, reached by accumulation."""

@@ -56,5 +56,20 @@ class ChatConfig(Loading, Sampling, StageConfig):
     system: Annotated[str | None, Also("system-prompt")] = None
     """System message."""
 
-    context: Annotated[PositiveInt | None, Also("context-size")] = None
-    """Tokens of history to keep at most; by default the model's context."""
+    context: Annotated[PositiveInt | None, Also("context-size", "ctx-size")] = None
+    """Tokens of history and reply at most; by default the model's context."""
+
+    max_new_tokens: Annotated[PositiveInt, Also("max-tokens", "n-predict")] = 1024
+    """Most tokens of a reply."""
+
+    out: Annotated[Path | None, Flag("--out", "-o"), Also("output", "output-file"), Control] = None
+    """Save the conversation to this file when it ends: a row of `messages` that sft reads."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if "" in self.stop:
+            raise ValueError("--stop: expected some text, got ''")
+        for text in (*self.stop, self.system or ""):
+            if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+                raise ValueError("a text that is not UTF-8")
+        return self

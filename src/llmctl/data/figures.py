@@ -1,0 +1,192 @@
+"""What there is to count in training sequences.
+
+In: `Tokenized` arrays, and the tokens that have a meaning of their own. Out: numbers, and which
+sequences they speak of.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from llmctl.data.tokenized import Tokenized
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Ids of tokens that mean something to an audit."""
+
+    stops: frozenset[int]
+    """Those at which generation stops."""
+    special: frozenset[int]
+    bos: int | None
+    unknown: int | None
+    """Stands for what the tokenizer cannot write, and for nothing else."""
+    added: frozenset[int]
+    """Those for which the model is yet to get embeddings."""
+    embedding_rows: int | None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What N sequences, made of some rows, are like."""
+
+    rows: int
+    sequences: int
+    tokens: int
+    tokens_min: int
+    """Of a sequence, as the next three."""
+    tokens_median: float
+    tokens_p95: int
+    tokens_max: int
+    full_max: int
+    """Tokens of the longest before any cut."""
+    trained_tokens: int
+    trained_share: float
+    untrained_rows: int
+    """Rows without a token that counts in the loss."""
+    truncated_rows: int
+    """Rows that lost their end."""
+    truncated: float
+    """Their share."""
+    ended_rows: int
+    """Rows whose end is trained on, and stops generation."""
+    ended_share: float | None
+    """Their share of the uncut rows that train; None where there are none."""
+    double_bos: int
+    """Sequences that begin with BOS twice."""
+    unknown_tokens: int
+    unknown_share: float
+    beyond_embedding: int
+    """Tokens that the model has no embedding for."""
+    short: int
+    """Sequences of a single token or none, in which nothing is predicted."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How trained turns end, cut ones left out."""
+
+    total: int
+    open: int
+    """Turns that end with no special token."""
+    foreign: int
+    """Turns that end with a special token at which generation does not stop."""
+    foreign_token: int | None
+    """One of these tokens."""
+    foreign_sequence: int | None
+    """Where it stands first."""
+
+
+def roles_of(
+    tokenizer: PreTrainedTokenizerBase,
+    stops: frozenset[int],
+    added_tokens: tuple[str, ...],
+    embedding_rows: int | None,
+) -> Roles:
+    """The roles that a tokenizer gives to its tokens."""
+    added = tokenizer.convert_tokens_to_ids(list(added_tokens))
+    special = {k for k, token in tokenizer.added_tokens_decoder.items() if token.special}
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, *stops)
+    # Byte-level tokenizers write everything, and often call their only special token unknown too.
+    unknown = None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
+    return Roles(
+        stops,
+        frozenset(special.union(tokenizer.all_special_ids)),
+        tokenizer.bos_token_id,
+        unknown,
+        frozenset(map(int, added)),
+        embedding_rows,
+    )
+
+
+def measure(data: Tokenized, roles: Roles) -> Figures:
+    """Count everything; all is 0 where there is nothing."""
+    rows, tokens, lengths = _count(data.rows), len(data.tokens), data.lengths
+    some = lengths if len(lengths) else np.zeros(1, np.int64)
+    counts, cut = data.trained_counts, data.cut
+    whole = ~cut & (counts > 0)
+    ended = _count(data.rows[whole & data.ends & _stopping(data, roles)])
+    endable, truncated = _count(data.rows[whole]), _count(data.rows[cut])
+    unknown = int((data.tokens == roles.unknown).sum()) if roles.unknown is not None else 0
+    return Figures(
+        rows=rows,
+        sequences=len(data),
+        tokens=tokens,
+        tokens_min=int(some.min()),
+        tokens_median=float(np.median(some)),
+        tokens_p95=int(np.percentile(some, 95, method="inverted_cdf")),
+        tokens_max=int(some.max()),
+        full_max=int(data.full_lengths.max(initial=0)),
+        trained_tokens=int(counts.sum()),
+        trained_share=int(counts.sum()) / max(1, tokens),
+        untrained_rows=rows - _count(data.rows[counts > 0]),
+        truncated_rows=truncated,
+        truncated=truncated / max(1, rows),
+        ended_rows=ended,
+        ended_share=ended / endable if endable else None,
+        double_bos=int(doubled(data, roles).sum()),
+        unknown_tokens=unknown,
+        unknown_share=unknown / max(1, tokens),
+        beyond_embedding=int(beyond(data, roles).sum()),
+        short=int((data.full_lengths < 2).sum()),
+    )
+
+
+def doubled(data: Tokenized, roles: Roles) -> Mask:
+    """(N,) whether a sequence begins with BOS twice."""
+    found = np.zeros(len(data), np.bool_)
+    if roles.bos is not None:
+        (some,) = np.nonzero(data.lengths >= 2)
+        first = data.starts[some]
+        found[some] = (data.tokens[first] == roles.bos) & (data.tokens[first + 1] == roles.bos)
+    return found
+
+
+def beyond(data: Tokenized, roles: Roles) -> Mask:
+    """(T,) whether a token has no embedding, and is not about to get one."""
+    if roles.embedding_rows is None:
+        return np.zeros(len(data.tokens), np.bool_)
+    return (data.tokens >= roles.embedding_rows) & ~_among(data.tokens, roles.added)
+
+
+def turns_of(data: Tokenized, roles: Roles) -> Turns:
+    """Look at the last token of every run of trained ones, which must be turns."""
+    last = np.zeros(len(data.tokens) + 1, np.bool_)
+    last[data.starts[1:]] = True  # also where an empty sequence ends
+    goes_on = np.append(data.trained[1:], False) & ~last[1:]
+    is_end = data.trained & ~goes_on
+    is_end[data.starts[1:][data.cut] - 1] = False
+    (places,) = np.nonzero(is_end)
+    tokens = data.tokens[places]
+    special, stopping = _among(tokens, roles.special), _among(tokens, roles.stops)
+    foreign = places[special & ~stopping]
+    where = (
+        int(np.searchsorted(data.starts, foreign[0], side="right") - 1) if len(foreign) else None
+    )
+    return Turns(
+        len(places),
+        int((~special & ~stopping).sum()),
+        len(foreign),
+        int(data.tokens[foreign[0]]) if len(foreign) else None,
+        where,
+    )
+
+
+def _stopping(data: Tokenized, roles: Roles) -> Mask:
+    """(N,) whether a token at which generation stops is trained on."""
+    found = _among(data.tokens, roles.stops) & data.trained
+    total = np.concatenate([[0], np.cumsum(found)])
+    stopping: Mask = total[data.starts[1:]] > total[data.starts[:-1]]
+    return stopping
+
+
+def _among(tokens: NDArray[np.int32], ids: frozenset[int]) -> Mask:
+    return np.isin(tokens, np.array(sorted(ids), np.int64))
+
+
+def _count(rows: NDArray[np.int64]) -> int:
+    return len(np.unique(rows))

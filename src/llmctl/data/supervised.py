@@ -1,0 +1,121 @@
+"""From what `--data` names to training and validation sequences, with all that the audit asks for.
+
+Read, split, then mix, then encode: nothing that is held out is ever repeated or packed with what is
+trained on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from llmctl.config.stages import AuditConfig, SftConfig
+from llmctl.data.examples import Example
+from llmctl.data.holdout import duplicates, overlap, shared_prompts
+from llmctl.data.rendering import ChatFormat
+from llmctl.data.splits import read_split
+from llmctl.data.templates import choose_template
+from llmctl.data.tokenized import Tokenized, collect
+from llmctl.decode.loop import context_size
+from llmctl.errors import UserError
+from llmctl.models import load_config, load_tokenizer
+
+LONGEST = 2048
+"""Tokens of an example at most, where the model would take more and nothing else was asked for."""
+
+
+@dataclass(frozen=True)
+class SupervisedData:
+    """Examples to fine-tune on, encoded for one model."""
+
+    train: Tokenized
+    val: Tokenized | None
+    train_examples: Sequence[Example]
+    val_examples: Sequence[Example]
+    format: ChatFormat
+    max_length: int
+    embedding_rows: int
+    """Rows of the model's embedding, before tokens were added."""
+    added_tokens: tuple[str, ...]
+    """Special tokens that the chat template needs and the tokenizer lacked."""
+    has_conversations: bool
+    """Whether any example is one; plain text needs no chat template."""
+    skipped: int
+    """Rows that could not be read."""
+    duplicates: int
+    """Rows that say, but for case and punctuation, what an earlier one says."""
+    overlap: tuple[str, ...]
+    """Places of training examples that also stand in the validation data."""
+    shared_prompts: int
+    """Validation prompts that training has with another answer."""
+    dropped: int
+    """Sequences left out for their length."""
+    inputs: list[dict[str, Any]]
+    """Files and their hashes, for the manifest."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, its chat template set."""
+        return self.format.tokenizer
+
+    @property
+    def examples(self) -> int:
+        """Rows that were read, both sides together."""
+        return len(self.train_examples) + len(self.val_examples)
+
+    def place(self, sequence: int) -> str:
+        """File and line of the example that a training sequence was made of."""
+        example = self.train_examples[int(self.train.rows[sequence])]
+        return str(example.name)
+
+
+def load_supervised(config: SftConfig | AuditConfig, reserved: int = 0) -> SupervisedData:
+    """Read and encode everything.
+
+    Args:
+        config: says what and how.
+        reserved: positions of the model that virtual tokens take.
+
+    Raises:
+        DataError: rows that are broken, or nothing to train on.
+        ModelError: no tokenizer, or a chat template that is broken.
+        UserError: more positions asked for than the model has.
+    """
+    shape, tokenizer = load_config(config.model), load_tokenizer(config.model)
+    max_length = _max_length(config.max_length, shape, reserved)
+    split = read_split(config, config.data, config.seed)
+    train, val = split.train, split.val
+    chats = any(example.messages is not None for example in (*train, *val))
+    added = choose_template(tokenizer, config.chat_template) if chats else []
+    chat = ChatFormat(tokenizer)
+    encoded = collect(chat.batch(train, config.train_on))
+    held_out = collect(chat.batch(val, config.train_on)) if val else None
+    cut: Any = "drop" if config.truncation == "drop" else "cut"
+    shortened = encoded.shortened(max_length, cut)
+    return SupervisedData(
+        train=shortened,
+        val=None if held_out is None else held_out.shortened(max_length, cut),
+        train_examples=train,
+        val_examples=val,
+        format=chat,
+        max_length=max_length,
+        embedding_rows=int(shape.get_text_config().vocab_size),
+        added_tokens=tuple(added),
+        has_conversations=chats,
+        skipped=split.skipped,
+        duplicates=duplicates([*train, *val]),
+        overlap=tuple(ours.name for ours, _ in overlap(train, val)),
+        shared_prompts=shared_prompts(train, val),
+        dropped=len(encoded) - len(shortened),
+        inputs=split.inputs,
+    )
+
+
+def _max_length(wanted: int | None, shape: PreTrainedConfig, reserved: int) -> int:
+    context = context_size(shape)
+    most = LONGEST if context is None else context - reserved
+    if wanted is not None and context is not None and wanted > most:
+        taken = f", of which virtual tokens take {reserved}" if reserved else ""
+        raise UserError(f"--max-length {wanted:,}: the model has {context:,} positions{taken}")
+    return wanted or min(most, LONGEST)

@@ -1,0 +1,81 @@
+"""A forward pass for conversations: what a prompt shares with the one before is not read again.
+
+In: the growing prompt of one conversation. Out: logits, as from `forward.HuggingFaceForward`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from llmctl.decode.forward import Forward, HuggingFaceForward
+from llmctl.decode.llama import fast_forward
+
+
+class PrefixForward:
+    """See `forward.Forward`; of one row, whose keys and values stay when its reply is done."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Wrap a model in eval mode, which keeps keys and values of all tokens in every layer."""
+        self.model = model
+        self.device = model.device
+        self._cache = DynamicCache(config=model.config)
+        self._read: list[int] = []
+        """Tokens whose keys and values are in the cache."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Keep what the prompt shares with the tokens read, cut off the rest, read what is new."""
+        (prompt,) = prompts
+        kept = common_prefix(self._read, prompt[:-1])
+        if kept == 0:
+            self._cache = DynamicCache(config=self.model.config)
+        elif kept < len(self._read):
+            self._cache.crop(kept - len(self._read))
+        self._read = list(prompt[:kept])
+        return self._forward(list(prompt[kept:]))
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """See `Forward.step`."""
+        return self._forward(tokens.tolist())
+
+    def select(self, rows: Sequence[int]) -> None:
+        """See `Forward.select`; there is one row, and nothing to move."""
+        assert list(rows) == [0]
+
+    def _forward(self, tokens: list[int]) -> Tensor:
+        before, self._read = self._read, []  # an interrupt leaves some layers longer than others
+        first, last = len(before), len(before) + len(tokens)
+        output = self.model(
+            input_ids=torch.tensor([tokens], device=self.device),
+            position_ids=torch.arange(first, last, device=self.device)[None],
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._read = before + tokens
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences begin with together."""
+    pairs = enumerate(zip(one, other, strict=False))
+    shorter = min(len(one), len(other))
+    return next((place for place, (a, b) in pairs if a != b), shorter)
+
+
+def conversation_forward(model: PreTrainedModel, prompt: Sequence[int]) -> Forward:
+    """The pass for a conversation: where it can be had, one that remembers.
+
+    Small models take the fast pass, which reads a prompt anew: a token costs them more than that.
+    """
+    if fast := fast_forward(model, prompt):
+        return fast
+    if hasattr(model, "active_peft_config") and model.active_peft_config.is_prompt_learning:
+        return HuggingFaceForward(model)
+    layers = DynamicCache(config=model.config).layers
+    if all(type(layer) is DynamicLayer for layer in layers):  # a sliding window has forgotten
+        return PrefixForward(model)
+    return HuggingFaceForward(model)

@@ -1,0 +1,109 @@
+"""`llmctl chat`: a conversation in the terminal, or one whose messages come through a pipe.
+
+In: a model with a chat template, and what the user types. Out: replies on stdout as they are
+written (rows of jsonl with --json), notices on stderr, and with --out the conversation as a file.
+"""
+
+import json
+import sys
+
+from llmctl.config.stages import ChatConfig
+from llmctl.console import log, short
+from llmctl.decode.commands import check_command, obey
+from llmctl.decode.conversation import Conversation, chat_window
+from llmctl.decode.loop import best_threads
+from llmctl.decode.prefix import conversation_forward
+from llmctl.decode.rows import check_out
+from llmctl.decode.terminal import Pipe, Terminal, Turn, open_input
+from llmctl.errors import UserError
+from llmctl.hardware import memory_errors, pick_device, set_threads, usable_cores
+from llmctl.models import (
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    parameter_count,
+    parse_dtype,
+)
+from llmctl.quantized import LoadIn
+from llmctl.redact import redacted
+
+
+def run(config: ChatConfig) -> None:
+    """Talk until the user leaves; what fails leaves the conversation as it was."""
+    check_out(config.out, overwrite=config.overwrite)
+    device = pick_device(config.device)
+    shape, tokenizer = load_config(config.model), load_tokenizer(config.model)
+    window = chat_window(tokenizer, shape, config.context, config.system, config.max_new_tokens)
+    if config.dry_run:
+        log.info("would talk on %s in a context of %s tokens", device, f"{window.context:,}")
+        recipe = config.recipe("chat")
+        print(json.dumps(recipe) if config.as_json else config.to_yaml("chat").rstrip())
+        return
+    load_in: LoadIn = "8bit" if config.load_in_8bit else "4bit" if config.load_in_4bit else "full"
+    dtype = parse_dtype(config.dtype, device, shape.dtype)
+    model = load_causal_lm(config.model, dtype=dtype, device=device, load_in=load_in)
+    size = parameter_count(model)
+    set_threads(config.threads or best_threads(size, 1, usable_cores()))
+    with memory_errors(batch_size=1):
+        forward = conversation_forward(model, window.encode(config.system, [], "Hi"))
+    conversation = Conversation(model, forward, window, config, config.seed, config.system)
+    with open_input() as user:
+        conversation.stoppable = user.stoppable
+        if user.is_terminal:
+            log.info("%s: %s parameters on %s", config.model, short(size), device)
+            log.info("/help lists the commands, Ctrl-D leaves")
+        try:
+            _talk(conversation, user, as_json=config.as_json)
+        finally:
+            if config.out and conversation.turns:
+                conversation.save(config.out, overwrite=config.overwrite)
+                log.info("conversation saved to %s", config.out)
+
+
+def _talk(conversation: Conversation, user: Terminal | Pipe, *, as_json: bool) -> None:
+    """Hear and answer, until the user leaves; what cannot be done is said, and changes nothing."""
+    while (turn := user.read()) is not None and turn.command != "/exit":
+        try:
+            if turn.command is None and turn.text.strip():
+                _speak(conversation, user, turn, as_json=as_json)
+            elif turn.command == "/retry":
+                check_command(turn)
+                _speak(conversation, user, turn, as_json=as_json)
+            elif turn.command is not None:
+                print(obey(conversation, turn), file=sys.stderr)
+        except UserError as error:
+            log.error("%s", error)
+            if as_json:
+                print(json.dumps({"error": redacted(error.as_json())}), flush=True)
+
+
+def _speak(conversation: Conversation, user: Terminal | Pipe, turn: Turn, *, as_json: bool) -> None:
+    """Answer a message, or the last one anew; between replies there is a blank line."""
+    between = "\n" if conversation.replies and not user.is_terminal else ""
+
+    def show(piece: str) -> None:
+        nonlocal between
+        if not as_json:
+            sys.stdout.write(between + user.visible(piece))
+            sys.stdout.flush()
+            between = ""
+
+    try:
+        reply = conversation.retry(show) if turn.command else conversation.say(turn.text, show)
+    except KeyboardInterrupt:
+        show("\n")
+        raise
+    if as_json:
+        row = {
+            "prompt": reply.prompt,
+            "response": reply.text,
+            "finish_reason": reply.finish_reason,
+            "seed": conversation.seed,
+        }
+        print(json.dumps(row, ensure_ascii=False), flush=True)
+        return
+    show("\n\n" if user.is_terminal else "\n")
+    if reply.finish_reason == "interrupted" and not reply.text:
+        log.info("stopped before the first word: the message was not kept")
+    if reply.finish_reason == "length":
+        log.info("the reply was cut: --max-new-tokens and the context bound it")

@@ -1,0 +1,54 @@
+"""`llmctl sft`: examples and a model in, a fine-tuned model, adapter or classifier out."""
+
+from typing import Any
+
+from accelerate import Accelerator
+
+from llmctl import hardware
+from llmctl.config.stages import SftConfig
+from llmctl.data.audit import Audit
+from llmctl.data.supervised import SupervisedData, load_supervised
+from llmctl.resume import earlier_manifest
+from llmctl.rundir import Run
+from llmctl.training.export import export
+from llmctl.training.finetune import audited, build, prepare
+from llmctl.training.guard import open_together, together
+from llmctl.training.placement import make_accelerator
+
+
+def run(config: SftConfig) -> dict[str, Any] | None:
+    """Fine-tune and return the final metrics."""
+    threads = hardware.set_threads(config.threads or earlier_manifest(config).get("threads"))
+    accelerator, device = make_accelerator(config)
+    if config.dry_run:
+        data, _ = _examples(config, accelerator)
+        prepare(config, data, accelerator, device)
+        if accelerator.is_main_process:
+            print(config.to_yaml("sft"), end="")
+        return None
+    with open_together(accelerator, "sft", config) as run:
+        run.record(threads=threads)
+        result: dict[str, Any] = {"stage": "sft", "out": str(run.path), "status": "completed"}
+        result |= _tune(config, run, accelerator, device)
+        run.record(result=result)
+    return result
+
+
+def _tune(config: SftConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:
+    """Train, export; what came of it."""
+    with together(accelerator):
+        data, report = _examples(config, accelerator)
+    with together(accelerator):
+        tuning = prepare(config, data, accelerator, device)
+    run.record(**tuning.facts(data, report, device))
+    with hardware.memory_errors(tuning.plan.batch_size, tuning.plan.grad_accum):
+        trainer = build(config, data, tuning, run)
+        metrics = trainer.fit(config)
+    sizes = {"parameters": tuning.parameters, "trained_parameters": tuning.trained_parameters}
+    return {**export(config, trainer, tuning, data), **sizes, **metrics}
+
+
+def _examples(config: SftConfig, accelerator: Accelerator) -> tuple[SupervisedData, Audit]:
+    """The examples, found to be sound, and the report on them."""
+    data = load_supervised(config, reserved=config.prompt_tuning or 0)
+    return audited(config, data, is_main=accelerator.is_main_process)

@@ -1,0 +1,258 @@
+"""`llmctl sft --task classify`: labelled texts and any model in, a classifier or an adapter out."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers import TrainingArguments
+
+from llmctl import hardware
+from llmctl.adapters import save_adapter, weights_sha256
+from llmctl.config.stages import SftConfig
+from llmctl.console import log, short
+from llmctl.data.labelled import Labelled, load_labelled, log_labelled
+from llmctl.embeddings import grow_embeddings
+from llmctl.errors import ModelError, UserError
+from llmctl.files import writing
+from llmctl.merging import merge_model
+from llmctl.models import local_folder
+from llmctl.quantized import HEADS
+from llmctl.rundir import Run, resolve_model
+from llmctl.training.adapters import adapt, trainable_parameters
+from llmctl.training.classifier import Batches, Classifier, classify
+from llmctl.training.export import put_best
+from llmctl.training.finetune import Base
+from llmctl.training.guard import together
+from llmctl.training.headed import load_classifier, save_classifier
+from llmctl.training.sft import OPTIMIZERS
+from llmctl.training.state import weights
+from llmctl.training.trl import Terms
+from llmctl.training.tuning import TuningPlan, make_tuning_plan, rhythm_of
+
+TOLERANCE = 1e-3
+"""Largest change of a logit, relative to the largest logit, that is rounding."""
+
+
+@dataclass(frozen=True)
+class Classification:
+    """What is known once the model is loaded."""
+
+    model: Any
+    plan: TuningPlan
+    train: Batches
+    val: Batches | None
+    parameters: int
+    trained_parameters: int
+    base: Base
+
+
+def run_classifier(
+    config: SftConfig, run: Run, accelerator: Accelerator, device: str
+) -> dict[str, Any]:
+    """Train, export; what came of it. Collective.
+
+    Raises:
+        DataError: data that would train a wrong model.
+        ModelError: a model that does not load, or cannot classify.
+    """
+    with together(accelerator):
+        data, found = check_classifier(config, accelerator, device)
+    run.record(
+        inputs=[found.base.as_input(), *data.split.inputs],
+        device=hardware.device_name(device),
+        parameters=found.parameters,
+        plan=asdict(found.plan),
+        labels=list(data.labels),
+        audit=data.facts(),
+        held_out=[example.name for example in data.split.val],
+    )
+    with hardware.memory_errors(found.plan.batch_size, found.plan.grad_accum):
+        trainer = _build(config, data, found, run, device)
+        metrics = trainer.fit(config)
+    counts = {"parameters": found.parameters, "trained_parameters": found.trained_parameters}
+    return {**counts, **_export(config, trainer, found, data), **metrics}
+
+
+def check_classifier(
+    config: SftConfig, accelerator: Accelerator, device: str
+) -> tuple[Labelled, Classification]:
+    """Load data and model, find them to be sound, and make the plan: all that a dry run does.
+
+    Raises:
+        DataError: data that would train a wrong model.
+        ModelError: a model that does not load, cannot classify, or whose answer padding changes.
+        UserError: settings that do not go together.
+        ResourceError: an optimizer or a precision that does not run here.
+    """
+    if config.load_in_4bit or config.load_in_8bit:
+        flag = "--load-in-4bit" if config.load_in_4bit else "--load-in-8bit"
+        raise UserError(f"{flag} does not go with --task classify", hint=f"drop {flag}")
+    data = load_labelled(config)
+    if accelerator.is_main_process:
+        log_labelled(data)
+    set_seed(config.seed)
+    loaded = load_classifier(config.model, data.labels)
+    model: Any = loaded.model
+    grow_embeddings(model, data.tokenizer)
+    pad = model.config.get_text_config().pad_token_id = int(data.tokenizer.pad_token_id)
+    train = Batches(data.train, pad)
+    val = None if data.val is None else Batches(data.val, pad)
+    require_positions(model, max(int(texts.texts.lengths.max()) for texts in (train, val or train)))
+    require_padding_unseen(model.to(device), train)
+    if config.has_adapter:
+        if other := sorted(loaded.new_modules - set(HEADS)):
+            raise ModelError(
+                f"this model has no `{other[0]}` yet, and an adapter would not keep a new one",
+                hint="drop --lora, or start from a model that has been trained with it",
+            )
+        model = adapt(model, config, task="classify")
+    trained, parameters = trainable_parameters(model)
+    plan = make_tuning_plan(
+        config,
+        parameters=parameters,
+        rows=len(train),
+        world=accelerator.num_processes,
+        device=device,
+    )
+    if plan.precision == "pure-bf16":
+        for weight in model.parameters():  # buffers such as rotary frequencies stay exact
+            weight.data = weight.data.to(torch.bfloat16)
+    if accelerator.is_main_process:
+        _announce(plan, parameters, trained)
+    base = Base(config.model, weights_sha256(local_folder(resolve_model(config.model))))
+    return data, Classification(model, plan, train, val, parameters, trained, base)
+
+
+@torch.no_grad()
+def require_padding_unseen(model: Any, rows: Batches) -> None:
+    """Refuse a model whose answer to a text depends on how long its neighbours are.
+
+    Raises:
+        ModelError: the shortest text gets other logits beside the longest.
+    """
+    order = rows.texts.lengths.argsort().tolist()
+    model.eval()
+    alone, beside = (
+        classify(model, {name: part.to(model.device) for name, part in rows.batch(some).items()})[0]
+        for some in (order[:1], [order[0], order[-1]])
+    )
+    change = float((alone - beside).abs().max() / alone.abs().max().clamp_min(1e-6))
+    if not change <= TOLERANCE:
+        raise ModelError(
+            f"padding changes the answer of this model by {change:.1%}",
+            hint="this architecture cannot classify texts in batches",
+        )
+
+
+def require_positions(model: Any, longest: int) -> None:
+    """Refuse texts that are too long for RoBERTa and its kin, which count from after their padding.
+
+    Raises:
+        UserError: with how many tokens there is room for.
+    """
+    for name, layer in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(layer, torch.nn.Embedding):
+            first = 0 if layer.padding_idx is None else layer.padding_idx + 1
+            if longest > layer.num_embeddings - first:
+                raise UserError(
+                    f"a text of {longest:,} tokens: the model has "
+                    f"{layer.num_embeddings - first:,} positions",
+                    hint=f"pass --max-length {layer.num_embeddings - first}",
+                )
+
+
+def make_arguments(config: SftConfig, plan: TuningPlan, device: str) -> TrainingArguments:
+    """What Trainer is told; the rest it leaves to us."""
+    return TrainingArguments(
+        output_dir=str(config.out),
+        per_device_train_batch_size=plan.batch_size,
+        gradient_accumulation_steps=plan.grad_accum,
+        learning_rate=plan.lr,
+        optim=OPTIMIZERS[plan.optimizer],
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        max_grad_norm=config.max_grad_norm,
+        max_steps=plan.max_steps,
+        seed=config.seed,
+        bf16=plan.precision == "bf16",
+        use_cpu=device == "cpu",
+        activation_checkpointing=config.activation_checkpointing,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device == "cuda",
+    )
+
+
+def _build(
+    config: SftConfig, data: Labelled, found: Classification, run: Run, device: str
+) -> Classifier:
+    """The trainer, ready to fit."""
+    identity = {
+        **found.plan.identity(),
+        "data": data.train.digest(),
+        "validation": None if data.val is None else data.val.digest(),
+        "model": found.base.sha256,
+        "max_length": data.max_length,
+    }
+    terms = Terms(run, rhythm_of(config, found.plan), identity, config.group_by_length)
+    arguments = make_arguments(config, found.plan, device)
+    return Classifier(found.model, found.train, found.val, found.plan, arguments, terms)
+
+
+def _export(
+    config: SftConfig, trainer: Classifier, found: Classification, data: Labelled
+) -> dict[str, Any]:
+    """Write the weights that validated best, the last where none did; say where. Collective.
+
+    Raises:
+        ModelError: an adapter and its merged model do not agree.
+        ResourceError: the disk is full.
+    """
+    job = trainer.job
+    put_best(trainer)
+    state = {} if config.has_adapter else weights(trainer.model, job.rank)
+    with together(job.accelerator), writing(job.run.path):
+        if job.rank != 0:
+            return {}
+        model = job.accelerator.unwrap_model(trainer.model)
+        folder, adapter = job.run.path / "model", job.run.path / "adapter"
+        if not config.has_adapter:
+            save_classifier(model, state, data.tokenizer, folder)
+            return {"model": str(folder)}
+        save_adapter(
+            model,
+            data.tokenizer,
+            adapter,
+            base=found.base.reference,
+            base_sha256=found.base.sha256,
+            generation_config=None,
+        )
+        model.config.save_pretrained(adapter)  # nothing else names the labels
+        if not config.merge:
+            return {"model": str(adapter)}
+        merged, difference = merge_model(model.to("cpu"))
+        save_classifier(merged, merged.state_dict(), data.tokenizer, folder)
+        log.info("merged: logits differ from the adapter's by at most %.2g", difference)
+        return {
+            "model": str(folder),
+            "adapter": str(adapter),
+            "merge_difference": difference,
+        }
+
+
+def _announce(plan: TuningPlan, parameters: int, trained: int) -> None:
+    log.info(
+        "%s parameters, %s of them trained; %s steps of %d x %d texts, %s, peak learning rate %g, "
+        "%s, %s",
+        short(parameters),
+        short(trained),
+        f"{plan.max_steps:,}",
+        plan.batch_size,
+        plan.grad_accum,
+        plan.optimizer,
+        plan.lr,
+        plan.schedule,
+        plan.precision,
+    )

@@ -1,0 +1,215 @@
+"""From a config and encoded examples to a trainer that is ready to fit."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from peft import PeftModel
+from transformers import GenerationConfig
+
+from llmctl import hardware
+from llmctl.adapters import weights_sha256
+from llmctl.config.stages import SftConfig
+from llmctl.console import log, short
+from llmctl.data.audit import Audit, audit, log_summary, require_sound
+from llmctl.data.supervised import SupervisedData
+from llmctl.embeddings import grow_embeddings
+from llmctl.errors import ModelError
+from llmctl.models import load_causal_lm, local_folder
+from llmctl.quantized import LoadIn
+from llmctl.rundir import Run, resolve_model
+from llmctl.training.adapters import adapt, trainable_parameters
+from llmctl.training.samples import Sampler
+from llmctl.training.selftest import require_isolated
+from llmctl.training.sequences import Rows
+from llmctl.training.sft import Material, SupervisedTrainer, make_arguments
+from llmctl.training.trl import Terms
+from llmctl.training.tuning import TuningPlan, make_tuning_plan, rhythm_of
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that a run starts from."""
+
+    reference: str
+    """As it was given."""
+    sha256: str
+    """Of its weights."""
+
+    def as_input(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {"role": "model", "path": self.reference, "sha256": self.sha256}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is known once the model is loaded."""
+
+    model: Any
+    plan: TuningPlan
+    train: Rows
+    val: Rows | None
+    stops: list[int]
+    """Tokens that end a response, for the generation config."""
+    parameters: int
+    trained_parameters: int
+    base: Base
+
+    def facts(self, data: SupervisedData, report: Audit, device: str) -> dict[str, Any]:
+        """What a manifest should say."""
+        return {
+            "inputs": [self.base.as_input(), *data.inputs],
+            "device": hardware.device_name(device),
+            "parameters": self.parameters,
+            "plan": asdict(self.plan),
+            "rows": len(self.train),
+            "audit": report.as_json(),
+            "held_out": [example.name for example in data.val_examples],
+        }
+
+
+def audited(
+    config: SftConfig, data: SupervisedData, *, is_main: bool
+) -> tuple[SupervisedData, Audit]:
+    """The examples that have something to learn from, and what was found of all of them.
+
+    Raises:
+        DataError: they would train a broken model.
+    """
+    report = audit(data, config, packing=config.packing)
+    if is_main:
+        log_summary(report)
+    require_sound(report)
+    return replace(data, train=data.train.select(data.train.trained_counts > 0)), report
+
+
+def prepare(
+    config: SftConfig, data: SupervisedData, accelerator: Accelerator, device: str
+) -> Tuning:
+    """Load the model, fit it to the tokens, adapt it, arrange the rows, make the plan.
+
+    Raises:
+        ModelError: the model does not load, is an adapter, or lets packed sequences see each other.
+        UserError: sizes or targets that do not go together.
+        ResourceError: an optimizer or a precision that does not run here.
+    """
+    set_seed(config.seed)
+    model = _load(config, device)
+    grow_embeddings(model, data.tokenizer)
+    stops = set_stops(model, data)
+    if config.has_adapter:
+        added = set(data.tokenizer.convert_tokens_to_ids(list(data.added_tokens)))
+        grown = range(data.embedding_rows, model.get_input_embeddings().weight.shape[0])
+        model = adapt(model, config, added_tokens=sorted({*added, *grown}))
+    pad = data.tokenizer.pad_token_id or 0
+    train = Rows(data.train, pad, data.max_length if config.packing else None)
+    val = None if data.val is None else Rows(data.val, pad)
+    if config.packing:
+        require_isolated(model.to(device), train, data.embedding_rows)
+    trained, parameters = trainable_parameters(model)
+    plan = make_tuning_plan(
+        config,
+        parameters=parameters,
+        rows=len(train),
+        world=accelerator.num_processes,
+        device=device,
+    )
+    if plan.precision == "pure-bf16":
+        _to_bf16(model, plan.lr)
+    base = Base(config.model, weights_sha256(local_folder(resolve_model(config.model))))
+    tuning = Tuning(model, plan, train, val, stops, parameters, trained, base)
+    if accelerator.is_main_process:
+        _announce(tuning, len(data.train))
+    return tuning
+
+
+def build(config: SftConfig, data: SupervisedData, tuning: Tuning, run: Run) -> SupervisedTrainer:
+    """The trainer, ready to fit."""
+    identity = {
+        **tuning.plan.identity(),
+        "data": data.train.digest(),
+        "validation": None if data.val is None else data.val.digest(),
+        "model": tuning.base.sha256,
+        "max_length": data.max_length,
+        "packing": config.packing,
+        "chunked_loss": config.chunked_loss,
+        "load_in": _load_in(config),
+    }
+    terms = Terms(run, rhythm_of(config, tuning.plan), identity, config.group_by_length)
+    sampler = Sampler(config, data, tuning.model, tuning.stops, run)
+    return SupervisedTrainer(
+        Material(tuning.model, data.tokenizer, tuning.train, tuning.val, sampler.write),
+        tuning.plan,
+        make_arguments(config, tuning.plan, hardware.pick_device(config.device)),
+        terms,
+        chunked=config.chunked_loss,
+    )
+
+
+def set_stops(model: Any, data: SupervisedData) -> list[int]:
+    """Tell the model's generation config every token that ends a turn; return them, sorted."""
+    generation = model.generation_config or GenerationConfig()
+    known = generation.eos_token_id
+    found = known if isinstance(known, list) else [known]
+    ends = [*found, data.tokenizer.eos_token_id, data.format.end_of_turn]
+    stops = sorted({int(token) for token in ends if token is not None})
+    generation.eos_token_id = stops or None
+    model.generation_config = generation
+    return stops
+
+
+def _load(config: SftConfig, device: str) -> Any:
+    load_in = _load_in(config)
+    if load_in == "full":
+        model = load_causal_lm(config.model, dtype=torch.float32)
+    else:
+        halves = device == "cuda" and hardware.has_bf16(device)
+        dtype = torch.bfloat16 if halves else torch.float32
+        model = load_causal_lm(config.model, dtype=dtype, device=device, load_in=load_in)
+    if isinstance(model, PeftModel):
+        raise ModelError(
+            "this model is an adapter, and a second one on it could not be loaded again",
+            file=Path(config.model),
+            hint=f"merge it first: llmctl merge --model {config.model} -o runs/merged",
+        )
+    return model
+
+
+def _load_in(config: SftConfig) -> LoadIn:
+    return "4bit" if config.load_in_4bit else "8bit" if config.load_in_8bit else "full"
+
+
+def _to_bf16(model: Any, lr: float) -> None:
+    log.warning(
+        "pure bf16 weights: updates smaller than 1/256 of a weight vanish, and at a learning rate "
+        "of %g most of them are",
+        lr,
+    )
+    for weight in model.parameters():  # buffers such as rotary frequencies stay exact
+        weight.data = weight.data.to(torch.bfloat16)
+
+
+def _announce(tuning: Tuning, sequences: int) -> None:
+    plan = tuning.plan
+    share = tuning.trained_parameters / tuning.parameters
+    log.info(
+        "%s parameters, %s of them trained (%.3g %%); %s rows of %s sequences",
+        short(tuning.parameters),
+        short(tuning.trained_parameters),
+        100 * share,
+        f"{len(tuning.train):,}",
+        f"{sequences:,}",
+    )
+    log.info(
+        "%s steps of %d x %d rows, %s, peak learning rate %g, %s, %s",
+        f"{plan.max_steps:,}",
+        plan.batch_size,
+        plan.grad_accum,
+        plan.optimizer,
+        plan.lr,
+        plan.schedule,
+        plan.precision,
+    )

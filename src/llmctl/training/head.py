@@ -1,0 +1,125 @@
+"""The loss over the tokens that count, without logits of the others.
+
+A model's own forward pass is run unchanged, but its output layer is handed only the positions whose
+next token is trained on: in a chat most are not, and with a large vocabulary their logits are most
+of the memory and a good part of the time.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from llmctl.errors import ModelError, UserError
+
+IGNORED = -100
+"""Label of a token that does not count."""
+CHUNK_LOGITS = 1 << 23
+"""Logits that are held at once when the loss is chunked: 32 MB in float32."""
+
+
+class Counted(NamedTuple):
+    """Sums over the tokens that count."""
+
+    loss: Tensor
+    """Nats, with gradients."""
+    correct: Tensor
+    """How many were the most likely token."""
+    tokens: Tensor
+    """How many there were."""
+
+
+def counted_loss(
+    model: nn.Module, head: nn.Module, batch: Mapping[str, Tensor], *, chunked: bool
+) -> Counted:
+    """Cross-entropy of the trained tokens, summed.
+
+    Args:
+        model: causal language model, perhaps wrapped (adapter, DDP, FSDP).
+        head: its output layer, wherever that is inside.
+        batch: `input_ids` and `labels` (B, L), and what else the model takes.
+        chunked: hold the logits of a few positions at a time, and compute them twice.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    targets = batch["labels"][:, 1:]
+    places = targets != IGNORED
+    wanted = targets[places]
+    with _only(head, places, chunked=chunked) as kept:
+        logits = model(**inputs, use_cache=False).logits
+    if not chunked:
+        loss, correct = _nll(logits[0], wanted)
+        return Counted(loss, correct, places.sum())
+    size = max(1, CHUNK_LOGITS // logits.shape[-1])
+    total = logits.float().sum() * 0
+    right = torch.zeros((), dtype=torch.long, device=logits.device)
+    for states, some in zip(torch.split(kept[0], size), torch.split(wanted, size), strict=True):
+        loss, correct = checkpoint(_project, head, states, some, use_reentrant=False)
+        total, right = total + loss, right + correct
+    return Counted(total, right, places.sum())
+
+
+def output_layer(model: Any) -> nn.Module:
+    """The layer that makes logits.
+
+    Raises:
+        ModelError: the model has none.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ModelError("this model has no output layer to train on")
+    return head  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def require_chunkable(model: nn.Module, head: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    """Refuse to chunk where the model changes its logits after the output layer.
+
+    Raises:
+        UserError: the two losses differ.
+    """
+    whole = counted_loss(model, head, batch, chunked=False).loss
+    chunks = counted_loss(model, head, batch, chunked=True).loss
+    if not torch.allclose(whole, chunks, rtol=1e-3, atol=1e-3):
+        raise UserError(
+            f"--chunked-loss gives {float(chunks):g} where this model gives {float(whole):g}: it "
+            "changes its logits after the output layer",
+            hint="drop --chunked-loss",
+        )
+
+
+def _project(head: nn.Module, states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    return _nll(head(states), wanted)
+
+
+def _nll(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed loss and number of right guesses of logits (N, V)."""
+    loss = cross_entropy(logits.float(), wanted, reduction="sum")
+    return loss, (logits.detach().argmax(-1) == wanted).sum()
+
+
+@contextmanager
+def _only(head: nn.Module, places: Tensor, *, chunked: bool) -> Iterator[list[Tensor]]:
+    """Hand the output layer the hidden states (N, H) of these places (B, L - 1) only.
+
+    Chunked, they are put into the list that is yielded, and the layer gets a single one.
+    """
+    kept: list[Tensor] = []
+
+    def select(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        states, *rest = arguments
+        first = states.shape[1] - places.shape[1] - 1  # of the text, after virtual tokens
+        chosen = states[:, first:-1][places]
+        if chunked:
+            kept.append(chosen)
+            chosen = states[0, -1:]
+        return (chosen[None], *rest)
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield kept
+    finally:
+        handle.remove()

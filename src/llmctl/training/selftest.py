@@ -1,0 +1,64 @@
+"""What a run shows of its own model before it trains it: packed sequences do not see each other."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmctl.errors import ModelError
+from llmctl.training.sequences import Rows
+
+TOLERANCE = 1e-3
+"""Largest change of a logit, relative to the largest logit, that is rounding."""
+LONGEST = 64
+"""Tokens of each sequence that the test looks at."""
+
+
+@torch.no_grad()
+def require_isolated(model: Any, rows: Rows, vocabulary: int) -> float:
+    """Change the first sequence of a packed row: the logits of the others must stay.
+
+    Models differ in how they make their masks, and one that ignores positions would train every
+    sequence on the text of strangers, unseen in the loss.
+
+    Args:
+        model: the real one, as it will train.
+        rows: packed.
+        vocabulary: ids below this are the model's.
+
+    Returns:
+        The largest relative change.
+
+    Raises:
+        ModelError: they change.
+    """
+    crowded = next((row for row in rows.rows if len(row) > 1), None)
+    if crowded is None:
+        return 0.0
+    parts = [
+        torch.from_numpy(rows.data.sequence(n)[0][:LONGEST].astype("int64")) for n in crowded[:3]
+    ]
+    first = len(parts[0])
+    tokens = torch.cat(parts)[None].to(model.device)
+    positions = torch.cat([torch.arange(len(part)) for part in parts])[None].to(model.device)
+    other = tokens.clone()
+    other[0, :first] = (
+        other[0, :first] + 1 + torch.arange(first, device=tokens.device)
+    ) % vocabulary
+    was_training = model.training
+    model.eval()
+    before, after = (_logits(model, ids, positions) for ids in (tokens, other))
+    model.train(was_training)
+    change = float((before - after)[0, first:].abs().max() / before.abs().max())
+    moved = float((before - after)[0, :first].abs().max())
+    if change > TOLERANCE or moved == 0:
+        raise ModelError(
+            f"--packing leaks: changing one sequence moves the logits of another by {change:.1%}",
+            hint="this architecture does not keep packed sequences apart: drop --packing",
+        )
+    return change
+
+
+def _logits(model: Any, tokens: Tensor, positions: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+    return logits.float()

@@ -1,0 +1,183 @@
+"""Supervised fine-tuning on TRL's SFTTrainer, with our batches, loss, validation and guarantees.
+
+SFTTrainer sets the model up and Trainer runs the steps. Batches come encoded (`sequences.py`), the
+loss is that of the tokens that count (`head.py`), and validation is a mean over tokens, where
+Trainer's is a mean over batches.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedTokenizerBase
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from llmctl.config.stages import SftConfig as Config
+from llmctl.training.head import counted_loss, output_layer, require_chunkable
+from llmctl.training.schedule import lr_at
+from llmctl.training.sequences import Rows
+from llmctl.training.state import generators_kept
+from llmctl.training.trl import Reliable, Terms
+from llmctl.training.tuning import TuningPlan
+
+datasets.disable_progress_bars()
+
+OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw-8bit": "adamw_bnb_8bit",
+    "paged-adamw-8bit": "paged_adamw_8bit",
+}
+"""Ours by Trainer's names."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a trainer is made of."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    train: Rows
+    val: Rows | None
+    after_evaluation: Callable[[int], None]
+    """Called on every rank with the step, the model in eval mode."""
+
+
+class SupervisedTrainer(Reliable, SFTTrainer):
+    """SFTTrainer on rows that are encoded already."""
+
+    def __init__(
+        self,
+        material: Material,
+        plan: TuningPlan,
+        arguments: SFTConfig,
+        terms: Terms,
+        *,
+        chunked: bool,
+    ) -> None:
+        """Build the trainer on a model that is adapted already, if it is to be.
+
+        Raises:
+            UserError: what cannot be resumed exactly, or a loss that cannot be chunked.
+            ModelError: the model has no output layer.
+        """
+        self._plan, self._material, self._chunked = plan, material, chunked
+        self._head = output_layer(material.model)
+        super().__init__(
+            model=material.model,
+            args=arguments,
+            data_collator=material.train.collate,
+            train_dataset=_numbers(material.train),
+            eval_dataset=None if material.val is None else _numbers(material.val),
+            processing_class=material.tokenizer,
+            terms=terms,
+        )
+        # compute_loss divides by the tokens of the step
+        self.model_accepts_loss_kwargs: bool = True
+        self._counts: Tensor | None = None
+        for weight in self.model.parameters():
+            if weight.requires_grad and isinstance(self.model, PeftModel):
+                weight.data = weight.data.float()  # SFTTrainer's bf16 would lose small updates
+        if chunked:
+            require_chunkable(self.model, self._head, self._on_device(material.train.batch([0])))
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        """The loss of a micro-batch as its share of the step's mean over tokens."""
+        inputs = {name: value for name, value in inputs.items() if name != "tokens"}
+        found = counted_loss(model, self._head, inputs, chunked=self._chunked)
+        counts = torch.stack([found.correct, found.tokens])
+        self._counts = counts if self._counts is None else self._counts + counts
+        # num_items_in_batch counts over all ranks, and DDP takes the mean of their gradients
+        loss: Tensor = found.loss / num_items_in_batch * self.accelerator.num_processes
+        return loss
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: Optimizer | None = None
+    ) -> LambdaLR:
+        """The learning rate as every command of llmctl's has it."""
+        plan = self._plan
+        self.lr_scheduler = LambdaLR(
+            optimizer or self.optimizer, lambda step: lr_at(plan, step) / plan.lr
+        )
+        return self.lr_scheduler
+
+    def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
+        """Nothing: Trainer would count the model's parameters at every step."""
+        return 0
+
+    @torch.no_grad()
+    def _measure(self) -> dict[str, float]:
+        """Mean loss and accuracy over every trained token of the validation data."""
+        assert self._material.val is not None
+        model = self.model
+        was_training = model.training
+        model.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        with generators_kept():
+            for numbers in _shares(self._material.val, self.args.train_batch_size, self.job):
+                batch = self._on_device(self._material.val.batch(numbers))
+                with self.compute_loss_context_manager():
+                    found = counted_loss(model, self._head, batch, chunked=self._chunked)
+                sums += torch.stack([found.loss, found.correct, found.tokens]).double()
+            loss, correct, tokens = self.accelerator.reduce(sums, "sum").tolist()
+            self._material.after_evaluation(self.job.progressed.step)
+        model.train(was_training)
+        return {"val_loss": loss / tokens, "val_token_accuracy": correct / tokens}
+
+    def _extras(self) -> dict[str, Any]:
+        """Accuracy since the last line. Collective."""
+        counts, self._counts = self._counts, None
+        if counts is None:
+            return {}
+        correct, tokens = self.accelerator.reduce(counts.double(), "sum").tolist()
+        return {"token_accuracy": correct / max(1, tokens)}
+
+    def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v.to(self.args.device) for k, v in batch.items() if k != "tokens"}
+
+
+def make_arguments(config: Config, plan: TuningPlan, device: str) -> SFTConfig:
+    """What Trainer is told; the rest it leaves to us."""
+    return SFTConfig(
+        output_dir=str(config.out),
+        per_device_train_batch_size=plan.batch_size,
+        gradient_accumulation_steps=plan.grad_accum,
+        learning_rate=plan.lr,
+        optim=OPTIMIZERS[plan.optimizer],
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        max_grad_norm=config.max_grad_norm,
+        max_steps=plan.max_steps,
+        seed=config.seed,
+        bf16=plan.precision == "bf16",
+        use_cpu=device == "cpu",
+        activation_checkpointing=config.activation_checkpointing,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        dataloader_pin_memory=device == "cuda",
+    )
+
+
+def _numbers(rows: Rows) -> datasets.Dataset:
+    """What Trainer takes for data: the numbers of the rows, which the collator looks up."""
+    return datasets.Dataset.from_dict({"row": list(range(len(rows))), "length": rows.lengths})
+
+
+def _shares(rows: Rows, batch_size: int, job: Any) -> list[list[int]]:
+    """This rank's rows in batches of like length, each row on one rank."""
+    order = sorted(range(len(rows)), key=rows.lengths.__getitem__)[job.rank :: job.world]
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
