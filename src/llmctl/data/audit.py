@@ -165,7 +165,7 @@ def _stops(data: SupervisedData, model: str) -> frozenset[int]:
     ends = [*(own if isinstance(own, list) else [own]), data.tokenizer.eos_token_id]
     if data.has_conversations:
         ends.append(data.format.end_of_turn)
-    return frozenset(int(token) for token in ends if token is not None)
+    return frozenset(token for token in ends if isinstance(token, int))
 
 
 def _packed(data: SupervisedData) -> tuple[int, float]:

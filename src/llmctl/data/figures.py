@@ -89,18 +89,23 @@ def roles_of(
 ) -> Roles:
     """The roles that a tokenizer gives to its tokens."""
     added = tokenizer.convert_tokens_to_ids(list(added_tokens))
-    special = {k for k, token in tokenizer.added_tokens_decoder.items() if token.special}
     others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, *stops)
     # Byte-level tokenizers write everything, and often call their only special token unknown too.
     unknown = None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
     return Roles(
         stops,
-        frozenset(special.union(tokenizer.all_special_ids)),
+        special_ids(tokenizer),
         tokenizer.bos_token_id,
         unknown,
         frozenset(map(int, added)),
         embedding_rows,
     )
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of the tokens that no text is made of, whether or not they have a role."""
+    added = {k for k, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(added.union(tokenizer.all_special_ids))
 
 
 def measure(data: Tokenized, roles: Roles) -> Figures:
@@ -150,7 +155,7 @@ def beyond(data: Tokenized, roles: Roles) -> Mask:
     """(T,) whether a token has no embedding, and is not about to get one."""
     if roles.embedding_rows is None:
         return np.zeros(len(data.tokens), np.bool_)
-    return (data.tokens >= roles.embedding_rows) & ~_among(data.tokens, roles.added)
+    return (data.tokens >= roles.embedding_rows) & ~among(data.tokens, roles.added)
 
 
 def turns_of(data: Tokenized, roles: Roles) -> Turns:
@@ -162,7 +167,7 @@ def turns_of(data: Tokenized, roles: Roles) -> Turns:
     is_end[data.starts[1:][data.cut] - 1] = False
     (places,) = np.nonzero(is_end)
     tokens = data.tokens[places]
-    special, stopping = _among(tokens, roles.special), _among(tokens, roles.stops)
+    special, stopping = among(tokens, roles.special), among(tokens, roles.stops)
     foreign = places[special & ~stopping]
     where = (
         int(np.searchsorted(data.starts, foreign[0], side="right") - 1) if len(foreign) else None
@@ -178,13 +183,14 @@ def turns_of(data: Tokenized, roles: Roles) -> Turns:
 
 def _stopping(data: Tokenized, roles: Roles) -> Mask:
     """(N,) whether a token at which generation stops is trained on."""
-    found = _among(data.tokens, roles.stops) & data.trained
+    found = among(data.tokens, roles.stops) & data.trained
     total = np.concatenate([[0], np.cumsum(found)])
     stopping: Mask = total[data.starts[1:]] > total[data.starts[:-1]]
     return stopping
 
 
-def _among(tokens: NDArray[np.int32], ids: frozenset[int]) -> Mask:
+def among(tokens: NDArray[np.int32], ids: frozenset[int]) -> Mask:
+    """(T,) whether a token is one of these."""
     return np.isin(tokens, np.array(sorted(ids), np.int64))
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from llmctl.data.audit import Audit
-from llmctl.data.figures import Figures
+from llmctl.data.figures import Figures, among, special_ids
 from llmctl.data.rules import Finding
 from llmctl.data.supervised import SupervisedData
 from llmctl.redact import redact
@@ -99,9 +99,10 @@ def example_number(data: SupervisedData) -> int | None:
 
 def pieces(data: SupervisedData, number: int) -> Iterator[Piece]:
     """The text of a training sequence, no more of it than a screen holds, safe to print."""
-    tokens, trained = (part[:DECODED] for part in data.train.sequence(number))
-    special = np.isin(tokens, data.tokenizer.all_special_ids)
-    kinds = list(zip(trained.tolist(), special.tolist(), strict=True))
+    tokens, trained = data.train.sequence(number)
+    tokens = tokens[:DECODED]
+    special = among(tokens, special_ids(data.tokenizer))
+    kinds = list(zip(trained[:DECODED].tolist(), special.tolist(), strict=True))
     left, end, before = SCREEN, 0, ""
     for (is_trained, is_special), group in groupby(kinds):
         end += len(list(group))

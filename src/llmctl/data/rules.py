@@ -93,7 +93,7 @@ def _learnable(data: SupervisedData, train: Figures) -> Iterator[Finding]:
     what = (
         f"none of the {train.rows:,} rows has a token to train on"
         if train.trained_tokens == 0
-        else f"{_of(train.untrained_rows, train.rows)} have no token to train on"
+        else f"no token to train on in {_of(train.untrained_rows, train.rows)}"
         + ("" if many else ": they are left out")
     )
     yield Finding("error" if many else "warning", "untrained_rows", what, hint, *_at(data, first))
@@ -110,18 +110,19 @@ def _tokens(
         yield Finding(
             "error",
             "beyond_embedding",
-            f"{strange:,} tokens have ids of up to {highest:,}, and the model has only"
+            f"token ids of up to {highest:,} ({strange:,} tokens), and the model has only"
             f" {roles.embedding_rows:,} embeddings: the tokenizer is another model's",
             "put the model's own tokenizer into its folder",
             *_at(data, _sequence(data, places[0]) if len(places) else None),
         )
     twice = train.double_bos + (val.double_bos if val else 0)
     if twice:
+        total = train.sequences + (val.sequences if val else 0)
         (places,) = np.nonzero(doubled(data.train, roles))
         yield Finding(
             "error",
             "double_bos",
-            f"{twice:,} sequences begin with BOS twice",
+            f"BOS twice at the beginning of {_of(twice, total, 'sequences')}",
             "take bos_token out of the chat template, or choose another: --chat-template NAME",
             *_at(data, int(places[0]) if len(places) else None),
         )
@@ -147,8 +148,8 @@ def _ends(
         yield Finding(
             "error" if many else "warning",
             "foreign_end",
-            f"{_of(turns.foreign, turns.total, 'turns')} end with a token at which generation does"
-            f" not stop, such as {name} ({turns.foreign_token})",
+            f"generation does not stop at {name} ({turns.foreign_token}), and that ends"
+            f" {_of(turns.foreign, turns.total, 'turns')}",
             "add it to eos_token_id in the model's generation_config.json, or choose another"
             " template: --chat-template NAME",
             *_at(data, turns.foreign_sequence),
@@ -171,8 +172,8 @@ def _ends(
         yield Finding(
             "warning",
             "open_turns",
-            f"{_of(turns.open, turns.total, 'turns')} end with no special token: only after the"
-            " last turn of a conversation the model learns to stop",
+            f"no special token ends {_of(turns.open, turns.total, 'turns')}: the model learns to"
+            " stop only after the last turn of a conversation",
             "choose a template that ends every turn: --chat-template chatml",
         )
 
@@ -186,12 +187,8 @@ def _lengths(
         yield Finding(
             "error" if refused else "warning",
             "truncated",
-            f"{_of(train.truncated_rows, train.rows)} "
-            + (
-                f"are longer than {data.max_length:,} tokens, and would lose their end"
-                if refused
-                else f"lost their end at {data.max_length:,} tokens"
-            ),
+            f"{_of(train.truncated_rows, train.rows)} {'would lose' if refused else 'lose'} their"
+            f" end at {data.max_length:,} tokens",
             f"raise --max-length (the longest has {train.full_max:,}), or pass --truncation cut"
             " or drop",
         )
@@ -199,14 +196,14 @@ def _lengths(
         yield Finding(
             "warning",
             "dropped",
-            f"{data.dropped:,} sequences of more than {data.max_length:,} tokens are left out",
+            f"left out for more than {data.max_length:,} tokens: {data.dropped:,} sequences",
             "raise --max-length to keep them",
         )
     if train.short:
         yield Finding(
             "warning",
             "short",
-            f"{train.short:,} sequences have fewer than two tokens: nothing to predict in them",
+            f"fewer than two tokens, and nothing to predict: {train.short:,} sequences",
             "look for empty rows",
         )
 
@@ -217,11 +214,10 @@ def _validation(
     """Does the validation loss say something?"""
     if data.overlap:
         ours = next(e for e in data.train_examples if e.name == data.overlap[0])
-        others = len(data.overlap) - 1
         yield Finding(
             "error",
             "overlap",
-            "this example also validates" + (f", and so do {others:,} others" if others else ""),
+            f"this example also validates ({len(data.overlap):,} such in all)",
             "take them out of one of the two: a validation set must be new to the model",
             ours.place,
             ours.line,
@@ -245,7 +241,7 @@ def _validation(
         yield Finding(
             "warning",
             "shared_prompts",
-            f"{data.shared_prompts:,} validation prompts are trained on with another answer",
+            f"validation prompts that are trained on with another answer: {data.shared_prompts:,}",
             "keep all answers to a prompt on one side, to see how well the model does on new ones",
         )
 
@@ -256,14 +252,14 @@ def _rows(data: SupervisedData, roles: Roles) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "duplicates",
-            f"{_of(data.duplicates, data.examples)} say what an earlier one says",
+            f"near-equal to an earlier one: {_of(data.duplicates, data.examples)}",
             "leave them out, unless they are meant to weigh more",
         )
     if data.skipped:
         yield Finding(
             "warning",
             "skipped",
-            f"{data.skipped:,} rows could not be read, and are left out",
+            f"left out because they could not be read: {data.skipped:,} rows",
             "see what is wrong with them: --skip-bad-rows 0",
         )
     if data.tokenizer.pad_token_id in roles.stops:

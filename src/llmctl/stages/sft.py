@@ -10,6 +10,7 @@ from llmctl.data.audit import Audit
 from llmctl.data.supervised import SupervisedData, load_supervised
 from llmctl.resume import earlier_manifest
 from llmctl.rundir import Run
+from llmctl.training.classify import check_classifier, run_classifier
 from llmctl.training.export import export
 from llmctl.training.finetune import audited, build, prepare
 from llmctl.training.guard import open_together, together
@@ -21,8 +22,10 @@ def run(config: SftConfig) -> dict[str, Any] | None:
     threads = hardware.set_threads(config.threads or earlier_manifest(config).get("threads"))
     accelerator, device = make_accelerator(config)
     if config.dry_run:
-        data, _ = _examples(config, accelerator)
-        prepare(config, data, accelerator, device)
+        if config.task == "classify":
+            check_classifier(config, accelerator, device)
+        else:
+            prepare(config, _examples(config, accelerator)[0], accelerator, device)
         if accelerator.is_main_process:
             print(config.to_yaml("sft"), end="")
         return None
@@ -36,6 +39,8 @@ def run(config: SftConfig) -> dict[str, Any] | None:
 
 def _tune(config: SftConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:
     """Train, export; what came of it."""
+    if config.task == "classify":
+        return run_classifier(config, run, accelerator, device)
     with together(accelerator):
         data, report = _examples(config, accelerator)
     with together(accelerator):

@@ -35,6 +35,7 @@ def adapt(
     *,
     added_tokens: Sequence[int] = (),
     task: Literal["chat", "classify"] = "chat",
+    new_modules: Sequence[str] = (),
 ) -> PeftModel:
     """Freeze the model and put a new adapter on it, in float32 and ready to train.
 
@@ -44,6 +45,7 @@ def adapt(
         added_tokens: rows of the embedding that are new: they train by themselves, and so do
             those of an output layer that is not tied to it.
         task: classifiers also train their output layer in full.
+        new_modules: names of further layers that the base lacks, trained and kept in full.
 
     Raises:
         UserError: targets that are not there or cannot be adapted, or DoRA on 8 bits.
@@ -56,6 +58,7 @@ def adapt(
             weight.data = weight.data.float()  # norms, as QLoRA keeps them
     if config.prompt_tuning is None:
         about: Any = _low_rank(model, config, added_tokens, task)
+        about.modules_to_save = list(new_modules) or None
     else:
         about = _virtual_tokens(config, added_tokens)
     with warnings.catch_warnings():

@@ -12,14 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 
 from llmctl.data.labelled import Texts
-from llmctl.training.schedule import lr_at
 from llmctl.training.state import generators_kept
-from llmctl.training.trl import Reliable, Terms
+from llmctl.training.trl import Terms
+from llmctl.training.tuned import Tuned
 from llmctl.training.tuning import TuningPlan
 
 
@@ -65,7 +63,7 @@ class Batches:
         return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-class Classifier(Reliable, Trainer):  # type: ignore[misc]
+class Classifier(Tuned, Trainer):  # type: ignore[misc]
     """Trainer on texts that are encoded already."""
 
     def __init__(
@@ -82,7 +80,7 @@ class Classifier(Reliable, Trainer):  # type: ignore[misc]
         Raises:
             UserError: what cannot be resumed exactly.
         """
-        self._plan, self._val = plan, val
+        self.plan, self._val = plan, val
         super().__init__(
             model=model,
             args=arguments,
@@ -93,7 +91,6 @@ class Classifier(Reliable, Trainer):  # type: ignore[misc]
         )
         # compute_loss divides by the texts of the step
         self.model_accepts_loss_kwargs: bool = True
-        self._counts: Tensor | None = None
 
     def compute_loss(
         self,
@@ -105,26 +102,8 @@ class Classifier(Reliable, Trainer):  # type: ignore[misc]
         """The loss of a micro-batch as its share of the step's mean over texts."""
         logits, labels = classify(model, inputs), inputs["labels"]
         right = (logits.detach().argmax(-1) == labels).sum()
-        counts = torch.stack([right, right.new_tensor(len(labels))])
-        self._counts = counts if self._counts is None else self._counts + counts
-        # num_items_in_batch counts over all ranks, and DDP takes the mean of their gradients
-        share = self.accelerator.num_processes / num_items_in_batch
-        loss: Tensor = cross_entropy(logits, labels, reduction="sum") * share
-        return loss
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: Optimizer | None = None
-    ) -> LambdaLR:
-        """The learning rate as every command of llmctl's has it."""
-        plan = self._plan
-        self.lr_scheduler = LambdaLR(
-            optimizer or self.optimizer, lambda step: lr_at(plan, step) / plan.lr
-        )
-        return self.lr_scheduler
-
-    def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
-        """Nothing: Trainer would count the model's parameters at every step."""
-        return 0
+        self.count(right, right.new_tensor(len(labels)))
+        return self.share(cross_entropy(logits, labels, reduction="sum"), num_items_in_batch)
 
     @torch.no_grad()
     def _measure(self) -> dict[str, float]:
@@ -151,14 +130,6 @@ class Classifier(Reliable, Trainer):  # type: ignore[misc]
             "val_accuracy": right / texts,
             "val_macro_f1": macro_f1(counts),
         }
-
-    def _extras(self) -> dict[str, Any]:
-        """Accuracy since the last line. Collective."""
-        counts, self._counts = self._counts, None
-        if counts is None:
-            return {}
-        right, texts = self.accelerator.reduce(counts.double(), "sum").tolist()
-        return {"accuracy": right / texts}
 
 
 def class_counts(labels: Tensor, guesses: Tensor, classes: int) -> Tensor:

@@ -26,9 +26,9 @@ from llmctl.training.export import put_best
 from llmctl.training.finetune import Base
 from llmctl.training.guard import together
 from llmctl.training.headed import load_classifier, save_classifier
-from llmctl.training.sft import OPTIMIZERS
 from llmctl.training.state import weights
 from llmctl.training.trl import Terms
+from llmctl.training.tuned import common_arguments, to_bf16
 from llmctl.training.tuning import TuningPlan, make_tuning_plan, rhythm_of
 
 TOLERANCE = 1e-3
@@ -86,9 +86,6 @@ def check_classifier(
         UserError: settings that do not go together.
         ResourceError: an optimizer or a precision that does not run here.
     """
-    if config.load_in_4bit or config.load_in_8bit:
-        flag = "--load-in-4bit" if config.load_in_4bit else "--load-in-8bit"
-        raise UserError(f"{flag} does not go with --task classify", hint=f"drop {flag}")
     data = load_labelled(config)
     if accelerator.is_main_process:
         log_labelled(data)
@@ -102,12 +99,9 @@ def check_classifier(
     require_positions(model, max(int(texts.texts.lengths.max()) for texts in (train, val or train)))
     require_padding_unseen(model.to(device), train)
     if config.has_adapter:
-        if other := sorted(loaded.new_modules - set(HEADS)):
-            raise ModelError(
-                f"this model has no `{other[0]}` yet, and an adapter would not keep a new one",
-                hint="drop --lora, or start from a model that has been trained with it",
-            )
-        model = adapt(model, config, task="classify")
+        model = adapt(
+            model, config, task="classify", new_modules=sorted(loaded.new_modules - set(HEADS))
+        )
     trained, parameters = trainable_parameters(model)
     plan = make_tuning_plan(
         config,
@@ -117,8 +111,7 @@ def check_classifier(
         device=device,
     )
     if plan.precision == "pure-bf16":
-        for weight in model.parameters():  # buffers such as rotary frequencies stay exact
-            weight.data = weight.data.to(torch.bfloat16)
+        to_bf16(model, plan.lr)
     if accelerator.is_main_process:
         _announce(plan, parameters, trained)
     base = Base(config.model, weights_sha256(local_folder(resolve_model(config.model))))
@@ -163,28 +156,6 @@ def require_positions(model: Any, longest: int) -> None:
                 )
 
 
-def make_arguments(config: SftConfig, plan: TuningPlan, device: str) -> TrainingArguments:
-    """What Trainer is told; the rest it leaves to us."""
-    return TrainingArguments(
-        output_dir=str(config.out),
-        per_device_train_batch_size=plan.batch_size,
-        gradient_accumulation_steps=plan.grad_accum,
-        learning_rate=plan.lr,
-        optim=OPTIMIZERS[plan.optimizer],
-        weight_decay=config.weight_decay,
-        adam_beta1=config.beta1,
-        adam_beta2=config.beta2,
-        max_grad_norm=config.max_grad_norm,
-        max_steps=plan.max_steps,
-        seed=config.seed,
-        bf16=plan.precision == "bf16",
-        use_cpu=device == "cpu",
-        activation_checkpointing=config.activation_checkpointing,
-        remove_unused_columns=False,
-        dataloader_pin_memory=device == "cuda",
-    )
-
-
 def _build(
     config: SftConfig, data: Labelled, found: Classification, run: Run, device: str
 ) -> Classifier:
@@ -197,7 +168,7 @@ def _build(
         "max_length": data.max_length,
     }
     terms = Terms(run, rhythm_of(config, found.plan), identity, config.group_by_length)
-    arguments = make_arguments(config, found.plan, device)
+    arguments = TrainingArguments(**common_arguments(config, found.plan, device))
     return Classifier(found.model, found.train, found.val, found.plan, arguments, terms)
 
 

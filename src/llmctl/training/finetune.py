@@ -27,6 +27,7 @@ from llmctl.training.selftest import require_isolated
 from llmctl.training.sequences import Rows
 from llmctl.training.sft import Material, SupervisedTrainer, make_arguments
 from llmctl.training.trl import Terms
+from llmctl.training.tuned import to_bf16
 from llmctl.training.tuning import TuningPlan, make_tuning_plan, rhythm_of
 
 
@@ -118,7 +119,7 @@ def prepare(
         device=device,
     )
     if plan.precision == "pure-bf16":
-        _to_bf16(model, plan.lr)
+        to_bf16(model, plan.lr)
     base = Base(config.model, weights_sha256(local_folder(resolve_model(config.model))))
     tuning = Tuning(model, plan, train, val, stops, parameters, trained, base)
     if accelerator.is_main_process:
@@ -180,16 +181,6 @@ def _load(config: SftConfig, device: str) -> Any:
 
 def _load_in(config: SftConfig) -> LoadIn:
     return "4bit" if config.load_in_4bit else "8bit" if config.load_in_8bit else "full"
-
-
-def _to_bf16(model: Any, lr: float) -> None:
-    log.warning(
-        "pure bf16 weights: updates smaller than 1/256 of a weight vanish, and at a learning rate "
-        "of %g most of them are",
-        lr,
-    )
-    for weight in model.parameters():  # buffers such as rotary frequencies stay exact
-        weight.data = weight.data.to(torch.bfloat16)
 
 
 def _announce(tuning: Tuning, sequences: int) -> None:

@@ -13,28 +13,19 @@ import datasets
 import torch
 from peft import PeftModel
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from llmctl.config.stages import SftConfig as Config
 from llmctl.training.head import counted_loss, output_layer, require_chunkable
-from llmctl.training.schedule import lr_at
 from llmctl.training.sequences import Rows
 from llmctl.training.state import generators_kept
-from llmctl.training.trl import Reliable, Terms
+from llmctl.training.trl import Terms
+from llmctl.training.tuned import Tuned, common_arguments
 from llmctl.training.tuning import TuningPlan
 
 datasets.disable_progress_bars()
-
-OPTIMIZERS = {
-    "adamw": "adamw_torch_fused",
-    "adamw-8bit": "adamw_bnb_8bit",
-    "paged-adamw-8bit": "paged_adamw_8bit",
-}
-"""Ours by Trainer's names."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +40,10 @@ class Material:
     """Called on every rank with the step, the model in eval mode."""
 
 
-class SupervisedTrainer(Reliable, SFTTrainer):
+class SupervisedTrainer(Tuned, SFTTrainer):
     """SFTTrainer on rows that are encoded already."""
+
+    accuracy = "token_accuracy"
 
     def __init__(
         self,
@@ -67,7 +60,7 @@ class SupervisedTrainer(Reliable, SFTTrainer):
             UserError: what cannot be resumed exactly, or a loss that cannot be chunked.
             ModelError: the model has no output layer.
         """
-        self._plan, self._material, self._chunked = plan, material, chunked
+        self.plan, self._material, self._chunked = plan, material, chunked
         self._head = output_layer(material.model)
         super().__init__(
             model=material.model,
@@ -80,7 +73,6 @@ class SupervisedTrainer(Reliable, SFTTrainer):
         )
         # compute_loss divides by the tokens of the step
         self.model_accepts_loss_kwargs: bool = True
-        self._counts: Tensor | None = None
         for weight in self.model.parameters():
             if weight.requires_grad and isinstance(self.model, PeftModel):
                 weight.data = weight.data.float()  # SFTTrainer's bf16 would lose small updates
@@ -97,25 +89,8 @@ class SupervisedTrainer(Reliable, SFTTrainer):
         """The loss of a micro-batch as its share of the step's mean over tokens."""
         inputs = {name: value for name, value in inputs.items() if name != "tokens"}
         found = counted_loss(model, self._head, inputs, chunked=self._chunked)
-        counts = torch.stack([found.correct, found.tokens])
-        self._counts = counts if self._counts is None else self._counts + counts
-        # num_items_in_batch counts over all ranks, and DDP takes the mean of their gradients
-        loss: Tensor = found.loss / num_items_in_batch * self.accelerator.num_processes
-        return loss
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: Optimizer | None = None
-    ) -> LambdaLR:
-        """The learning rate as every command of llmctl's has it."""
-        plan = self._plan
-        self.lr_scheduler = LambdaLR(
-            optimizer or self.optimizer, lambda step: lr_at(plan, step) / plan.lr
-        )
-        return self.lr_scheduler
-
-    def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
-        """Nothing: Trainer would count the model's parameters at every step."""
-        return 0
+        self.count(found.correct, found.tokens)
+        return self.share(found.loss, num_items_in_batch)
 
     @torch.no_grad()
     def _measure(self) -> dict[str, float]:
@@ -136,39 +111,16 @@ class SupervisedTrainer(Reliable, SFTTrainer):
         model.train(was_training)
         return {"val_loss": loss / tokens, "val_token_accuracy": correct / tokens}
 
-    def _extras(self) -> dict[str, Any]:
-        """Accuracy since the last line. Collective."""
-        counts, self._counts = self._counts, None
-        if counts is None:
-            return {}
-        correct, tokens = self.accelerator.reduce(counts.double(), "sum").tolist()
-        return {"token_accuracy": correct / max(1, tokens)}
-
     def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {k: v.to(self.args.device) for k, v in batch.items() if k != "tokens"}
 
 
 def make_arguments(config: Config, plan: TuningPlan, device: str) -> SFTConfig:
-    """What Trainer is told; the rest it leaves to us."""
+    """What SFTTrainer is told."""
     return SFTConfig(
-        output_dir=str(config.out),
-        per_device_train_batch_size=plan.batch_size,
-        gradient_accumulation_steps=plan.grad_accum,
-        learning_rate=plan.lr,
-        optim=OPTIMIZERS[plan.optimizer],
-        weight_decay=config.weight_decay,
-        adam_beta1=config.beta1,
-        adam_beta2=config.beta2,
-        max_grad_norm=config.max_grad_norm,
-        max_steps=plan.max_steps,
-        seed=config.seed,
-        bf16=plan.precision == "bf16",
-        use_cpu=device == "cpu",
-        activation_checkpointing=config.activation_checkpointing,
+        **common_arguments(config, plan, device),
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
-        remove_unused_columns=False,
-        dataloader_pin_memory=device == "cuda",
     )
 
 

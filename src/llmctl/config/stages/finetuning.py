@@ -82,6 +82,8 @@ class SftConfig(
                 "packing",
                 "chunked_loss",
                 "prompt_tuning",
+                "load_in_4bit",
+                "load_in_8bit",
                 "samples",
                 "sample_prompt",
                 "sample_tokens",

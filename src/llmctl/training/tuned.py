@@ -1,0 +1,98 @@
+"""What the trainers of fine-tuning share: Trainer's arguments, our learning rate, our accuracy."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from llmctl.config.stages import SftConfig
+from llmctl.console import log
+from llmctl.training.schedule import lr_at
+from llmctl.training.trl import Reliable
+from llmctl.training.tuning import TuningPlan
+
+OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw-8bit": "adamw_bnb_8bit",
+    "paged-adamw-8bit": "paged_adamw_8bit",
+}
+"""Ours by Trainer's names."""
+
+
+class Tuned(Reliable):
+    """Mixin before one of the trainers, whose `compute_loss` calls `count`."""
+
+    plan: TuningPlan
+    accuracy = "accuracy"
+    """What the share of right guesses is called."""
+    _counts: Tensor | None = None
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: Optimizer | None = None
+    ) -> LambdaLR:
+        """The learning rate as every command of llmctl's has it."""
+        plan = self.plan
+        self.lr_scheduler = LambdaLR(
+            optimizer or self.optimizer, lambda step: lr_at(plan, step) / plan.lr
+        )
+        return self.lr_scheduler
+
+    def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
+        """Nothing: Trainer would count the model's parameters at every step."""
+        return 0
+
+    def share(self, loss: Tensor, num_items_in_batch: Any) -> Tensor:
+        """A summed loss as its share of the step's mean.
+
+        num_items_in_batch counts over all ranks, and DDP takes the mean of their gradients.
+        """
+        shared: Tensor = loss * (self.accelerator.num_processes / num_items_in_batch)
+        return shared
+
+    def count(self, right: Tensor, total: Tensor) -> None:
+        """Remember guesses for the next line of metrics; no wait for a GPU."""
+        counts = torch.stack([right, total])
+        self._counts = counts if self._counts is None else self._counts + counts
+
+    def _extras(self) -> dict[str, Any]:
+        """Accuracy since the last line. Collective."""
+        counts, self._counts = self._counts, None
+        if counts is None:
+            return {}
+        right, total = self.accelerator.reduce(counts.double(), "sum").tolist()
+        return {self.accuracy: right / max(1, total)}
+
+
+def common_arguments(config: SftConfig, plan: TuningPlan, device: str) -> dict[str, Any]:
+    """What any trainer is told; the rest it leaves to us."""
+    return {
+        "output_dir": str(config.out),
+        "per_device_train_batch_size": plan.batch_size,
+        "gradient_accumulation_steps": plan.grad_accum,
+        "learning_rate": plan.lr,
+        "optim": OPTIMIZERS[plan.optimizer],
+        "weight_decay": config.weight_decay,
+        "adam_beta1": config.beta1,
+        "adam_beta2": config.beta2,
+        "max_grad_norm": config.max_grad_norm,
+        "max_steps": plan.max_steps,
+        "seed": config.seed,
+        "bf16": plan.precision == "bf16",
+        "use_cpu": device == "cpu",
+        "activation_checkpointing": config.activation_checkpointing,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": device == "cuda",
+    }
+
+
+def to_bf16(model: Any, lr: float) -> None:
+    """Give the model weights in bf16, and say what that means."""
+    log.warning(
+        "pure bf16 weights: updates smaller than 1/256 of a weight vanish, and at a learning rate "
+        "of %g most of them are",
+        lr,
+    )
+    for weight in model.parameters():  # buffers such as rotary frequencies stay exact
+        weight.data = weight.data.to(torch.bfloat16)
