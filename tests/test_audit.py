@@ -475,3 +475,10 @@ def test_a_terminal_gets_colour_and_no_orders(base, tmp_path):
     assert re.search(r"\x1b\[[0-9;]*4[0-9;]*m", text), "nothing underlined"
     assert "\\x1b]0;owned\\x07" in text
     assert not re.search(r"\x1b(?!\[[0-9;]*m)", text), "an escape that is not a colour"
+
+
+def test_a_recipe_says_what_to_audit(cli, base, tmp_path):
+    recipe = tmp_path / "audit.yaml"
+    recipe.write_text(f"stage: audit\nmodel: {base}\ndata: ['builtin:tasks']\ntruncation: cut\n")
+    result = cli("audit", "-c", recipe, "--json")
+    assert json.loads(result.out)["stage"] == "audit", result.err

@@ -307,7 +307,9 @@ def test_text_is_text(tokenizer_of) -> None:
     assert (encoded.tokens.count(1), encoded.tokens.count(2)) == (1, 1)
     assert tokenizer.decode(encoded.tokens[1:-1]).strip() == "<s>the cat</s>"
     assert encoded.trained == [False] + [True] * (len(encoded.tokens) - 1)
-    assert (encoded.ends, chat.spells("<s>the"), chat.spells("the")) == (True, True, False)
+    assert encoded.ends
+    rendered = ("<s>the cat", "the cat</s>\n", "the <s> cat", "the cat")
+    assert [chat.is_rendered(text) for text in rendered] == [True, True, False, False]
     assert chat.text("") == ([1, 2], [False, True], True)
     tokenizer.eos_token = None
     assert not ChatFormat(tokenizer).text("the cat").ends

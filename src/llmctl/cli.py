@@ -190,7 +190,7 @@ def _help_hint(arguments: list[str]) -> str:
 
 def _report(error: UserError, arguments: list[str]) -> int:
     if "--json" in arguments and console.rank() == 0:
-        print(json.dumps({"error": redacted(error.as_json())}))
+        print(_json(redacted({**error.report, "error": error.as_json()})))
     if not error.told and (console.rank() == 0 or reason(error) is None):  # a signal reaches all
         print(redact(f"error: {error}"), file=sys.stderr)
     return error.code

@@ -35,6 +35,8 @@ class UserError(Exception):
         self.hint = hint
         self.told = False
         """Whether another rank says it already."""
+        self.report: dict[str, Any] = {}
+        """What was found all the same; `--json` prints it beside the error."""
 
     def __str__(self) -> str:
         """One to three lines: place and message, then the hint."""

@@ -14,7 +14,6 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from llmctl.config.base import Argument, Config, Flag
-from llmctl.config.sections import StageConfig
 
 CONTROL_PANEL = "Output"
 
@@ -35,7 +34,8 @@ def command(
         given |= {k: False for k, v in flags.items() if v is False}
         return run(config_class.load(stage, recipe, given))
 
-    recipe = [_RECIPE] if issubclass(config_class, StageConfig) else []
+    has_recipe = any(field.exclude is not True for field in config_class.model_fields.values())
+    recipe = [_RECIPE] if has_recipe else []
     call.__signature__ = inspect.Signature([*recipe, *_flags(config_class)])  # type: ignore[attr-defined]
     return call
 

@@ -112,23 +112,17 @@ def audit(data: SupervisedData, config: SftConfig | AuditConfig, *, packing: boo
     )
 
 
-def refusal(report: Audit) -> DataError | None:
-    """The first error, and what else is wrong; None where nothing is."""
-    if not report.errors:
-        return None
-    first, *others = report.errors
-    more = f"; besides, {'; '.join(other.message for other in others)}" if others else ""
-    return DataError(first.message + more, file=first.file, line=first.line, hint=first.hint)
-
-
 def require_sound(report: Audit) -> None:
     """Refuse what would train a broken model.
 
     Raises:
         DataError: saying what is wrong.
     """
-    if (error := refusal(report)) is not None:
-        raise error
+    if not report.errors:
+        return
+    first, *others = report.errors
+    more = f"; besides, {'; '.join(other.message for other in others)}" if others else ""
+    raise DataError(first.message + more, file=first.file, line=first.line, hint=first.hint)
 
 
 def log_summary(report: Audit) -> None:

@@ -160,9 +160,7 @@ def beyond(data: Tokenized, roles: Roles) -> Mask:
 
 def turns_of(data: Tokenized, roles: Roles) -> Turns:
     """Look at the last token of every run of trained ones, which must be turns."""
-    last = np.zeros(len(data.tokens) + 1, np.bool_)
-    last[data.starts[1:]] = True  # also where an empty sequence ends
-    goes_on = np.append(data.trained[1:], False) & ~last[1:]
+    goes_on = np.append(data.trained[1:], False)  # the first of a sequence is never trained
     is_end = data.trained & ~goes_on
     is_end[data.starts[1:][data.cut] - 1] = False
     (places,) = np.nonzero(is_end)

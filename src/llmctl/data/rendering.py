@@ -146,9 +146,11 @@ class ChatFormat:
                     error.message, file=example.place, line=example.line, hint=error.hint
                 ) from None
 
-    def spells(self, text: str) -> bool:
-        """Whether a text spells a special token, as one that was rendered before does."""
-        return self._specials.pattern.search(text) is not None
+    def is_rendered(self, text: str) -> bool:
+        """Whether a text begins or ends with a special token, as one rendered before does."""
+        inner = text.strip()
+        found = self._specials.pattern.finditer(inner)
+        return any(token.start() == 0 or token.end() == len(inner) for token in found)
 
     @cached_property
     def probe(self) -> Encoded:

@@ -14,17 +14,16 @@ from llmctl.data.figures import Figures, Roles, Turns, beyond, doubled
 from llmctl.data.supervised import SupervisedData
 
 MOST_UNTRAINED = 0.1
-"""Share of rows without a trained token that is still an accident of single rows; above it, what
-is asked for and what the data has do not fit."""
+"""Share of rows without a trained token that odd rows explain; above it, flags and data clash."""
 LEAST_ENDED = 0.99
-"""Share of rows, and of turns, that must end with a trained stop token: a model that sees fewer
-ends learns to go on after its answer."""
+"""Share of rows, and of turns, with a trained stop token at the end: with fewer, answers go on."""
 MOST_TRUNCATED = 0.2
 """Share of rows that may lose their end unasked: the rest must be enough to learn to stop."""
 MOST_UNKNOWN, MANY_UNKNOWN = 0.2, 0.01
 """Shares of unknown tokens: above the first the text is not the tokenizer's language at all; above
-the second some script or symbol is missing, which a byte fallback or stray characters do not
-explain."""
+the second a script or symbol is missing, which stray characters do not explain."""
+MOST_RENDERED = 0.1
+"""Share of rows that may talk of special tokens; above it, a template was applied before."""
 MANY_DUPLICATES = 0.01
 """Share of rows: below it, chance answers such as `Yes.` explain them."""
 
@@ -125,6 +124,15 @@ def _tokens(
             f"BOS twice at the beginning of {_of(twice, total, 'sequences')}",
             "take bos_token out of the chat template, or choose another: --chat-template NAME",
             *_at(data, int(places[0]) if len(places) else None),
+        )
+    if rendered := data.rendered:
+        yield Finding(
+            "error" if len(rendered) > MOST_RENDERED * train.rows else "warning",
+            "rendered",
+            f"texts begin or end with a special token, as letters: {_of(len(rendered), train.rows)}",
+            "take these tokens out (they are put where they belong), and give turns as `messages`",
+            rendered[0].place,
+            rendered[0].line,
         )
     if train.unknown_share > MANY_UNKNOWN:
         yield Finding(
@@ -266,8 +274,7 @@ def _rows(data: SupervisedData, roles: Roles) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "pad_is_eos",
-            "the padding token is one that ends a turn: harmless here, where padding is told by its"
-            " place and never by its id",
+            "the padding token ends turns: harmless here, where padding is told by its place alone",
             "give the tokenizer a pad_token of its own if you train with other tools",
         )
 

@@ -64,6 +64,15 @@ class SupervisedData:
         """Rows that were read, both sides together."""
         return len(self.train_examples) + len(self.val_examples)
 
+    @property
+    def rendered(self) -> list[Example]:
+        """Training examples in which a text begins or ends with a special token, spelled out."""
+        return [
+            example
+            for example in self.train_examples
+            if any(self.format.is_rendered(text) for text in _texts(example))
+        ]
+
     def place(self, sequence: int) -> str:
         """File and line of the example that a training sequence was made of."""
         example = self.train_examples[int(self.train.rows[sequence])]
@@ -110,6 +119,12 @@ def load_supervised(config: SftConfig | AuditConfig, reserved: int = 0) -> Super
         dropped=len(encoded) - len(shortened),
         inputs=split.inputs,
     )
+
+
+def _texts(example: Example) -> list[str]:
+    """All that is said in an example."""
+    said = [message.get("content") for message in example.messages or ()]
+    return [text for text in (*said, example.text) if isinstance(text, str)]
 
 
 def _max_length(wanted: int | None, shape: PreTrainedConfig, reserved: int) -> int:

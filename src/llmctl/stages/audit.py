@@ -1,14 +1,12 @@
 """`llmctl audit`: examples and a model's tokenizer in, a report on stdout out."""
 
-import json
 from typing import Any
 
 from llmctl.config.stages import AuditConfig
-from llmctl.console import log
-from llmctl.data.audit import audit, refusal, require_sound
+from llmctl.data.audit import audit, require_sound
 from llmctl.data.report import print_report
 from llmctl.data.supervised import load_supervised
-from llmctl.redact import redacted
+from llmctl.errors import DataError
 
 
 def run(config: AuditConfig) -> dict[str, Any] | None:
@@ -19,15 +17,12 @@ def run(config: AuditConfig) -> dict[str, Any] | None:
     """
     data = load_supervised(config)
     report = audit(data, config, packing=config.packing)
+    result = {"stage": "audit", **report.as_json()}
     if not config.as_json:
         print_report(report, data)
+    try:
         require_sound(report)
-        return None
-    result = {"stage": "audit", **report.as_json()}
-    error = refusal(report)
-    if error is None:
-        return result
-    # Raised, it would be a second object on stdout, without the figures.
-    print(json.dumps(redacted({**result, "error": error.as_json()})), flush=True)
-    log.error("%s", error)
-    raise SystemExit(error.code)
+    except DataError as error:
+        error.report = result
+        raise
+    return result if config.as_json else None

@@ -1,5 +1,6 @@
 """From a config and encoded examples to a trainer that is ready to fit."""
 
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ from llmctl.embeddings import grow_embeddings
 from llmctl.errors import ModelError
 from llmctl.models import load_causal_lm, local_folder
 from llmctl.quantized import LoadIn
+from llmctl.resume import earlier_manifest
 from llmctl.rundir import Run, resolve_model
 from llmctl.training.adapters import adapt, trainable_parameters
+from llmctl.training.head import counted_loss, output_layer
+from llmctl.training.probe import agreed_batch, largest_batch
 from llmctl.training.samples import Sampler
 from llmctl.training.selftest import require_isolated
 from llmctl.training.sequences import Rows
@@ -120,11 +124,39 @@ def prepare(
     )
     if plan.precision == "pure-bf16":
         to_bf16(model, plan.lr)
+    if config.find_batch_size:
+        size, passes = agreed_batch(
+            lambda total: _try_batches(model, train, total, chunked=config.chunked_loss),
+            plan.batch_size,
+            plan.grad_accum,
+            known=earlier_manifest(config).get("plan"),
+            accelerator=accelerator,
+            device=device,
+        )
+        plan = replace(plan, batch_size=size, grad_accum=passes)
     base = Base(config.model, weights_sha256(local_folder(resolve_model(config.model))))
     tuning = Tuning(model, plan, train, val, stops, parameters, trained, base)
     if accelerator.is_main_process:
         _announce(tuning, len(data.train))
     return tuning
+
+
+def _try_batches(model: Any, rows: Rows, total: int, *, chunked: bool) -> int:
+    """The largest batch that fits, of the longest rows, on a copy of the model."""
+    copied = deepcopy(model).train()
+    device = copied.device
+    longest = sorted(range(len(rows)), key=rows.lengths.__getitem__, reverse=True)
+    optimizer = torch.optim.AdamW([w for w in copied.parameters() if w.requires_grad], lr=0.0)
+
+    def step(size: int) -> None:
+        batch = rows.batch([longest[i % len(longest)] for i in range(size)])
+        inputs = {name: part.to(device) for name, part in batch.items() if name != "tokens"}
+        loss = counted_loss(copied, output_layer(copied), inputs, chunked=chunked).loss
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return largest_batch(step, total, device.type)
 
 
 def build(config: SftConfig, data: SupervisedData, tuning: Tuning, run: Run) -> SupervisedTrainer:

@@ -1,13 +1,16 @@
 """How large a batch fits, tried before training on a model that is thrown away."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from rich.filesize import decimal
 
 from llmctl import hardware
 from llmctl.console import log
 from llmctl.errors import ResourceError
+from llmctl.training.guard import together
 from llmctl.training.state import generators_kept
 
 MARGIN = 0.9
@@ -44,6 +47,36 @@ def largest_batch(step: Callable[[int], None], wanted: int, device: str) -> int:
     peak = decimal(hardware.peak_memory(device))
     log.info("batch size %d of %d fits (%s at the peak)", fitting, wanted, peak)
     return fitting
+
+
+def agreed_batch(
+    attempt: Callable[[int], int],
+    batch_size: int,
+    grad_accum: int,
+    *,
+    known: dict[str, Any] | None,
+    accelerator: Accelerator,
+    device: str,
+) -> tuple[int, int]:
+    """Batch size and accumulation of a step that keeps its size, the same on every rank.
+
+    Args:
+        attempt: tries batches up to a size, and says the largest that fits.
+        batch_size: what was asked for.
+        grad_accum: likewise.
+        known: the plan of the run that is resumed, if one is.
+        accelerator: processes.
+        device: type of device.
+    """
+    total, size = batch_size * grad_accum, batch_size
+    if known is None:
+        with together(accelerator):
+            size = attempt(total)
+        hardware.release_memory(device)
+        size = int(accelerator.gather(torch.tensor([size], device=device)).min())
+    elif known["batch_size"] * known["grad_accum"] == total:
+        size = known["batch_size"]  # of another step: refused further on
+    return size, total // size
 
 
 def _halves(wanted: int) -> list[int]:

@@ -21,13 +21,12 @@ from llmctl.errors import DataError, ModelError, UserError
 from llmctl.models import load_causal_lm, load_config, load_tokenizer
 from llmctl.rundir import Run
 from llmctl.training.batches import Batches
-from llmctl.training.guard import together
 from llmctl.training.job import Job, Rhythm
 from llmctl.training.loop import evaluate, loss_of
 from llmctl.training.optimizers import make_optimizers
 from llmctl.training.placement import is_sharded
 from llmctl.training.plan import Plan, make_plan, preset_for
-from llmctl.training.probe import largest_batch
+from llmctl.training.probe import agreed_batch, largest_batch
 from llmctl.training.state import architecture, capture
 from llmctl.training.trainer import Trainer
 
@@ -139,18 +138,15 @@ def with_largest_batch(config: PretrainConfig, setup: Setup, known: dict[str, An
         setup: its plan says how many sequences make a step.
         known: the plan of the run that is resumed, if one is.
     """
-    plan, accelerator = setup.plan, setup.accelerator
-    total = plan.batch_size * plan.grad_accum
-    size = plan.batch_size  # of a resumed run with another step: refused further on
-    if known is None:
-        with together(accelerator):
-            size = _try_batches(config, setup, total)
-        hardware.release_memory(setup.device)
-        sizes = accelerator.gather(torch.tensor([size], device=setup.device))
-        size = int(sizes.min())
-    elif known["batch_size"] * known["grad_accum"] == total:
-        size = known["batch_size"]
-    return replace(setup, plan=replace(plan, batch_size=size, grad_accum=total // size))
+    size, passes = agreed_batch(
+        lambda total: _try_batches(config, setup, total),
+        setup.plan.batch_size,
+        setup.plan.grad_accum,
+        known=known,
+        accelerator=setup.accelerator,
+        device=setup.device,
+    )
+    return replace(setup, plan=replace(setup.plan, batch_size=size, grad_accum=passes))
 
 
 def _try_batches(config: PretrainConfig, setup: Setup, total: int) -> int:

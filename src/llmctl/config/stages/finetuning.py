@@ -82,6 +82,7 @@ class SftConfig(
                 "packing",
                 "chunked_loss",
                 "prompt_tuning",
+                "find_batch_size",
                 "load_in_4bit",
                 "load_in_8bit",
                 "samples",
