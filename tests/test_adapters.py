@@ -15,6 +15,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -471,3 +473,17 @@ def test_norms_of_a_quantized_base_are_kept_in_float32(tmp_path):
     with torch.autocast("cpu", torch.bfloat16):
         train(model, steps=2)
     assert all(w.isfinite().all() for w in model.parameters() if w.requires_grad)
+
+
+def test_new_tokens_beside_an_output_layer_with_a_bias_are_refused():
+    """PEFT's layer for single rows computes without the bias: another model would be trained."""
+    torch.manual_seed(0)
+    shape = PhiConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    with pytest.raises(ModelError, match="has a bias"):
+        adapt(PhiForCausalLM(shape), Adapter(lora=True), added_tokens=[38, 39])

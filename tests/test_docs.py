@@ -63,6 +63,14 @@ def test_the_readme_tour_runs(tmp_path):
         assert ran.stdout, line
 
 
+@pytest.mark.slow
+def test_the_demo_ends_with_answers(cli, tmp_path):
+    result = cli("demo", "--max-steps", 4, "--threads", 1, "-o", tmp_path / "demo")
+    assert result.code == 0, result.err
+    assert (tmp_path / "demo/sft/model/config.json").is_file()
+    assert "->" in result.err
+
+
 @pytest.mark.parametrize(
     "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name
 )

@@ -530,3 +530,15 @@ def test_a_batch_names_the_row_that_a_template_refuses(tokenizer_of) -> None:
     assert next(found) == chat.examples(talk("uhi", "aho"), "assistant")
     with pytest.raises(ModelError, match=r"a.jsonl:3: the chat template refuses .* no"):
         next(found)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_template_that_writes_the_date_can_be_held(tokenizer_of, frozen) -> None:
+    """A run that is resumed on another day must have the same data."""
+    template = (
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    )
+    tokenizer = tokenizer_of("bytes", template)
+    held = ChatFormat(tokenizer, "2024-05-06T10:00:00+0200" if frozen else None)
+    text = tokenizer.decode(held.prompt(talk("ufoo")))
+    assert ("06 May 2024" in text) == frozen

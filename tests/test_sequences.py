@@ -11,6 +11,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
 from llmctl.data.packing import pack
@@ -18,7 +20,7 @@ from llmctl.data.tokenized import Encoded, collect
 from llmctl.errors import ModelError, UserError
 from llmctl.training.head import counted_loss, output_layer, require_chunkable
 from llmctl.training.selftest import require_isolated
-from llmctl.training.sequences import Rows
+from llmctl.training.sequences import Rows, on_device
 
 SIZE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -232,3 +234,23 @@ def test_cross_entropy_is_the_reference():
     )
     found = counted_loss(model, model.lm_head, batch, chunked=False).loss
     torch.testing.assert_close(found, expected)
+
+
+def test_the_experts_are_kept_in_balance():
+    """Their balancing loss counts where the configuration wants it, as in transformers."""
+    torch.manual_seed(0)
+    shape = MixtralConfig(
+        **SIZE,
+        intermediate_size=16,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=64,
+        output_router_logits=True,
+        router_aux_loss_coef=0.5,
+    )
+    model = MixtralForCausalLM(shape).eval()
+    batch = Rows(sequences(9), pad=0).batch([0])
+    found = counted_loss(model, model.lm_head, on_device(batch, model.device), chunked=False)
+    whole = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+    ours = found.loss / found.tokens + 0.5 * found.balance
+    torch.testing.assert_close(ours, whole)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
 from llmctl.files import sha256_file
 
@@ -380,6 +380,59 @@ def test_a_model_in_bf16_is_trained_in_float32(cli, base, chats, tmp_path):
         assert weight.dtype == torch.float32
         if "embed" not in name and "lm_head" not in name:
             assert (weight != before[name].float()).float().mean() > 0.9, name
+
+
+def derived(base, to, **changes):
+    """A copy of the model's folder with other keys in its JSON files."""
+    shutil.copytree(base / "model", to)
+    for name, keys in changes.items():
+        file = to / f"{name}.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
+    return to
+
+
+@pytest.mark.parametrize("more", [(), ("--lora",)])
+def test_a_generation_config_that_cannot_be_saved_does_not_cost_the_run(
+    cli, base, chats, tmp_path, more
+):
+    """transformers loads a temperature without do_sample, and refuses to write it."""
+    model = derived(base, tmp_path / "odd", generation_config={"temperature": 0.9, "top_p": 0.6})
+    result = cli("sft", "--model", model, "--data", chats, *QUICK, *more, "-o", tmp_path / "run")
+    assert result.code == 0, result.err
+
+
+def test_plain_text_does_not_need_the_chat_template(cli, base, corpus, tmp_path):
+    model = derived(base, tmp_path / "odd")
+    (model / "chat_template.jinja").write_text("{{ nothing.at.all }}")
+    result = cli("sft", "--model", model, "--data", corpus, *QUICK, "-o", tmp_path / "run")
+    assert result.code == 0, result.err
+
+
+def test_a_model_without_keys_and_values_trains_and_says_that_it_cannot_answer(
+    cli, base, chats, tmp_path
+):
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(base / "model")
+    shape = MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2)
+    MambaForCausalLM(shape).save_pretrained(tmp_path / "mamba")
+    tokenizer.save_pretrained(tmp_path / "mamba")
+    run = ("sft", "--model", tmp_path / "mamba", "--data", chats, *RUN, "--max-steps", 2)
+    result = cli(*run, "-o", tmp_path / "run")
+    assert result.code == 0, result.err
+    assert "no samples: llmctl cannot generate with mamba" in result.err
+    said = cli("generate", "--model", tmp_path / "run", "--prompt", "a")
+    assert said.code == 4
+    result = cli(*run, "--packing", "-o", tmp_path / "packed")
+    assert (result.code, "leaks" in result.err) == (4, True), result.err
+
+
+def test_the_largest_batch_is_found(cli, base, chats, tmp_path):
+    result = cli(
+        *("sft", "--model", base, "--data", chats, *QUICK, "--find-batch-size"),
+        *("-o", tmp_path / "run", "--json"),
+    )
+    assert result.code == 0, result.err
+    assert "batch size 8 of 8 fits" in result.err
 
 
 BAD = {

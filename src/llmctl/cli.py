@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from llmctl.config.sections import Reporting
 
 COMMANDS = {
-    "demo": ("DemoConfig", "Tokenize, pretrain and generate on text that every Python carries."),
+    "demo": (
+        "DemoConfig",
+        "Tokenize, pretrain, generate and fine-tune on what every Python carries.",
+    ),
     "tokenize": ("TokenizeConfig", "Train a tokenizer and turn a corpus into token shards."),
     "pretrain": ("PretrainConfig", "Train a causal language model from scratch, or continue one."),
     "audit": ("AuditConfig", "Check examples as `sft` would see them."),

@@ -208,13 +208,14 @@ def save_model(
     """
     staging = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging, state_dict=state)
-    tokenizer.save_pretrained(staging)
-    GenerationConfig(
+    # what else it says may be what transformers loads and refuses to save
+    model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=_stops(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
-    ).save_pretrained(staging)
+    )
+    model.save_pretrained(staging, state_dict=state)
+    tokenizer.save_pretrained(staging)
     follow_umask(staging)
     replace_folder(staging, folder)
 
@@ -250,7 +251,8 @@ def _config_under(adapter: Adapter) -> PreTrainedConfig:
 def _check_loaded(model: PreTrainedModel, report: dict[str, Any], folder: Path) -> None:
     """Refuse what transformers only reports: tensors it made up; and weights not finite."""
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        names = sorted(n for n in map(str, report[problem]) if not n.endswith(DERIVED))
+        found = {name if isinstance(name, str) else name[0] for name in report[problem]}
+        names = sorted(name for name in found if not name.endswith(DERIVED))
         if names:
             what = problem.removesuffix("_keys")
             raise ModelError(f"{what} weights: {names[0]} (of {len(names)})", file=folder)

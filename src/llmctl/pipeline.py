@@ -1,6 +1,6 @@
 """Stages in order, in one process: `llmctl demo`.
 
-Reads the text that every Python carries; writes a tokenize run and a pretrain run, prints samples.
+Reads the text that every Python carries; writes a run of each stage, prints samples.
 """
 
 import json
@@ -8,16 +8,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llmctl.config.stages import DemoConfig, GenerateConfig, PretrainConfig, TokenizeConfig
+from llmctl.claim import SAMPLES
+from llmctl.config.stages import (
+    DemoConfig,
+    GenerateConfig,
+    PretrainConfig,
+    SftConfig,
+    TokenizeConfig,
+)
 from llmctl.console import duration, log
-from llmctl.stages import generate, pretrain, tokenize
+from llmctl.stages import generate, pretrain, sft, tokenize
 
 DATA = "builtin:python-docs"
+TASKS = "builtin:tasks"
 PROMPTS = ["The for statement", "Return a", "If the object is"]
 
 
 def run(config: DemoConfig) -> dict[str, Any] | None:
-    """Tokenize, pretrain, generate; then say what to try next."""
+    """Tokenize, pretrain, generate, fine-tune; then say what to try next."""
     out = config.out or Path("runs/demo")
     common: dict[str, Any] = {"seed": config.seed, "overwrite": config.overwrite}
     tokenizing = TokenizeConfig(data=[DATA], out=out / "tok", **common)
@@ -31,16 +39,27 @@ def run(config: DemoConfig) -> dict[str, Any] | None:
         threads=config.threads,
         **common,
     )
+    tuning = SftConfig(
+        model=str(out / "base"),
+        data=[TASKS],
+        out=out / "sft",
+        max_steps=config.max_steps,
+        samples=3,
+        sample_tokens=16,
+        threads=config.threads,
+        **common,
+    )
     if config.dry_run:
-        print(tokenizing.to_yaml("tokenize") + "---\n" + training.to_yaml("pretrain"), end="")
+        recipes = (tokenizing.to_yaml("tokenize"), training.to_yaml("pretrain"))
+        print("---\n".join([*recipes, tuning.to_yaml("sft")]), end="")
         return None
     started = time.monotonic()
-    log.info("1/3  tokenize: Python's own documentation -> %s", out / "tok")
+    log.info("1/4  tokenize: Python's own documentation -> %s", out / "tok")
     tokenize.run(tokenizing)
-    log.info("2/3  pretrain: a small language model, from scratch -> %s", out / "base")
+    log.info("2/4  pretrain: a small language model, from scratch -> %s", out / "base")
     result = pretrain.run(training)
     assert result is not None
-    log.info("3/3  generate: what it writes now")
+    log.info("3/4  generate: what it writes now")
     written = out / "samples.jsonl"
     generate.run(
         GenerateConfig(
@@ -55,14 +74,25 @@ def run(config: DemoConfig) -> dict[str, Any] | None:
     samples = [json.loads(line) for line in written.read_text().splitlines()]
     for row in samples:
         log.info("\n  %s|%s", row["prompt"], "\n  ".join(row["response"].splitlines()))
+    log.info("4/4  sft: it learns to answer, on small tasks made on the spot -> %s", out / "sft")
+    sft.run(tuning)
+    for answer in _answers(out / "sft"):
+        log.info("  %s  ->  %s", answer["prompt"], answer["response"])
     log.info("%s", _next_steps(out, time.monotonic() - started))
     return {**result, "stage": "demo", "out": str(out), "samples": samples}
+
+
+def _answers(run: Path) -> list[dict[str, Any]]:
+    """What the fine-tuned model said last."""
+    rows = [json.loads(line) for line in (run / SAMPLES).read_text().splitlines()]
+    return [row for row in rows if row["step"] == rows[-1]["step"]]
 
 
 def _next_steps(out: Path, seconds: float) -> str:
     return f"""
 Done in {duration(seconds)}: from text to a model that writes. Try next:
   llmctl generate --model {out / "base"} --prompt "A string is" --temperature 0.7
+  llmctl chat --model {out / "sft"}
   llmctl tokenize --data YOUR.txt -o runs/tok
   llmctl pretrain --tokens runs/tok -o runs/base
   llmctl pretrain --help"""

@@ -3,6 +3,7 @@
 TORTURE=long runs the long form, TORTURE_SEED repeats one.
 """
 
+import json
 import os
 import random
 import shutil
@@ -10,6 +11,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +22,9 @@ from torture.subjects import Subject
 LONG = os.environ.get("TORTURE") == "long"
 SEED = int(os.environ.get("TORTURE_SEED") or random.SystemRandom().randrange(10**6))
 COLUMNS = ("tried", "inside a save", "survived", "bit-identical")
+RESULTS = ("model", "adapter")
+LOGS = ("metrics.jsonl", "samples.jsonl")
+CLOCK = ("time", "tokens_per_second", "mfu", "memory_bytes")
 counts: dict[tuple[str, str], Counter] = {}
 
 
@@ -57,17 +62,28 @@ class Reference:
     seconds: float
     save_seconds: float
 
-    @property
-    def digest(self) -> str:
-        return digest(self.path)
-
     def matches(self, run: Path) -> bool:
-        return digest(run) == self.digest
+        return differences(outcome(self.path), outcome(run)) == []
 
 
-def digest(run: Path) -> str:
-    """sha256 of the weights a run ended with."""
-    return sha256_file(run / "model" / "model.safetensors")
+def outcome(run: Path) -> dict[str, Any]:
+    """What a run ended with: sha256 of each file of its result, and its lines but for the clock."""
+    results = [p for name in RESULTS for p in (run / name).rglob("*") if p.is_file()]
+    found: dict[str, Any] = {str(p.relative_to(run)): sha256_file(p) for p in results}
+    assert any(name.endswith(".safetensors") for name in found), "no result"
+    for log in LOGS:
+        if (run / log).exists():
+            lines = (json.loads(line) for line in (run / log).read_text().splitlines())
+            found[log] = [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
+    return found
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Which files are not the same; pytest shows what is printed where a test fails."""
+    names = sorted(n for n in {*ours, *theirs} if ours.get(n) != theirs.get(n))
+    for name in names:
+        print(f"{name}: {ours.get(name)} -> {theirs.get(name)}")
+    return names
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -98,7 +114,7 @@ def reference(tokens, tmp_path_factory):
     def get(subject: Subject, size: str, *flags: object) -> Reference:
         key = (subject.name, size, *flags)
         if key not in made:
-            out = tmp_path_factory.mktemp(f"reference-{subject.name}-{size}") / "run"
+            out = tmp_path_factory.mktemp("reference") / "run"
             command = subject.command(tokens, size, out, *flags)
             made[key] = _undisturbed(subject, command, out)
         return made[key]
@@ -128,7 +144,8 @@ def copy_of(tmp_path):
     def make(finished: Path, name: str = "run") -> Path:
         out = tmp_path / name
         shutil.copytree(finished, out)
-        shutil.rmtree(out / "model")
+        for result in RESULTS:
+            shutil.rmtree(out / result, ignore_errors=True)
         (out / "status.json").write_text('{"state": "running"}')
         return out
 

@@ -22,7 +22,7 @@ import pytest
 
 from llmctl.stopping import leave_on_signals
 
-HEAVY = ("torture.harness", "torture.plants", "llmctl.stages.pretrain", "trl.trainer.sft_trainer")
+HEAVY = ("torture.harness", "torture.plants", "llmctl.stages.pretrain", "llmctl.stages.sft")
 LIMIT = 120
 """Seconds that no trial may take."""
 

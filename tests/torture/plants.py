@@ -1,6 +1,7 @@
 """What a trial's process does to itself before the command starts: crashes, bad numbers, counts."""
 
 import os
+from importlib import import_module
 from pathlib import Path
 
 CRASHED = 137
@@ -20,6 +21,16 @@ def die_at_event(number: int) -> None:
             os._exit(CRASHED)
 
     checkpoint.fault = fault
+
+
+def die_at_call(where: str) -> None:
+    """Leave as if killed when this function ("module:function") or method is called."""
+    module, _, path = where.partition(":")
+    *owners, name = path.split(".")
+    owner = import_module(module)
+    for attribute in owners:
+        owner = getattr(owner, attribute)
+    setattr(owner, name, lambda *_, **__: os._exit(CRASHED))
 
 
 def list_events(log: Path) -> None:

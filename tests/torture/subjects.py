@@ -1,7 +1,7 @@
 """The training commands that every crash test is run on: one row for each."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -52,20 +52,20 @@ SFT = Subject(
     arguments=lambda tokens, size: (
         *("sft", "--model", make_base(tokens, size), "--data", make_chats(tokens)),
         *("--batch-size", 4, "--lr", "1e-3", "--precision", "fp32", "--threads", 1, "--seed", 5),
-        *("--val-size", 8, "--samples", 1, "--sample-tokens", 4),
+        *("--val-size", 8, "--samples", 1, "--sample-tokens", 4, "--log-every", 3),
     ),
     large=("--max-steps", 10, "--save-every", 1, "--eval-every", 5),
     small=("--max-steps", 12, "--save-every", 2, "--eval-every", 6),
 )
 
-PROOF = Subject(
-    name="a bare SFTTrainer",
-    entry="torture.sft:main",
-    arguments=lambda tokens, size: ("--seed", 5),
-    large=("--hidden", 256, "--max-steps", 10, "--save-every", 1, "--eval-every", 5),
-    small=("--max-steps", 12, "--save-every", 2, "--eval-every", 6),
+LORA = replace(
+    SFT,
+    name="sft --lora --merge",
+    arguments=lambda *given: (
+        *(*SFT.arguments(*given), "--lora", "--lora-dropout", 0.1, "--merge"),
+    ),
 )
-"""The mixin over one of TRL's trainers as it is, which no command is."""
+"""The same with two results: of these, one comes after the other."""
 
 SUBJECTS = [PRETRAIN, SFT]
 

@@ -1,4 +1,4 @@
-"""Crashes in a row and during resume, finished runs, other runs' checkpoints, a frozen process."""
+"""Crashes in a row and during resume, finished runs, other runs' checkpoints, two runs at once."""
 
 import json
 import shutil
@@ -108,12 +108,18 @@ def spoil_consistently(path, step):
 
 
 @every_subject
-def test_a_frozen_process_goes_on_as_if_nothing_had_been(run, reference, tmp_path, subject):
+def test_a_frozen_process_keeps_its_run_and_goes_on_as_if_nothing_had_been(
+    run, reference, tmp_path, subject
+):
     whole = reference(subject, "small")
     out = tmp_path / "run"
     trial = run(subject, "small", out)
     stop_at(trial, out, 4)
-    time.sleep(3 if LONG else 1)
+    for flags in ((), ("--resume",), ("--overwrite",)):
+        second = run(subject, "small", out, *flags)
+        assert second.wait() == 3, second.err
+        assert "in use" in second.err
+    time.sleep(3 if LONG else 0)
     trial.send(signal.SIGCONT)
     assert trial.wait() == 0, trial.err
     assert whole.matches(out)

@@ -17,7 +17,7 @@ from llmctl.checkpoint import Content, Owner
 from torture.conftest import LONG, tally
 from torture.harness import checkpoints, unfinished
 from torture.plants import CRASHED, die_at_event, list_events
-from torture.subjects import every_subject
+from torture.subjects import LORA, SUBJECTS, every_subject
 
 pytestmark = pytest.mark.slow
 OWNER = Owner(run_id="a run", identity={"lr": 0.1, "world_size": 1})
@@ -190,7 +190,7 @@ def test_a_crash_while_leftovers_are_removed(tmp_path, monkeypatch):
         assert not list(tmp_path.glob(".t*"))
 
 
-@every_subject
+@pytest.mark.parametrize("subject", [*SUBJECTS, LORA], ids=lambda subject: subject.name)
 def test_a_run_that_crashes_in_a_save_resumes_to_the_same_bits(
     run, reference, draw, tmp_path, subject
 ):

@@ -2,17 +2,26 @@
 
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from llmctl.resume import defect
-from torture.conftest import LONG, counts, tally
+from torture.conftest import LONG, RESULTS, counts, tally
 from torture.harness import checkpoints, kill_when, saving_step, unfinished, until
-from torture.subjects import SUBJECTS, every_subject
+from torture.plants import CRASHED, die_at_call
+from torture.subjects import LORA, SUBJECTS, every_subject
 
 pytestmark = pytest.mark.slow
 KILLS = 25 if LONG else 10 // len(SUBJECTS)
+EXPORTING = {
+    "adapter written": ("llmctl.training.export:merge", "adapter"),
+    "model staged": ("llmctl.models:replace_folder", "adapter"),
+    "both written": ("llmctl.claim:Claim.flush", "model", "adapter"),
+    "trained": ("llmctl.training.export:put_best",),
+}
+"""Functions that are never reached, and the results that are there by then."""
 GROUP = "SIGKILL at a random moment"
 
 
@@ -45,6 +54,23 @@ def test_a_kill_and_a_resume_end_in_the_same_bits(run, reference, draw, tmp_path
     tally(GROUP, subject, "bit-identical")
     assert not unfinished(out)
     shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("moment", list(EXPORTING)[: 4 if LONG else 2])
+def test_a_kill_between_two_results_ends_in_both(run, reference, tmp_path, moment):
+    """An adapter and the model merged from it: what is there is made anew, what is not is made."""
+    group, (where, *there) = "killed while results are written", EXPORTING[moment]
+    whole = reference(LORA, "small")
+    out = tmp_path / "run"
+    trial = run(LORA, "small", out, plant=partial(die_at_call, where))
+    assert trial.wait() == CRASHED, trial.err
+    tally(group, LORA, "tried")
+    assert [name for name in RESULTS if (out / name).exists()] == there
+    again = run(LORA, "small", out, "--resume")
+    assert again.wait() == 0, again.err
+    tally(group, LORA, "survived")
+    assert whole.matches(out)
+    tally(group, LORA, "bit-identical")
 
 
 def is_inside(run: Path, step: int, files: int) -> bool:

@@ -12,7 +12,7 @@ from torture import harness
 from torture.conftest import tally
 from torture.harness import checkpoints
 from torture.plants import spoil_loss
-from torture.subjects import PRETRAIN, PROOF, every_subject
+from torture.subjects import PRETRAIN, every_subject
 from torture.test_damage import error_of
 
 pytestmark = pytest.mark.slow
@@ -129,14 +129,6 @@ def test_skips_are_counted_across_a_resume(run, tmp_path, subject):
 def two_skips_and_no_memory():
     spoil_loss("inf", (2, 3))
     spoil_loss("memory", (9,))
-
-
-def test_data_with_nothing_to_learn_is_refused(run, tmp_path):
-    out = tmp_path / "run"
-    trial = run(PROOF, "small", out, "--masked")
-    assert trial.wait() == 3, trial.err
-    error_of(trial)
-    assert not checkpoints(out)
 
 
 def test_a_nan_weight_is_found_when_the_model_is_loaded(run, base, tokens, tmp_path):

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from llmctl.resume import defect
-from torture.conftest import LONG, digest, tally
+from torture.conftest import LONG, differences, outcome, tally
 from torture.harness import LIMIT, Trial, checkpoints, fill, mounted, saving_step, unfinished, until
 from torture.subjects import every_subject
 
@@ -120,7 +120,7 @@ def pair(request, forked, torchrun):
 
 @pytest.fixture(scope="module")
 def undisturbed():
-    """Digests of two-rank runs that nothing disturbed, by subject."""
+    """Outcomes of two-rank runs that nothing disturbed, by subject."""
     return {}
 
 
@@ -130,7 +130,7 @@ def whole(forked, undisturbed, tmp_path):
         if subject.name not in undisturbed:
             pair = forked(subject, tmp_path / "whole")
             assert pair.wait(LIMIT) == [0, 0], pair.errors()
-            undisturbed[subject.name] = digest(tmp_path / "whole")
+            undisturbed[subject.name] = outcome(tmp_path / "whole")
         return undisturbed[subject.name]
 
     return get
@@ -140,7 +140,7 @@ def resumes_to_the_same_bits(forked, subject, out, wanted, group):
     again = forked(subject, out, "--resume")
     assert again.wait(LIMIT) == [0, 0], again.errors()
     tally(group, subject, "survived")
-    assert digest(out) == wanted
+    assert differences(wanted, outcome(out)) == []
     tally(group, subject, "bit-identical")
 
 
@@ -162,7 +162,7 @@ def test_three_ranks_resume_in_the_same_bits(forked, copy_of, tmp_path, subject)
     assert again.wait(LIMIT) == [0, 0, 0], again.errors()
     assert "checkpoint-4" in again.errors()
     tally(group, subject, "survived")
-    assert digest(out) == digest(whole)
+    assert differences(outcome(whole), outcome(out)) == []
     tally(group, subject, "bit-identical")
 
 

@@ -71,8 +71,8 @@ class Corpus(Fields):
     """Raw text."""
 
     data: Annotated[list[str], Also("dataset", "dataset-name")] = []
-    """Text to read (repeatable): a file (txt, md, jsonl, csv, parquet, also .gz or .zst), a folder,
-    a glob, a Hub data set, `builtin:python-docs`, or `-` for stdin."""
+    """Text to read (repeatable): a file (txt, md, jsonl, json, csv, parquet, also .gz or .zst), a
+    folder, a glob, a Hub data set, `builtin:python-docs`, or `-` for stdin."""
 
     text_column: Annotated[str, Also("text-field", "dataset-text-field")] = "text"
     """Column that holds the text in jsonl, csv, parquet and Hub data."""

@@ -71,6 +71,7 @@ def render_cuts(
     variables: Mapping[str, str],
     tools: Sequence[Mapping[str, Any]] | None = None,
     *,
+    clock: str | None = None,
     trusted: bool = False,
 ) -> list[str]:
     """The texts of several cuts of a conversation, at the cost of one request.
@@ -81,6 +82,7 @@ def render_cuts(
         cuts: each how many of the messages to render, and whether the assistant is to go on.
         variables: what else the template sees: the tokenizer's special tokens.
         tools: JSON schemas of what the assistant may call.
+        clock: what time it is for the template (ISO 8601); None for now.
         trusted: llmctl wrote the template, which then runs in this process.
 
     Raises:
@@ -95,6 +97,7 @@ def render_cuts(
         "cuts": list(cuts),
         "tools": None if tools is None else list(tools),
         "variables": dict(variables),
+        "clock": clock,
     }
     if trusted:
         return _render_here(request)

@@ -104,7 +104,7 @@ def load_labelled(config: SftConfig) -> Labelled:
 
     Raises:
         DataError: rows that are broken, a single class, a label that is in the validation data
-            only, or a text that both train and validate.
+            only, a text that both train and validate, or tokens that the model does not have.
         ModelError: no tokenizer, or a classifier whose own labels are others.
         UserError: more positions asked for than the model has.
     """
@@ -116,6 +116,7 @@ def load_labelled(config: SftConfig) -> Labelled:
     drop = config.truncation == "drop"
     train, dropped = _encode(tokenizer, split.train, max_length, drop=drop)
     val, _ = _encode(tokenizer, split.val, max_length, drop=drop)
+    _require_embeddings([*train, *val], int(shape.get_text_config().vocab_size))
     labels = labels_of([example for example, _, _ in train], split.val, shape)
     return Labelled(
         _collect(train, labels),
@@ -220,6 +221,18 @@ def _encode(
             hint="raise --max-length, or use --truncation cut",
         )
     return found, len(examples) - len(found)
+
+
+def _require_embeddings(encoded: list[tuple[Example, list[int], bool]], rows: int) -> None:
+    for example, tokens, _ in encoded:
+        if max(tokens) >= rows:
+            raise DataError(
+                f"a token id of {max(tokens):,}, and the model has only {rows:,} embeddings: the "
+                "tokenizer is another model's",
+                file=example.place,
+                line=example.line,
+                hint="put the model's own tokenizer into its folder",
+            )
 
 
 def _collect(encoded: list[tuple[Example, list[int], bool]], labels: Sequence[str]) -> Texts:

@@ -43,9 +43,15 @@ class ChatFormat:
     template puts it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Take a tokenizer that changes no more."""
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, clock: str | None = None) -> None:
+        """Take a tokenizer that changes no more.
+
+        Args:
+            tokenizer: with its chat template.
+            clock: what time it is for templates that write the date (ISO 8601), so that a run which
+                is resumed tomorrow has the same data; None for now.
+        """
+        self.tokenizer, self._clock = tokenizer, clock
         self._specials = Specials(tokenizer)
         self._variables = tokenizer.special_tokens_map
 
@@ -197,6 +203,7 @@ class ChatFormat:
             cuts,
             self._variables,
             self._specials.hide(tools),
+            clock=self._clock,
             trusted=self.template in TRUSTED,
         )
 

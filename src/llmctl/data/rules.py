@@ -129,7 +129,7 @@ def _tokens(
         yield Finding(
             "error" if len(rendered) > MOST_RENDERED * train.rows else "warning",
             "rendered",
-            f"texts begin or end with a special token, as letters: {_of(len(rendered), train.rows)}",
+            f"special tokens, as letters, begin or end texts: {_of(len(rendered), train.rows)}",
             "take these tokens out (they are put where they belong), and give turns as `messages`",
             rendered[0].place,
             rendered[0].line,

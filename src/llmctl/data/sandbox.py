@@ -12,6 +12,7 @@ import signal
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from typing import Any
 
 SECONDS = 3.0
@@ -105,6 +106,7 @@ def render_cuts(
     cuts: Sequence[tuple[int, bool]],
     tools: list[dict[str, Any]] | None,
     variables: dict[str, str],
+    clock: str | None,
 ) -> Iterator[str]:
     """The text of each cut of a conversation.
 
@@ -115,7 +117,9 @@ def render_cuts(
         cuts: each how many of the messages to render, and whether the assistant is to go on.
         tools: JSON schemas of what the assistant may call.
         variables: what else the template sees.
+        clock: what time it is for templates that write the date; None for now.
     """
+    frozen = {} if clock is None else {"strftime_now": datetime.fromisoformat(clock).strftime}
     for count, is_prompt in cuts:
         (text,), _ = render(
             conversations=[messages[:count]],
@@ -123,6 +127,7 @@ def render_cuts(
             chat_template=template,
             add_generation_prompt=is_prompt,
             **variables,
+            **frozen,
         )
         yield text
 

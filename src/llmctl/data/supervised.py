@@ -79,12 +79,15 @@ class SupervisedData:
         return str(example.name)
 
 
-def load_supervised(config: SftConfig | AuditConfig, reserved: int = 0) -> SupervisedData:
+def load_supervised(
+    config: SftConfig | AuditConfig, reserved: int = 0, clock: str | None = None
+) -> SupervisedData:
     """Read and encode everything.
 
     Args:
         config: says what and how.
         reserved: positions of the model that virtual tokens take.
+        clock: what time it is for chat templates that write the date; None for now.
 
     Raises:
         DataError: rows that are broken, or nothing to train on.
@@ -97,7 +100,7 @@ def load_supervised(config: SftConfig | AuditConfig, reserved: int = 0) -> Super
     train, val = split.train, split.val
     chats = any(example.messages is not None for example in (*train, *val))
     added = choose_template(tokenizer, config.chat_template) if chats else []
-    chat = ChatFormat(tokenizer)
+    chat = ChatFormat(tokenizer, clock)
     encoded = collect(chat.batch(train, config.train_on))
     held_out = collect(chat.batch(val, config.train_on)) if val else None
     cut: Any = "drop" if config.truncation == "drop" else "cut"

@@ -6,6 +6,7 @@ transformers, with adapters and quantized layers too; `llama.LlamaForward` is th
 """
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Protocol
 
 import torch
@@ -44,6 +45,19 @@ def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Te
     return torch.tensor(padded, device=device), torch.tensor(starts, device=device)
 
 
+def require_cache(model: PreTrainedModel) -> None:
+    """Refuse models that keep their state elsewhere than in keys and values: Mamba, RWKV.
+
+    They take whatever cache they are given, and ignore it.
+
+    Raises:
+        ModelError: naming the architecture.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "past_key_values" not in signature(type(inner).forward).parameters:
+        raise ModelError(f"llmctl cannot generate with {model.config.model_type} yet")
+
+
 class HuggingFaceForward:
     """Any causal language model of transformers, with explicit positions and masks."""
 
@@ -55,6 +69,7 @@ class HuggingFaceForward:
         """
         self.model = model
         self.device = model.device
+        require_cache(model)
         self._virtual: Tensor | None = None
         if hasattr(model, "active_peft_config") and model.active_peft_config.is_prompt_learning:
             # PEFT puts the learned embeddings before every input, so also before each new token.
@@ -85,6 +100,10 @@ class HuggingFaceForward:
 
     def select(self, rows: Sequence[int]) -> None:
         """See `Forward.select`."""
+        if not all(hasattr(layer, "batch_select_indices") for layer in self._cache.layers):
+            raise ModelError(
+                "this architecture's state cannot be taken apart into rows", hint="--batch-size 1"
+            )
         index = torch.tensor(rows, device=self.device)
         self._cache.batch_select_indices(index)
         self._starts = self._starts[index]

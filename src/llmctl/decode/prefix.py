@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from llmctl.decode.forward import Forward, HuggingFaceForward
+from llmctl.decode.forward import Forward, HuggingFaceForward, require_cache
 from llmctl.decode.llama import fast_forward
 
 
@@ -73,6 +73,7 @@ def conversation_forward(model: PreTrainedModel, prompt: Sequence[int]) -> Forwa
     """
     if fast := fast_forward(model, prompt):
         return fast
+    require_cache(model)
     if hasattr(model, "active_peft_config") and model.active_peft_config.is_prompt_learning:
         return HuggingFaceForward(model)
     layers = DynamicCache(config=model.config).layers

@@ -3,6 +3,7 @@
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from llmctl import hardware
 from llmctl.config.stages import SftConfig
@@ -41,8 +42,11 @@ def _tune(config: SftConfig, run: Run, accelerator: Accelerator, device: str) ->
     """Train, export; what came of it."""
     if config.task == "classify":
         return run_classifier(config, run, accelerator, device)
+    clock = earlier_manifest(config).get("clock") or run.manifest.get("started")
+    (clock,) = broadcast_object_list([clock])  # a template may write the date
     with together(accelerator):
-        data, report = _examples(config, accelerator)
+        data, report = _examples(config, accelerator, clock)
+    run.record(clock=clock)
     with together(accelerator):
         tuning = prepare(config, data, accelerator, device)
     run.record(**tuning.facts(data, report, device))
@@ -53,7 +57,9 @@ def _tune(config: SftConfig, run: Run, accelerator: Accelerator, device: str) ->
     return {**export(config, trainer, tuning, data), **sizes, **metrics}
 
 
-def _examples(config: SftConfig, accelerator: Accelerator) -> tuple[SupervisedData, Audit]:
+def _examples(
+    config: SftConfig, accelerator: Accelerator, clock: str | None = None
+) -> tuple[SupervisedData, Audit]:
     """The examples, found to be sound, and the report on them."""
-    data = load_supervised(config, reserved=config.prompt_tuning or 0)
+    data = load_supervised(config, config.prompt_tuning or 0, clock)
     return audited(config, data, is_main=accelerator.is_main_process)

@@ -204,6 +204,12 @@ def _new_rows(model: PreTrainedModel, added_tokens: Sequence[int]) -> dict[str, 
         return None
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is None or head.weight is embedding.weight
+    if not tied and getattr(head, "bias", None) is not None:  # PEFT computes without it
+        raise ModelError(
+            "the chat template adds tokens, and an adapter cannot train their rows in this model's "
+            "output layer, which has a bias",
+            hint="train in full, or give a --chat-template of tokens that the model has",
+        )
     layers = [embedding] if tied else [embedding, head]
     rows = sorted(set(added_tokens))
     return {

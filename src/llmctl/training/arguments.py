@@ -90,6 +90,7 @@ def take_over(arguments: Any, max_steps: int) -> None:
     # else DDP sorts its buckets anew after the first step of a process, and sums in another order
     arguments.ddp_find_unused_parameters = None if arguments.fsdp else True
     arguments.max_steps = max_steps
+    arguments._n_gpu = min(1, arguments.n_gpu)  # more in one process would be nn.DataParallel
 
 
 def _require_resumable(arguments: Any) -> None:

@@ -26,6 +26,7 @@ from llmctl.training.export import put_best
 from llmctl.training.finetune import Base
 from llmctl.training.guard import together
 from llmctl.training.headed import load_classifier, save_classifier
+from llmctl.training.placement import is_sharded
 from llmctl.training.state import weights
 from llmctl.training.trl import Terms
 from llmctl.training.tuned import common_arguments, to_bf16
@@ -86,6 +87,8 @@ def check_classifier(
         UserError: settings that do not go together.
         ResourceError: an optimizer or a precision that does not run here.
     """
+    if is_sharded(accelerator):
+        raise UserError("FSDP is in force, and sft has not been made to work under it")
     data = load_labelled(config)
     if accelerator.is_main_process:
         log_labelled(data)
@@ -182,7 +185,8 @@ def _export(
         ResourceError: the disk is full.
     """
     job = trainer.job
-    put_best(trainer)
+    with together(job.accelerator):
+        put_best(trainer)
     state = {} if config.has_adapter else weights(trainer.model, job.rank)
     with together(job.accelerator), writing(job.run.path):
         if job.rank != 0:

@@ -28,7 +28,8 @@ def export(
         ResourceError: the disk is full.
     """
     job = trainer.job
-    put_best(trainer)
+    with together(job.accelerator):
+        put_best(trainer)
     state = {} if config.has_adapter else weights(trainer.model, job.rank)
     with together(job.accelerator), writing(job.run.path):
         if job.rank != 0:

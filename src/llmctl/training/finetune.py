@@ -18,17 +18,18 @@ from llmctl.console import log, short
 from llmctl.data.audit import Audit, audit, log_summary, require_sound
 from llmctl.data.supervised import SupervisedData
 from llmctl.embeddings import grow_embeddings
-from llmctl.errors import ModelError
+from llmctl.errors import ModelError, UserError
 from llmctl.models import load_causal_lm, local_folder
 from llmctl.quantized import LoadIn
 from llmctl.resume import earlier_manifest
 from llmctl.rundir import Run, resolve_model
 from llmctl.training.adapters import adapt, trainable_parameters
 from llmctl.training.head import counted_loss, output_layer
+from llmctl.training.placement import autocast, is_sharded
 from llmctl.training.probe import agreed_batch, largest_batch
 from llmctl.training.samples import Sampler
 from llmctl.training.selftest import require_isolated
-from llmctl.training.sequences import Rows
+from llmctl.training.sequences import Rows, on_device
 from llmctl.training.sft import Material, SupervisedTrainer, make_arguments
 from llmctl.training.trl import Terms
 from llmctl.training.tuned import to_bf16
@@ -101,6 +102,12 @@ def prepare(
         UserError: sizes or targets that do not go together.
         ResourceError: an optimizer or a precision that does not run here.
     """
+    if is_sharded(accelerator):
+        raise UserError(
+            "FSDP is in force, and sft has not been made to work under it",
+            hint="use DDP (recipes/accelerate/ddp.yaml); --load-in-4bit and "
+            "--activation-checkpointing save memory",
+        )
     set_seed(config.seed)
     model = _load(config, device)
     grow_embeddings(model, data.tokenizer)
@@ -112,8 +119,6 @@ def prepare(
     pad = data.tokenizer.pad_token_id or 0
     train = Rows(data.train, pad, data.max_length if config.packing else None)
     val = None if data.val is None else Rows(data.val, pad)
-    if config.packing:
-        require_isolated(model.to(device), train, data.embedding_rows)
     trained, parameters = trainable_parameters(model)
     plan = make_tuning_plan(
         config,
@@ -124,9 +129,12 @@ def prepare(
     )
     if plan.precision == "pure-bf16":
         to_bf16(model, plan.lr)
+    if config.packing:
+        with autocast(plan, device):
+            require_isolated(model.to(device), train, data.embedding_rows)
     if config.find_batch_size:
         size, passes = agreed_batch(
-            lambda total: _try_batches(model, train, total, chunked=config.chunked_loss),
+            lambda total: _try_batches(config, plan, model.to(device), train, total),
             plan.batch_size,
             plan.grad_accum,
             known=earlier_manifest(config).get("plan"),
@@ -141,18 +149,22 @@ def prepare(
     return tuning
 
 
-def _try_batches(model: Any, rows: Rows, total: int, *, chunked: bool) -> int:
+def _try_batches(config: SftConfig, plan: TuningPlan, model: Any, rows: Rows, total: int) -> int:
     """The largest batch that fits, of the longest rows, on a copy of the model."""
     copied = deepcopy(model).train()
     device = copied.device
+    if config.activation_checkpointing:
+        copied.gradient_checkpointing_enable()
     longest = sorted(range(len(rows)), key=rows.lengths.__getitem__, reverse=True)
     optimizer = torch.optim.AdamW([w for w in copied.parameters() if w.requires_grad], lr=0.0)
 
     def step(size: int) -> None:
         batch = rows.batch([longest[i % len(longest)] for i in range(size)])
-        inputs = {name: part.to(device) for name, part in batch.items() if name != "tokens"}
-        loss = counted_loss(copied, output_layer(copied), inputs, chunked=chunked).loss
-        loss.backward()  # type: ignore[no-untyped-call]
+        with autocast(plan, device.type):
+            found = counted_loss(
+                copied, output_layer(copied), on_device(batch, device), chunked=config.chunked_loss
+            )
+        found.loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -184,13 +196,17 @@ def build(config: SftConfig, data: SupervisedData, tuning: Tuning, run: Run) -> 
 
 def set_stops(model: Any, data: SupervisedData) -> list[int]:
     """Tell the model's generation config every token that ends a turn; return them, sorted."""
-    generation = model.generation_config or GenerationConfig()
-    known = generation.eos_token_id
-    found = known if isinstance(known, list) else [known]
-    ends = [*found, data.tokenizer.eos_token_id, data.format.end_of_turn]
+    known = model.generation_config.eos_token_id if model.generation_config else None
+    ends = [*(known if isinstance(known, list) else [known]), data.tokenizer.eos_token_id]
+    if data.has_conversations:
+        ends.append(data.format.end_of_turn)
     stops = sorted({int(token) for token in ends if token is not None})
-    generation.eos_token_id = stops or None
-    model.generation_config = generation
+    # all else of it may be what transformers loads and refuses to save
+    model.generation_config = GenerationConfig(
+        bos_token_id=data.tokenizer.bos_token_id,
+        eos_token_id=stops or None,
+        pad_token_id=data.tokenizer.pad_token_id,
+    )
     return stops
 
 
@@ -199,7 +215,7 @@ def _load(config: SftConfig, device: str) -> Any:
     if load_in == "full":
         model = load_causal_lm(config.model, dtype=torch.float32)
     else:
-        halves = device == "cuda" and hardware.has_bf16(device)
+        halves = device == "cuda" and hardware.has_bf16(device) and config.precision != "fp32"
         dtype = torch.bfloat16 if halves else torch.float32
         model = load_causal_lm(config.model, dtype=dtype, device=device, load_in=load_in)
     if isinstance(model, PeftModel):

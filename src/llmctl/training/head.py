@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from llmctl.errors import ModelError, UserError
 
-IGNORED = -100
-"""Label of a token that does not count."""
+OURS = ("labels", "places", "tokens")
+"""What the model is not given of a batch."""
 CHUNK_LOGITS = 1 << 23
 """Logits that are held at once when the loss is chunked: 32 MB in float32."""
 
@@ -31,6 +31,8 @@ class Counted(NamedTuple):
     """How many were the most likely token."""
     tokens: Tensor
     """How many there were."""
+    balance: Tensor | None = None
+    """The mean balancing loss of a mixture of experts."""
 
 
 def counted_loss(
@@ -41,25 +43,27 @@ def counted_loss(
     Args:
         model: causal language model, perhaps wrapped (adapter, DDP, FSDP).
         head: its output layer, wherever that is inside.
-        batch: `input_ids` and `labels` (B, L), and what else the model takes.
+        batch: as `sequences.Rows` makes it: `input_ids` and `labels` (B, L), `places` (N,), and
+            what else the model takes.
         chunked: hold the logits of a few positions at a time, and compute them twice.
     """
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    targets = batch["labels"][:, 1:]
-    places = targets != IGNORED
-    wanted = targets[places]
-    with _only(head, places, chunked=chunked) as kept:
-        logits = model(**inputs, use_cache=False).logits
+    inputs = {name: value for name, value in batch.items() if name not in OURS}
+    length, places = batch["labels"].shape[1], batch["places"]
+    wanted = batch["labels"][:, 1:].flatten()[places]
+    tokens = torch.full((), len(places), device=places.device)
+    with _only(head, length, places, chunked=chunked) as kept:
+        output = model(**inputs, use_cache=False)
+    logits, balance = output.logits, getattr(output, "aux_loss", None)
     if not chunked:
         loss, correct = _nll(logits[0], wanted)
-        return Counted(loss, correct, places.sum())
+        return Counted(loss, correct, tokens, balance)
     size = max(1, CHUNK_LOGITS // logits.shape[-1])
     total = logits.float().sum() * 0
     right = torch.zeros((), dtype=torch.long, device=logits.device)
     for states, some in zip(torch.split(kept[0], size), torch.split(wanted, size), strict=True):
         loss, correct = checkpoint(_project, head, states, some, use_reentrant=False)
         total, right = total + loss, right + correct
-    return Counted(total, right, places.sum())
+    return Counted(total, right, tokens, balance)
 
 
 def output_layer(model: Any) -> nn.Module:
@@ -102,17 +106,18 @@ def _nll(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _only(head: nn.Module, places: Tensor, *, chunked: bool) -> Iterator[list[Tensor]]:
-    """Hand the output layer the hidden states (N, H) of these places (B, L - 1) only.
+def _only(head: nn.Module, length: int, places: Tensor, *, chunked: bool) -> Iterator[list[Tensor]]:
+    """Hand the output layer the hidden states (N, H) of these places of B x (L - 1) only.
 
-    Chunked, they are put into the list that is yielded, and the layer gets a single one.
+    Chunked, they are put into the list that is yielded, and the layer gets a single one. The places
+    are known beforehand: to look for them here would wait for the GPU.
     """
     kept: list[Tensor] = []
 
     def select(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         states, *rest = arguments
-        first = states.shape[1] - places.shape[1] - 1  # of the text, after virtual tokens
-        chosen = states[:, first:-1][places]
+        first = states.shape[1] - length  # of the text, after virtual tokens
+        chosen = states[:, first:-1].flatten(0, 1)[places]
         if chunked:
             kept.append(chosen)
             chosen = states[0, -1:]

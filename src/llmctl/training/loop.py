@@ -4,7 +4,7 @@ In: a model, a plan, tokens. Out: trained weights, checkpoints and the final met
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from llmctl.training.guard import (
 )
 from llmctl.training.meter import Meter
 from llmctl.training.optimizers import set_lr
+from llmctl.training.placement import autocast
 from llmctl.training.plan import Plan
 from llmctl.training.signals import stop_flag
 from llmctl.training.state import (
@@ -130,13 +131,6 @@ def loss_of(model: nn.Module, pair: tuple[Tensor, Tensor], plan: Plan, device: s
     with autocast(plan, device):
         found = model(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False)
     return found.loss  # type: ignore[no-any-return]
-
-
-def autocast(plan: Plan, device: str) -> AbstractContextManager[Any]:
-    """bfloat16 products where the plan says so; sums and weights stay in float32."""
-    if plan.precision != "bf16":
-        return nullcontext()
-    return torch.autocast(device, dtype=torch.bfloat16)
 
 
 def clip(trainer: Trainer) -> Tensor:

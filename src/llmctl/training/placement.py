@@ -1,8 +1,11 @@
 """Processes and devices through Accelerate; what was asked for and is not in force is an error."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from typing import Any, Protocol
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
@@ -28,6 +31,21 @@ def make_accelerator(placement: Placement) -> tuple[Accelerator, str]:
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether FSDP is in force."""
     return bool(accelerator.distributed_type.name == "FSDP")
+
+
+class Precise(Protocol):
+    """What says in which numbers to compute: a plan does."""
+
+    @property
+    def precision(self) -> str:
+        """fp32, bf16 or pure-bf16."""
+
+
+def autocast(plan: Precise, device: str) -> AbstractContextManager[Any]:
+    """bfloat16 products where the plan says so; sums and weights stay in float32."""
+    if plan.precision != "bf16":
+        return nullcontext()
+    return torch.autocast(device, dtype=torch.bfloat16)
 
 
 def _require_in_force(placement: Placement, accelerator: Accelerator) -> None:

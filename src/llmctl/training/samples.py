@@ -5,10 +5,12 @@ from typing import Any
 from llmctl.claim import SAMPLES
 from llmctl.config.sections import Sampling
 from llmctl.config.stages import SftConfig
+from llmctl.console import log
 from llmctl.data.supervised import SupervisedData
 from llmctl.decode.forward import HuggingFaceForward
 from llmctl.decode.loop import Prompt, decode, room
 from llmctl.decode.prompts import encode_text
+from llmctl.errors import ModelError
 from llmctl.rundir import Run
 
 
@@ -28,6 +30,13 @@ class Sampler:
         """Answer on the main process; greedy, so that only the model changes."""
         if not (self.run.is_main and self.asks):
             return
+        try:
+            self._answer(step)
+        except ModelError as error:
+            log.warning("no samples: %s", error.message)
+            self.asks = []
+
+    def _answer(self, step: int) -> None:
         responses = decode(
             self.model,
             [Prompt(tokens, row) for row, (_, tokens) in enumerate(self.asks)],

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmctl.data.packing import pack
 from llmctl.data.tokenized import Tokenized
-from llmctl.training.head import IGNORED
+from llmctl.training.batches import IGNORED
 
 
 class Rows:
@@ -23,31 +23,35 @@ class Rows:
     def __init__(self, data: Tokenized, pad: int, size: int | None = None) -> None:
         """Arrange the sequences; `pad` fills the rest of a row, `size` packs."""
         self.data, self.pad, self.is_packed = data, pad, size is not None
-        self.rows: list[NDArray[np.int64]] = (
-            list(np.arange(len(data))[:, None]) if size is None else pack(data.lengths, size)
-        )
+        bins = None if size is None else pack(data.lengths, size)
+        self._numbers = np.arange(len(data)) if bins is None else np.concatenate([*bins, []])
+        sizes = np.ones(len(data), np.int64) if bins is None else list(map(len, bins))
+        self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        total = np.concatenate([[0], np.cumsum(data.lengths[self._numbers.astype(np.int64)])])
+        self.lengths: list[int] = np.diff(total[self._starts]).astype(int).tolist()
+        """(N,) tokens of each row."""
 
     def __len__(self) -> int:
         """N."""
-        return len(self.rows)
+        return len(self._starts) - 1
 
-    @property
-    def lengths(self) -> list[int]:
-        """(N,) tokens of each row."""
-        lengths = self.data.lengths
-        return [int(lengths[row].sum()) for row in self.rows]
+    def row(self, number: int) -> NDArray[np.int64]:
+        """Which sequences a row holds."""
+        return self._numbers[self._starts[number] : self._starts[number + 1]].astype(np.int64)
 
-    def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The batch of rows that have these numbers: what Trainer's collator does."""
         return self.batch([example["row"] for example in examples])
 
-    def batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """`input_ids`, `labels` and `tokens` (a count); packed also `position_ids`.
+    def batch(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """`input_ids` and `labels` (B, L), `places` (N,), `tokens`; packed also `position_ids`.
 
+        A place is where a token is predicted that counts, in B x (L - 1); `tokens` counts those
+        that are no padding, and is known without waiting for a GPU.
         A position of 0 begins a sequence, and transformers lets none look beyond its own beginning.
         Padding is a sequence of its own.
         """
-        parts = [[self.data.sequence(n) for n in self.rows[number]] for number in numbers]
+        parts = [[self.data.sequence(n) for n in self.row(number)] for number in numbers]
         length = max(sum(len(ids) for ids, _ in row) for row in parts)
         shape = (len(parts), length)
         ids = np.full(shape, self.pad, dtype=np.int64)
@@ -64,8 +68,17 @@ class Rows:
                 at = end
             positions[place, at:] = np.arange(length - at)
             counted += at
-        batch = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+        batch: dict[str, Any] = {
+            "input_ids": torch.from_numpy(ids),
+            "labels": torch.from_numpy(labels),
+        }
         if self.is_packed:
             batch["position_ids"] = torch.from_numpy(positions)
-        batch["tokens"] = torch.tensor(counted)
+        batch["places"] = (batch["labels"][:, 1:] != IGNORED).flatten().nonzero()[:, 0]
+        batch["tokens"] = counted
         return batch
+
+
+def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch where the model is."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}

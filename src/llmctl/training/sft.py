@@ -19,7 +19,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from llmctl.config.stages import SftConfig as Config
 from llmctl.training.head import counted_loss, output_layer, require_chunkable
-from llmctl.training.sequences import Rows
+from llmctl.training.placement import autocast
+from llmctl.training.sequences import Rows, on_device
 from llmctl.training.state import generators_kept
 from llmctl.training.trl import Terms
 from llmctl.training.tuned import Tuned, common_arguments
@@ -77,7 +78,9 @@ class SupervisedTrainer(Tuned, SFTTrainer):
             if weight.requires_grad and isinstance(self.model, PeftModel):
                 weight.data = weight.data.float()  # SFTTrainer's bf16 would lose small updates
         if chunked:
-            require_chunkable(self.model, self._head, self._on_device(material.train.batch([0])))
+            batch = on_device(material.train.batch([0]), self.args.device)
+            with autocast(plan, self.args.device.type):
+                require_chunkable(self.model, self._head, batch)
 
     def compute_loss(
         self,
@@ -87,10 +90,13 @@ class SupervisedTrainer(Tuned, SFTTrainer):
         num_items_in_batch: Any = None,
     ) -> Tensor:
         """The loss of a micro-batch as its share of the step's mean over tokens."""
-        inputs = {name: value for name, value in inputs.items() if name != "tokens"}
         found = counted_loss(model, self._head, inputs, chunked=self._chunked)
         self.count(found.correct, found.tokens)
-        return self.share(found.loss, num_items_in_batch)
+        loss = self.share(found.loss, num_items_in_batch)
+        if found.balance is not None:  # a mean over the micro-batch, of which a step has several
+            weight = self.model.config.get_text_config().router_aux_loss_coef
+            loss = loss + weight * found.balance / self.current_gradient_accumulation_steps
+        return loss
 
     @torch.no_grad()
     def _measure(self) -> dict[str, float]:
@@ -102,7 +108,7 @@ class SupervisedTrainer(Tuned, SFTTrainer):
         sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         with generators_kept():
             for numbers in _shares(self._material.val, self.args.train_batch_size, self.job):
-                batch = self._on_device(self._material.val.batch(numbers))
+                batch = on_device(self._material.val.batch(numbers), self.args.device)
                 with self.compute_loss_context_manager():
                     found = counted_loss(model, self._head, batch, chunked=self._chunked)
                 sums += torch.stack([found.loss, found.correct, found.tokens]).double()
@@ -110,9 +116,6 @@ class SupervisedTrainer(Tuned, SFTTrainer):
             self._material.after_evaluation(self.job.progressed.step)
         model.train(was_training)
         return {"val_loss": loss / tokens, "val_token_accuracy": correct / tokens}
-
-    def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {k: v.to(self.args.device) for k, v in batch.items() if k != "tokens"}
 
 
 def make_arguments(config: Config, plan: TuningPlan, device: str) -> SFTConfig:

@@ -1,5 +1,6 @@
 """What the trainers of fine-tuning share: Trainer's arguments, our learning rate, our accuracy."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from llmctl.checkpoint import Content
 from llmctl.config.stages import SftConfig
 from llmctl.console import log
 from llmctl.training.schedule import lr_at
@@ -63,6 +65,20 @@ class Tuned(Reliable):
             return {}
         right, total = self.accelerator.reduce(counts.double(), "sum").tolist()
         return {self.accuracy: right / max(1, total)}
+
+    def _capture(self) -> Content:
+        """A checkpoint with the guesses since the last line: resumed, the next line counts them."""
+        content = super()._capture()
+        if self._counts is None:
+            return content
+        counts = self.accelerator.reduce(self._counts.double(), "sum").tolist()
+        return replace(content, state={**content.state, "counts": counts})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._content is not None and "counts" in self._content.state:
+            counts = torch.tensor(self._content.state["counts"], dtype=torch.float64)
+            self._counts = counts.to(self.args.device) * (self.job.rank == 0)
 
 
 def common_arguments(config: SftConfig, plan: TuningPlan, device: str) -> dict[str, Any]:

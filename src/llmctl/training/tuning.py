@@ -81,7 +81,7 @@ def make_tuning_plan(
         lr=config.lr or default_lr(parameters, has_adapter=config.has_adapter),
         schedule=config.schedule,
         warmup_steps=warmup_steps(config, steps),
-        decay_steps=round(config.decay * steps),
+        decay_steps=round(config.decay * steps) if config.schedule == "wsd" else 0,
         min_lr=config.min_lr,
         precision=choose_precision(config, parameters, device),
         eval_every=config.eval_every or tenth,

@@ -10,10 +10,10 @@ from llmctl.config.sections import Control, PositiveCount, Reporting, StageConfi
 
 
 class DemoConfig(StageConfig):
-    """Tokenize, pretrain and generate on text that every Python carries."""
+    """Tokenize, pretrain, generate and fine-tune on what every Python carries."""
 
     max_steps: Annotated[PositiveCount, Also("steps")] = 400
-    """Optimizer steps of the training part."""
+    """Optimizer steps of each training part."""
 
     threads: PositiveInt | None = None
     """CPU threads; by default the cores that this process may use."""

@@ -1,13 +1,11 @@
-"""A bare SFTTrainer under the mixin, as a command: what `llmctl sft` will stand on.
+"""TRL's trainers as they are under our mixin, as a command that no user has.
 
-    python tests/torture/sft.py -o OUT --max-steps 20 --save-every 4 [--kind dpo] [--resume]
-
-Its data, tokenizer and model are made on the spot. It leaves as a command of llmctl's would: with
-the same run directory, checkpoints, messages and exit codes.
+It shows what no command of llmctl's does: pairs of answers, streams, labels that are all masked.
+Its data, tokenizer and model are made on the spot. Its run directory, checkpoints, errors and exit
+codes are those of a command.
 """
 
 import argparse
-import shutil
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -15,8 +13,6 @@ from pathlib import Path
 from llmctl import console, rundir
 from llmctl.config.sections import Optimizer, Resumable
 from llmctl.errors import UserError
-from llmctl.files import follow_umask
-from llmctl.stopping import leaving, raising, reason
 
 SUBJECTS = ["the cat", "a dog", "my friend", "the old man", "our teacher"]
 VERBS = ["sees", "likes", "finds", "follows", "remembers"]
@@ -34,10 +30,8 @@ class Proof(Optimizer, Resumable):
     save_every: int = 4
     early_stop: int | None = None
     hidden: int = 32
-    dropout: float = 0.1
     rows: int = 60
     lora: bool = False
-    packing: bool = False
     streaming: bool = False
     group_by_length: bool = False
     no_eval: bool = False
@@ -47,18 +41,12 @@ class Proof(Optimizer, Resumable):
 
 def main(arguments: list[str]) -> int:
     """Run with these arguments; the exit code."""
-    console.set_up(quiet=console.rank() > 0)
+    console.set_up(quiet=False)
     try:
-        config = parse(arguments)
-        if rundir.finished_already("sft", config) is None:
-            with leaving(), raising():
-                train(config)
+        train(parse(arguments))
     except UserError as error:
-        if not error.told and (console.rank() == 0 or reason(error) is None):
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return error.code
-    if console.rank() == 0:
-        print(config.out)
     return 0
 
 
@@ -90,18 +78,9 @@ def train(config: Proof) -> None:
     set_seed(config.seed)
     with open_together(Accelerator(cpu=True), "sft", config) as run:
         trainer = build(config, run)
-        run.record(plan={"max_steps": config.max_steps})
         result = trainer.fit(config)
-        found = weights(trainer.model, trainer.job.rank)
-        trainer.accelerator.wait_for_everyone()
-        if trainer.job.rank == 0:
-            staging = run.path / ".tmp-model"
-            shutil.rmtree(staging, ignore_errors=True)
-            shutil.rmtree(run.path / "model", ignore_errors=True)
-            staging.mkdir()
-            save_file(found, staging / "model.safetensors")
-            follow_umask(staging)
-            staging.rename(run.path / "model")
+        (run.path / "model").mkdir()
+        save_file(weights(trainer.model), run.path / "model" / "model.safetensors")
         run.record(result={"out": str(config.out), **result})
 
 
@@ -131,7 +110,7 @@ def build(config: Proof, run: rundir.Run):
         on_nan=config.on_nan,
         max_nan_skips=config.max_nan_skips,
     )
-    identity = {"data": config.rows, "packing": config.packing, "streaming": config.streaming}
+    identity = {"data": config.rows, "streaming": config.streaming}
     base, args = trainer_of(config, run.path)
     model = make_model(config, len(tokenizer))
     trainer = type("ReliableTrainer", (Reliable, base), {})(
@@ -155,10 +134,7 @@ def trainer_of(config: Proof, out: Path):
     import trl
 
     name = {"sft": "SFT", "reward": "Reward", "dpo": "DPO"}[config.kind]
-    if config.kind == "sft":
-        own = {"packing": config.packing, "dataset_text_field": "text"}
-    else:
-        own = {"disable_dropout": False}
+    own = {"dataset_text_field": "text"} if config.kind == "sft" else {"disable_dropout": False}
     args = getattr(trl, f"{name}Config")(
         output_dir=str(out),
         per_device_train_batch_size=config.batch_size,
@@ -222,7 +198,7 @@ def make_model(config: Proof, vocabulary: int):
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=64,
-        attention_dropout=config.dropout,
+        attention_dropout=0.1,
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=None,
@@ -236,10 +212,3 @@ def make_model(config: Proof, vocabulary: int):
 def mask_all(batch):
     """Data that has nothing to learn."""
     return {**batch, "labels": batch["labels"].fill_(-100)}
-
-
-if __name__ == "__main__":
-    import torch
-
-    torch.set_num_threads(1)
-    sys.exit(main(sys.argv[1:]))
