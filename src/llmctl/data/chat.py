@@ -97,11 +97,10 @@ def render_cuts(
         "cuts": list(cuts),
         "tools": None if tools is None else list(tools),
         "variables": dict(variables),
-        "clock": clock,
     }
-    if trusted:
+    if trusted:  # none of ours writes the date
         return _render_here(request)
-    answer = _ask(json.dumps(request))
+    answer = _ask(json.dumps({**request, "clock": clock}))
     if "texts" in answer:
         return answer["texts"]  # type: ignore[no-any-return]
     raise ModelError(f"the chat template {answer['refusal']}", hint=HINT)

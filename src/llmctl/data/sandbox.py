@@ -90,6 +90,7 @@ def _bound_memory() -> None:
 
 def _answer(render: Callable[..., tuple[list[str], Any]], line: bytes) -> dict[str, Any]:
     request = json.loads(line)
+    _hold_clock(render, request.pop("clock"))
     texts, size = [], 0
     for text in render_cuts(render, **request):
         texts.append(text)
@@ -99,6 +100,21 @@ def _answer(render: Callable[..., tuple[list[str], Any]], line: bytes) -> dict[s
     return {"texts": texts}
 
 
+def _hold_clock(render: Callable[..., tuple[list[str], Any]], clock: str | None) -> None:
+    """Let templates that write the date see this one; None for the real one.
+
+    transformers takes no functions from without, and reads the clock of its own module.
+    """
+    then = None if clock is None else datetime.fromisoformat(clock)
+
+    class Held(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return then
+
+    render.__globals__["datetime"] = datetime if then is None else Held
+
+
 def render_cuts(
     render: Callable[..., tuple[list[str], Any]],
     template: str,
@@ -106,7 +122,6 @@ def render_cuts(
     cuts: Sequence[tuple[int, bool]],
     tools: list[dict[str, Any]] | None,
     variables: dict[str, str],
-    clock: str | None,
 ) -> Iterator[str]:
     """The text of each cut of a conversation.
 
@@ -117,9 +132,7 @@ def render_cuts(
         cuts: each how many of the messages to render, and whether the assistant is to go on.
         tools: JSON schemas of what the assistant may call.
         variables: what else the template sees.
-        clock: what time it is for templates that write the date; None for now.
     """
-    frozen = {} if clock is None else {"strftime_now": datetime.fromisoformat(clock).strftime}
     for count, is_prompt in cuts:
         (text,), _ = render(
             conversations=[messages[:count]],
@@ -127,7 +140,6 @@ def render_cuts(
             chat_template=template,
             add_generation_prompt=is_prompt,
             **variables,
-            **frozen,
         )
         yield text
 
