@@ -408,7 +408,7 @@ def chats(tmp_path):
 
 
 def test_the_command_prints_a_report(cli, base, chats):
-    result = cli("audit", chats, "--model", base, "--truncation", "cut", "--packing")
+    result = cli("audit", chats, "--model", base, "--truncation", "cut")
     assert result.code == 0, result.err
     assert "whole rows whose end is trained on" in result.out
     assert re.search(r"«.*<\|im_end\|>»|warning: .*lose their end", result.out)

@@ -9,7 +9,14 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from llmctl.files import sha256_file
 
@@ -443,6 +450,8 @@ BAD = {
     "too long": (("--data", "DATA", "--max-length", 4000), 2, "positions"),
     "head": (("--data", "DATA", "--lora", "--lora-targets", "lm_head"), 2, "lm_head"),
     "nowhere": (("--data", "nowhere.jsonl"), 3, "no such file"),
+    "too many virtual tokens": (("--data", "DATA", "--prompt-tuning", 126), 2, "positions"),
+    "no evaluation": (("--data", "DATA", "--sample-prompt", "a", "--val-size", 0), 2, "validation"),
     "bad template": (("--data", "DATA", "--chat-template", "chatmI"), 2, "chatml"),
 }
 
@@ -456,3 +465,32 @@ def test_bad_input(cli, base, chats, tmp_path, name):
     assert message in result.err
     assert "Traceback" not in result.err
     assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_is_no_language_model(cli, base, chats, tmp_path):
+    """BERT loads as a causal model, and would see the answers that it is to learn."""
+    tokenizer = AutoTokenizer.from_pretrained(base / "model")
+    shape = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    torch.manual_seed(0)
+    BertForMaskedLM(shape).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    result = cli("sft", "--model", tmp_path / "bert", "--data", chats, *QUICK, "-o", tmp_path / "r")
+    assert (result.code, "not a causal" in result.err) == (4, True), result.err
+    assert not (tmp_path / "r").exists()
+
+
+def test_an_adapter_without_a_tokenizer_has_its_bases(cli, adapted, base, tmp_path):
+    out, _ = adapted
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(out / "adapter" / name, bare)
+    ask = ("--chat", "--prompt", "What does the cat see?", "--greedy", "--max-new-tokens", 8)
+    ours, theirs = (cli("generate", "--model", m, *ask) for m in (bare, out / "adapter"))
+    assert (ours.code, ours.out) == (0, theirs.out), ours.err

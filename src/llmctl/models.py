@@ -90,6 +90,8 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
         ModelError: there is none, or it wants to run code of its own.
     """
     folder = local_folder(resolve_tokenizer(reference))
+    if is_adapter(folder) and not (folder / "tokenizer_config.json").exists():
+        folder = find_base(read_adapter(folder))  # made elsewhere: PEFT saves none
     if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer_config.json")):
         raise ModelError("no tokenizer in this folder", file=folder)
     check_files(folder)

@@ -30,6 +30,7 @@ from llmctl.rundir import read_manifest
 
 FIXED = ("architecture", "world_size")
 """What no run may change half-way: the state of every weight and of every rank is needed."""
+SHA256_DIGITS = 64
 FOREIGN = "it is of another run"
 DERIVED = {"max_steps": ("warmup", "decay")}
 """What follows from a setting, and may differ where it may."""
@@ -168,7 +169,9 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _change(name: str, then: Any, now: Any) -> str:
-    """`lr: 0.1 -> 0.2`; of a mapping only what differs in it."""
+    """`lr: 0.1 -> 0.2`; of a mapping only what differs in it, of a hash its beginning."""
+    if all(isinstance(value, str) and len(value) == SHA256_DIGITS for value in (then, now)):
+        return f"{name}: {then[:8]}… -> {now[:8]}…"
     if not (isinstance(then, dict) and isinstance(now, dict)):
         return f"{name}: {then} -> {now}"
     keys = (key for key in sorted({*then, *now}) if then.get(key) != now.get(key))

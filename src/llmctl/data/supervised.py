@@ -18,9 +18,11 @@ from llmctl.data.splits import read_split
 from llmctl.data.templates import choose_template
 from llmctl.data.tokenized import Tokenized, collect
 from llmctl.decode.loop import context_size
-from llmctl.errors import UserError
+from llmctl.errors import ModelError, UserError
 from llmctl.models import load_config, load_tokenizer
 
+SHORTEST = 8
+"""Positions that virtual tokens must leave for the text."""
 LONGEST = 2048
 """Tokens of an example at most, where the model would take more and nothing else was asked for."""
 
@@ -101,6 +103,8 @@ def load_supervised(
     chats = any(example.messages is not None for example in (*train, *val))
     added = choose_template(tokenizer, config.chat_template) if chats else []
     chat = ChatFormat(tokenizer, clock)
+    if chats and config.chat_template:
+        _require_sound(chat, config.chat_template)
     encoded = collect(chat.batch(train, config.train_on))
     held_out = collect(chat.batch(val, config.train_on)) if val else None
     cut: Any = "drop" if config.truncation == "drop" else "cut"
@@ -130,9 +134,23 @@ def _texts(example: Example) -> list[str]:
     return [text for text in (*said, example.text) if isinstance(text, str)]
 
 
+def _require_sound(chat: ChatFormat, choice: str) -> None:
+    """Refuse a template that renders not even the simplest conversation.
+
+    Raises:
+        ModelError: naming it.
+    """
+    try:
+        _ = chat.probe
+    except ModelError as error:
+        raise ModelError(error.message, file=choice, hint="mend the template") from None
+
+
 def _max_length(wanted: int | None, shape: PreTrainedConfig, reserved: int) -> int:
     context = context_size(shape)
     most = LONGEST if context is None else context - reserved
+    if most < SHORTEST:
+        raise UserError(f"--prompt-tuning {reserved:,}: the model has {context:,} positions")
     if wanted is not None and context is not None and wanted > most:
         taken = f", of which virtual tokens take {reserved}" if reserved else ""
         raise UserError(f"--max-length {wanted:,}: the model has {context:,} positions{taken}")

@@ -16,7 +16,7 @@ def run(config: AuditConfig) -> dict[str, Any] | None:
         DataError: the examples would train a broken model.
     """
     data = load_supervised(config)
-    report = audit(data, config, packing=config.packing)
+    report = audit(data, config, packing=True)
     result = {"stage": "audit", **report.as_json()}
     if not config.as_json:
         print_report(report, data)

@@ -28,7 +28,7 @@ from llmctl.training.head import counted_loss, output_layer
 from llmctl.training.placement import autocast, is_sharded
 from llmctl.training.probe import agreed_batch, largest_batch
 from llmctl.training.samples import Sampler
-from llmctl.training.selftest import require_isolated
+from llmctl.training.selftest import require_causal, require_isolated
 from llmctl.training.sequences import Rows, on_device
 from llmctl.training.sft import Material, SupervisedTrainer, make_arguments
 from llmctl.training.trl import Terms
@@ -102,12 +102,7 @@ def prepare(
         UserError: sizes or targets that do not go together.
         ResourceError: an optimizer or a precision that does not run here.
     """
-    if is_sharded(accelerator):
-        raise UserError(
-            "FSDP is in force, and sft has not been made to work under it",
-            hint="use DDP (recipes/accelerate/ddp.yaml); --load-in-4bit and "
-            "--activation-checkpointing save memory",
-        )
+    _require_supported(config, data, accelerator)
     set_seed(config.seed)
     model = _load(config, device)
     grow_embeddings(model, data.tokenizer)
@@ -129,9 +124,10 @@ def prepare(
     )
     if plan.precision == "pure-bf16":
         to_bf16(model, plan.lr)
-    if config.packing:
-        with autocast(plan, device):
-            require_isolated(model.to(device), train, data.embedding_rows)
+    with autocast(plan, device):
+        require_causal(model.to(device), data.embedding_rows)
+        if config.packing:
+            require_isolated(model, train, data.embedding_rows)
     if config.find_batch_size:
         size, passes = agreed_batch(
             lambda total: _try_batches(config, plan, model.to(device), train, total),
@@ -147,6 +143,20 @@ def prepare(
     if accelerator.is_main_process:
         _announce(tuning, len(data.train))
     return tuning
+
+
+def _require_supported(config: SftConfig, data: SupervisedData, accelerator: Accelerator) -> None:
+    if is_sharded(accelerator):
+        raise UserError(
+            "FSDP is in force, and sft has not been made to work under it",
+            hint="use DDP (recipes/accelerate/ddp.yaml); --load-in-4bit and "
+            "--activation-checkpointing save memory",
+        )
+    if config.sample_prompt and data.val is None:
+        raise UserError(
+            "--sample-prompt is answered at every evaluation, and there is no validation data",
+            hint="drop it, or hold some examples out: --val-size",
+        )
 
 
 def _try_batches(config: SftConfig, plan: TuningPlan, model: Any, rows: Rows, total: int) -> int:
@@ -219,10 +229,13 @@ def _load(config: SftConfig, device: str) -> Any:
         dtype = torch.bfloat16 if halves else torch.float32
         model = load_causal_lm(config.model, dtype=dtype, device=device, load_in=load_in)
     if isinstance(model, PeftModel):
+        is_prompt = model.active_peft_config.is_prompt_learning
         raise ModelError(
             "this model is an adapter, and a second one on it could not be loaded again",
             file=Path(config.model),
-            hint=f"merge it first: llmctl merge --model {config.model} -o runs/merged",
+            hint="its virtual tokens cannot be merged: fine-tune its base"
+            if is_prompt
+            else f"merge it first: llmctl merge --model {config.model} -o runs/merged",
         )
     return model
 

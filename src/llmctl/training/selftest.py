@@ -1,4 +1,4 @@
-"""What a run shows of its own model before it trains it: packed sequences do not see each other."""
+"""What a run shows of its own model before it trains it: what must not be seen is not."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ from llmctl.training.sequences import Rows
 
 TOLERANCE = 1e-5
 """Largest change of a logit, relative to the largest one: where nothing leaks there is none."""
+CAUSAL_TOKENS = 12
 LONGEST = 64
 """Tokens of each sequence that the test looks at."""
 
@@ -60,6 +61,37 @@ def require_isolated(model: Any, rows: Rows, vocabulary: int) -> float:
     return change
 
 
-def _logits(model: Any, tokens: Tensor, positions: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+@torch.no_grad()
+def require_causal(model: Any, vocabulary: int) -> None:
+    """Change the last token of a sequence: the logits before it must stay.
+
+    Encoders such as BERT can be loaded as language models, and would learn to copy what they see.
+
+    Args:
+        model: the real one, as it will train.
+        vocabulary: ids below this are the model's.
+
+    Raises:
+        ModelError: a token sees what comes after it.
+    """
+    tokens = (torch.arange(CAUSAL_TOKENS, device=model.device) * 7 + 1)[None] % vocabulary
+    other = tokens.clone()
+    other[0, -1] = (other[0, -1] + 1) % vocabulary
+    was_training = model.training
+    model.eval()
+    before, after = (_logits(model, ids) for ids in (tokens, other))
+    model.train(was_training)
+    seen = before.shape[1] - 1  # virtual tokens, where there are any, come first
+    change = float((before - after)[0, :seen].abs().max() / before.abs().max())
+    if not change <= TOLERANCE:
+        raise ModelError(
+            f"{model.config.model_type} is not a causal language model: a later token moves "
+            f"earlier logits by {change:.1%}, so it would see the answers that it is to learn",
+            hint="use a decoder, or --task classify",
+        )
+
+
+def _logits(model: Any, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    places = {} if positions is None else {"position_ids": positions}
+    logits: Tensor = model(input_ids=tokens, use_cache=False, **places).logits
     return logits.float()

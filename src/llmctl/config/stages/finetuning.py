@@ -110,9 +110,6 @@ class AuditConfig(Supervised, Config, Reporting):
     model: Annotated[str, Also("model-name-or-path", "base-model", "tokenizer")]
     """Model whose tokenizer and template to use: a run, folder or Hub id."""
 
-    packing: bool = False
-    """Also say how well the examples pack."""
-
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Chooses the examples, where weights leave some out."""
 
