@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import random
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
+# a shell's background job ignores Ctrl-C, and so would every process that the tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SUBJECTS = ["The cat", "A dog", "My friend", "The old man", "Our teacher", "A small bird"]
 VERBS = ["sees", "likes", "finds", "follows", "remembers", "paints"]
@@ -99,6 +102,18 @@ def base(cli, tokens, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "base"
     result = cli(
         "pretrain", "--tokens", tokens, *SMALL, "--max-steps", 60, "--threads", 1, "-o", out
+    )
+    assert result.code == 0, result.err
+    return out
+
+
+@pytest.fixture(scope="session")
+def roomy(cli, tokens, tmp_path_factory) -> Path:
+    """A pretrained run with room for a conversation; its embeddings are tied."""
+    out = tmp_path_factory.mktemp("runs") / "roomy"
+    shape = ("--layers", 2, "--hidden", 32, "--heads", 2, "--context", 128, "--batch-size", 4)
+    result = cli(
+        "pretrain", "--tokens", tokens, *shape, "--max-steps", 40, "--threads", 1, "-o", out
     )
     assert result.code == 0, result.err
     return out

@@ -44,15 +44,8 @@ def write(path, rows):
 
 
 @pytest.fixture(scope="session")
-def base(cli, tokens, tmp_path_factory):
-    """A pretrained run with room for a conversation; its embeddings are tied."""
-    out = tmp_path_factory.mktemp("runs") / "silent"
-    shape = ("--layers", 2, "--hidden", 32, "--heads", 2, "--context", 128, "--batch-size", 4)
-    result = cli(
-        "pretrain", "--tokens", tokens, *shape, "--max-steps", 40, "--threads", 1, "-o", out
-    )
-    assert result.code == 0, result.err
-    return out
+def base(roomy):
+    return roomy
 
 
 @pytest.fixture(scope="session")

@@ -208,14 +208,24 @@ def save_model(
         tokenizer: saved beside them.
         folder: where to; a sibling is filled first and renamed.
     """
-    staging = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(staging, ignore_errors=True)
     # what else it says may be what transformers loads and refuses to save
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=_stops(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
+    write_folder(model, state, tokenizer, folder)
+
+
+def write_folder(
+    model: PreTrainedModel,
+    state: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> None:
+    """Write a model of any kind, as it is; otherwise as `save_model`."""
+    staging = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(staging, ignore_errors=True)
     model.save_pretrained(staging, state_dict=state)
     tokenizer.save_pretrained(staging)
     follow_umask(staging)

@@ -17,20 +17,19 @@ from llmctl.embeddings import grow_embeddings
 from llmctl.errors import ModelError, UserError
 from llmctl.files import writing
 from llmctl.merging import merge_model
-from llmctl.models import local_folder
+from llmctl.models import local_folder, write_folder
 from llmctl.quantized import HEADS
 from llmctl.rundir import Run, resolve_model
-from llmctl.training.adapters import adapt, trainable_parameters
+from llmctl.training.adapters import adapt
 from llmctl.training.classifier import Batches, Classifier, classify
-from llmctl.training.export import put_best
+from llmctl.training.export import best_weights
 from llmctl.training.finetune import Base
 from llmctl.training.guard import together
-from llmctl.training.headed import load_classifier, save_classifier
+from llmctl.training.headed import load_classifier
 from llmctl.training.placement import is_sharded
-from llmctl.training.state import weights
 from llmctl.training.trl import Terms
-from llmctl.training.tuned import common_arguments, to_bf16
-from llmctl.training.tuning import TuningPlan, make_tuning_plan, rhythm_of
+from llmctl.training.tuned import common_arguments, make_plan
+from llmctl.training.tuning import TuningPlan, rhythm_of
 
 TOLERANCE = 1e-3
 """Largest change of a logit, relative to the largest logit, that is rounding."""
@@ -105,16 +104,7 @@ def check_classifier(
         model = adapt(
             model, config, task="classify", new_modules=sorted(loaded.new_modules - set(HEADS))
         )
-    trained, parameters = trainable_parameters(model)
-    plan = make_tuning_plan(
-        config,
-        parameters=parameters,
-        rows=len(train),
-        world=accelerator.num_processes,
-        device=device,
-    )
-    if plan.precision == "pure-bf16":
-        to_bf16(model, plan.lr)
+    plan, trained, parameters = make_plan(config, model, len(train), accelerator, device)
     if accelerator.is_main_process:
         _announce(plan, parameters, trained)
     base = Base(config.model, weights_sha256(local_folder(resolve_model(config.model))))
@@ -185,16 +175,14 @@ def _export(
         ResourceError: the disk is full.
     """
     job = trainer.job
-    with together(job.accelerator):
-        put_best(trainer)
-    state = {} if config.has_adapter else weights(trainer.model, job.rank)
+    state = best_weights(trainer, has_adapter=config.has_adapter)
     with together(job.accelerator), writing(job.run.path):
         if job.rank != 0:
             return {}
         model = job.accelerator.unwrap_model(trainer.model)
         folder, adapter = job.run.path / "model", job.run.path / "adapter"
         if not config.has_adapter:
-            save_classifier(model, state, data.tokenizer, folder)
+            write_folder(model, state, data.tokenizer, folder)
             return {"model": str(folder)}
         save_adapter(
             model,
@@ -208,7 +196,7 @@ def _export(
         if not config.merge:
             return {"model": str(adapter)}
         merged, difference = merge_model(model.to("cpu"))
-        save_classifier(merged, merged.state_dict(), data.tokenizer, folder)
+        write_folder(merged, merged.state_dict(), data.tokenizer, folder)
         log.info("merged: logits differ from the adapter's by at most %.2g", difference)
         return {
             "model": str(folder),

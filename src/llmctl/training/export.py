@@ -16,6 +16,7 @@ from llmctl.training.finetune import Tuning
 from llmctl.training.guard import together
 from llmctl.training.sft import SupervisedTrainer
 from llmctl.training.state import weights
+from llmctl.training.tuned import Tuned
 
 
 def export(
@@ -28,9 +29,7 @@ def export(
         ResourceError: the disk is full.
     """
     job = trainer.job
-    with together(job.accelerator):
-        put_best(trainer)
-    state = {} if config.has_adapter else weights(trainer.model, job.rank)
+    state = best_weights(trainer, has_adapter=config.has_adapter)
     with together(job.accelerator), writing(job.run.path):
         if job.rank != 0:
             return {}
@@ -57,7 +56,14 @@ def export(
         return {"model": str(job.run.path / "model"), "adapter": str(folder), **facts}
 
 
-def put_best(trainer: SupervisedTrainer) -> None:
+def best_weights(trainer: Tuned, *, has_adapter: bool) -> dict[str, torch.Tensor]:
+    """Bring back the best; all weights on rank 0 where they are to be written whole. Collective."""
+    with together(trainer.job.accelerator):
+        _put_best(trainer)
+    return {} if has_adapter else weights(trainer.model, trainer.job.rank)
+
+
+def _put_best(trainer: Tuned) -> None:
     """Give the model the weights of the best checkpoint, where one was better than the last."""
     done = trainer.job.progressed
     if done.best_step is None or done.best_step == done.step:

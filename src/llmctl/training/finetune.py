@@ -23,7 +23,7 @@ from llmctl.models import load_causal_lm, local_folder
 from llmctl.quantized import LoadIn
 from llmctl.resume import earlier_manifest
 from llmctl.rundir import Run, resolve_model
-from llmctl.training.adapters import adapt, trainable_parameters
+from llmctl.training.adapters import adapt
 from llmctl.training.head import counted_loss, output_layer
 from llmctl.training.placement import autocast, is_sharded
 from llmctl.training.probe import agreed_batch, largest_batch
@@ -32,8 +32,8 @@ from llmctl.training.selftest import require_causal, require_isolated
 from llmctl.training.sequences import Rows, on_device
 from llmctl.training.sft import Material, SupervisedTrainer, make_arguments
 from llmctl.training.trl import Terms
-from llmctl.training.tuned import to_bf16
-from llmctl.training.tuning import TuningPlan, make_tuning_plan, rhythm_of
+from llmctl.training.tuned import make_plan
+from llmctl.training.tuning import TuningPlan, rhythm_of
 
 
 @dataclass(frozen=True)
@@ -114,16 +114,7 @@ def prepare(
     pad = data.tokenizer.pad_token_id or 0
     train = Rows(data.train, pad, data.max_length if config.packing else None)
     val = None if data.val is None else Rows(data.val, pad)
-    trained, parameters = trainable_parameters(model)
-    plan = make_tuning_plan(
-        config,
-        parameters=parameters,
-        rows=len(train),
-        world=accelerator.num_processes,
-        device=device,
-    )
-    if plan.precision == "pure-bf16":
-        to_bf16(model, plan.lr)
+    plan, trained, parameters = make_plan(config, model, len(train), accelerator, device)
     with autocast(plan, device):
         require_causal(model.to(device), data.embedding_rows)
         if config.packing:

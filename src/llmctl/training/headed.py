@@ -1,6 +1,5 @@
-"""Models with a head to classify with: load one, all but the head as it was trained; save one."""
+"""Models with a head to classify with: load one, all but the head as it was trained."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,11 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from llmctl.adapters import is_adapter
 from llmctl.data.labels import own_labels
 from llmctl.errors import ModelError
-from llmctl.files import follow_umask, replace_folder
 from llmctl.models import DERIVED, load_config, local_folder
 from llmctl.rundir import resolve_model
 from llmctl.vetting import BROKEN, check_shards, first_line, require_safetensors
@@ -77,28 +74,6 @@ def load_classifier(reference: str, labels: tuple[str, ...]) -> Loaded:
     except BROKEN as error:
         raise ModelError(f"the model does not load: {first_line(error)}", file=folder) from None
     return Loaded(model, _check_loaded(model, report, saved, folder, has_head=has_head))
-
-
-def save_classifier(
-    model: PreTrainedModel,
-    state: dict[str, torch.Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-) -> None:
-    """Write a folder that `from_pretrained` opens, whole or not at all.
-
-    Args:
-        model: gives the configuration; its own weights are not read.
-        state: the weights to write, by name.
-        tokenizer: saved beside them.
-        folder: where to; a sibling is filled first and renamed.
-    """
-    staging = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging, state_dict=state)
-    tokenizer.save_pretrained(staging)
-    follow_umask(staging)
-    replace_folder(staging, folder)
 
 
 def _set_labels(config: PreTrainedConfig, labels: tuple[str, ...]) -> None:

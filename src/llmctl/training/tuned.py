@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -11,9 +12,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from llmctl.checkpoint import Content
 from llmctl.config.stages import SftConfig
 from llmctl.console import log
+from llmctl.training.adapters import trainable_parameters
 from llmctl.training.schedule import lr_at
 from llmctl.training.trl import Reliable
-from llmctl.training.tuning import TuningPlan
+from llmctl.training.tuning import TuningPlan, make_tuning_plan
 
 OPTIMIZERS = {
     "adamw": "adamw_torch_fused",
@@ -103,7 +105,28 @@ def common_arguments(config: SftConfig, plan: TuningPlan, device: str) -> dict[s
     }
 
 
-def to_bf16(model: Any, lr: float) -> None:
+def make_plan(
+    config: SftConfig, model: Any, rows: int, accelerator: Accelerator, device: str
+) -> tuple[TuningPlan, int, int]:
+    """The plan for a model that is adapted, whose weights become bf16 where that was asked for.
+
+    Returns:
+        The plan, the parameters that train, and all of them.
+    """
+    trained, parameters = trainable_parameters(model)
+    plan = make_tuning_plan(
+        config,
+        parameters=parameters,
+        rows=rows,
+        world=accelerator.num_processes,
+        device=device,
+    )
+    if plan.precision == "pure-bf16":
+        _to_bf16(model, plan.lr)
+    return plan, trained, parameters
+
+
+def _to_bf16(model: Any, lr: float) -> None:
     """Give the model weights in bf16, and say what that means."""
     log.warning(
         "pure bf16 weights: updates smaller than 1/256 of a weight vanish, and at a learning rate "
