@@ -18,7 +18,6 @@ from llmctl.data.templates import (
     SPECIALS,
     TEMPLATES,
     choose_template,
-    ensure_pad,
     read_template,
 )
 from llmctl.errors import DataError, ModelError, UserError
@@ -458,8 +457,6 @@ def test_a_model_keeps_its_template_and_a_base_gets_chatml(tokenizer_of) -> None
     tokenizer.chat_template = None
     assert choose_template(tokenizer, None) == ["<|im_start|>", "<|im_end|>"]
     assert ChatFormat(tokenizer).end_of_turn == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert (ensure_pad(tokenizer), ensure_pad(tokenizer)) == (["<|pad|>"], [])
-    assert tokenizer.pad_token_id == len(tokenizer) - 1
 
 
 def test_a_template_from_a_file(tokenizer_of, tmp_path) -> None:

@@ -20,13 +20,13 @@ from llmctl.data.examples import Example
 from llmctl.data.holdout import duplicates, overlap, shared_prompts
 from llmctl.data.labels import label_of, labels_of, listed
 from llmctl.data.splits import Split, read_split
+from llmctl.data.vocabulary import PAD
 from llmctl.decode.loop import context_size
 from llmctl.errors import DataError, UserError
 from llmctl.models import load_config, load_tokenizer
 
 LONGEST = 2048
 """Tokens of a text at most, where the model would take more and nothing else was asked for."""
-PAD = "<|pad|>"
 LOPSIDED = 10
 """How many times as frequent as another a class is when that is worth a word."""
 AT_ONCE = 1000

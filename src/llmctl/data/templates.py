@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from llmctl.data.chat import CHAT_TEMPLATE, TEMPLATE_SIZE
 from llmctl.errors import DataError, ModelError, UserError
 
-EOS, PAD = "</s>", "<|pad|>"
+EOS = "</s>"
 """What a tokenizer gets that has none."""
 
 _FOLDER = Path(__file__).with_name("chat_templates")
@@ -101,11 +101,3 @@ def read_template(choice: str) -> str:
 
 def _too_long(file: Path) -> ModelError:
     return ModelError(f"the chat template is larger than {TEMPLATE_SIZE:,} characters", file=file)
-
-
-def ensure_pad(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Add a padding token where there is none; the names of those added."""
-    if tokenizer.pad_token is not None:
-        return []
-    tokenizer.add_special_tokens({"pad_token": PAD})
-    return [PAD]

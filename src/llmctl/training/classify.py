@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from llmctl import hardware
 from llmctl.adapters import save_adapter, weights_sha256
 from llmctl.config.stages import SftConfig
-from llmctl.console import log, short
+from llmctl.console import log
 from llmctl.data.labelled import Labelled, load_labelled, log_labelled
 from llmctl.embeddings import grow_embeddings
 from llmctl.errors import ModelError, UserError
@@ -28,7 +28,7 @@ from llmctl.training.guard import together
 from llmctl.training.headed import load_classifier
 from llmctl.training.placement import is_sharded
 from llmctl.training.trl import Terms
-from llmctl.training.tuned import common_arguments, make_plan
+from llmctl.training.tuned import announce, common_arguments, make_plan
 from llmctl.training.tuning import TuningPlan, rhythm_of
 
 TOLERANCE = 1e-3
@@ -106,7 +106,7 @@ def check_classifier(
         )
     plan, trained, parameters = make_plan(config, model, len(train), accelerator, device)
     if accelerator.is_main_process:
-        _announce(plan, parameters, trained)
+        announce(plan, trained, parameters, "texts")
     base = Base(config.model, weights_sha256(local_folder(resolve_model(config.model))))
     return data, Classification(model, plan, train, val, parameters, trained, base)
 
@@ -203,19 +203,3 @@ def _export(
             "adapter": str(adapter),
             "merge_difference": difference,
         }
-
-
-def _announce(plan: TuningPlan, parameters: int, trained: int) -> None:
-    log.info(
-        "%s parameters, %s of them trained; %s steps of %d x %d texts, %s, peak learning rate %g, "
-        "%s, %s",
-        short(parameters),
-        short(trained),
-        f"{plan.max_steps:,}",
-        plan.batch_size,
-        plan.grad_accum,
-        plan.optimizer,
-        plan.lr,
-        plan.schedule,
-        plan.precision,
-    )

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from llmctl import hardware
 from llmctl.adapters import weights_sha256
 from llmctl.config.stages import SftConfig
-from llmctl.console import log, short
+from llmctl.console import log
 from llmctl.data.audit import Audit, audit, log_summary, require_sound
 from llmctl.data.supervised import SupervisedData
 from llmctl.embeddings import grow_embeddings
@@ -32,7 +32,7 @@ from llmctl.training.selftest import require_causal, require_isolated
 from llmctl.training.sequences import Rows, on_device
 from llmctl.training.sft import Material, SupervisedTrainer, make_arguments
 from llmctl.training.trl import Terms
-from llmctl.training.tuned import make_plan
+from llmctl.training.tuned import announce, make_plan
 from llmctl.training.tuning import TuningPlan, rhythm_of
 
 
@@ -132,7 +132,9 @@ def prepare(
     base = Base(config.model, weights_sha256(local_folder(resolve_model(config.model))))
     tuning = Tuning(model, plan, train, val, stops, parameters, trained, base)
     if accelerator.is_main_process:
-        _announce(tuning, len(data.train))
+        announce(plan, trained, parameters, "rows")
+        if config.packing:
+            log.info("%s sequences in %s rows", f"{len(data.train):,}", f"{len(train):,}")
     return tuning
 
 
@@ -233,26 +235,3 @@ def _load(config: SftConfig, device: str) -> Any:
 
 def _load_in(config: SftConfig) -> LoadIn:
     return "4bit" if config.load_in_4bit else "8bit" if config.load_in_8bit else "full"
-
-
-def _announce(tuning: Tuning, sequences: int) -> None:
-    plan = tuning.plan
-    share = tuning.trained_parameters / tuning.parameters
-    log.info(
-        "%s parameters, %s of them trained (%.3g %%); %s rows of %s sequences",
-        short(tuning.parameters),
-        short(tuning.trained_parameters),
-        100 * share,
-        f"{len(tuning.train):,}",
-        f"{sequences:,}",
-    )
-    log.info(
-        "%s steps of %d x %d rows, %s, peak learning rate %g, %s, %s",
-        f"{plan.max_steps:,}",
-        plan.batch_size,
-        plan.grad_accum,
-        plan.optimizer,
-        plan.lr,
-        plan.schedule,
-        plan.precision,
-    )

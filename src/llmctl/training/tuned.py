@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from llmctl.checkpoint import Content
 from llmctl.config.stages import SftConfig
-from llmctl.console import log
+from llmctl.console import log, short
 from llmctl.training.adapters import trainable_parameters
 from llmctl.training.schedule import lr_at
 from llmctl.training.trl import Reliable
@@ -124,6 +124,25 @@ def make_plan(
     if plan.precision == "pure-bf16":
         _to_bf16(model, plan.lr)
     return plan, trained, parameters
+
+
+def announce(plan: TuningPlan, trained: int, parameters: int, unit: str) -> None:
+    """Say what trains, for how long and how; `unit` is what a batch is made of."""
+    log.info(
+        "%s parameters, %s of them trained (%.3g %%); %s steps of %d x %d %s, %s, peak learning "
+        "rate %g, %s, %s",
+        short(parameters),
+        short(trained),
+        100 * trained / parameters,
+        f"{plan.max_steps:,}",
+        plan.batch_size,
+        plan.grad_accum,
+        unit,
+        plan.optimizer,
+        plan.lr,
+        plan.schedule,
+        plan.precision,
+    )
 
 
 def _to_bf16(model: Any, lr: float) -> None:
