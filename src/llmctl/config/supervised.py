@@ -8,8 +8,8 @@ from llmctl.config.base import Also, Fields
 from llmctl.config.sections import NonNegativeCount, OpenFraction, PositiveCount
 
 
-class Supervised(Fields):
-    """Examples to learn from, and how they become tokens."""
+class Examples(Fields):
+    """Rows to learn from, how they become tokens, and which of them validate."""
 
     columns: Annotated[list[str], Also("column")] = []
     """What the columns hold, where their names do not tell (repeatable): `prompt=q,response=a`.
@@ -19,18 +19,10 @@ class Supervised(Fields):
     """Chat template: a jinja file, or a name such as chatml. By default the model's own; a base
     model without one gets ChatML."""
 
-    train_on: Literal["assistant", "completion", "prompt", "all"] = "assistant"
-    """Tokens that count in the loss: every turn of the assistant, its last turn only, everything
-    but its turns, or all. Plain text counts whole."""
-
     max_length: Annotated[
         PositiveCount | None, Also("max-seq-length", "cutoff-len", "sequence-len")
     ] = None
     """Longest example in tokens; by default the model's context, at most 2,048."""
-
-    truncation: Literal["auto", "cut", "drop"] = "auto"
-    """Examples longer than that: cut their ends, end-of-turn token included, or leave them out.
-    auto cuts, and refuses data of which more than a fifth would lose its end."""
 
     val_size: NonNegativeCount | None = None
     """Examples to hold out: those with the smallest hashes. By default a tenth, at most 500; 0
@@ -46,7 +38,7 @@ class Supervised(Fields):
     """Leave out up to this many rows that cannot be read, and count them."""
 
     @model_validator(mode="after")
-    def _check_supervised(self) -> Self:
+    def _check_examples(self) -> Self:
         ways = ("val_size", "val_fraction", "val_data")
         given = [name for name in ways if getattr(self, name) not in (None, [])]
         if len(given) > 1:
@@ -54,6 +46,30 @@ class Supervised(Fields):
                 f"give --{given[0].replace('_', '-')} or --{given[1].replace('_', '-')}, not both"
             )
         return self
+
+
+class Supervised(Examples):
+    """What counts of an example, and what becomes of long ones."""
+
+    train_on: Literal["assistant", "completion", "prompt", "all"] = "assistant"
+    """Tokens that count in the loss: every turn of the assistant, its last turn only, everything
+    but its turns, or all. Plain text counts whole."""
+
+    truncation: Literal["auto", "cut", "drop"] = "auto"
+    """Examples longer than that: cut their ends, end-of-turn token included, or leave them out.
+    auto cuts, and refuses data of which more than a fifth would lose its end."""
+
+
+class Preferred(Examples):
+    """Pairs of responses, one preferred to the other."""
+
+    columns: Annotated[list[str], Also("column")] = []
+    """What the columns hold, where their names do not tell (repeatable): `prompt=q,chosen=a`.
+    Roles: prompt, chosen, rejected, margin, system; responses, ranks."""
+
+    truncation: Literal["auto", "cut", "drop"] = "auto"
+    """Pairs longer than that: cut both prompts from the left, never a response, or leave them out.
+    auto cuts, and refuses data of which more than a fifth has responses too long by themselves."""
 
 
 class Adapter(Fields):

@@ -6,6 +6,7 @@ reasoning and `weight`. Errors say what was found in which message; the caller k
 """
 
 import json
+import re
 from difflib import get_close_matches
 from typing import Any
 
@@ -47,6 +48,21 @@ def check_turns(messages: list[Message], name: str) -> None:
         raise DataError(f"the conversation begins with the {first}, expected the user")
     if "assistant" not in roles:
         raise DataError("no message of the assistant: nothing to learn from")
+
+
+def dialogue(text: str, name: str) -> list[Message] | None:
+    """The messages of a text in the form of hh-rlhf (Bai et al., 2022, arXiv:2204.05862).
+
+    Its turns begin with `Human:` and `Assistant:` after an empty line; None for other texts.
+
+    Raises:
+        DataError: a turn that says nothing.
+    """
+    first, *parts = re.split(r"\n\n(Human|Assistant):", text)
+    if first or not parts:
+        return None
+    roles = ["user" if who == "Human" else "assistant" for who in parts[::2]]
+    return [said(role, part.strip(), name) for role, part in zip(roles, parts[1::2], strict=True)]
 
 
 def said(role: str, content: str, name: str) -> Message:

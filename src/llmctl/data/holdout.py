@@ -7,7 +7,8 @@ examples give the same split in any order, and near-equal ones are never on both
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,9 @@ from llmctl.data.examples import Example
 from llmctl.data.scan import hash_text
 from llmctl.errors import DataError
 
+Item = TypeVar("Item")
+Key = Callable[[Any], int]
+"""The hash by which items are told apart: near-equal ones have the same."""
 VAL_SIZE, VAL_FRACTION = 500, 0.1
 FEWEST = 20
 """Examples below which none are held out unasked."""
@@ -32,7 +36,12 @@ def fingerprint(example: Example) -> int:
     """The hash of all that an example says, but for case, white space and sentence marks."""
     if example.messages is None:
         return _hash([example.text or "", example.label or ""])
-    return _hash(_words(example.messages))
+    return conversation_hash(example.messages)
+
+
+def conversation_hash(messages: Iterable[Message]) -> int:
+    """The hash of all that is said in these messages, likewise."""
+    return _hash(_words(messages))
 
 
 def duplicates(examples: Sequence[Example]) -> int:
@@ -41,7 +50,11 @@ def duplicates(examples: Sequence[Example]) -> int:
 
 
 def hold_out(
-    examples: Sequence[Example], *, size: int | None, fraction: float | None
+    examples: Sequence[Item],
+    *,
+    size: int | None,
+    fraction: float | None,
+    key: Key = fingerprint,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Split in two: the examples with the smallest hashes validate, near-equal ones together.
 
@@ -50,6 +63,7 @@ def hold_out(
         size: how many validate, a few less where near-equal ones would be parted.
         fraction: which share of them, where `size` is None; by default a tenth, at most 500, and
             none where there are few or all say the same.
+        key: examples of the same hash are never parted.
 
     Returns:
         Numbers of those that train and of those that validate, each in order.
@@ -69,7 +83,7 @@ def hold_out(
         )
     if wanted == 0:
         return np.arange(count), np.arange(0)
-    hashes = np.array([fingerprint(example) for example in examples], np.uint64)
+    hashes = np.array([key(example) for example in examples], np.uint64)
     ordered = np.sort(hashes)
     held = hashes < ordered[wanted]
     if not held.any():
@@ -128,11 +142,11 @@ def mix(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
     ]
 
 
-def sample(examples: Sequence[Example], count: int, seed: int) -> list[int]:
+def sample(examples: Sequence[Item], count: int, seed: int, key: Key = fingerprint) -> list[int]:
     """Numbers of `count` examples, in order, which follow from their hashes and the seed."""
     if count >= len(examples):
         return list(range(len(examples)))
-    hashes = [hash_text(f"{seed} {fingerprint(example)}".encode()) for example in examples]
+    hashes = [hash_text(f"{seed} {key(example)}".encode()) for example in examples]
     return sorted(np.argsort(np.array(hashes, np.uint64), kind="stable")[:count].tolist())
 
 
@@ -142,7 +156,7 @@ def _prompt(example: Example) -> int | None:
         return None if example.label is None else _hash([example.text or ""])
     roles = [message["role"] for message in example.messages]
     last = len(roles) - 1 - roles[::-1].index("assistant")
-    return _hash(_words(example.messages[:last]))
+    return conversation_hash(example.messages[:last])
 
 
 def _words(messages: Iterable[Message]) -> list[str]:

@@ -76,7 +76,7 @@ class Labelled:
     tokenizer: PreTrainedTokenizerBase
     """With a padding token that no text holds."""
     max_length: int
-    split: Split
+    split: Split[Example]
     dropped: int
     """Texts left out for their length."""
 
@@ -181,7 +181,7 @@ def log_labelled(data: Labelled) -> None:
         log.warning("%s validation texts are trained on with another label", shared)
 
 
-def _require_apart(split: Split) -> None:
+def _require_apart(split: Split[Example]) -> None:
     both = overlap(split.train, split.val)
     if both:
         ours, theirs = both[0]

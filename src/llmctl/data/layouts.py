@@ -9,10 +9,13 @@ from typing import Any, Literal, NamedTuple
 from llmctl.data.records import listed
 from llmctl.errors import DataError, UserError
 
-Task = Literal["chat", "classify"]
+Task = Literal["chat", "classify", "preferences"]
 Row = dict[str, Any]
-CHAT_ROLES = ("messages", "prompt", "response", "system", "text")
-HOW = "name the columns: --columns prompt=NAME,response=NAME"
+ROLES: dict[Task, tuple[str, ...]] = {
+    "chat": ("messages", "prompt", "response", "system", "text"),
+    "classify": ("text", "label"),
+    "preferences": ("prompt", "chosen", "rejected", "margin", "system", "responses", "ranks"),
+}
 
 
 class Layout(NamedTuple):
@@ -29,6 +32,8 @@ class Layout(NamedTuple):
 
 
 MORE = {"system": "system", "tools": "tools"}
+PAIR = {"chosen": "chosen", "rejected": "rejected"}
+MORE_OF_PAIR = {**MORE, "margin": "margin"}
 LAYOUTS: dict[Task, tuple[Layout, ...]] = {  # a row is of the first that it has the columns of
     "chat": (
         Layout({"messages": "messages"}, MORE),
@@ -43,7 +48,26 @@ LAYOUTS: dict[Task, tuple[Layout, ...]] = {  # a row is of the first that it has
         Layout({"text": "text"}, {}),
     ),
     "classify": (Layout({"text": "text", "label": "label"}, {}),),
+    "preferences": (
+        Layout({"prompt": "prompt", **PAIR}, MORE_OF_PAIR),
+        Layout(
+            {"prompt": "instruction", **PAIR},
+            {**MORE_OF_PAIR, "input": "input", "history": "history"},
+        ),
+        Layout({"prompt": "question", **PAIR}, MORE_OF_PAIR),
+        Layout({"prompt": "prompt", "responses": "responses", "ranks": "ranks"}, MORE),
+        Layout(PAIR, MORE_OF_PAIR),
+    ),
 }
+WAYS: dict[Task, tuple[tuple[str, ...], ...]] = {
+    "chat": (("messages",), ("text",), ("prompt", "response")),
+    "classify": (("text", "label"),),
+    "preferences": (
+        ("responses", "ranks", "prompt"),
+        ("prompt", "chosen", "rejected"),
+    ),
+}
+"""Roles that `--columns` may tell: the first of which it names the first, else the last."""
 
 
 def choose_layouts(columns: Sequence[str], task: Task) -> tuple[Layout, ...]:
@@ -52,15 +76,19 @@ def choose_layouts(columns: Sequence[str], task: Task) -> tuple[Layout, ...]:
     Raises:
         UserError: columns that make no sense.
     """
-    given = _roles(columns, CHAT_ROLES if task == "chat" else ("text", "label"), task)
+    given = _roles(columns, task)
     if not given:
         return LAYOUTS[task]
-    whole = [("text", "label")] if task == "classify" else [("messages",), ("text",)]
-    needed = next((names for names in whole if given.keys() & set(names)), ("prompt", "response"))
-    more = {} if "text" in needed else MORE
+    *ways, last = WAYS[task]
+    needed = next((names for names in ways if given.keys() & set(names) - {"prompt"}), last)
+    more = {} if "text" in needed else MORE_OF_PAIR if "rejected" in needed else MORE
     if extra := [role for role in given if role not in needed and role not in more]:
         raise UserError(f"--columns: `{extra[0]}` does not go with `{needed[0]}`")
-    return (Layout({**{role: role for role in needed}, **given}, more),)
+    found = Layout({**{role: role for role in needed}, **given}, more)
+    if "rejected" not in needed or "prompt" in given:
+        return (found,)
+    without = {role: column for role, column in found.needed.items() if role != "prompt"}
+    return found, Layout(without, more)
 
 
 def layout_of(
@@ -86,16 +114,23 @@ def layout_of(
     if known is None and len(layouts) > 1:
         raise DataError(
             f"no example in these columns: {there}",
-            hint=f"it takes {', '.join(map(str, layouts[:-1]))} or {layouts[-1]}; else {HOW}",
+            hint=f"it takes {', '.join(map(str, layouts[:-1]))} or {layouts[-1]}; "
+            f"else {_how(layouts[0])}",
         )
     needed = (known or layouts[0]).needed
     missing = next(column for column in needed.values() if column not in row)
-    hint = "name the columns: --columns text=NAME,label=NAME" if "label" in needed else HOW
-    raise DataError(f"no column `{missing}`; there is {there}", hint=hint)
+    raise DataError(f"no column `{missing}`; there is {there}", hint=_how(layouts[0]))
 
 
-def _roles(columns: Sequence[str], roles: Sequence[str], task: Task) -> dict[str, str]:
+def _how(layout: Layout) -> str:
+    """How to name the columns of a task, of which this is a layout."""
+    task = next(task for task, roles in ROLES.items() if set(roles) >= layout.needed.keys())
+    return "name the columns: --columns " + ",".join(f"{role}=NAME" for role in WAYS[task][-1])
+
+
+def _roles(columns: Sequence[str], task: Task) -> dict[str, str]:
     """The column of each role that `--columns` gives."""
+    roles = ROLES[task]
     given: dict[str, str] = {}
     for pair in (pair.strip() for text in columns for pair in text.split(",")):
         role, sign, column = pair.partition("=")
@@ -103,8 +138,9 @@ def _roles(columns: Sequence[str], roles: Sequence[str], task: Task) -> dict[str
             what = "given twice" if role in given else "expected ROLE=NAME"
             raise UserError(f"--columns {pair}: {what}", hint="such as prompt=q,response=a")
         if role not in roles:
+            where = "of preferences" if task == "preferences" else f"in --task {task}"
             raise UserError(
-                f"--columns {pair}: no role `{role}` in --task {task}",
+                f"--columns {pair}: no role `{role}` {where}",
                 hint=f"roles are {', '.join(roles)}",
             )
         given[role] = column

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from llmctl.data import builtin, tasks
+from llmctl.data.courtesy import PREFERENCES
 from llmctl.data.lines import not_utf8
 from llmctl.data.records import BLOCK_BYTES, checked_text, no_column, opened, read_records
 from llmctl.data.sources import Source
@@ -35,7 +36,7 @@ def read_pieces(source: Source, column: str) -> Iterator[Piece]:
     """
     if source.kind == "text":
         return _text(source)
-    if source.kind == "builtin":
+    if source.kind == "builtin" and not source.name.startswith(PREFERENCES):
         documents = enumerate(_built_in(source.name), start=1)
         return (Piece(text, source.name, number, True) for number, text in documents)
     return _rows(source, column)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any, NamedTuple
 
-from llmctl.data import builtin, tasks
+from llmctl.data import builtin, courtesy, tasks
 from llmctl.data.lines import LINE_BYTES, json_type, not_utf8, parse_array, parse_row, read_lines
 from llmctl.data.sources import Source
 from llmctl.errors import DataError, NetworkError
@@ -250,10 +250,11 @@ def _hub(source: Source) -> Iterator[Record]:
 
 
 def _builtin(name: str) -> Iterator[Record]:
-    if name.startswith(tasks.TASKS):
-        rows: Iterator[dict[str, Any]] = (
-            {"messages": task.messages()} for task in tasks.tasks(tasks.seed_of(name))
-        )
+    rows: Iterator[dict[str, Any]]
+    if name.startswith(courtesy.PREFERENCES):
+        rows = iter(courtesy.preferences(tasks.seed_of(name, courtesy.PREFERENCES)))
+    elif name.startswith(tasks.TASKS):
+        rows = ({"messages": task.messages()} for task in tasks.tasks(tasks.seed_of(name)))
     else:
         rows = ({"text": text} for text in builtin.python_docs())
     return (Record(row, name, number) for number, row in enumerate(rows, start=1))

@@ -16,6 +16,7 @@ from typing import BinaryIO, Literal
 
 from llmctl.console import log
 from llmctl.data import hub
+from llmctl.data.courtesy import PREFERENCES
 from llmctl.data.tasks import TASKS, seed_of
 from llmctl.errors import DataError
 
@@ -89,15 +90,18 @@ def _named(name: str, spool: Path) -> Iterator[Source]:
             "no such file",
             file=name,
             hint=f"pass a file ({KNOWN}), a folder, a glob, "
-            f"a Hub data set as owner/name, {PYTHON_DOCS}, {TASKS}, or - for stdin",
+            f"a Hub data set as owner/name, {PYTHON_DOCS}, {TASKS}, {PREFERENCES}, "
+            "or - for stdin",
         )
 
 
 def _built_in(name: str) -> Source:
-    if f"{name}:".startswith(f"{TASKS}:"):
-        seed_of(name)
+    seeded = next((d for d in (TASKS, PREFERENCES) if f"{name}:".startswith(f"{d}:")), None)
+    if seeded is not None:
+        seed_of(name, seeded)
     elif name != PYTHON_DOCS:
-        raise DataError(f"no built-in data `{name}`", hint=f"there is {PYTHON_DOCS} and {TASKS}")
+        hint = f"there is {PYTHON_DOCS}, {TASKS} and {PREFERENCES}"
+        raise DataError(f"no built-in data `{name}`", hint=hint)
     return Source(name, "builtin")
 
 

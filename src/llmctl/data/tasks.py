@@ -187,15 +187,19 @@ def tasks(seed: int = 0, count: int = COUNT) -> tuple[Task, ...]:
     return _tasks(seed, count)
 
 
-def seed_of(name: str) -> int:
+def seed_of(name: str, data: str = TASKS) -> int:
     """The seed that `builtin:tasks:SEED` names, 0 for `builtin:tasks`.
+
+    Args:
+        name: as given.
+        data: what stands before the seed.
 
     Raises:
         DataError: it is not from 0 to 15.
     """
-    text = name.removeprefix(TASKS).removeprefix(":") or "0"
+    text = name.removeprefix(data).removeprefix(":") or "0"
     if not re.fullmatch(r"\d{1,9}", text) or int(text) >= SEEDS:
-        hint = f"type {TASKS}:SEED with a seed from 0 to {SEEDS - 1}"
+        hint = f"type {data}:SEED with a seed from 0 to {SEEDS - 1}"
         raise DataError(f"no built-in data `{name}`", hint=hint)
     return int(text)
 
