@@ -14,6 +14,7 @@ FLOORS = [  # a module imports from floors below its own, and from its own packa
     {"rundir", "claim", "options", "lock", "survey"},
     {
         "hardware",
+        "headed",
         "launch",
         "models",
         "embeddings",
@@ -24,6 +25,7 @@ FLOORS = [  # a module imports from floors below its own, and from its own packa
         "data",
         "decode",
         "resume",
+        "scoring",
         "shapes",
         "vetting",
     },

@@ -27,12 +27,11 @@ from transformers import (
 )
 
 from llmctl.config.stages import SftConfig
-from llmctl.data.labelled import PAD, Texts, fit_tokenizer, load_labelled
+from llmctl.data.labelled import PAD, fit_tokenizer, load_labelled
 from llmctl.errors import DataError, ModelError, UserError
+from llmctl.headed import load_classifier, require_padding_unseen, require_positions
 from llmctl.models import load_tokenizer
-from llmctl.training.classifier import Batches, class_counts, macro_f1
-from llmctl.training.classify import require_padding_unseen, require_positions
-from llmctl.training.headed import load_classifier
+from llmctl.training.classifier import class_counts, macro_f1
 
 FILLER = ["the", "a", "cat", "dog", "house", "river", "sees", "likes", "and", "very", "often"]
 COLORS = ("red", "blue", "green")
@@ -277,18 +276,12 @@ def test_a_padding_token_of_its_own_is_kept_and_others_are_not(bases):
 
 
 def test_a_model_whose_answer_padding_changes_is_refused(bases):
-    lengths = np.array([3, 40])
-    whole = Texts(
-        np.arange(lengths.sum(), dtype=np.int32) % 9 + 6,
-        np.array([0, 3, 43]),
-        np.array([0, 1]),
-        0,
-    )
+    tokens = [number % 9 + 6 for number in range(43)]
     model = load_classifier(str(bases / "llama"), ("a", "b")).model
     model.config.pad_token_id = 0
-    require_padding_unseen(model, Batches(whole, 0))
+    require_padding_unseen(model, tokens[:3], tokens[3:], 0)
     with pytest.raises(ModelError, match="padding changes the answer"):
-        require_padding_unseen(model, Batches(whole, 3))
+        require_padding_unseen(model, tokens[:3], tokens[3:], 3)
 
 
 def test_a_roberta_has_fewer_positions_than_it_says():

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -39,7 +39,7 @@ PROMPT = "prompt_embeddings"
 """PEFT's name of virtual tokens."""
 SIZES = ("r", "num_virtual_tokens", "num_transformer_submodules", "token_dim")
 """What adapter_config.json says of tensors, before they are looked at."""
-KINDS = ("CAUSAL_LM", None)
+Kind = Literal["CAUSAL_LM", "SEQ_CLS"]
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def require_base(adapter: Adapter, base: Path) -> None:
         )
 
 
-def put_adapter(model: PreTrainedModel, adapter: Adapter) -> "PeftModel":
+def put_adapter(model: PreTrainedModel, adapter: Adapter, kind: Kind = "CAUSAL_LM") -> "PeftModel":
     """The model with the adapter on it, in eval mode.
 
     Through PEFT's own class: the Auto class of transformers loses DoRA's magnitudes.
@@ -189,20 +189,31 @@ def put_adapter(model: PreTrainedModel, adapter: Adapter) -> "PeftModel":
         ModelError: tensors that are missing, superfluous, of another shape or not finite; a method
             that PEFT does not know.
     """
-    from peft import PeftConfig, PeftModelForCausalLM, set_peft_model_state_dict
+    from peft import (
+        PeftConfig,
+        PeftModelForCausalLM,
+        PeftModelForSequenceClassification,
+        set_peft_model_state_dict,
+    )
 
     folder = adapter.folder
     _grow(model, adapter)
     try:
         about = PeftConfig.from_pretrained(str(folder))
-        if about.task_type not in KINDS:
-            raise ModelError(f"an adapter for {about.task_type}, not for text", file=folder)
+        if about.task_type not in (kind, None):
+            what = "for text" if kind == "CAUSAL_LM" else "a reward model"
+            raise ModelError(f"an adapter for {about.task_type}, not {what}", file=folder)
         about.inference_mode = True
         tensors = load_file(folder / WEIGHTS, device=str(model.device))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is refused below
-            adapted = PeftModelForCausalLM(model, about)
+            if kind == "SEQ_CLS":
+                adapted: PeftModel = PeftModelForSequenceClassification(model, about)
+            else:
+                adapted = PeftModelForCausalLM(model, about)
             result: Any = set_peft_model_state_dict(adapted, tensors, ignore_mismatched_sizes=True)
+    except KeyError as error:  # a layer that was to be saved whole
+        raise ModelError(f"missing adapter weights: {error.args[0]}", file=folder) from None
     except (*BROKEN, IndexError) as error:
         said = " ".join(str(error).split())[:300]
         raise ModelError(f"the adapter does not load: {said}", file=folder) from None

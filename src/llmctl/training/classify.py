@@ -3,7 +3,6 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import TrainingArguments
@@ -14,25 +13,22 @@ from llmctl.config.stages import SftConfig
 from llmctl.console import log
 from llmctl.data.labelled import Labelled, load_labelled, log_labelled
 from llmctl.embeddings import grow_embeddings
-from llmctl.errors import ModelError, UserError
+from llmctl.errors import UserError
 from llmctl.files import writing
+from llmctl.headed import load_classifier, require_padding_unseen, require_positions
 from llmctl.merging import merge_model
 from llmctl.models import local_folder, write_folder
 from llmctl.quantized import HEADS
 from llmctl.rundir import Run, resolve_model
 from llmctl.training.adapters import adapt
-from llmctl.training.classifier import Batches, Classifier, classify
+from llmctl.training.classifier import Batches, Classifier
 from llmctl.training.export import best_weights
 from llmctl.training.finetune import Base
 from llmctl.training.guard import together
-from llmctl.training.headed import load_classifier
 from llmctl.training.placement import is_sharded
 from llmctl.training.trl import Terms
 from llmctl.training.tuned import announce, common_arguments, make_plan
 from llmctl.training.tuning import TuningPlan, rhythm_of
-
-TOLERANCE = 1e-3
-"""Largest change of a logit, relative to the largest logit, that is rounding."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,9 @@ def check_classifier(
     train = Batches(data.train, pad)
     val = None if data.val is None else Batches(data.val, pad)
     require_positions(model, max(int(texts.texts.lengths.max()) for texts in (train, val or train)))
-    require_padding_unseen(model.to(device), train)
+    order = data.train.lengths.argsort()
+    shortest, longest = (data.train.text(int(number)).tolist() for number in order[[0, -1]])
+    require_padding_unseen(model.to(device), shortest, longest, pad)
     if config.has_adapter:
         model = adapt(
             model, config, task="classify", new_modules=sorted(loaded.new_modules - set(HEADS))
@@ -109,44 +107,6 @@ def check_classifier(
         announce(plan, trained, parameters, "texts")
     base = Base(config.model, weights_sha256(local_folder(resolve_model(config.model))))
     return data, Classification(model, plan, train, val, parameters, trained, base)
-
-
-@torch.no_grad()
-def require_padding_unseen(model: Any, rows: Batches) -> None:
-    """Refuse a model whose answer to a text depends on how long its neighbours are.
-
-    Raises:
-        ModelError: the shortest text gets other logits beside the longest.
-    """
-    order = rows.texts.lengths.argsort().tolist()
-    model.eval()
-    alone, beside = (
-        classify(model, {name: part.to(model.device) for name, part in rows.batch(some).items()})[0]
-        for some in (order[:1], [order[0], order[-1]])
-    )
-    change = float((alone - beside).abs().max() / alone.abs().max().clamp_min(1e-6))
-    if not change <= TOLERANCE:
-        raise ModelError(
-            f"padding changes the answer of this model by {change:.1%}",
-            hint="this architecture cannot classify texts in batches",
-        )
-
-
-def require_positions(model: Any, longest: int) -> None:
-    """Refuse texts that are too long for RoBERTa and its kin, which count from after their padding.
-
-    Raises:
-        UserError: with how many tokens there is room for.
-    """
-    for name, layer in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(layer, torch.nn.Embedding):
-            first = 0 if layer.padding_idx is None else layer.padding_idx + 1
-            if longest > layer.num_embeddings - first:
-                raise UserError(
-                    f"a text of {longest:,} tokens: the model has "
-                    f"{layer.num_embeddings - first:,} positions",
-                    hint=f"pass --max-length {layer.num_embeddings - first}",
-                )
 
 
 def _build(

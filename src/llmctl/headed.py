@@ -1,11 +1,17 @@
-"""Models with a head to classify with: load one, all but the head as it was trained."""
+"""Models with a head to classify or score with: load one, all but the head as it was trained.
 
+In: a run, a folder or a Hub id. Out: the model in float32, vetted, and what of it is new. A decoder
+reads its answer off the last token that is not padding, wherever that token stands.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForSequenceClassification,
@@ -15,11 +21,15 @@ from transformers import (
 
 from llmctl.adapters import is_adapter
 from llmctl.data.labels import own_labels
-from llmctl.errors import ModelError
+from llmctl.errors import ModelError, UserError
 from llmctl.models import DERIVED, load_config, local_folder
 from llmctl.rundir import resolve_model
 from llmctl.vetting import BROKEN, check_shards, first_line, require_safetensors
 
+SCORE = ("LABEL_0",)
+"""The label of a reward model, whose one logit is the score; transformers calls it so."""
+TOLERANCE = 1e-3
+"""Largest change of a logit, relative to the largest logit, that is rounding."""
 POOLER = "pooler"
 """Between an encoder and its head; many are saved without theirs."""
 
@@ -33,7 +43,9 @@ class Loaded:
     """Names of the layers that the folder lacks, whose weights are random."""
 
 
-def load_classifier(reference: str, labels: tuple[str, ...]) -> Loaded:
+def load_classifier(
+    reference: str, labels: tuple[str, ...], dtype: torch.dtype = torch.float32
+) -> Loaded:
     """The model with a head for these labels: its own where it is a classifier, else a new one.
 
     Random: seed before.
@@ -65,7 +77,7 @@ def load_classifier(reference: str, labels: tuple[str, ...]) -> Loaded:
         model, report = AutoModelForSequenceClassification.from_pretrained(
             folder,
             config=config,
-            dtype=torch.float32,
+            dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # refused below, by name
@@ -76,10 +88,74 @@ def load_classifier(reference: str, labels: tuple[str, ...]) -> Loaded:
     return Loaded(model, _check_loaded(model, report, saved, folder, has_head=has_head))
 
 
+def pad_right(rows: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` (B, L) of rows of token ids."""
+    length = max(map(len, rows))
+    ids = [[*row, *[pad] * (length - len(row))] for row in rows]
+    mask = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Logits (B, K) of a batch of inputs, in float32."""
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    logits: Tensor = model(**inputs).logits
+    return logits.float()
+
+
+@torch.no_grad()
+def require_padding_unseen(model: Any, short: Sequence[int], long: Sequence[int], pad: int) -> None:
+    """Refuse a model whose answer to a text depends on how long its neighbours are.
+
+    Args:
+        model: on its device; left in eval mode.
+        short: tokens of a text.
+        long: tokens of a longer one.
+        pad: fills the rest of a row.
+
+    Raises:
+        ModelError: the short text gets other logits beside the long one.
+    """
+    model.eval()
+    alone, beside = (logits_of(model, pad_right(rows, pad))[0] for rows in ([short], [short, long]))
+    change = float((alone - beside).abs().max() / alone.abs().max().clamp_min(1e-6))
+    if not change <= TOLERANCE:
+        raise ModelError(
+            f"padding changes the answer of this model by {change:.1%}",
+            hint="this architecture cannot classify texts in batches",
+        )
+
+
+def positions(model: Any) -> int | None:
+    """Tokens that there are learned positions for; RoBERTa and its kin count from after padding.
+
+    None where positions are computed.
+    """
+    for name, layer in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(layer, torch.nn.Embedding):
+            first = 0 if layer.padding_idx is None else layer.padding_idx + 1
+            return int(layer.num_embeddings) - first
+    return None
+
+
+def require_positions(model: Any, longest: int) -> None:
+    """Refuse texts that are too long for a model.
+
+    Raises:
+        UserError: with how many tokens there is room for.
+    """
+    room = positions(model)
+    if room is not None and longest > room:
+        raise UserError(
+            f"a text of {longest:,} tokens: the model has {room:,} positions",
+            hint=f"pass --max-length {room}",
+        )
+
+
 def _set_labels(config: PreTrainedConfig, labels: tuple[str, ...]) -> None:
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}
-    config.problem_type = "single_label_classification"
+    config.problem_type = "regression" if labels == SCORE else "single_label_classification"
     config.use_cache = False
 
 
