@@ -72,7 +72,7 @@ class Preferred(Examples):
     auto cuts, and refuses data of which more than a fifth has responses too long by themselves."""
 
 
-class Adapter(Fields):
+class LowRank(Fields):
     """Train a few weights beside the model's own."""
 
     lora: Annotated[bool, Also("use-peft")] = False
@@ -97,6 +97,33 @@ class Adapter(Fields):
     dora: Annotated[bool, Also("use-dora")] = False
     """Train magnitude apart from direction (Liu et al., 2024, arXiv:2402.09353); implies lora."""
 
+    merge: Annotated[bool, Also("merge-adapter")] = False
+    """Also write model/, with the adapter merged in."""
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the model's own weights stay frozen."""
+        return self.is_low_rank
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether low-rank adapters are trained."""
+        return self.lora or self.dora
+
+    @model_validator(mode="after")
+    def _check_low_rank(self) -> Self:
+        fields = type(self).model_fields
+        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "rslora"):
+            if not self.is_low_rank and getattr(self, name) != fields[name].default:
+                raise ValueError(f"--{name.replace('_', '-')} goes with --lora")
+        if self.merge and not self.is_low_rank:
+            raise ValueError("--merge goes with --lora")
+        return self
+
+
+class Adapter(LowRank):
+    """Other ways to train beside the model's weights, or to keep them small."""
+
     prompt_tuning: Annotated[PositiveInt | None, Also("num-virtual-tokens")] = None
     """Train this many virtual tokens before every input instead (Lester et al., 2021,
     arXiv:2104.08691)."""
@@ -108,30 +135,25 @@ class Adapter(Fields):
     load_in_8bit: bool = False
     """Keep the frozen weights in 8 bits; needs lora."""
 
-    merge: Annotated[bool, Also("merge-adapter")] = False
-    """Also write model/, with the adapter merged in."""
-
     @property
     def has_adapter(self) -> bool:
         """Whether the model's own weights stay frozen."""
-        return self.lora or self.dora or self.prompt_tuning is not None
+        return self.is_low_rank or self.prompt_tuning is not None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the frozen weights are kept in few bits."""
+        return self.load_in_4bit or self.load_in_8bit
 
     @model_validator(mode="after")
     def _check_adapter(self) -> Self:
-        fields = type(self).model_fields
-        low_rank = self.lora or self.dora
-        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "rslora"):
-            if not low_rank and getattr(self, name) != fields[name].default:
-                raise ValueError(f"--{name.replace('_', '-')} goes with --lora")
-        if low_rank and self.prompt_tuning is not None:
+        if self.is_low_rank and self.prompt_tuning is not None:
             raise ValueError("give --lora or --prompt-tuning, not both")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("give --load-in-4bit or --load-in-8bit, not both")
-        if (self.load_in_4bit or self.load_in_8bit) and not low_rank:
+        if self.is_quantized and not self.is_low_rank:
             flag = "--load-in-4bit" if self.load_in_4bit else "--load-in-8bit"
             raise ValueError(f"{flag} freezes the weights: add --lora to train beside them")
-        if self.merge and not low_rank:
-            raise ValueError("--merge goes with --lora")
         return self
 
 
@@ -140,9 +162,6 @@ class Memory(Fields):
 
     activation_checkpointing: Annotated[bool, Also("gradient-checkpointing")] = False
     """Compute activations again in the backward pass instead of keeping them."""
-
-    chunked_loss: bool = False
-    """Compute the loss a few positions at a time, and never hold all logits."""
 
 
 class Samples(Fields):

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llmctl.config.supervised import Adapter
+from llmctl.config.supervised import Adapter, LowRank
 from llmctl.errors import ModelError, UserError
 from llmctl.quantized import HEADS, loaded_in
 
@@ -31,7 +31,7 @@ TASKS = {"chat": TaskType.CAUSAL_LM, "classify": TaskType.SEQ_CLS}
 
 def adapt(
     model: PreTrainedModel,
-    config: Adapter,
+    config: LowRank,
     *,
     added_tokens: Sequence[int] = (),
     task: Literal["chat", "classify"] = "chat",
@@ -56,11 +56,12 @@ def adapt(
         weight.requires_grad_(False)
         if quantized and weight.ndim == 1 and weight.is_floating_point():
             weight.data = weight.data.float()  # norms, as QLoRA keeps them
-    if config.prompt_tuning is None:
-        about: Any = _low_rank(model, config, added_tokens, task)
-        about.modules_to_save = list(new_modules) or None
-    else:
+    about: Any
+    if isinstance(config, Adapter) and config.prompt_tuning is not None:
         about = _virtual_tokens(config, added_tokens)
+    else:
+        about = _low_rank(model, config, added_tokens, task)
+        about.modules_to_save = list(new_modules) or None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
         adapted = get_peft_model(model, about)
@@ -85,7 +86,7 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _low_rank(
-    model: PreTrainedModel, config: Adapter, added_tokens: Sequence[int], task: str
+    model: PreTrainedModel, config: LowRank, added_tokens: Sequence[int], task: str
 ) -> LoraConfig:
     if config.dora and loaded_in(model) == "8bit":
         raise UserError(

@@ -164,7 +164,7 @@ class Reliable(Trainer):  # type: ignore[misc]
             DataError: every label of the step is masked, on every rank.
         """
         batches, labels = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if labels is not None and not int(labels):
+        if labels is not None and not labels > 0:
             raise DataError(
                 f"step {self.state.global_step + 1:,}: every label is masked ({self._named()})",
                 hint="there is nothing to learn from; check the data's shape and --max-length",

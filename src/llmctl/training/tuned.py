@@ -10,12 +10,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from llmctl.checkpoint import Content
-from llmctl.config.stages import SftConfig
+from llmctl.config.tuning import Tuning
 from llmctl.console import log, short
 from llmctl.training.adapters import trainable_parameters
 from llmctl.training.schedule import lr_at
 from llmctl.training.trl import Reliable
-from llmctl.training.tuning import TuningPlan, make_tuning_plan
+from llmctl.training.tuning import EPOCHS, TuningPlan, make_tuning_plan
 
 OPTIMIZERS = {
     "adamw": "adamw_torch_fused",
@@ -83,7 +83,7 @@ class Tuned(Reliable):
             self._counts = counts.to(self.args.device) * (self.job.rank == 0)
 
 
-def common_arguments(config: SftConfig, plan: TuningPlan, device: str) -> dict[str, Any]:
+def common_arguments(config: Tuning, plan: TuningPlan, device: str) -> dict[str, Any]:
     """What any trainer is told; the rest it leaves to us."""
     return {
         "output_dir": str(config.out),
@@ -106,9 +106,17 @@ def common_arguments(config: SftConfig, plan: TuningPlan, device: str) -> dict[s
 
 
 def make_plan(
-    config: SftConfig, model: Any, rows: int, accelerator: Accelerator, device: str
+    config: Tuning,
+    model: Any,
+    rows: int,
+    accelerator: Accelerator,
+    device: str,
+    *,
+    epochs: int = EPOCHS,
 ) -> tuple[TuningPlan, int, int]:
     """The plan for a model that is adapted, whose weights become bf16 where that was asked for.
+
+    `epochs` are those of a run that is told neither epochs nor steps.
 
     Returns:
         The plan, the parameters that train, and all of them.
@@ -120,6 +128,7 @@ def make_plan(
         rows=rows,
         world=accelerator.num_processes,
         device=device,
+        epochs=epochs,
     )
     if plan.precision == "pure-bf16":
         _to_bf16(model, plan.lr)

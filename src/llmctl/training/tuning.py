@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llmctl.config.stages import SftConfig
+from llmctl.config.supervised import Adapter
+from llmctl.config.tuning import Tuning
 from llmctl.errors import ResourceError
 from llmctl.training.job import Rhythm
 from llmctl.training.plan import choose_precision
@@ -54,7 +55,7 @@ class TuningPlan:
 
 
 def make_tuning_plan(
-    config: SftConfig, *, parameters: int, rows: int, world: int, device: str
+    config: Tuning, *, parameters: int, rows: int, world: int, device: str, epochs: int = EPOCHS
 ) -> TuningPlan:
     """Fill in what the user left open.
 
@@ -64,6 +65,7 @@ def make_tuning_plan(
         rows: training sequences, packed ones counted once.
         world: number of processes.
         device: type of device.
+        epochs: passes over the rows, where the user left them open.
 
     Raises:
         ResourceError: an optimizer or a precision that does not run here.
@@ -71,7 +73,7 @@ def make_tuning_plan(
     batch_size = config.batch_size or BATCH
     grad_accum = config.grad_accum or 1
     per_step = batch_size * grad_accum * world
-    steps = config.max_steps or max(1, round((config.epochs or EPOCHS) * rows / per_step))
+    steps = config.max_steps or max(1, round((config.epochs or epochs) * rows / per_step))
     tenth = max(1, steps // 10)
     return TuningPlan(
         max_steps=steps,
@@ -90,7 +92,7 @@ def make_tuning_plan(
     )
 
 
-def rhythm_of(config: SftConfig, plan: TuningPlan) -> Rhythm:
+def rhythm_of(config: Tuning, plan: TuningPlan) -> Rhythm:
     """How often a run logs, evaluates and saves."""
     return Rhythm(
         max_steps=plan.max_steps,
@@ -110,10 +112,10 @@ def default_lr(parameters: int, *, has_adapter: bool) -> float:
     return float(f"{min(lr, HIGHEST_LR * (2 if has_adapter else 1)):.2g}")
 
 
-def _optimizer(config: SftConfig, device: str) -> str:
+def _optimizer(config: Tuning, device: str) -> str:
     chosen = config.optimizer
     if chosen == "auto":
-        quantized = config.load_in_4bit or config.load_in_8bit
+        quantized = isinstance(config, Adapter) and config.is_quantized
         return "paged-adamw-8bit" if quantized and device == "cuda" else "adamw"
     if chosen != "adamw" and device != "cuda":
         raise ResourceError(f"--optimizer {chosen} needs a GPU", hint="use --optimizer adamw")

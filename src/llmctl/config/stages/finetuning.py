@@ -2,36 +2,15 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from llmctl.config.base import Also, Argument, Config
-from llmctl.config.sections import (
-    Batch,
-    Evaluation,
-    Fraction,
-    Length,
-    OpenFraction,
-    Optimizer,
-    Placement,
-    Reporting,
-    Resumable,
-    StageConfig,
-)
-from llmctl.config.supervised import Adapter, Memory, Samples, Supervised
+from llmctl.config.sections import Reporting, StageConfig
+from llmctl.config.supervised import Adapter, Samples, Supervised
+from llmctl.config.tuning import Tuning
 
 
-class SftConfig(
-    Supervised,
-    Adapter,
-    Length,
-    Batch,
-    Optimizer,
-    Memory,
-    Evaluation,
-    Samples,
-    Placement,
-    Resumable,
-):
+class SftConfig(Supervised, Adapter, Tuning, Samples):
     """Fine-tune a model on examples, in full or with adapters."""
 
     model: Annotated[str, Also("model-name-or-path", "base-model")]
@@ -47,25 +26,8 @@ class SftConfig(
     packing: bool = False
     """Put several examples into one sequence, kept apart by their positions."""
 
-    group_by_length: bool = False
-    """Put examples of like length into one step: less padding, less mixing."""
-
-    optimizer: Annotated[
-        Literal["auto", "adamw", "adamw-8bit", "paged-adamw-8bit"], Also("optim")
-    ] = "auto"
-    """Update rule. auto: AdamW; its paged 8-bit form for a quantized model on a GPU."""
-
-    weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay, on matrices only."""
-
-    beta2: Annotated[OpenFraction, Also("adam-beta2")] = 0.999
-    """AdamW's decay of the second moment."""
-
-    min_lr: Annotated[Fraction, Also("min-lr-rate")] = 0.0
-    """Learning rate at the end, as a share of the peak (wsd and linear and cosine)."""
-
-    log_every: Annotated[PositiveInt | None, Also("logging-steps", "log-interval")] = None
-    """Steps between lines of metrics; by default a hundredth of the run."""
+    chunked_loss: bool = False
+    """Compute the loss a few positions at a time, and never hold all logits."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -73,8 +35,6 @@ class SftConfig(
             raise ValueError(
                 "--data is required: jsonl, json, csv, parquet, a Hub id or builtin:tasks"
             )
-        if self.max_steps and self.epochs:
-            raise ValueError("give --max-steps or --epochs, not both")
         if self.task == "classify":
             unused = (
                 "chat_template",
@@ -94,10 +54,6 @@ class SftConfig(
         if self.packing and (self.prompt_tuning or self.group_by_length):
             other = "--prompt-tuning" if self.prompt_tuning else "--group-by-length"
             raise ValueError(f"--packing does not go with {other}")
-        if "decay" in self.given() and self.schedule != "wsd":
-            raise ValueError("--decay goes with --schedule wsd")
-        if "min_lr" in self.given() and self.schedule == "constant":
-            raise ValueError("--min-lr does not go with --schedule constant")
         return self
 
 
