@@ -84,6 +84,17 @@ def set_threads(threads: int | None) -> int:
     return count
 
 
+@contextmanager
+def threads_set(threads: int) -> Iterator[None]:
+    """Use this many CPU threads in the body."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def has_bf16(device: str) -> bool:
     """Whether the device multiplies bfloat16 matrices in hardware."""
     if device == "cuda":

@@ -127,9 +127,19 @@ class RewardModel:
 
 
 def load_reward_model(
-    reference: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+    reference: str,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    under: Any | None = None,
 ) -> RewardModel:
     """The reward model of a run (full or adapter), a folder or a Hub id, in eval mode.
+
+    Args:
+        reference: which one.
+        device: where to.
+        dtype: of its weights.
+        under: the classifier below an adapter, where it is loaded already; it is checked by nobody.
 
     Raises:
         ModelError: no reward model: another head or none, several labels; pickles, tensors that

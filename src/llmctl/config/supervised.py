@@ -121,12 +121,8 @@ class LowRank(Fields):
         return self
 
 
-class Adapter(LowRank):
-    """Other ways to train beside the model's weights, or to keep them small."""
-
-    prompt_tuning: Annotated[PositiveInt | None, Also("num-virtual-tokens")] = None
-    """Train this many virtual tokens before every input instead (Lester et al., 2021,
-    arXiv:2104.08691)."""
+class Quantized(LowRank):
+    """Low-rank adapters, on weights that may be kept small."""
 
     load_in_4bit: bool = False
     """Keep the frozen weights in 4 bits (NF4, double quantization; QLoRA, Dettmers et al., 2023,
@@ -136,24 +132,36 @@ class Adapter(LowRank):
     """Keep the frozen weights in 8 bits; needs lora."""
 
     @property
-    def has_adapter(self) -> bool:
-        """Whether the model's own weights stay frozen."""
-        return self.is_low_rank or self.prompt_tuning is not None
-
-    @property
     def is_quantized(self) -> bool:
         """Whether the frozen weights are kept in few bits."""
         return self.load_in_4bit or self.load_in_8bit
 
     @model_validator(mode="after")
-    def _check_adapter(self) -> Self:
-        if self.is_low_rank and self.prompt_tuning is not None:
-            raise ValueError("give --lora or --prompt-tuning, not both")
+    def _check_quantized(self) -> Self:
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("give --load-in-4bit or --load-in-8bit, not both")
         if self.is_quantized and not self.is_low_rank:
             flag = "--load-in-4bit" if self.load_in_4bit else "--load-in-8bit"
             raise ValueError(f"{flag} freezes the weights: add --lora to train beside them")
+        return self
+
+
+class Adapter(Quantized):
+    """Other ways to train beside the model's weights."""
+
+    prompt_tuning: Annotated[PositiveInt | None, Also("num-virtual-tokens")] = None
+    """Train this many virtual tokens before every input instead (Lester et al., 2021,
+    arXiv:2104.08691)."""
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the model's own weights stay frozen."""
+        return self.is_low_rank or self.prompt_tuning is not None
+
+    @model_validator(mode="after")
+    def _check_adapter(self) -> Self:
+        if self.is_low_rank and self.prompt_tuning is not None:
+            raise ValueError("give --lora or --prompt-tuning, not both")
         return self
 
 

@@ -5,7 +5,7 @@ is a dozen kernels. Covered are plain dense Llama, Mistral, Qwen2 and Qwen3. `fa
 everything else, and compares logits with transformers' own before it trusts itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,13 @@ PARAMETERS = {
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference in logits, relative to the largest logit."""
 
+WeightsOf = Callable[[nn.Module], Mapping[str, Tensor]]
+
+
+def plain_weights(block: nn.Module) -> dict[str, Tensor]:
+    """The weights of a block by name, as they are."""
+    return {name: weight.detach() for name, weight in block.named_parameters()}
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -58,7 +65,7 @@ class Layer:
 class LlamaForward:
     """See `forward.Forward`. Weights are copied: build a new one when they have changed."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, weights_of: WeightsOf = plain_weights) -> None:
         """Fuse the weights of a model that `is_covered`."""
         config = model.config
         self.device, self.dtype = model.device, model.dtype
@@ -66,7 +73,7 @@ class LlamaForward:
         self.head_size = model.model.layers[0].self_attn.head_dim
         self.epsilon = float(config.rms_norm_eps)
         self.embedding = model.model.embed_tokens.weight.detach()
-        self.layers = [_fuse(layer, self.head_size) for layer in model.model.layers]
+        self.layers = [_fuse(weights_of(layer), self.head_size) for layer in model.model.layers]
         self.norm = model.model.norm.weight.detach()
         self.unembedding = model.lm_head.weight.detach().t()
         self.frequencies = model.model.rotary_emb.inv_freq.float()
@@ -218,9 +225,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
 
 
-def _fuse(block: nn.Module, head_size: int) -> Layer:
+def _fuse(weights: Mapping[str, Tensor], head_size: int) -> Layer:
     """A block's weights, those that read the same input side by side."""
-    weights = {name: weight.detach() for name, weight in block.named_parameters()}
 
     def interleaved(name: str) -> Tensor:
         """Of each head (rows · head_size, …), the two halves in turn."""
@@ -255,12 +261,12 @@ def _folded(weights: Sequence[Tensor], norm: Tensor) -> Tensor:
     return (joined.float() * norm.float()).to(joined.dtype).t().contiguous()
 
 
-def is_covered(model: PreTrainedModel) -> bool:
+def is_covered(model: PreTrainedModel, weights_of: WeightsOf = plain_weights) -> bool:
     """Whether this is a plain dense Llama, Mistral, Qwen2 or Qwen3 of moderate size."""
     if type(model) not in COVERED or model.device.type not in ("cpu", "cuda"):
         return False
     config = model.config.to_dict()
-    names = {name for layer in model.model.layers for name, _ in layer.named_parameters()}
+    names = {name for layer in model.model.layers for name in weights_of(layer)}
     return (
         names <= PARAMETERS
         and config["hidden_act"] == "silu"
@@ -273,15 +279,23 @@ def is_covered(model: PreTrainedModel) -> bool:
 
 
 @torch.inference_mode()
-def fast_forward(model: PreTrainedModel, prompt: Sequence[int]) -> LlamaForward | None:
-    """The fast pass, if it covers this model and gives transformers' logits on this prompt."""
-    if not is_covered(model):
+def fast_forward(
+    model: PreTrainedModel, prompt: Sequence[int], weights_of: WeightsOf = plain_weights
+) -> LlamaForward | None:
+    """The fast pass, if it covers this model and gives transformers' logits on this prompt.
+
+    Args:
+        model: in eval mode.
+        prompt: tokens to try it on.
+        weights_of: the weights that a block computes with, where an adapter changes them.
+    """
+    if not is_covered(model, weights_of):
         return None
     rows = model.get_input_embeddings().num_embeddings
     probe = [*prompt[:PROBE_TOKENS], *(token % rows for token in range(PROBE_TOKENS))]
     probes = [probe, probe[5:]]  # of two lengths, so that padding is checked too
     expected = [model(torch.tensor([p], device=model.device)).logits[0, -3:] for p in probes]
-    forward = LlamaForward(model)
+    forward = LlamaForward(model, weights_of)
     logits = [forward.prefill([p[:-2] for p in probes])]
     for place in (-2, -1):
         logits.append(forward.step(torch.tensor([p[place] for p in probes], device=model.device)))

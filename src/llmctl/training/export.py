@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from llmctl.adapters import save_adapter
 from llmctl.config.stages import SftConfig
@@ -14,6 +15,7 @@ from llmctl.models import save_model
 from llmctl.resume import load_weights
 from llmctl.training.finetune import Tuning
 from llmctl.training.guard import together
+from llmctl.training.job import Job
 from llmctl.training.sft import SupervisedTrainer
 from llmctl.training.state import weights
 from llmctl.training.tuned import Tuned
@@ -59,17 +61,17 @@ def export(
 def best_weights(trainer: Tuned, *, has_adapter: bool) -> dict[str, torch.Tensor]:
     """Bring back the best; all weights on rank 0 where they are to be written whole. Collective."""
     with together(trainer.job.accelerator):
-        _put_best(trainer)
+        put_best(trainer.job, trainer.model)
     return {} if has_adapter else weights(trainer.model, trainer.job.rank)
 
 
-def _put_best(trainer: Tuned) -> None:
+def put_best(job: Job, model: nn.Module) -> None:
     """Give the model the weights of the best checkpoint, where one was better than the last."""
-    done = trainer.job.progressed
+    done = job.progressed
     if done.best_step is None or done.best_step == done.step:
         return
-    found = load_weights(trainer.job.run.checkpoints / f"checkpoint-{done.best_step}")
-    named = dict(trainer.model.named_parameters()) | dict(trainer.model.named_buffers())
+    found = load_weights(job.run.checkpoints / f"checkpoint-{done.best_step}")
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
     with torch.no_grad():
         for name, tensor in found.items():
             named[name].copy_(tensor)

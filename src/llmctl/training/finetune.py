@@ -13,7 +13,8 @@ from transformers import GenerationConfig
 
 from llmctl import hardware
 from llmctl.adapters import weights_sha256
-from llmctl.config.stages import SftConfig
+from llmctl.config.stages import PpoConfig, SftConfig
+from llmctl.config.supervised import Quantized
 from llmctl.console import log
 from llmctl.data.audit import Audit, audit, log_summary, require_sound
 from llmctl.data.supervised import SupervisedData
@@ -104,7 +105,7 @@ def prepare(
     """
     _require_supported(config, data, accelerator)
     set_seed(config.seed)
-    model = _load(config, device)
+    model = load_base(config, device)
     grow_embeddings(model, data.tokenizer)
     stops = set_stops(model, data)
     if config.has_adapter:
@@ -213,7 +214,12 @@ def set_stops(model: Any, data: SupervisedData) -> list[int]:
     return stops
 
 
-def _load(config: SftConfig, device: str) -> Any:
+def load_base(config: SftConfig | PpoConfig, device: str) -> Any:
+    """The model that a run starts from: in float32 on the CPU, or quantized where it is to run.
+
+    Raises:
+        ModelError: it does not load, or is an adapter.
+    """
     load_in = _load_in(config)
     if load_in == "full":
         model = load_causal_lm(config.model, dtype=torch.float32)
@@ -233,5 +239,5 @@ def _load(config: SftConfig, device: str) -> Any:
     return model
 
 
-def _load_in(config: SftConfig) -> LoadIn:
+def _load_in(config: Quantized) -> LoadIn:
     return "4bit" if config.load_in_4bit else "8bit" if config.load_in_8bit else "full"

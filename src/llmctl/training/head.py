@@ -51,7 +51,7 @@ def counted_loss(
     length, places = batch["labels"].shape[1], batch["places"]
     wanted = batch["labels"][:, 1:].flatten()[places]
     tokens = torch.full((), len(places), device=places.device)
-    with _only(head, length, places, chunked=chunked) as kept:
+    with handed(head, length, places, chunked=chunked) as kept:
         output = model(**inputs, use_cache=False)
     logits, balance = output.logits, getattr(output, "aux_loss", None)
     if not chunked:
@@ -106,7 +106,9 @@ def _nll(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _only(head: nn.Module, length: int, places: Tensor, *, chunked: bool) -> Iterator[list[Tensor]]:
+def handed(
+    head: nn.Module, length: int, places: Tensor, *, chunked: bool = False
+) -> Iterator[list[Tensor]]:
     """Hand the output layer the hidden states (N, H) of these places of B x (L - 1) only.
 
     Chunked, they are put into the list that is yielded, and the layer gets a single one. The places

@@ -1,5 +1,8 @@
 """The update rules: which parameter is updated by what."""
 
+from collections.abc import Iterable
+from typing import Any
+
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers.pytorch_utils import Conv1D
@@ -16,17 +19,10 @@ def make_optimizers(model: nn.Module, plan: Plan, device: str) -> list[Optimizer
     so that one learning rate serves both.
     """
     matrices = _block_matrices(model) if plan.optimizer == "muon" else set[Tensor]()
-    muon: list[nn.Parameter] = []
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for weight in model.parameters():
-        if weight.requires_grad:
-            (muon if weight in matrices else decayed if weight.dim() >= 2 else plain).append(weight)
-    groups = [
-        {"params": decayed, "weight_decay": plan.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    optimizers = [_adamw([group for group in groups if group["params"]], plan, device)]
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    muon = [weight for weight in trained if weight in matrices]
+    rest = [weight for weight in trained if weight not in matrices]
+    optimizers = [_adamw(decay_groups(rest, plan.weight_decay), plan, device)]
     if muon:
         optimizers.append(
             BatchedMuon(
@@ -40,6 +36,16 @@ def make_optimizers(model: nn.Module, plan: Plan, device: str) -> list[Optimizer
     return optimizers
 
 
+def decay_groups(weights: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: matrices decay, all else does not."""
+    trained = list(weights)
+    groups = [
+        {"params": [w for w in trained if w.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [w for w in trained if w.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 def set_lr(optimizers: list[Optimizer], lr: float) -> None:
     """Give every parameter group this learning rate."""
     for optimizer in optimizers:
@@ -47,7 +53,7 @@ def set_lr(optimizers: list[Optimizer], lr: float) -> None:
             group["lr"] = lr
 
 
-def _adamw(groups: list[dict[str, object]], plan: Plan, device: str) -> Optimizer:
+def _adamw(groups: list[dict[str, Any]], plan: Plan, device: str) -> Optimizer:
     betas = (plan.beta1, plan.beta2)
     if plan.optimizer == "adamw-8bit":
         from bitsandbytes.optim import AdamW8bit

@@ -2,6 +2,7 @@
 
 from llmctl.config.stages.finetuning import AuditConfig, MergeConfig, SftConfig
 from llmctl.config.stages.housekeeping import DemoConfig, RunsConfig
+from llmctl.config.stages.ppo import PpoConfig
 from llmctl.config.stages.pretraining import PRESETS, PretrainConfig, TokenizeConfig
 from llmctl.config.stages.using import ChatConfig, GenerateConfig
 
@@ -12,6 +13,7 @@ __all__ = [
     "DemoConfig",
     "GenerateConfig",
     "MergeConfig",
+    "PpoConfig",
     "PretrainConfig",
     "RunsConfig",
     "SftConfig",

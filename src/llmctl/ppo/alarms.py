@@ -1,0 +1,139 @@
+"""Signs that a run goes wrong, read off its metrics, each with what to do about it.
+
+In: the metrics of the last steps. Out: sentences. An alarm is raised once, and again after it has
+been silent for a while.
+"""
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from llmctl.console import log
+
+STEPS = 5
+"""Steps in a row that make a sign persistent."""
+SILENCE = 20
+"""Steps after which an alarm is repeated."""
+
+Steps = list[Mapping[str, Any]]
+
+
+def _all(steps: Steps, holds: Callable[[Mapping[str, Any]], bool]) -> bool:
+    return len(steps) >= STEPS and all(holds(step) for step in steps[-STEPS:])
+
+
+def negative_kl(steps: Steps) -> str | None:
+    """KL below 0 for long: what is sampled is not what is scored."""
+    if not _all(steps, lambda step: step["kl"] < -1.0):
+        return None
+    return (
+        f"the KL is {steps[-1]['kl']:.2f} nats a response and has been below -1 for {STEPS} steps, "
+        "which a KL cannot be: try --kl-estimator k3, a lower --lr, or a larger --batch-size"
+    )
+
+
+def exploding_kl(steps: Steps) -> str | None:
+    """KL that no longer is a small deviation."""
+    if not _all(steps, lambda step: step["kl"] > 50.0):
+        return None
+    return (
+        f"the KL is {steps[-1]['kl']:.0f} nats a response: the policy has left the reference; "
+        "raise --kl-coef or set --kl-target, and lower --lr"
+    )
+
+
+def longer_and_better(steps: Steps) -> str | None:
+    """A score that rises with the length alone."""
+    if len(steps) < 2 * STEPS:
+        return None
+    first, last = steps[:STEPS], steps[-STEPS:]
+    before, now = (sum(step["length"] for step in part) / STEPS for part in (first, last))
+    rise = sum(step["score"] for step in last) - sum(step["score"] for step in first)
+    if rise <= 0 or now < 2 * before:
+        return None
+    return (
+        f"the score rises while responses grew from {before:.0f} to {now:.0f} tokens: the reward "
+        "may pay for length; look at samples.jsonl, add --reward-rule length:N or "
+        "--missing-eos-penalty 1"
+    )
+
+
+def collapsed_entropy(steps: Steps) -> str | None:
+    """A policy that says one thing only."""
+    first = steps[0]["entropy"]
+    if not _all(steps, lambda step: step["entropy"] < 0.1 * first):
+        return None
+    return (
+        f"the entropy fell from {first:.2f} to {steps[-1]['entropy']:.2f} nats a token: the policy "
+        "says one thing only; raise --kl-coef or --entropy-coef, lower --lr or --ppo-epochs"
+    )
+
+
+def falling_eos(steps: Steps) -> str | None:
+    """Responses that no longer end."""
+    first = max(step["eos_share"] for step in steps)
+    if first < 0.2 or not _all(steps, lambda step: step["eos_share"] < 0.5 * first):
+        return None
+    return (
+        f"only {steps[-1]['eos_share']:.0%} of responses end by themselves, {first:.0%} did: set "
+        "--missing-eos-penalty 1, or raise --max-new-tokens"
+    )
+
+
+def useless_values(steps: Steps) -> str | None:
+    """A value model that is worse than none."""
+    if not _all(steps, lambda step: step["explained_variance"] < 0):
+        return None
+    return (
+        f"the value model explains {steps[-1]['explained_variance']:.2f} of the returns' variance, "
+        "less than a constant would: raise --value-lr, or --value-init reward"
+    )
+
+
+def clipping(steps: Steps) -> str | None:
+    """Updates so large that clipping stops most of them."""
+    if not _all(steps, lambda step: step["clip_fraction"] > 0.4):
+        return None
+    return (
+        f"{steps[-1]['clip_fraction']:.0%} of the tokens are clipped: the updates are too large; "
+        "lower --lr or --ppo-epochs, or set --stop-kl 0.02"
+    )
+
+
+ALARMS = (
+    *(negative_kl, exploding_kl, longer_and_better, collapsed_entropy, falling_eos),
+    *(useless_values, clipping),
+)
+
+
+class Alarms:
+    """The alarms of one run."""
+
+    def __init__(self) -> None:
+        """Nothing has been seen yet."""
+        self.steps: deque[Mapping[str, Any]] = deque(maxlen=10 * STEPS)
+        self.last: dict[str, int] = {}
+        """Step at which each was last raised."""
+
+    def look(self, step: int, metrics: Mapping[str, Any]) -> list[str]:
+        """Take a step in; the names of the alarms it raises, each said."""
+        names = ("kl", "length", "score", "entropy", "eos_share")
+        self.steps.append({n: metrics[n] for n in (*names, "explained_variance", "clip_fraction")})
+        raised = []
+        for alarm in ALARMS:
+            text = alarm(list(self.steps))
+            name = alarm.__name__
+            if text and step - self.last.get(name, -SILENCE) >= SILENCE:
+                self.last[name] = step
+                raised.append(name)
+                log.warning("step %s: %s", f"{step:,}", text)
+        return raised
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"steps": list(self.steps), "last": self.last}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put back what `state` took."""
+        self.steps.extend(state["steps"])
+        self.last = dict(state["last"])

@@ -1,0 +1,168 @@
+"""The loop of PPO: sample, score, update; then what every training command does after a step.
+
+In: a `PpoTrainer`. Out: trained models, checkpoints, metrics. `collect.py` makes the episodes of a
+step, `update.py` learns from them, `evaluate.py` compares with the reference.
+"""
+
+import time
+from typing import Any, NoReturn
+
+import torch
+
+from llmctl.config.sections import Checkpoints
+from llmctl.console import Progress
+from llmctl.ppo.advantages import adapt_kl_coef
+from llmctl.ppo.checks import EXACT, check
+from llmctl.ppo.collect import collect, sample, stopped, tell
+from llmctl.ppo.episodes import Episodes
+from llmctl.ppo.evaluate import NUMBERS, Judge
+from llmctl.ppo.rollout import Halted
+from llmctl.ppo.trainer import PpoTrainer
+from llmctl.ppo.update import update
+from llmctl.training.guard import find_checkpoint, finish_step, is_over, save, together
+from llmctl.training.meter import Meter
+from llmctl.training.optimizers import set_lr
+from llmctl.training.schedule import lr_at
+from llmctl.training.signals import StopFlag, stop_flag
+from llmctl.training.state import checkpoint_bytes, restore, set_generators
+
+REFERENCE_EPISODES = 128
+"""Responses of the reference by whose scores those of training are normalised."""
+FINAL = ("score", "kl", "kl_coef", "entropy", "length", "eos_share", "clip_fraction", "episodes")
+"""Metrics of the last step that the result shows; scores of each source too."""
+
+
+def fit(trainer: PpoTrainer, judge: Judge) -> dict[str, Any]:
+    """Train until the plan's last step and return the final metrics.
+
+    Raises:
+        DivergedError: a loss or a gradient is NaN or infinite; nothing was updated with it.
+        DataError: a reward that fails.
+        ModelError: a self-check before the first update failed.
+        Interrupted, Terminated: a signal came; the run is saved.
+    """
+    job = trainer.job
+    done, meter = job.progressed, Meter(job)
+    with stop_flag() as flag, Progress(job.title, trainer.plan.max_steps) as progress:
+        progress.start_at(done.step)
+        if not is_over(job):
+            begin(trainer, judge, flag, meter)
+        while not is_over(job):
+            begun, rate = time.perf_counter(), lr_at(trainer.plan, done.step)
+            set_lr(trainer.optimizers[:1], rate)
+            set_lr(trainer.optimizers[1:], rate * trainer.plan.value_lr / trainer.plan.lr)
+            episodes = collect(trainer, flag)
+            if episodes is None:
+                leave(trainer, flag, meter)
+            if done.step == 0:
+                first_checks(trainer, episodes)
+            verdict = update(trainer, episodes, flag)
+            complete(trainer, time.perf_counter() - begun)
+            finish_step(job, meter, verdict)
+            progress.update(done.step, _shown(trainer))
+    last = done.last_log
+    shown = {k: v for k, v in last.items() if k in FINAL or k.startswith("score/")}
+    return {**meter.final(), **shown}
+
+
+def resume(trainer: PpoTrainer, config: Checkpoints) -> None:
+    """Put the trainer in the state of the checkpoint that the call asks for, if it asks for one."""
+    size = checkpoint_bytes(trainer.actors, trainer.optimizers)
+    content = find_checkpoint(trainer.job, config, size)
+    if content is not None:
+        restore(trainer.actors, trainer.optimizers, content)
+        set_generators(content.rng)
+        trainer.restore(content.state["ppo"])
+
+
+def begin(trainer: PpoTrainer, judge: Judge, flag: StopFlag, meter: Meter) -> None:
+    """Measure the reference's scores where nothing was measured yet; have it answer. Collective.
+
+    Raises:
+        DataError: a reward that fails.
+        Interrupted, Terminated: a signal came.
+    """
+    with together(trainer.job.accelerator):
+        try:
+            if trainer.rewards.is_unmeasured:
+                measure(trainer, flag)
+            judge.begin(flag)
+        except Halted:
+            pass
+    if stopped(trainer, flag):
+        leave(trainer, flag, meter)
+
+
+def measure(trainer: PpoTrainer, flag: StopFlag) -> None:
+    """Score responses of the reference, to know the scale of each reward model.
+
+    Raises:
+        Halted: a signal came.
+        DataError: a reward that fails.
+    """
+    asked, job = trainer.asked, trainer.job
+    wanted = max(job.world, min(REFERENCE_EPISODES, 2 * len(asked)))
+    mine = range(job.rank, wanted, job.world)
+    prompts = [number % len(asked) for number in mine]
+    noise = [2 * NUMBERS + number for number in mine]
+    rollout = sample(trainer, asked, prompts, noise, flag, of_reference=True)
+    raw = trainer.rewards.raw(tell(asked, prompts, rollout), rollout.ended)
+    trainer.rewards.measure(raw, trainer.total)
+    if trainer.value_source is not None:
+        scale, weight = trainer.value_source.scale, trainer.value_source.weight
+        factor = weight / scale.deviation_used
+        trainer.actors.scale = (factor, -factor * scale.mean)
+
+
+def first_checks(trainer: PpoTrainer, episodes: Episodes) -> None:
+    """What a run shows of itself before it learns anything. Collective.
+
+    Raises:
+        ModelError: a check failed.
+    """
+    job, precision = trainer.job, trainer.plan.precision
+    with together(job.accelerator):
+        found = check(trainer.actors, episodes, set(trainer.sampler.eos), precision)
+    worst = float(trainer.gathered([found.sampling]).max())
+    trainer.exact = worst <= EXACT[precision]
+    job.run.record(**found.facts, keeps_sampled_log_probs=trainer.exact)
+
+
+def complete(trainer: PpoTrainer, seconds: float) -> None:
+    """The rest of a step's metrics, its alarms, and the next step's penalty."""
+    config, job, latest = trainer.config, trainer.job, trainer.latest
+    episodes = latest.pop("step_episodes")
+    latest.pop("response_tokens")
+    latest["kl_coef"] = trainer.kl_coef
+    latest["episodes"] = (job.progressed.step + 1) * episodes
+    latest["episodes_per_second"] = round(episodes / seconds, 3)
+    if config.kl_target is not None:
+        trainer.kl_coef = adapt_kl_coef(
+            trainer.kl_coef, latest["kl"], config.kl_target, episodes, config.kl_horizon
+        )
+    latest["alarms"] = trainer.alarms.look(job.progressed.step + 1, latest)
+
+
+def leave(trainer: PpoTrainer, flag: StopFlag, meter: Meter) -> NoReturn:
+    """Save the state of the last whole step, and end. Collective.
+
+    Raises:
+        Interrupted, Terminated: always.
+    """
+    job = trainer.job
+    signal = stopped(trainer, flag)
+    with torch.no_grad():
+        save(job, meter)
+    raise StopFlag.error(signal, job.progressed.step)
+
+
+def _shown(trainer: PpoTrainer) -> str:
+    """The text of the progress line."""
+    last = trainer.job.progressed.last_log
+    if not last:
+        return ""
+    text = f"score {last['score']:.3f}  kl {last['kl']:.2f}  entropy {last['entropy']:.2f}"
+    text += f"  {last['length']:.0f} tokens  {last['episodes_per_second']:.1f} episodes/s"
+    if "val_win_rate" in trainer.job.progressed.last_eval:
+        text += f"  wins {trainer.job.progressed.last_eval['val_win_rate']:.0%}"
+    return text

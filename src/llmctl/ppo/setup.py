@@ -1,0 +1,242 @@
+"""From a config to a trainer that is ready to fit, and to a judge of what it becomes."""
+
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.optim import AdamW, Optimizer
+from transformers import PreTrainedTokenizerBase
+
+from llmctl import hardware
+from llmctl.adapters import weights_sha256
+from llmctl.config.stages import PpoConfig
+from llmctl.console import log, short
+from llmctl.data.prompts import PromptSet, read_prompts
+from llmctl.decode.loop import eos_tokens
+from llmctl.errors import DataError, UserError
+from llmctl.models import load_config, load_tokenizer, local_folder
+from llmctl.ppo.actors import Actors
+from llmctl.ppo.evaluate import Judge
+from llmctl.ppo.models import Models, load_models
+from llmctl.ppo.plan import PpoPlan, make_ppo_plan, rhythm_of
+from llmctl.ppo.prompts import PromptFormat, encode_prompts
+from llmctl.ppo.rewards import Rewards
+from llmctl.ppo.rollout import Sampler
+from llmctl.ppo.trainer import Asked, PpoTrainer
+from llmctl.rundir import Run, resolve_model
+from llmctl.training.adapters import trainable_parameters
+from llmctl.training.job import Job
+from llmctl.training.optimizers import decay_groups
+from llmctl.training.order import Order
+from llmctl.training.placement import autocast, is_sharded
+from llmctl.training.schedule import lr_at
+from llmctl.training.state import architecture, capture
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is known once the models are loaded."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptSet
+    asked: Asked
+    held_out: Asked
+    stops: set[int]
+    """Tokens that end a response."""
+    models: Models
+    plan: PpoPlan
+    base_sha256: str
+    parameters: int
+    trained_parameters: int
+
+    def facts(self, config: PpoConfig, device: str) -> dict[str, Any]:
+        """What a manifest should say."""
+        base = {"role": "model", "path": config.model, "sha256": self.base_sha256}
+        return {
+            "inputs": [base, *self.models.inputs, *self.prompts.inputs],
+            "device": hardware.device_name(device),
+            "parameters": self.parameters,
+            "plan": asdict(self.plan),
+            "prompts": len(self.asked),
+            "held_out": [row.name for row in self.held_out.rows],
+        }
+
+
+def prepare(
+    config: PpoConfig, accelerator: Accelerator, device: str, clock: str | None = None
+) -> Setup:
+    """Read the prompts, load the models, make the plan.
+
+    Raises:
+        DataError: prompts that are missing, empty or too long.
+        ModelError: a model that does not load, or no reward model.
+        UserError: settings that do not go together.
+    """
+    if is_sharded(accelerator):
+        raise UserError(
+            "FSDP is in force, and ppo has not been made to work under it",
+            hint="use DDP (recipes/accelerate/ddp.yaml); --lora shares one set of weights",
+        )
+    prompts = read_prompts(config.data, config.val_data, config.val_size, config.skip_bad_rows)
+    shape, tokenizer = load_config(config.model), load_tokenizer(config.model)
+    written = PromptFormat(tokenizer, config, clock)
+    asked = encode_prompts(prompts.train, written, shape, config)
+    held_out = encode_prompts(prompts.val, written, shape, config)
+    if not len(asked):
+        raise DataError("no prompt is left to train on", file=config.data[0])
+    set_seed(config.seed)
+    base_sha256 = weights_sha256(local_folder(resolve_model(config.model)))
+    models = load_models(config, tokenizer, base_sha256, device)
+    trained, parameters = trainable_parameters(models.actors.policy)
+    plan = make_ppo_plan(
+        config,
+        parameters=parameters,
+        prompts=len(asked),
+        world=accelerator.num_processes,
+        device=device,
+    )
+    if plan.precision == "pure-bf16":
+        to_bf16(models, plan.lr)
+    stops = set() if config.ignore_eos else set(eos_tokens(models.actors.policy, tokenizer))
+    stops |= set() if config.ignore_eos else written.stops
+    found = Setup(
+        *(tokenizer, prompts, asked, held_out, stops, models, plan),
+        *(base_sha256, parameters, trained),
+    )
+    if accelerator.is_main_process:
+        _announce(config, found)
+    return found
+
+
+def build(
+    config: PpoConfig, setup: Setup, run: Run, accelerator: Accelerator, device: str, threads: int
+) -> tuple[PpoTrainer, Judge]:
+    """Put the trainer together, and what compares it with the reference."""
+    plan, actors = setup.plan, setup.models.actors
+    actors.autocast = lambda: autocast(plan, device)
+    optimizers = make_optimizers(actors, config, plan, device)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    order = Order(
+        len(setup.asked),
+        batch_size=plan.batch_size // config.num_samples,
+        rank=rank,
+        world=world,
+        steps=plan.max_steps,
+        seed=config.seed,
+    )
+    job = Job(
+        title="ppo",
+        run=run,
+        accelerator=accelerator,
+        device=device,
+        identity=_identity(config, setup, world),
+        rhythm=rhythm_of(config, plan),
+        flops_per_token=None,
+        capture=lambda: capture(
+            actors, optimizers, job.progressed, {"ppo": trainer.state()}, rank=rank
+        ),
+        evaluate=(lambda: judge.evaluate()) if len(setup.held_out) else None,
+        lr=lambda: lr_at(plan, job.progressed.step - 1),
+        extras=lambda: trainer.latest,
+    )
+    trainer = PpoTrainer(
+        config=config,
+        plan=plan,
+        actors=actors,
+        optimizers=optimizers,
+        rewards=Rewards(
+            setup.models.sources,
+            config.score_normalization,
+            config.clip_score,
+            config.missing_eos_penalty or 0.0,
+        ),
+        sampler=Sampler(
+            setup.tokenizer,
+            config.max_new_tokens,
+            config.temperature,
+            setup.stops,
+            config.seed,
+            config.rollout_batch_size,
+        ),
+        asked=setup.asked,
+        held_out=setup.held_out,
+        order=order,
+        job=job,
+        threads=threads,
+        kl_coef=config.kl_coef,
+        value_source=setup.models.value_source,
+    )
+    judge = Judge(trainer)
+    return trainer, judge
+
+
+def make_optimizers(
+    actors: Actors, config: PpoConfig, plan: PpoPlan, device: str
+) -> list[Optimizer]:
+    """AdamW over the policy, and another over the value model."""
+    policy = [weight for weight in actors.policy.parameters() if weight.requires_grad]
+    value = [*actors.value.parameters(), *actors.value_head.parameters()]
+    return [
+        AdamW(
+            decay_groups((w for w in weights if w.requires_grad), config.weight_decay),
+            lr=lr,
+            betas=(config.beta1, config.beta2),
+            fused=device in ("cpu", "cuda"),
+        )
+        for weights, lr in ((policy, plan.lr), (value, plan.value_lr))
+    ]
+
+
+def to_bf16(models: Models, lr: float) -> None:
+    """Give all that trains, and the reference, weights in bf16, and say what that means."""
+    log.warning(
+        "pure bf16 weights: updates smaller than 1/256 of a weight vanish, and at a learning rate "
+        "of %g most of them are",
+        lr,
+    )
+    for model in (models.actors, models.actors.reference):
+        for weight in model.parameters():  # buffers such as rotary frequencies stay exact
+            weight.data = weight.data.to(torch.bfloat16)
+
+
+def _identity(config: PpoConfig, setup: Setup, world: int) -> dict[str, Any]:
+    """What a run must share with this one to resume from it."""
+    numbers = [row.digest() for row in (*setup.asked.rows, *setup.held_out.rows)]
+    return {
+        **setup.plan.identity(config),
+        "data": sha256(repr((numbers, len(setup.held_out))).encode()).hexdigest(),
+        "model": setup.base_sha256,
+        "reward_model": [facts["sha256"] for facts in setup.models.inputs],
+        "architecture": architecture(setup.models.actors.policy.config),
+        "world_size": world,
+    }
+
+
+def _announce(config: PpoConfig, setup: Setup) -> None:
+    plan = setup.plan
+    log.info(
+        "%s parameters, %s of them trained; %s prompts, %s held out; rewards: %s",
+        short(setup.parameters),
+        short(setup.trained_parameters),
+        f"{len(setup.asked):,}",
+        f"{len(setup.held_out):,}",
+        ", ".join(f"{s.name} x {s.weight:g}" for s in setup.models.sources),
+    )
+    origin = setup.models.value_source
+    log.info(
+        "%s steps of %s episodes, %d passes in %d minibatches; peak learning rate %g, %s, %s; "
+        "the value model starts from %s",
+        f"{plan.max_steps:,}",
+        f"{plan.batch_size:,}",
+        plan.ppo_epochs,
+        plan.minibatches,
+        plan.lr,
+        plan.schedule,
+        plan.precision,
+        "the policy" if origin is None else f"the reward model {origin.name}",
+    )
+    if config.reward_rule and not config.reward_model:
+        log.info("rules are not normalised: --kl-coef is in their units")

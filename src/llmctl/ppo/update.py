@@ -1,0 +1,170 @@
+"""The updates of a step: several passes over its episodes, in minibatches.
+
+What makes a minibatch is a function of seed, step and pass, over the episodes of all processes; a
+loss is a sum over tokens divided by those of the whole minibatch. So it makes no difference in how
+many pieces, or on how many processes, a minibatch is computed.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmctl.ppo.actors import entropy_of
+from llmctl.ppo.episodes import Episodes, Pass, passes
+from llmctl.ppo.loss import policy_loss, value_loss
+from llmctl.ppo.plan import PASS_LOGITS
+from llmctl.ppo.trainer import PpoTrainer
+from llmctl.training.guard import Verdict, accept, agree
+from llmctl.training.signals import StopFlag
+
+SUMS = ("policy_loss", "value_loss", "clipped", "value_clipped", "policy_kl")
+
+
+@dataclass
+class Tally:
+    """Sums over the tokens of updates, kept on the device so that none is waited for."""
+
+    sums: Tensor
+    """In the order of SUMS."""
+    tokens: int = 0
+    updates: int = 0
+    last_kl: float = 0.0
+    """Of the last minibatch, in nats a token."""
+
+
+def update(trainer: PpoTrainer, episodes: Episodes, flag: StopFlag) -> Verdict:
+    """Train policy and value model on a step's episodes; the verdict on all of it. Collective.
+
+    Raises:
+        DivergedError: a loss or a gradient is not finite, and the run is to stop at that.
+    """
+    begun = time.perf_counter()
+    lengths = trainer.gathered([len(r) for r in episodes.sequences.responses])
+    tally = Tally(torch.zeros(len(SUMS), dtype=torch.float64, device=trainer.actors.device))
+    verdict: Verdict | None = None
+    for rows in minibatches(trainer, len(lengths)):
+        tokens = int(lengths[torch.as_tensor(rows)].sum())
+        loss = accumulate(trainer, episodes, rows, tokens, tally)
+        verdict = _step(trainer, loss, flag)
+        if trainer.config.stop_kl and tally.last_kl > trainer.config.stop_kl:
+            break
+    assert verdict is not None
+    trainer.latest |= shares(tally)
+    trainer.latest["update_seconds"] = round(time.perf_counter() - begun, 4)
+    return replace(verdict, tokens=trainer.latest["response_tokens"])
+
+
+def minibatches(trainer: PpoTrainer, count: int) -> Iterator[Sequence[int]]:
+    """Numbers, among the episodes of all processes, of each minibatch in order."""
+    step, plan = trainer.job.progressed.step, trainer.plan
+    for epoch in range(plan.ppo_epochs):
+        order = np.random.default_rng((trainer.config.seed, step, epoch)).permutation(count)
+        yield from (part.tolist() for part in np.array_split(order, plan.minibatches))
+
+
+def accumulate(
+    trainer: PpoTrainer, episodes: Episodes, rows: Sequence[int], tokens: int, tally: Tally
+) -> Tensor:
+    """Backpropagate this rank's part of a minibatch; return its part of the loss.
+
+    Args:
+        trainer: the models.
+        episodes: of this rank.
+        rows: of the minibatch, among the episodes of all ranks.
+        tokens: of the whole minibatch.
+        tally: is added to.
+    """
+    actors, config = trainer.actors, trainer.config
+    mine = [r - episodes.first for r in rows if 0 <= r - episodes.first < len(episodes.sequences)]
+    sums = torch.zeros_like(tally.sums)
+    total = torch.zeros((), device=actors.device)
+    for batch in passes(
+        episodes.sequences,
+        mine,
+        most_tokens=trainer.plan.pass_tokens,
+        most_chosen=max(1, PASS_LOGITS // actors.vocabulary),
+        mask=episodes.mask,
+        device=actors.device,
+    ):
+        found = _losses(trainer, episodes, batch, tokens)
+        sums += found[1]
+        total += found[0]
+    counted = trainer.total(sums)
+    tally.sums += counted
+    tally.tokens += tokens
+    tally.updates += 1
+    if config.stop_kl:
+        tally.last_kl = float(counted[SUMS.index("policy_kl")]) / tokens
+    return total
+
+
+def _losses(
+    trainer: PpoTrainer, episodes: Episodes, batch: Pass, tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Backpropagate both losses of a pass, one after the other: half the activations at a time."""
+    actors, config = trainer.actors, trainer.config
+    rows, mask = batch.rows, batch.mask
+    log_probs, logits = actors.log_probs(batch)
+    old, advantages = episodes.log_probs[rows], episodes.advantages[rows]
+    policy = policy_loss(batch.spread(log_probs), old, advantages, mask, config.clip)
+    loss = policy.loss / tokens
+    if config.entropy_coef:
+        loss = loss - config.entropy_coef * entropy_of(logits).sum() / tokens
+    loss.backward()  # type: ignore[no-untyped-call]
+    del logits, log_probs
+    values = batch.spread(actors.values(batch))
+    value = value_loss(
+        values,
+        episodes.values[rows],
+        episodes.returns[rows],
+        mask,
+        config.value_clip or math.inf,
+    )
+    weighted = config.value_coef * value.loss / tokens
+    weighted.backward()  # type: ignore[no-untyped-call]
+    parts = (policy.loss, value.loss, policy.clipped, value.clipped, policy.kl)
+    sums = torch.stack([part.detach().double() for part in parts])
+    return (loss + weighted).detach(), sums
+
+
+def _step(trainer: PpoTrainer, loss: Tensor, flag: StopFlag) -> Verdict:
+    """Add the gradients of all ranks up, clip them, and update where all is finite."""
+    job = trainer.job
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    weights = [weight for group in groups for weight in group["params"]]
+    if job.world > 1:
+        _add_up(trainer, weights)
+        loss = trainer.total(loss[None])[0]
+    limit = trainer.config.max_grad_norm or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(weights, limit)
+    verdict = agree(job, loss, norm, 0, flag)
+    accepted = accept(job, verdict, lambda: f"episodes of step {job.progressed.step + 1:,}")
+    for optimizer in trainer.optimizers:
+        if accepted:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return verdict
+
+
+def _add_up(trainer: PpoTrainer, weights: Sequence[Tensor]) -> None:
+    """Sum the gradients over ranks in one transfer; a rank may have no part in a minibatch."""
+    grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+    summed = trainer.total(torch.cat([grad.flatten() for grad in grads]))
+    for weight, part in zip(
+        weights, torch.split(summed, [w.numel() for w in weights]), strict=True
+    ):
+        weight.grad = part.view_as(weight)
+
+
+def shares(tally: Tally) -> dict[str, float]:
+    """Means over the tokens of all updates."""
+    means = (tally.sums / tally.tokens).tolist()
+    found = dict(zip(SUMS, means, strict=True))
+    found["clip_fraction"] = found.pop("clipped")
+    found["value_clip_fraction"] = found.pop("value_clipped")
+    return {**found, "updates": tally.updates}
