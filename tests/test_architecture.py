@@ -27,7 +27,7 @@ FLOORS = [  # a module imports from floors below its own, and from its own packa
         "shapes",
         "vetting",
     },
-    {"training"},
+    {"training", "feedback"},
     {"stages"},
     {"pipeline"},
     {"cli"},
