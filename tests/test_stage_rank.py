@@ -9,17 +9,19 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
+from llmctl.data.asks import Ask
 from llmctl.errors import OutputError, ResourceError, UserError
 from llmctl.feedback import generating, journal, session
 from llmctl.feedback.answers import check_answer, open_answers
 from llmctl.feedback.journal import open_journal
 from llmctl.feedback.page import Texts
-from llmctl.feedback.questions import Question, are_ranks, read_entries
+from llmctl.feedback.questions import Entry, Question, are_ranks, read_entries
 from llmctl.feedback.server import BODY_BYTES, listen, serving
 from llmctl.feedback.session import Session
 from llmctl.feedback.supply import Supply
@@ -431,6 +433,22 @@ def test_a_model_that_fails_ends_it_in_order(rank, roomy, prompts, tmp_path, mon
     monkeypatch.undo()
 
 
+def test_what_a_model_wrote_before_it_failed_is_still_asked(data, tmp_path):
+    entries = [*read_entries(data), Entry(Ask("unwritten", "p:1"), None)]
+    supply = Supply(entries, {})
+    failed = Future()
+    failed.set_exception(ResourceError("out of memory"))
+    supply.end(failed)
+    with open_answers(tmp_path / "a.jsonl", "Ada") as answers, ThreadPoolExecutor(1) as pool:
+        ranking = Session(supply, answers, "Ada", 0)
+        waiting = pool.submit(ranking.wait_until_finished)
+        for _ in range(3):
+            assert not waiting.done()
+            assert ranking.answer(ranking.current().key, None)
+        with pytest.raises(ResourceError):
+            waiting.result(timeout=10)
+
+
 def test_a_person_who_leaves_does_not_wait_for_the_model(rank, roomy, tmp_path, monkeypatch):
     rows = [{"prompt": f"The {i}"} for i in range(300)]
     data = write(tmp_path / "many.jsonl", *rows)
@@ -447,13 +465,15 @@ def test_dry_run_writes_nothing(rank, roomy, prompts, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["p.jsonl"]
 
 
+def test_asking_about_given_responses_loads_nothing_heavy():
+    program = "import sys, llmctl.stages.rank; print(*sys.modules)"
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert not {"torch", "transformers"} & set(ran.stdout.split())
+
+
 # Refusals
-
-
-def refuse(cli, tmp_path, *options: object):
-    result = cli("rank", "--terminal", *options)
-    assert result.out == ""
-    return result.code, result.err
 
 
 @pytest.mark.parametrize(

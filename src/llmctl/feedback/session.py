@@ -104,6 +104,7 @@ class Session:
                     raise UserError("not the ranks of the responses")
                 ranks = question.ranks(ranks, self._seed, self.annotator)
             self._answers.add(question, ranks)
+            self._supply.changed.notify_all()
             return True
 
     def can_undo(self) -> bool:
@@ -155,6 +156,7 @@ class Session:
                 self._wait()
 
     def _wait(self) -> None:
-        if self._supply.failure is not None:
+        """Wait for a change; a model that failed is said once all it has written is answered."""
+        if self._supply.failure is not None and self.current() is None:
             raise self._supply.failure
         self._supply.changed.wait()
