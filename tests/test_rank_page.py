@@ -11,6 +11,14 @@ from pathlib import Path
 import chromium
 import pytest
 
+from llmctl.data.asks import Ask
+from llmctl.feedback.answers import open_answers
+from llmctl.feedback.page import Texts
+from llmctl.feedback.questions import Entry, Question
+from llmctl.feedback.server import listen, serving
+from llmctl.feedback.session import Session
+from llmctl.feedback.supply import Supply
+
 STORY = "Once there was a fox who wanted grapes.\n\n1. It jumped.\n2. It fell.\n\n" + "Again. " * 90
 HOSTILE = (
     "<script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\">"
@@ -129,7 +137,7 @@ def test_keys_rank_tie_take_back_skip_and_undo(page):
     assert sorted(page.rows()[1]["ranks"]) == [1, 2, 2]
     assert browser.js("document.getElementById('out').textContent") == str(page.out)
     command = browser.js("document.getElementById('command').textContent")
-    assert command == f"llmctl reward --data {page.out} -o runs/reward"
+    assert command == f"llmctl reward --model MODEL --data {page.out} -o runs/reward"
     assert "1 whose responses are all the same" in browser.js("document.body.innerText")
     browser.press("u")
     page.settle(2)
@@ -281,6 +289,24 @@ CONTRASTS = """(() => {
   }
   return bad;
 })()"""
+
+
+def test_the_page_waits_for_the_model(browser, tmp_path):
+    first = Entry(Ask("First", "p:1"), ("a", "b"))
+    supply = Supply([first, Entry(Ask("Second", "p:2"), None)], {})
+    with open_answers(tmp_path / "a.jsonl", "Ada") as answers:
+        session = Session(supply, answers, "Ada", 0)
+        with serving(listen(0), session, Texts("a.jsonl", "llmctl reward")) as url:
+            browser.open(url)
+            browser.wait(ASKED)
+            browser.press("1", "Enter")
+            browser.wait("view.phase === 'wait'")
+            assert "The model is writing" in browser.js("document.body.innerText")
+            supply.put(1, Question("Second", ("c", "d")))
+            browser.wait(ASKED)
+            browser.press("1", "Enter")
+            browser.wait("view.phase === 'done'")
+    assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_server_that_went_away_is_said(page):

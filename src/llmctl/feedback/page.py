@@ -25,9 +25,9 @@ class Texts:
 
 
 def next_command(out: Path, model: str | None) -> str:
-    """The command that learns from the answers."""
-    where = f" --model {shlex.quote(model)}" if model else ""
-    return f"llmctl reward{where} --data {shlex.quote(str(out))} -o runs/reward"
+    """The command that learns from the answers, with a model that wrote them to start from."""
+    start = shlex.quote(model) if model else "MODEL"
+    return f"llmctl reward --model {start} --data {shlex.quote(str(out))} -o runs/reward"
 
 
 def state(session: Session, texts: Texts) -> dict[str, Any]:

@@ -200,7 +200,7 @@ function showEnd(state) {
   const skipped = state.skipped ? `, ${state.skipped} skipped` : "";
   const same = state.identical ? ` Left out: ${state.identical} whose responses are all the same.` : "";
   $("tick").hidden = !isDone;
-  $("end-title").textContent = isDone ? "All is ranked" : "Stopped here";
+  $("end-title").textContent = isDone ? "All done" : "Stopped here";
   $("end-text").textContent =
     `${state.answered} answered${skipped}` +
     (isDone ? `.${same}` : `, ${state.remaining} to go. The same command goes on from here.`) +
