@@ -29,7 +29,7 @@ FLOORS = [  # a module imports from floors below its own, and from its own packa
         "shapes",
         "vetting",
     },
-    {"training", "ppo"},
+    {"training", "feedback", "ppo"},
     {"stages"},
     {"pipeline"},
     {"cli"},

@@ -14,8 +14,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from llmctl.data.asks import Ask
 from llmctl.decode import loop
-from llmctl.decode.prompts import Ask, Encoder, encode_chat, encode_text
+from llmctl.decode.prompts import Encoder, encode_chat, encode_text
 from llmctl.errors import ModelError
 from llmctl.stages import generate
 

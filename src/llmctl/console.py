@@ -18,6 +18,12 @@ PLAIN_SECONDS = 5.0
 """Between two lines of progress where there is no terminal."""
 
 
+SEEN = dict.fromkeys(
+    {*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}, "\N{REPLACEMENT CHARACTER}"
+)
+"""Control characters, which could make a terminal do things, as one that is seen."""
+
+
 class _Stderr(logging.Handler):
     """Write to whatever stderr is now, so that lines stand above a live progress bar."""
 

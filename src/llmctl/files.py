@@ -39,6 +39,28 @@ def writing(path: Path) -> Iterator[None]:
         raise
 
 
+def check_out(out: Path | None, *, overwrite: bool) -> None:
+    """Refuse a place that cannot take a file, before anything is done for it.
+
+    Raises:
+        OutputError: a directory, a file that must not be replaced, or a place not to be written.
+        ResourceError: the disk is full.
+    """
+    if out is None:
+        return
+    if out.is_dir():
+        raise OutputError("a directory is in the way of the output file", file=out)
+    if out.exists() and not out.is_file():
+        raise OutputError("not a regular file", file=out)
+    if out.exists() and not overwrite:
+        raise OutputError("the output file exists", file=out, hint="choose another, or --overwrite")
+    if not out.absolute().parent.is_dir():
+        raise OutputError("no such directory", file=out.parent)
+    with writing(out):
+        staged(out).touch()
+        staged(out).unlink()
+
+
 def _refusal(number: int | None, path: Path) -> OutputError | ResourceError | None:
     """The error for what the operating system refused, None for what is no matter of the disk."""
     if number in (errno.ENOSPC, errno.EDQUOT):

@@ -1,4 +1,4 @@
-"""The lock of a run directory: one run at a time, and a refusal that names the other one.
+"""The lock of a run directory or a file: one run at a time, and a refusal that names the other one.
 
 The lock is the operating system's, so that it ends with its process however that ends. Its file
 says who holds it: process id and host, a line each, as filelock's own soft locks do.
@@ -27,19 +27,43 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         OutputError: another run holds it.
     """
-    lock = FileLock(path / LOCK, timeout=PROBE_SECONDS)
+    with _held(path / LOCK, path):
+        try:
+            yield
+        except BaseException:
+            if not (path / "status.json").exists():  # nothing of a run is left here
+                (path / LOCK).unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def locked_file(file: Path) -> Iterator[None]:
+    """Hold the lock of a file while the body runs; it stands beside it, as long as there is one.
+
+    Raises:
+        OutputError: another run holds it.
+    """
+    lock_file = file.with_name(f".{file.name}.lock")
+    with _held(lock_file, file):
+        try:
+            yield
+        except BaseException:
+            if not file.exists():
+                lock_file.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _held(lock_file: Path, path: Path) -> Iterator[None]:
+    lock = FileLock(lock_file, timeout=PROBE_SECONDS)
     try:
         lock.acquire()
     except Timeout:
-        raise in_use(path) from None
+        raise in_use(path, lock_file) from None
     try:
         if not isinstance(lock, SoftFileLock):
-            (path / LOCK).write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
+            lock_file.write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
         yield
-    except BaseException:
-        if not (path / "status.json").exists():  # nothing of a run is left here
-            (path / LOCK).unlink(missing_ok=True)
-        raise
     finally:
         lock.release()
 
@@ -61,10 +85,10 @@ def is_held(path: Path) -> bool:
     return False
 
 
-def in_use(path: Path) -> OutputError:
-    """The refusal, with the process that the lock file names."""
+def in_use(path: Path, lock_file: Path | None = None) -> OutputError:
+    """The refusal, with the process that the lock file (by default the directory's) names."""
     try:
-        pid, host, *_ = (path / LOCK).read_text().split("\n")
+        pid, host, *_ = (lock_file or path / LOCK).read_text().split("\n")
     except (OSError, ValueError):
         return OutputError("in use by another run", file=path)
     return OutputError(f"in use by another run (pid {pid} on {host})", file=path)

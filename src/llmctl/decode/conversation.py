@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from llmctl.config.sections import Sampling
 from llmctl.console import log
+from llmctl.data.asks import Message
 from llmctl.decode.forward import Forward
 from llmctl.decode.loop import (
     FinishReason,
@@ -23,7 +24,7 @@ from llmctl.decode.loop import (
     decode,
     eos_tokens,
 )
-from llmctl.decode.prompts import Message, encode_chat
+from llmctl.decode.prompts import encode_chat
 from llmctl.decode.terminal import Cut
 from llmctl.errors import DataError, ModelError, OutputError, UserError
 from llmctl.files import replace_file, writing

@@ -1,55 +1,20 @@
 """From what the user gives (text, files, conversations) to the tokens a model continues."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from llmctl.console import log
-from llmctl.data.lines import parse_row, read_lines
+from llmctl.data.asks import Ask, Message, filled_lines
+from llmctl.data.lines import parse_row
 from llmctl.data.rendering import ChatFormat
 from llmctl.data.special import encode_text as encode_text
 from llmctl.decode.loop import Prompt, check_prompt, room
 from llmctl.errors import DataError, UserError
-
-ROLES = {"system", "developer", "user", "assistant", "tool"}
-Message = dict[str, str]
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One prompt as it was given."""
-
-    prompt: str | list[Message]
-    """Text, or the messages of a conversation."""
-    name: str
-    """What messages call it: `prompt 3`, or the file and line."""
-
-
-def read_asks(file: Path) -> list[Ask]:
-    """The prompts of a file: jsonl with `prompt` or `messages`, or one per line of any other.
-
-    Raises:
-        DataError: unreadable, not UTF-8, empty, or a row that holds no prompt.
-    """
-    asks = []
-    for number, line in _lines(file):
-        prompt: Any = line
-        if file.suffix in (".jsonl", ".json"):
-            row = parse_row(line, str(file), number)
-            prompt = row.get("messages", row.get("prompt"))
-            if isinstance(prompt, list):
-                _check_messages(prompt, file, number)
-            elif not isinstance(prompt, str):
-                raise DataError("a row needs `prompt` (text) or `messages`", file=file, line=number)
-        asks.append(Ask(prompt, f"{file}:{number}"))
-    if not asks:
-        raise DataError("no prompts in this file", file=file)
-    return asks
 
 
 def read_stdin() -> Ask:
@@ -77,7 +42,7 @@ def read_shots(file: Path) -> list[tuple[str, str]]:
         DataError: unreadable, not UTF-8, empty, or a row without the two texts.
     """
     shots = []
-    for number, line in _lines(file):
+    for number, line in filled_lines(file):
         row = parse_row(line, str(file), number)
         pair = (row.get("prompt"), row.get("response"))
         if not all(isinstance(text, str) for text in pair):
@@ -86,30 +51,6 @@ def read_shots(file: Path) -> list[tuple[str, str]]:
     if not shots:
         raise DataError("no examples in this file", file=file)
     return shots
-
-
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, without their ends."""
-    try:
-        with file.open("rb") as stream:
-            for number, line in read_lines(stream, str(file)):
-                if line.strip():
-                    yield number, line.rstrip("\r\n")
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror}", file=file) from None
-
-
-def _check_messages(messages: list[Any], file: Path, number: int) -> None:
-    for message in messages:
-        well_formed = isinstance(message, dict) and isinstance(message.get("content"), str)
-        if not well_formed or message.get("role") not in ROLES:
-            raise DataError(
-                f"a message needs a `role` of {', '.join(sorted(ROLES))} and a `content` of text",
-                file=file,
-                line=number,
-            )
-    if not messages:
-        raise DataError("`messages` is empty", file=file, line=number)
 
 
 @dataclass(frozen=True)

@@ -10,33 +10,10 @@ from typing import Any
 
 from llmctl.console import log
 from llmctl.decode.loop import Response
-from llmctl.errors import OutputError
-from llmctl.files import writing
+from llmctl.files import staged, writing
 
 Row = dict[str, Any]
 Emit = Callable[[Row], None]
-
-
-def check_out(out: Path | None, *, overwrite: bool) -> None:
-    """Refuse a place that cannot take the rows, before a model is loaded.
-
-    Raises:
-        OutputError: a directory, a file that must not be replaced, or a place not to be written.
-        ResourceError: the disk is full.
-    """
-    if out is None:
-        return
-    if out.is_dir():
-        raise OutputError("a directory is in the way of the output file", file=out)
-    if out.exists() and not out.is_file():
-        raise OutputError("not a regular file", file=out)
-    if out.exists() and not overwrite:
-        raise OutputError("the output file exists", file=out, hint="choose another, or --overwrite")
-    if not out.absolute().parent.is_dir():
-        raise OutputError("no such directory", file=out.parent)
-    with writing(out):
-        _staging(out).touch()
-        _staging(out).unlink()
 
 
 @contextmanager
@@ -45,7 +22,7 @@ def open_rows(out: Path | None, *, as_json: bool) -> Iterator[Emit]:
     if out is None:
         yield _print_json if as_json else _printer()
         return
-    staging = _staging(out)
+    staging = staged(out)
     try:
         with writing(out), staging.open("w", encoding="utf-8") as file:
             yield lambda row: print(json.dumps(row, ensure_ascii=False), file=file)
@@ -101,10 +78,6 @@ def in_order(responses: Iterable[Response], write: Callable[[Response], None]) -
         for index in sorted(waiting):
             write(waiting[index])
         raise
-
-
-def _staging(out: Path) -> Path:
-    return out.with_name(f".tmp-{out.name}")
 
 
 def _print_json(row: Row) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import BinaryIO, Self
 
-from llmctl.console import log
+from llmctl.console import SEEN, log
 from llmctl.data.lines import read_lines
 from llmctl.errors import DataError, UserError
 
@@ -20,10 +20,6 @@ QUOTES = '"""'
 PROMPT, MORE = "> ", ". "
 NextLine = Callable[[str], str]
 """Gives the next line, without its end, after showing a prompt; raises EOFError at the end."""
-SEEN = dict.fromkeys(
-    {*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}, "\N{REPLACEMENT CHARACTER}"
-)
-"""Control characters, which could make a terminal do things, as one that is seen."""
 
 
 class Cut(KeyboardInterrupt):

@@ -15,6 +15,12 @@ STEPS = 5
 SILENCE = 20
 """Steps after which an alarm is repeated."""
 
+READ = (
+    *("kl", "length", "score", "score_std", "entropy", "eos_share"),
+    *("explained_variance", "clip_fraction"),
+)
+"""Metrics that alarms look at."""
+
 Steps = list[Mapping[str, Any]]
 
 
@@ -100,9 +106,19 @@ def clipping(steps: Steps) -> str | None:
     )
 
 
+def flat_scores(steps: Steps) -> str | None:
+    """Scores that do not tell one response from another."""
+    if not _all(steps, lambda step: step["score_std"] == 0):
+        return None
+    return (
+        f"every response has scored {steps[-1]['score']:g} for {STEPS} steps, so that there is "
+        "nothing to learn from: is the rule ever met? raise --batch-size or choose another reward"
+    )
+
+
 ALARMS = (
     *(negative_kl, exploding_kl, longer_and_better, collapsed_entropy, falling_eos),
-    *(useless_values, clipping),
+    *(useless_values, clipping, flat_scores),
 )
 
 

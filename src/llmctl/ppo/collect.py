@@ -1,10 +1,12 @@
 """A step's episodes: sample, score, and work out what each token was worth."""
 
+import math
 import time
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, no_grad
 
 from llmctl.hardware import threads_set
 from llmctl.ppo.advantages import (
@@ -107,9 +109,13 @@ def weigh(trainer: PpoTrainer, rollout: Rollout, scored: Scored) -> Episodes:
     sampled = rollout.log_probs(mask.shape[1])
     reference, values, computed = (torch.zeros(mask.shape) for _ in range(3))
     for batch in all_passes(trainer, rollout, mask, FORWARD_ONLY):
+        asked, valued = trainer.pair.run(
+            partial(actors.reference_log_probs, batch),
+            no_grad()(partial(actors.values, batch)),
+        )
         rows = batch.rows.cpu()
-        reference[rows] = batch.spread(actors.reference_log_probs(batch)).float().cpu()
-        values[rows] = batch.spread(actors.values(batch)).float().cpu()
+        reference[rows] = batch.spread(asked).float().cpu()
+        values[rows] = batch.spread(valued).float().cpu()
         if not trainer.exact:
             computed[rows] = batch.spread(actors.log_probs(batch)[0]).float().cpu()
     log_probs = sampled if trainer.exact else computed
@@ -156,6 +162,7 @@ def metrics_of(
     tokens = mask.sum()
     sums = [scored.total.sum(), *(raw.sum() for raw in scored.raw.values())]
     sums += [
+        (scored.total**2).sum(),
         log_ratio.where(mask, 0.0).sum(),
         -log_probs.where(mask, 0.0).sum(),
         torch.tensor(sum(rollout.ended)),
@@ -163,10 +170,12 @@ def metrics_of(
         torch.tensor(len(rollout.sequences)),
     ]
     found = trainer.total(torch.stack([part.double().cpu() for part in sums])).tolist()
-    *means, kl, surprise, ended, tokens_all, count = found
+    *means, squares, kl, surprise, ended, tokens_all, count = found
     named = dict(zip(["score", *(f"score/{n}" for n in scored.raw)], means, strict=True))
+    mean = named["score"] / count
     return {
         **{name: value / count for name, value in named.items()},
+        "score_std": math.sqrt(max(0.0, squares / count - mean**2)),
         "kl": kl / count,
         "entropy": surprise / tokens_all,
         "eos_share": ended / count,

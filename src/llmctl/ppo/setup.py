@@ -21,6 +21,7 @@ from llmctl.models import load_config, load_tokenizer, local_folder
 from llmctl.ppo.actors import Actors
 from llmctl.ppo.evaluate import Judge
 from llmctl.ppo.models import Models, load_models
+from llmctl.ppo.pair import Pair
 from llmctl.ppo.plan import PpoPlan, make_ppo_plan, rhythm_of
 from llmctl.ppo.prompts import PromptFormat, encode_prompts
 from llmctl.ppo.rewards import Rewards
@@ -167,6 +168,7 @@ def build(
         job=job,
         threads=threads,
         kl_coef=config.kl_coef,
+        pair=Pair(threads, setup.parameters, device),
         value_source=setup.models.value_source,
     )
     judge = Judge(trainer)

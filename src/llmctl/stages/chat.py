@@ -11,20 +11,13 @@ from llmctl.config.stages import ChatConfig
 from llmctl.console import log, short
 from llmctl.decode.commands import check_command, obey
 from llmctl.decode.conversation import Conversation, chat_window
-from llmctl.decode.loop import best_threads
+from llmctl.decode.loading import load_to_write
 from llmctl.decode.prefix import conversation_forward
-from llmctl.decode.rows import check_out
 from llmctl.decode.terminal import Pipe, Terminal, Turn, open_input
 from llmctl.errors import UserError
-from llmctl.hardware import memory_errors, pick_device, set_threads, usable_cores
-from llmctl.models import (
-    load_causal_lm,
-    load_config,
-    load_tokenizer,
-    parameter_count,
-    parse_dtype,
-)
-from llmctl.quantized import LoadIn
+from llmctl.files import check_out
+from llmctl.hardware import memory_errors, pick_device
+from llmctl.models import load_config, load_tokenizer, parameter_count
 from llmctl.redact import redacted
 
 
@@ -39,18 +32,15 @@ def run(config: ChatConfig) -> None:
         recipe = config.recipe("chat")
         print(json.dumps(recipe) if config.as_json else config.to_yaml("chat").rstrip())
         return
-    load_in: LoadIn = "8bit" if config.load_in_8bit else "4bit" if config.load_in_4bit else "full"
-    dtype = parse_dtype(config.dtype, device, shape.dtype)
-    model = load_causal_lm(config.model, dtype=dtype, device=device, load_in=load_in)
-    size = parameter_count(model)
-    set_threads(config.threads or best_threads(size, 1, usable_cores()))
+    model = load_to_write(config.model, config, shape, device=device, rows=1)
     with memory_errors(batch_size=1):
         forward = conversation_forward(model, window.encode(config.system, [], "Hi"))
     conversation = Conversation(model, forward, window, config, config.seed, config.system)
     with open_input() as user:
         conversation.stoppable = user.stoppable
         if user.is_terminal:
-            log.info("%s: %s parameters on %s", config.model, short(size), device)
+            size = short(parameter_count(model))
+            log.info("%s: %s parameters on %s", config.model, size, device)
             log.info("/help lists the commands, Ctrl-D leaves")
         try:
             _talk(conversation, user, as_json=config.as_json)

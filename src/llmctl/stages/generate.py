@@ -7,18 +7,14 @@ from typing import Any
 
 from llmctl.config.stages import GenerateConfig
 from llmctl.console import log
-from llmctl.decode.loop import Prompt, Response, best_threads, decode, eos_tokens
-from llmctl.decode.prompts import Ask, Encoder, read_asks, read_shots, read_stdin, to_prompts
-from llmctl.decode.rows import Row, check_out, open_rows, write_rows
-from llmctl.hardware import memory_errors, pick_device, set_threads, usable_cores
-from llmctl.models import (
-    load_causal_lm,
-    load_config,
-    load_tokenizer,
-    parameter_count,
-    parse_dtype,
-)
-from llmctl.quantized import LoadIn
+from llmctl.data.asks import Ask, read_asks
+from llmctl.decode.loading import load_to_write
+from llmctl.decode.loop import Prompt, Response, decode, eos_tokens
+from llmctl.decode.prompts import Encoder, read_shots, read_stdin, to_prompts
+from llmctl.decode.rows import Row, open_rows, write_rows
+from llmctl.files import check_out
+from llmctl.hardware import memory_errors, pick_device
+from llmctl.models import load_config, load_tokenizer
 
 
 def run(config: GenerateConfig) -> dict[str, Any] | None:
@@ -33,11 +29,8 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
     if config.dry_run:
         _print_plan(config, prompts, device)
         return None
-    load_in: LoadIn = "8bit" if config.load_in_8bit else "4bit" if config.load_in_4bit else "full"
-    dtype = parse_dtype(config.dtype, device, shape.dtype)
-    model = load_causal_lm(config.model, dtype=dtype, device=device, load_in=load_in)
     rows = min(len(prompts), config.batch_size)
-    set_threads(config.threads or best_threads(parameter_count(model), rows, usable_cores()))
+    model = load_to_write(config.model, config, shape, device=device, rows=rows)
     streams = len(prompts) == 1 and not config.as_json and config.out is None
     responses = decode(
         model,

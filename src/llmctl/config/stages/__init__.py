@@ -1,5 +1,6 @@
 """One config class per command."""
 
+from llmctl.config.stages.feedback import RankConfig
 from llmctl.config.stages.finetuning import AuditConfig, MergeConfig, SftConfig
 from llmctl.config.stages.housekeeping import DemoConfig, RunsConfig
 from llmctl.config.stages.ppo import PpoConfig
@@ -15,6 +16,7 @@ __all__ = [
     "MergeConfig",
     "PpoConfig",
     "PretrainConfig",
+    "RankConfig",
     "RunsConfig",
     "SftConfig",
     "TokenizeConfig",
