@@ -76,9 +76,8 @@ class RewardModel:
             DataError: the response is too long by itself, or holds the padding token.
             ModelError: the chat template refuses the messages.
         """
-        return self._encoded(exchange).tokens
+        return self.encoded(exchange).tokens
 
-    @torch.no_grad()
     def score(self, exchanges: Sequence[Exchange], *, batch_size: int = 32) -> Tensor:
         """Scores (N,), float32 on the CPU, in the order of the exchanges.
 
@@ -86,26 +85,22 @@ class RewardModel:
             DataError: as `encode`.
             ModelError: a score that is not finite.
         """
-        return self.score_tokens([self._encoded(one) for one in exchanges], batch_size=batch_size)
+        texts = [self.encoded(exchange) for exchange in exchanges]
+        return self.score_encoded(texts, batch_size=batch_size)
 
-    @torch.no_grad()
-    def score_tokens(self, texts: Sequence[Encoded], *, batch_size: int = 32) -> Tensor:
+    def score_encoded(self, texts: Sequence[Encoded], *, batch_size: int = 32) -> Tensor:
         """The same for texts that are encoded already.
 
         Raises:
             ModelError: a score that is not finite.
         """
-        order = sorted(range(len(texts)), key=lambda place: len(texts[place].tokens))
-        scores = torch.zeros(len(texts))
-        for start in range(0, len(order), batch_size):
-            some = order[start : start + batch_size]
-            batch = score_batch([texts[place] for place in some], self.pad, self.takes_types)
-            scores[some] = logits_of(self.model, batch)[:, 0].cpu()
+        scores = score_encoded(self.model, texts, self.pad, self.takes_types, batch_size)
         if not torch.isfinite(scores).all():
             raise ModelError("this reward model gives a score that is not finite", file=self.folder)
         return scores
 
-    def _encoded(self, exchange: Exchange) -> Encoded:
+    def encoded(self, exchange: Exchange) -> Encoded:
+        """The same with where the response stands."""
         if isinstance(exchange.prompt, str):
             whole = self.written.text(exchange.prompt, exchange.response, ended=exchange.ended)
         else:
@@ -169,6 +164,20 @@ def load_reward_model(
         max_length=room if room < 1 << 40 else LONGEST,
         takes_types=has_types(shape, written),
     )
+
+
+@torch.no_grad()
+def score_encoded(
+    model: Any, texts: Sequence[Encoded], pad: int, takes_types: bool, batch_size: int = 32
+) -> Tensor:
+    """Scores (N,) of texts by a model in eval mode, float32 on the CPU, in their order."""
+    order = sorted(range(len(texts)), key=lambda place: len(texts[place].tokens))
+    scores = torch.zeros(len(texts))
+    for start in range(0, len(order), batch_size):
+        some = order[start : start + batch_size]
+        batch = score_batch([texts[place] for place in some], pad, takes_types)
+        scores[some] = logits_of(model, batch)[:, 0].cpu()
+    return scores
 
 
 def score_batch(texts: Sequence[Encoded], pad: int, takes_types: bool) -> dict[str, Tensor]:

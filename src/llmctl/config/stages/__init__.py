@@ -1,5 +1,6 @@
 """One config class per command."""
 
+from llmctl.config.stages.alignment import RewardConfig
 from llmctl.config.stages.finetuning import AuditConfig, MergeConfig, SftConfig
 from llmctl.config.stages.housekeeping import DemoConfig, RunsConfig
 from llmctl.config.stages.pretraining import PRESETS, PretrainConfig, TokenizeConfig
@@ -13,6 +14,7 @@ __all__ = [
     "GenerateConfig",
     "MergeConfig",
     "PretrainConfig",
+    "RewardConfig",
     "RunsConfig",
     "SftConfig",
     "TokenizeConfig",
