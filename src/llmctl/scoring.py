@@ -64,6 +64,8 @@ class RewardModel:
     """Id of the padding token, which no text may hold."""
     max_length: int
     """Tokens that the model was trained on at most, and has positions for."""
+    embedding_rows: int
+    """Ids below this are the model's."""
     takes_types: bool
     """Whether the model is told which tokens are the response's (BERT's token types)."""
 
@@ -115,6 +117,11 @@ class RewardModel:
                 f"the response {shown} has more tokens than the {self.max_length:,} that the "
                 f"reward model {self.reference} reads"
             )
+        if found.tokens and max(found.tokens) >= self.embedding_rows:
+            raise DataError(
+                f"the response {shown} has a token id of {max(found.tokens):,}, and the reward "
+                f"model {self.reference} has only {self.embedding_rows:,} embeddings"
+            )
         if not found.tokens or self.pad in found.tokens:
             what = "the padding token in it" if found.tokens else "no tokens"
             raise DataError(f"the response {shown} has {what}: it cannot be scored")
@@ -150,7 +157,8 @@ def load_reward_model(
     shape = model.config
     pad = _padding(tokenizer, shape, folder)
     shape.get_text_config().pad_token_id = pad
-    _check_padding(model, pad)
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    _check_padding(model, pad, rows)
     written = ResponseFormat(tokenizer, shape)
     limits = (context_size(shape), positions(model), int(tokenizer.model_max_length))
     room = min(limit for limit in (*limits, 1 << 40) if limit is not None)
@@ -162,6 +170,7 @@ def load_reward_model(
         written=written,
         pad=pad,
         max_length=room if room < 1 << 40 else LONGEST,
+        embedding_rows=rows,
         takes_types=has_types(shape, written),
     )
 
@@ -241,8 +250,12 @@ def _padding(tokenizer: PreTrainedTokenizerBase, shape: PreTrainedConfig, folder
     return int(pad)
 
 
-def _check_padding(model: Any, pad: int) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+def _check_padding(model: Any, pad: int, rows: int) -> None:
+    if pad >= rows:
+        raise ModelError(
+            f"the padding token has the id {pad:,}, and the model only {rows:,} embeddings: the "
+            "tokenizer is another model's"
+        )
     tokens = [number for number in range(min(rows, 2 * max(PROBE_LENGTHS) + 2)) if number != pad]
     short, long = (tokens[-length:] for length in PROBE_LENGTHS)
     require_padding_unseen(model, short, long, pad)

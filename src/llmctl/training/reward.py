@@ -107,6 +107,8 @@ def prepare(
         new = sorted(loaded.new_modules - set(HEADS))
         tokens = sorted({*added, *grown})
         model = adapt(model, config, added_tokens=tokens, task="classify", new_modules=new)
+    if not config.center_rewards:
+        _hold_offset(model)
     plan, trained, parameters = make_plan(
         config, model, len(train), accelerator, device, epochs=EPOCHS
     )
@@ -115,6 +117,16 @@ def prepare(
     if accelerator.is_main_process:
         announce(plan, trained, parameters, "pairs")
     return Rewarding(model, plan, train, val, parameters, trained, base)
+
+
+def _hold_offset(model: Any) -> None:
+    """Freeze the bias of the head: no difference of scores depends on it.
+
+    Its gradient is rounding, which Adam would blow up to steps of the learning rate.
+    """
+    for name, weight in model.named_parameters():
+        if weight.shape == (1,) and name.endswith("bias"):
+            weight.requires_grad_(False)
 
 
 def _fitted(

@@ -132,9 +132,9 @@ def log_report(found: dict[str, Any]) -> None:
         "choosing the longer response": longest,
         "choosing the shorter response": 1 - shortest,
     }
-    for name, high in baselines.items():
-        if low <= high:
-            log.warning("this model may be no better than %s: the intervals overlap", name)
+    if close := [name for name, high in baselines.items() if low <= high]:
+        what = " or ".join(close)
+        log.warning("this model may be no better than %s: the intervals overlap", what)
     correlation = found["length_correlation"]
     if abs(correlation) >= STRONG:
         log.warning(
