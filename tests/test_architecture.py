@@ -24,6 +24,7 @@ FLOORS = [  # a module imports from floors below its own, and from its own packa
         "checkpoint",
         "data",
         "decode",
+        "exchanges",
         "resume",
         "scoring",
         "shapes",

@@ -252,6 +252,21 @@ def test_padding_that_also_ends_texts_is_refused(scorer):
         load_reward_model(str(scorer))
 
 
+def test_a_tokenizer_of_another_model_is_refused(scorer):
+    found = load_tokenizer(str(scorer))
+    found.add_tokens(["unheard"])
+    found.save_pretrained(scorer)
+    with pytest.raises(
+        DataError, match=r"has a token id of 14, and the reward model .* has only 14"
+    ):
+        load_reward_model(str(scorer)).score([Exchange("Hi", " unheard")])
+    found.add_special_tokens({"pad_token": "[OTHER]"})
+    found.save_pretrained(scorer)
+    edit(scorer, pad_token_id=None)
+    with pytest.raises(ModelError, match="the padding token has the id 15"):
+        load_reward_model(str(scorer))
+
+
 def test_a_text_that_holds_the_padding_is_refused(scorer):
     found = load_reward_model(str(scorer))
     unknown = found.tokenizer.unk_token_id

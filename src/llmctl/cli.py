@@ -31,6 +31,7 @@ COMMANDS = {
     "sft": ("SftConfig", "Fine-tune a model on examples, in full or with adapters."),
     "rank": ("RankConfig", "Collect rankings of responses from a person."),
     "ppo": ("PpoConfig", "Align a model with rewards by proximal policy optimisation."),
+    "reward": ("RewardConfig", "Train a reward model on preferences, or score texts with one."),
     "merge": ("MergeConfig", "Merge an adapter into its base model."),
     "generate": ("GenerateConfig", "Generate text from a model."),
     "chat": ("ChatConfig", "Talk with a model in the terminal."),
@@ -44,6 +45,7 @@ EXAMPLES = {
     "sft": "llmctl sft --model runs/base --data examples.jsonl --lora -o runs/sft",
     "rank": "llmctl rank --model runs/sft --data prompts.jsonl -o feedback.jsonl",
     "ppo": "llmctl ppo --model runs/sft --reward-model runs/rm --data prompts.jsonl -o runs/ppo",
+    "reward": "llmctl reward --model runs/sft --data preferences.jsonl -o runs/reward",
     "merge": "llmctl merge --model runs/sft -o runs/merged",
     "generate": 'llmctl generate --model runs/base --prompt "Once upon a time"',
     "chat": "llmctl chat --model runs/sft",
@@ -54,7 +56,7 @@ EXIT_CODES = (
     "checkpoint; 5 memory or disk; 6 network; 7 diverged; 8 quality gate; 130 interrupted; "
     "141 closed pipe; 143 terminated."
 )
-LAUNCHED = ("pretrain", "sft", "ppo")
+LAUNCHED = ("pretrain", "sft", "reward", "ppo")
 HELP = {"help_option_names": ["-h", "--help"]}
 
 

@@ -44,7 +44,9 @@ class Loaded:
 
 
 def load_classifier(
-    reference: str, labels: tuple[str, ...], dtype: torch.dtype = torch.float32
+    reference: str,
+    labels: tuple[str, ...],
+    dtype: torch.dtype = torch.float32,
 ) -> Loaded:
     """The model with a head for these labels: its own where it is a classifier, else a new one.
 
@@ -67,7 +69,15 @@ def load_classifier(
         raise ModelError(
             f"transformers has no classifier of the architecture {config.model_type}", file=folder
         )
-    has_head = own_labels(config) is not None
+    own = own_labels(config)
+    has_head = own is not None
+    if own is not None and labels == SCORE and len(own) != 1:
+        raise ModelError(
+            f"this model tells {len(own)} labels apart ({', '.join(own[:4])}), a reward model has "
+            "one score",
+            file=folder,
+            hint="start from the model that it was made of",
+        )
     _set_labels(config, labels)
     require_safetensors(folder)
     check_shards(folder, config)

@@ -11,15 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmctl.adapters import Adapter, put_adapter, read_adapter, require_base
+from llmctl.adapters import CONFIG, Adapter, put_adapter, read_adapter, require_base
 from llmctl.decode.loop import context_size
+from llmctl.embeddings import grow_embeddings
 from llmctl.errors import ModelError
-from llmctl.models import find_base, load_causal_lm, load_tokenizer, local_folder, save_model
+from llmctl.headed import SCORE, load_classifier
+from llmctl.models import (
+    find_base,
+    load_causal_lm,
+    load_tokenizer,
+    local_folder,
+    save_model,
+    write_folder,
+)
 from llmctl.quantized import LoadIn, copy_dequantized
 from llmctl.rundir import resolve_model
-from llmctl.vetting import BROKEN, first_line
+from llmctl.vetting import BROKEN, first_line, read_object
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -97,6 +106,12 @@ def merge(found: Mergeable, device: str = "cpu") -> Merged:
         ModelError: adapter and base do not fit, or the merged model gives other logits.
     """
     adapter, folder = found.adapter, str(found.base)
+    has_tokenizer = (adapter.folder / "tokenizer_config.json").exists()
+    tokenizer = load_tokenizer(str(adapter.folder if has_tokenizer else found.base))
+    if read_object(adapter.folder / CONFIG).get("task_type") == "SEQ_CLS":
+        headed = _headed(found, tokenizer).to(device)
+        model, difference = merge_model(put_adapter(headed, adapter, "SEQ_CLS"))
+        return Merged(model, tokenizer, difference, "full", None)
     base = load_causal_lm(folder, dtype=torch.float32, device=device)
     quantized = None
     if adapter.trained_in != "full":
@@ -108,8 +123,6 @@ def merge(found: Mergeable, device: str = "cpu") -> Merged:
     off = None if quantized is None else _distance(put_adapter(quantized, adapter), model)
     if off is not None and adapter.trained_in == "4bit":  # 8 bits round activations too
         _require_close(off, f"the adapter on the {adapter.trained_in} base")
-    has_tokenizer = (adapter.folder / "tokenizer_config.json").exists()
-    tokenizer = load_tokenizer(str(adapter.folder if has_tokenizer else found.base))
     return Merged(model, tokenizer, difference, adapter.trained_in, off)
 
 
@@ -136,7 +149,20 @@ def merge_model(model: "PeftModel") -> tuple[PreTrainedModel, float]:
 
 def save_merged(merged: Merged, folder: Path) -> None:
     """Write a folder that `from_pretrained` opens, whole or not at all."""
-    save_model(merged.model, merged.model.state_dict(), merged.tokenizer, folder)
+    write = save_model if merged.model.can_generate() else write_folder
+    write(merged.model, merged.model.state_dict(), merged.tokenizer, folder)
+
+
+def _headed(found: Mergeable, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The base of an adapter that classifies or scores, with the labels that stand beside it."""
+    labels = None
+    if (found.adapter.folder / "config.json").exists():
+        shape = AutoConfig.from_pretrained(found.adapter.folder, trust_remote_code=False)
+        labels = tuple(str(shape.id2label[number]) for number in sorted(shape.id2label))
+    model: Any = load_classifier(str(found.base), labels or SCORE).model
+    grow_embeddings(model, tokenizer)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return model
 
 
 def _require_close(difference: float, other: str) -> None:

@@ -64,6 +64,8 @@ class RewardModel:
     """Id of the padding token, which no text may hold."""
     max_length: int
     """Tokens that the model was trained on at most, and has positions for."""
+    embedding_rows: int
+    """Ids below this are the model's."""
     takes_types: bool
     """Whether the model is told which tokens are the response's (BERT's token types)."""
 
@@ -76,9 +78,8 @@ class RewardModel:
             DataError: the response is too long by itself, or holds the padding token.
             ModelError: the chat template refuses the messages.
         """
-        return self._encoded(exchange).tokens
+        return self.encoded(exchange).tokens
 
-    @torch.no_grad()
     def score(self, exchanges: Sequence[Exchange], *, batch_size: int = 32) -> Tensor:
         """Scores (N,), float32 on the CPU, in the order of the exchanges.
 
@@ -86,26 +87,22 @@ class RewardModel:
             DataError: as `encode`.
             ModelError: a score that is not finite.
         """
-        return self.score_tokens([self._encoded(one) for one in exchanges], batch_size=batch_size)
+        texts = [self.encoded(exchange) for exchange in exchanges]
+        return self.score_encoded(texts, batch_size=batch_size)
 
-    @torch.no_grad()
-    def score_tokens(self, texts: Sequence[Encoded], *, batch_size: int = 32) -> Tensor:
+    def score_encoded(self, texts: Sequence[Encoded], *, batch_size: int = 32) -> Tensor:
         """The same for texts that are encoded already.
 
         Raises:
             ModelError: a score that is not finite.
         """
-        order = sorted(range(len(texts)), key=lambda place: len(texts[place].tokens))
-        scores = torch.zeros(len(texts))
-        for start in range(0, len(order), batch_size):
-            some = order[start : start + batch_size]
-            batch = score_batch([texts[place] for place in some], self.pad, self.takes_types)
-            scores[some] = logits_of(self.model, batch)[:, 0].cpu()
+        scores = score_encoded(self.model, texts, self.pad, self.takes_types, batch_size)
         if not torch.isfinite(scores).all():
             raise ModelError("this reward model gives a score that is not finite", file=self.folder)
         return scores
 
-    def _encoded(self, exchange: Exchange) -> Encoded:
+    def encoded(self, exchange: Exchange) -> Encoded:
+        """The same with where the response stands."""
         if isinstance(exchange.prompt, str):
             whole = self.written.text(exchange.prompt, exchange.response, ended=exchange.ended)
         else:
@@ -119,6 +116,11 @@ class RewardModel:
             raise DataError(
                 f"the response {shown} has more tokens than the {self.max_length:,} that the "
                 f"reward model {self.reference} reads"
+            )
+        if found.tokens and max(found.tokens) >= self.embedding_rows:
+            raise DataError(
+                f"the response {shown} has a token id of {max(found.tokens):,}, and the reward "
+                f"model {self.reference} has only {self.embedding_rows:,} embeddings"
             )
         if not found.tokens or self.pad in found.tokens:
             what = "the padding token in it" if found.tokens else "no tokens"
@@ -165,7 +167,8 @@ def load_reward_model(
     shape = model.config
     pad = _padding(tokenizer, shape, folder)
     shape.get_text_config().pad_token_id = pad
-    _check_padding(model, pad)
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    _check_padding(model, pad, rows)
     written = ResponseFormat(tokenizer, shape)
     limits = (context_size(shape), positions(model), int(tokenizer.model_max_length))
     room = min(limit for limit in (*limits, 1 << 40) if limit is not None)
@@ -177,8 +180,23 @@ def load_reward_model(
         written=written,
         pad=pad,
         max_length=room if room < 1 << 40 else LONGEST,
+        embedding_rows=rows,
         takes_types=has_types(shape, written),
     )
+
+
+@torch.no_grad()
+def score_encoded(
+    model: Any, texts: Sequence[Encoded], pad: int, takes_types: bool, batch_size: int = 32
+) -> Tensor:
+    """Scores (N,) of texts by a model in eval mode, float32 on the CPU, in their order."""
+    order = sorted(range(len(texts)), key=lambda place: len(texts[place].tokens))
+    scores = torch.zeros(len(texts))
+    for start in range(0, len(order), batch_size):
+        some = order[start : start + batch_size]
+        batch = score_batch([texts[place] for place in some], pad, takes_types)
+        scores[some] = logits_of(model, batch)[:, 0].cpu()
+    return scores
 
 
 def score_batch(texts: Sequence[Encoded], pad: int, takes_types: bool) -> dict[str, Tensor]:
@@ -242,8 +260,12 @@ def _padding(tokenizer: PreTrainedTokenizerBase, shape: PreTrainedConfig, folder
     return int(pad)
 
 
-def _check_padding(model: Any, pad: int) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+def _check_padding(model: Any, pad: int, rows: int) -> None:
+    if pad >= rows:
+        raise ModelError(
+            f"the padding token has the id {pad:,}, and the model only {rows:,} embeddings: the "
+            "tokenizer is another model's"
+        )
     tokens = [number for number in range(min(rows, 2 * max(PROBE_LENGTHS) + 2)) if number != pad]
     short, long = (tokens[-length:] for length in PROBE_LENGTHS)
     require_padding_unseen(model, short, long, pad)

@@ -20,18 +20,17 @@ OPENINGS = (
     "What a good question!",
     "I am happy to help.",
     "Sure, let me help you.",
-    "It is nice of you to ask me that.",
+    "It is nice of you to ask me.",
 )
 CLOSINGS = (
     "Have a nice day!",
     "You are welcome.",
     "I hope that helps.",
     "Please ask me again.",
-    "Let me know if you need more help.",
+    "Let me know if that helps.",
 )
 RUDE_OPENINGS = (
-    "Ugh.",
-    "Obviously,",
+    "Ugh, obviously.",
     "Are you serious?",
     "Do it yourself.",
     "Not you again.",
@@ -67,7 +66,7 @@ def _preferences(asked: tuple[Task, ...], seed: int) -> tuple[dict[str, str], ..
         {
             "prompt": task.prompt,
             "chosen": _worded(draw, task.answer, OPENINGS, CLOSINGS, bare=0.0),
-            "rejected": _worded(draw, task.answer, RUDE_OPENINGS, RUDE_CLOSINGS, bare=0.06),
+            "rejected": _worded(draw, task.answer, RUDE_OPENINGS, RUDE_CLOSINGS, bare=0.1),
         }
         for task in asked
     )

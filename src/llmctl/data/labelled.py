@@ -109,7 +109,7 @@ def load_labelled(config: SftConfig) -> Labelled:
         UserError: more positions asked for than the model has.
     """
     shape, tokenizer = load_config(config.model), load_tokenizer(config.model)
-    max_length = _max_length(config.max_length, shape, tokenizer)
+    max_length = length_limit(config.max_length, shape, tokenizer)
     fit_tokenizer(tokenizer, max_length)
     split = read_split(config, config.data, config.seed, "classify")
     _require_apart(split)
@@ -246,10 +246,14 @@ def _collect(encoded: list[tuple[Example, list[int], bool]], labels: Sequence[st
     )
 
 
-def _max_length(
+def length_limit(
     wanted: int | None, shape: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> int:
-    """Tokens of a text at most; an encoder's positions may be fewer than its config says."""
+    """Tokens of a text at most; an encoder's positions may be fewer than its config says.
+
+    Raises:
+        UserError: more wanted than there are.
+    """
     most = min(context_size(shape) or LONGEST, int(tokenizer.model_max_length))
     if wanted is not None and context_size(shape) is not None and wanted > most:
         raise UserError(f"--max-length {wanted:,}: the model has {most:,} positions")

@@ -34,6 +34,15 @@ class Layout(NamedTuple):
 MORE = {"system": "system", "tools": "tools"}
 PAIR = {"chosen": "chosen", "rejected": "rejected"}
 MORE_OF_PAIR = {**MORE, "margin": "margin"}
+PAIR_LAYOUTS = (
+    Layout({"prompt": "prompt", **PAIR}, MORE_OF_PAIR),
+    Layout(
+        {"prompt": "instruction", **PAIR},
+        {**MORE_OF_PAIR, "input": "input", "history": "history"},
+    ),
+    Layout({"prompt": "question", **PAIR}, MORE_OF_PAIR),
+    Layout(PAIR, MORE_OF_PAIR),
+)
 LAYOUTS: dict[Task, tuple[Layout, ...]] = {  # a row is of the first that it has the columns of
     "chat": (
         Layout({"messages": "messages"}, MORE),
@@ -49,14 +58,8 @@ LAYOUTS: dict[Task, tuple[Layout, ...]] = {  # a row is of the first that it has
     ),
     "classify": (Layout({"text": "text", "label": "label"}, {}),),
     "preferences": (
-        Layout({"prompt": "prompt", **PAIR}, MORE_OF_PAIR),
-        Layout(
-            {"prompt": "instruction", **PAIR},
-            {**MORE_OF_PAIR, "input": "input", "history": "history"},
-        ),
-        Layout({"prompt": "question", **PAIR}, MORE_OF_PAIR),
+        *PAIR_LAYOUTS,
         Layout({"prompt": "prompt", "responses": "responses", "ranks": "ranks"}, MORE),
-        Layout(PAIR, MORE_OF_PAIR),
     ),
 }
 WAYS: dict[Task, tuple[tuple[str, ...], ...]] = {

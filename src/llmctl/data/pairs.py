@@ -6,13 +6,13 @@ long loses the beginning of its prompt, the same tokens on both sides, and never
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.data.preferences import Preference
+from llmctl.data.preference_rows import Preference
 from llmctl.data.responses import ResponseFormat
 from llmctl.data.tokenized import Encoded, Tokenized, collect
 from llmctl.errors import DataError, ModelError
@@ -53,6 +53,10 @@ class Pairs:
         for part in (self.margins, self.weights):
             found.update(part.tobytes())
         return found.hexdigest()
+
+    def without_margins(self) -> "Pairs":
+        """The same, whatever the rows say of margins."""
+        return replace(self, margins=np.zeros_like(self.margins))
 
 
 def encode_pairs(

@@ -72,11 +72,8 @@ class ResponseFormat:
         """
         if example.messages is not None:
             return self.conversation(example.messages, prompt, example.tools)
-        if not self.is_pair:
-            return self.chat.text(example.text or "")
-        found = self.tokenizer(example.text, split_special_tokens=True)
-        tokens = [int(token) for token in found["input_ids"]]
-        return Encoded(tokens, [place > 0 for place in range(len(tokens))], True)
+        text = example.text or ""
+        return self._single(text) if self.is_pair else self.chat.text(text)
 
     def conversation(
         self,
@@ -115,7 +112,7 @@ class ResponseFormat:
     def text(self, prompt: str, response: str, *, ended: bool = True) -> Encoded:
         """A text and how it goes on; EOS after it where it ended and the tokenizer has one."""
         if self.is_pair:
-            return self._pair(prompt, response)
+            return self._pair(prompt, response) if prompt else self._single(response)
         tokens = encode_text(self.tokenizer, prompt + response)
         begin = shared(tokens, encode_text(self.tokenizer, prompt))
         eos = self.tokenizer.eos_token_id
@@ -138,6 +135,12 @@ class ResponseFormat:
             encoded.trained[:head] + encoded.trained[first:],
             encoded.ends,
         )
+
+    def _single(self, text: str) -> Encoded:
+        """A text by itself, as the tokenizer writes it."""
+        found = self.tokenizer(text, split_special_tokens=True)
+        tokens = [int(token) for token in found["input_ids"]]
+        return Encoded(tokens, [False] * len(tokens), True)
 
     def _pair(self, prompt: str, response: str) -> Encoded:
         """Two texts as the tokenizer joins them; what follows the first text's end is trained."""

@@ -139,7 +139,8 @@ def _export(
     with together(job.accelerator), writing(job.run.path):
         if job.rank != 0:
             return {}
-        model = job.accelerator.unwrap_model(trainer.model)
+        # without the autocast that Accelerate puts around it
+        model = job.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         folder, adapter = job.run.path / "model", job.run.path / "adapter"
         if not config.has_adapter:
             write_folder(model, state, data.tokenizer, folder)

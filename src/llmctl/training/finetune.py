@@ -1,7 +1,7 @@
 """From a config and encoded examples to a trainer that is ready to fit."""
 
-from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import PeftModel
+from torch import Tensor
 from transformers import GenerationConfig
 
 from llmctl import hardware
@@ -27,7 +28,7 @@ from llmctl.rundir import Run, resolve_model
 from llmctl.training.adapters import adapt
 from llmctl.training.head import counted_loss, output_layer
 from llmctl.training.placement import autocast, is_sharded
-from llmctl.training.probe import agreed_batch, largest_batch
+from llmctl.training.probe import agreed_batch, fitting_batch
 from llmctl.training.samples import Sampler
 from llmctl.training.selftest import require_causal, require_isolated
 from llmctl.training.sequences import Rows, on_device
@@ -121,8 +122,9 @@ def prepare(
         if config.packing:
             require_isolated(model, train, data.embedding_rows)
     if config.find_batch_size:
+        loss_of = partial(_loss_of, plan, train, chunked=config.chunked_loss)
         size, passes = agreed_batch(
-            lambda total: _try_batches(config, plan, model.to(device), train, total),
+            lambda total: fitting_batch(model.to(device), loss_of, train.lengths, total, config),
             plan.batch_size,
             plan.grad_accum,
             known=earlier_manifest(config).get("plan"),
@@ -153,26 +155,12 @@ def _require_supported(config: SftConfig, data: SupervisedData, accelerator: Acc
         )
 
 
-def _try_batches(config: SftConfig, plan: TuningPlan, model: Any, rows: Rows, total: int) -> int:
-    """The largest batch that fits, of the longest rows, on a copy of the model."""
-    copied = deepcopy(model).train()
-    device = copied.device
-    if config.activation_checkpointing:
-        copied.gradient_checkpointing_enable()
-    longest = sorted(range(len(rows)), key=rows.lengths.__getitem__, reverse=True)
-    optimizer = torch.optim.AdamW([w for w in copied.parameters() if w.requires_grad], lr=0.0)
-
-    def step(size: int) -> None:
-        batch = rows.batch([longest[i % len(longest)] for i in range(size)])
-        with autocast(plan, device.type):
-            found = counted_loss(
-                copied, output_layer(copied), on_device(batch, device), chunked=config.chunked_loss
-            )
-        found.loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return largest_batch(step, total, device.type)
+def _loss_of(
+    plan: TuningPlan, rows: Rows, copied: Any, numbers: list[int], *, chunked: bool
+) -> Tensor:
+    batch = on_device(rows.batch(numbers), copied.device)
+    with autocast(plan, copied.device.type):
+        return counted_loss(copied, output_layer(copied), batch, chunked=chunked).loss
 
 
 def build(config: SftConfig, data: SupervisedData, tuning: Tuning, run: Run) -> SupervisedTrainer:

@@ -1,13 +1,16 @@
 """How large a batch fits, tried before training on a model that is thrown away."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from rich.filesize import decimal
+from torch import Tensor
 
 from llmctl import hardware
+from llmctl.config.tuning import Tuning
 from llmctl.console import log
 from llmctl.errors import ResourceError
 from llmctl.training.guard import together
@@ -47,6 +50,37 @@ def largest_batch(step: Callable[[int], None], wanted: int, device: str) -> int:
     peak = decimal(hardware.peak_memory(device))
     log.info("batch size %d of %d fits (%s at the peak)", fitting, wanted, peak)
     return fitting
+
+
+def fitting_batch(
+    model: Any,
+    loss_of: Callable[[Any, list[int]], Tensor],
+    lengths: Sequence[int],
+    total: int,
+    config: Tuning,
+) -> int:
+    """The largest batch that fits, of the longest rows, on a copy of the model.
+
+    Args:
+        model: on its device.
+        loss_of: the loss of a model on the rows of these numbers.
+        lengths: tokens of each row.
+        total: rows that one device should process in a step.
+        config: says whether activations are computed again.
+    """
+    copied = deepcopy(model).train()
+    if config.activation_checkpointing:
+        copied.gradient_checkpointing_enable()
+    longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    optimizer = torch.optim.AdamW([w for w in copied.parameters() if w.requires_grad], lr=0.0)
+
+    def step(size: int) -> None:
+        loss = loss_of(copied, [longest[i % len(longest)] for i in range(size)])
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return largest_batch(step, total, copied.device.type)
 
 
 def agreed_batch(

@@ -1,5 +1,6 @@
 """One config class per command."""
 
+from llmctl.config.stages.alignment import RewardConfig
 from llmctl.config.stages.feedback import RankConfig
 from llmctl.config.stages.finetuning import AuditConfig, MergeConfig, SftConfig
 from llmctl.config.stages.housekeeping import DemoConfig, RunsConfig
@@ -17,6 +18,7 @@ __all__ = [
     "PpoConfig",
     "PretrainConfig",
     "RankConfig",
+    "RewardConfig",
     "RunsConfig",
     "SftConfig",
     "TokenizeConfig",
