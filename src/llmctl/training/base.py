@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from llmctl import hardware
 from llmctl.adapters import weights_sha256
-from llmctl.config.stages import SftConfig
+from llmctl.config.stages import DpoConfig, SftConfig
 from llmctl.config.supervised import Adapter
 from llmctl.config.tuning import Tuning
 from llmctl.embeddings import grow_embeddings
@@ -72,7 +72,9 @@ def base_of(reference: str) -> Base:
     return Base(reference, weights_sha256(local_folder(resolve_model(reference))))
 
 
-def load_to_train(config: SftConfig, data: Spoken, device: str) -> tuple[Any, list[int]]:
+def load_to_train(
+    config: SftConfig | DpoConfig, data: Spoken, device: str
+) -> tuple[Any, list[int]]:
     """The model, with a row for every token and an adapter where one is to be trained.
 
     Returns:
@@ -164,7 +166,7 @@ def fit_batch(
     return replace(plan, batch_size=size, grad_accum=passes)
 
 
-def _load(config: SftConfig, device: str) -> Any:
+def _load(config: SftConfig | DpoConfig, device: str) -> Any:
     how = load_in(config)
     if how == "full":
         model = load_causal_lm(config.model, dtype=torch.float32)
