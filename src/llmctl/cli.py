@@ -32,6 +32,7 @@ COMMANDS = {
     "rank": ("RankConfig", "Collect rankings of responses from a person."),
     "ppo": ("PpoConfig", "Align a model with rewards by proximal policy optimisation."),
     "reward": ("RewardConfig", "Train a reward model on preferences, or score texts with one."),
+    "dpo": ("DpoConfig", "Align a model with preferences directly, without a reward model."),
     "merge": ("MergeConfig", "Merge an adapter into its base model."),
     "generate": ("GenerateConfig", "Generate text from a model."),
     "chat": ("ChatConfig", "Talk with a model in the terminal."),
@@ -46,6 +47,7 @@ EXAMPLES = {
     "rank": "llmctl rank --model runs/sft --data prompts.jsonl -o feedback.jsonl",
     "ppo": "llmctl ppo --model runs/sft --reward-model runs/rm --data prompts.jsonl -o runs/ppo",
     "reward": "llmctl reward --model runs/sft --data preferences.jsonl -o runs/reward",
+    "dpo": "llmctl dpo --model runs/sft --data preferences.jsonl --lora -o runs/dpo",
     "merge": "llmctl merge --model runs/sft -o runs/merged",
     "generate": 'llmctl generate --model runs/base --prompt "Once upon a time"',
     "chat": "llmctl chat --model runs/sft",
@@ -56,7 +58,7 @@ EXIT_CODES = (
     "checkpoint; 5 memory or disk; 6 network; 7 diverged; 8 quality gate; 130 interrupted; "
     "141 closed pipe; 143 terminated."
 )
-LAUNCHED = ("pretrain", "sft", "reward", "ppo")
+LAUNCHED = ("pretrain", "sft", "reward", "dpo", "ppo")
 HELP = {"help_option_names": ["-h", "--help"]}
 
 

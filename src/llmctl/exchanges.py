@@ -19,8 +19,9 @@ from llmctl.data.preference_rows import sides_of
 from llmctl.data.records import Record, checked_text, listed, read_records
 from llmctl.data.sources import find_sources
 from llmctl.data.tokenized import Encoded
-from llmctl.decode.rows import check_out, open_rows
+from llmctl.decode.rows import open_rows
 from llmctl.errors import DataError
+from llmctl.files import check_out
 from llmctl.scoring import Exchange, RewardModel, load_reward_model
 
 AT_ONCE = 2048

@@ -11,13 +11,12 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from llmctl import hardware
-from llmctl.adapters import weights_sha256
 from llmctl.config.stages import PpoConfig
 from llmctl.console import log, short
 from llmctl.data.prompts import PromptSet, read_prompts
 from llmctl.decode.loop import eos_tokens
-from llmctl.errors import DataError, UserError
-from llmctl.models import load_config, load_tokenizer, local_folder
+from llmctl.errors import DataError
+from llmctl.models import load_config, load_tokenizer
 from llmctl.ppo.actors import Actors
 from llmctl.ppo.evaluate import Judge
 from llmctl.ppo.models import Models, load_models
@@ -27,12 +26,13 @@ from llmctl.ppo.prompts import PromptFormat, encode_prompts
 from llmctl.ppo.rewards import Rewards
 from llmctl.ppo.rollout import Sampler
 from llmctl.ppo.trainer import Asked, PpoTrainer
-from llmctl.rundir import Run, resolve_model
+from llmctl.rundir import Run
 from llmctl.training.adapters import trainable_parameters
+from llmctl.training.base import Base, base_of, require_whole
 from llmctl.training.job import Job
 from llmctl.training.optimizers import decay_groups
 from llmctl.training.order import Order
-from llmctl.training.placement import autocast, is_sharded
+from llmctl.training.placement import autocast
 from llmctl.training.schedule import lr_at
 from llmctl.training.state import architecture, capture
 
@@ -49,15 +49,14 @@ class Setup:
     """Tokens that end a response."""
     models: Models
     plan: PpoPlan
-    base_sha256: str
+    base: Base
     parameters: int
     trained_parameters: int
 
-    def facts(self, config: PpoConfig, device: str) -> dict[str, Any]:
+    def facts(self, device: str) -> dict[str, Any]:
         """What a manifest should say."""
-        base = {"role": "model", "path": config.model, "sha256": self.base_sha256}
         return {
-            "inputs": [base, *self.models.inputs, *self.prompts.inputs],
+            "inputs": [self.base.as_input(), *self.models.inputs, *self.prompts.inputs],
             "device": hardware.device_name(device),
             "parameters": self.parameters,
             "plan": asdict(self.plan),
@@ -76,11 +75,7 @@ def prepare(
         ModelError: a model that does not load, or no reward model.
         UserError: settings that do not go together.
     """
-    if is_sharded(accelerator):
-        raise UserError(
-            "FSDP is in force, and ppo has not been made to work under it",
-            hint="use DDP (recipes/accelerate/ddp.yaml); --lora shares one set of weights",
-        )
+    require_whole(accelerator, "ppo")
     prompts = read_prompts(config.data, config.val_data, config.val_size, config.skip_bad_rows)
     shape, tokenizer = load_config(config.model), load_tokenizer(config.model)
     written = PromptFormat(tokenizer, config, clock)
@@ -89,8 +84,8 @@ def prepare(
     if not len(asked):
         raise DataError("no prompt is left to train on", file=config.data[0])
     set_seed(config.seed)
-    base_sha256 = weights_sha256(local_folder(resolve_model(config.model)))
-    models = load_models(config, tokenizer, base_sha256, device)
+    base = base_of(config.model)
+    models = load_models(config, tokenizer, base.sha256, device)
     trained, parameters = trainable_parameters(models.actors.policy)
     plan = make_ppo_plan(
         config,
@@ -105,7 +100,7 @@ def prepare(
     stops |= set() if config.ignore_eos else written.stops
     found = Setup(
         *(tokenizer, prompts, asked, held_out, stops, models, plan),
-        *(base_sha256, parameters, trained),
+        *(base, parameters, trained),
     )
     if accelerator.is_main_process:
         _announce(config, found)
@@ -210,7 +205,7 @@ def _identity(config: PpoConfig, setup: Setup, world: int) -> dict[str, Any]:
     return {
         **setup.plan.identity(config),
         "data": sha256(repr((numbers, len(setup.held_out))).encode()).hexdigest(),
-        "model": setup.base_sha256,
+        "model": setup.base.sha256,
         "reward_model": [facts["sha256"] for facts in setup.models.inputs],
         "architecture": architecture(setup.models.actors.policy.config),
         "world_size": world,

@@ -42,7 +42,7 @@ def _align(
     run.record(clock=clock)
     with together(accelerator):
         setup = prepare(config, accelerator, device, clock)
-    run.record(**setup.facts(config, device))
+    run.record(**setup.facts(device))
     with hardware.memory_errors(setup.plan.batch_size):
         trainer, judge = build(config, setup, run, accelerator, device, threads)
         resume(trainer, config)

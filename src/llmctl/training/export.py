@@ -4,25 +4,24 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from llmctl.adapters import save_adapter
-from llmctl.config.stages import SftConfig
+from llmctl.config.supervised import LowRank
 from llmctl.console import log
-from llmctl.data.supervised import SupervisedData
 from llmctl.files import writing
 from llmctl.merging import find_mergeable, merge, save_merged
 from llmctl.models import save_model
 from llmctl.resume import load_weights
-from llmctl.training.finetune import Tuning
+from llmctl.training.base import Base
 from llmctl.training.guard import together
 from llmctl.training.job import Job
-from llmctl.training.sft import SupervisedTrainer
 from llmctl.training.state import weights
 from llmctl.training.tuned import Tuned
 
 
 def export(
-    config: SftConfig, trainer: SupervisedTrainer, tuning: Tuning, data: SupervisedData
+    config: LowRank, trainer: Tuned, base: Base, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """Write the weights that validated best, the last where none did; say where. Collective.
 
@@ -38,24 +37,35 @@ def export(
         model = job.accelerator.unwrap_model(trainer.model)
         model.config.use_cache = True  # Trainer's switch for training, of no use to others
         if not config.has_adapter:
-            save_model(model, state, data.tokenizer, job.run.path / "model")
+            save_model(model, state, tokenizer, job.run.path / "model")
             return {"model": str(job.run.path / "model")}
-        folder = job.run.path / "adapter"
-        save_adapter(
-            model,
-            data.tokenizer,
-            folder,
-            base=tuning.base.reference,
-            base_sha256=tuning.base.sha256,
-            generation_config=model.generation_config,
-        )
-        if not config.merge:
-            return {"model": str(folder)}
-        merged = merge(find_mergeable(str(folder)), job.device)
-        save_merged(merged, job.run.path / "model")
-        log.info("merged: logits differ from the adapter's by at most %.2g", merged.difference)
-        facts = {f"merge_{name}": value for name, value in merged.facts().items()}
-        return {"model": str(job.run.path / "model"), "adapter": str(folder), **facts}
+        return write_adapter(model, tokenizer, job, base, merges=config.merge)
+
+
+def write_adapter(
+    model: Any, tokenizer: PreTrainedTokenizerBase, job: Job, base: Base, *, merges: bool
+) -> dict[str, Any]:
+    """Write `adapter/`, and `model/` with it merged where that is wanted; say where.
+
+    Raises:
+        ModelError: an adapter and its merged model do not agree.
+    """
+    folder = job.run.path / "adapter"
+    save_adapter(
+        model,
+        tokenizer,
+        folder,
+        base=base.reference,
+        base_sha256=base.sha256,
+        generation_config=model.generation_config,
+    )
+    if not merges:
+        return {"model": str(folder)}
+    merged = merge(find_mergeable(str(folder)), job.device)
+    save_merged(merged, job.run.path / "model")
+    log.info("merged: logits differ from the adapter's by at most %.2g", merged.difference)
+    facts = {f"merge_{name}": value for name, value in merged.facts().items()}
+    return {"model": str(job.run.path / "model"), "adapter": str(folder), **facts}
 
 
 def best_weights(trainer: Tuned, *, has_adapter: bool) -> dict[str, torch.Tensor]:

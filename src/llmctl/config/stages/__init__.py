@@ -1,6 +1,7 @@
 """One config class per command."""
 
 from llmctl.config.stages.alignment import RewardConfig
+from llmctl.config.stages.dpo import DpoConfig
 from llmctl.config.stages.feedback import RankConfig
 from llmctl.config.stages.finetuning import AuditConfig, MergeConfig, SftConfig
 from llmctl.config.stages.housekeeping import DemoConfig, RunsConfig
@@ -13,6 +14,7 @@ __all__ = [
     "AuditConfig",
     "ChatConfig",
     "DemoConfig",
+    "DpoConfig",
     "GenerateConfig",
     "MergeConfig",
     "PpoConfig",
