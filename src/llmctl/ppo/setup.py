@@ -143,20 +143,8 @@ def build(
         plan=plan,
         actors=actors,
         optimizers=optimizers,
-        rewards=Rewards(
-            setup.models.sources,
-            config.score_normalization,
-            config.clip_score,
-            config.missing_eos_penalty or 0.0,
-        ),
-        sampler=Sampler(
-            setup.tokenizer,
-            config.max_new_tokens,
-            config.temperature,
-            setup.stops,
-            config.seed,
-            config.rollout_batch_size,
-        ),
+        rewards=_rewards(config, setup),
+        sampler=_sampler(config, setup),
         asked=setup.asked,
         held_out=setup.held_out,
         order=order,
@@ -168,6 +156,26 @@ def build(
     )
     judge = Judge(trainer)
     return trainer, judge
+
+
+def _rewards(config: PpoConfig, setup: Setup) -> Rewards:
+    return Rewards(
+        setup.models.sources,
+        config.score_normalization,
+        config.clip_score,
+        config.missing_eos_penalty or 0.0,
+    )
+
+
+def _sampler(config: PpoConfig, setup: Setup) -> Sampler:
+    return Sampler(
+        setup.tokenizer,
+        config.max_new_tokens,
+        config.temperature,
+        setup.stops,
+        config.seed,
+        config.rollout_batch_size,
+    )
 
 
 def make_optimizers(
