@@ -133,8 +133,7 @@ class Alarms:
 
     def look(self, step: int, metrics: Mapping[str, Any]) -> list[str]:
         """Take a step in; the names of the alarms it raises, each said."""
-        names = ("kl", "length", "score", "entropy", "eos_share")
-        self.steps.append({n: metrics[n] for n in (*names, "explained_variance", "clip_fraction")})
+        self.steps.append({name: metrics[name] for name in READ})
         raised = []
         for alarm in ALARMS:
             text = alarm(list(self.steps))
