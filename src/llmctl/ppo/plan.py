@@ -9,7 +9,7 @@ from llmctl.training.plan import choose_precision
 from llmctl.training.schedule import warmup_steps
 from llmctl.training.tuning import default_lr
 
-LR_SHARE = 0.25
+LR_SHARE = 0.05
 """Of what fine-tuning takes: a policy that samples its own data breaks at rates that it stands."""
 CPU_PASS_TOKENS, GPU_PASS_TOKENS = 4096, 16_384
 PASS_LOGITS = 1 << 26

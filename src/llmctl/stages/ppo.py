@@ -10,6 +10,7 @@ from llmctl.config.stages import PpoConfig
 from llmctl.ppo.export import export
 from llmctl.ppo.loop import fit, resume
 from llmctl.ppo.setup import build, prepare
+from llmctl.ppo.summary import log_summary
 from llmctl.resume import earlier_manifest
 from llmctl.rundir import Run
 from llmctl.training.guard import open_together, together
@@ -48,5 +49,6 @@ def _align(
         resume(trainer, config)
         run.keep_recipe(config)
         metrics = fit(trainer, judge)
+    log_summary(trainer.job)
     sizes = {"parameters": setup.parameters, "trained_parameters": setup.trained_parameters}
     return {**export(config, trainer, setup), **sizes, **metrics}

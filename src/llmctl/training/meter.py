@@ -12,6 +12,9 @@ from llmctl import hardware
 from llmctl.console import duration, log, short
 from llmctl.training.job import Job
 
+BACKGROUND = ("_low", "_high", "_std", "_prompts", "reference_score")
+"""How the names of figures end that stand in the metrics, and not in the line of an evaluation."""
+
 
 class Meter:
     """Clocks and writes one training run, over all its resumptions."""
@@ -77,7 +80,11 @@ class Meter:
         facts = {"step": done.step, "time": round(elapsed, 3), "tokens": done.tokens}
         job.run.log({**facts, **found})
         if job.rank == 0:
-            shown = "  ".join(_worded(name, value) for name, value in found.items())
+            shown = "  ".join(
+                _worded(name, value)
+                for name, value in found.items()
+                if not name.endswith(BACKGROUND)
+            )
             best = "  best" if improved else ""
             log.info("step %s  %s%s  %s", f"{done.step:,}", shown, best, duration(elapsed))
         return improved
