@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import random
 import shutil
 import signal
@@ -392,7 +391,7 @@ def test_resume_ends_in_the_same_bits(train, llama, data, tmp_path, way):
 
 
 @pytest.mark.slow
-def test_a_signal_leaves_a_run_that_resumes_to_the_same_bits(llama, data, tmp_path):
+def test_a_signal_leaves_a_run_that_resumes_to_the_same_bits(cli, llama, data, tmp_path):
     settings = {"model": llama, "data": [data], **QUICK, "max_steps": 120, "save_every": 40}
     settings |= {"eval_every": 60, "lr": 1e-3}
     out = tmp_path / "stopped"
@@ -404,9 +403,9 @@ def test_a_signal_leaves_a_run_that_resumes_to_the_same_bits(llama, data, tmp_pa
     running.send_signal(signal.SIGTERM)
     _, err = running.communicate(timeout=60)
     assert running.returncode == 143, err
-    for arguments in ([str(out), "--resume"], [str(tmp_path / "whole")]):
-        ran = subprocess.run([*command, *arguments], capture_output=True, text=True, env=os.environ)
-        assert ran.returncode == 0, ran.stderr
+    for folder, more in ((out, ["--resume"]), (tmp_path / "whole", [])):
+        result = cli("reward", *flags(settings), "-o", folder, *more)
+        assert result.code == 0, result.err
     ours, theirs = (load_file(run / "model/model.safetensors") for run in (out, tmp_path / "whole"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 

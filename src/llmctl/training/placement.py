@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
 from llmctl import hardware
@@ -22,6 +23,7 @@ def make_accelerator(placement: Placement) -> tuple[Accelerator, str]:
         ResourceError: the device is not there.
     """
     device = hardware.pick_device(placement.device)
+    AcceleratorState._reset_state()  # else an earlier stage of this process decides the precision
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # rank 0 may tokenize first
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[patience])
     _require_in_force(placement, accelerator)
