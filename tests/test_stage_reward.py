@@ -420,7 +420,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(train, llama, data, tmp_path):
 
 def test_the_wilson_interval_by_definition():
     """The ends are where the share lies 1.96 standard errors of the end itself away."""
-    from llmctl.training.reward_report import CONFIDENCE, wilson
+    from llmctl.training.intervals import CONFIDENCE, wilson
 
     for right, count in ((120, 150), (50, 100), (3, 7)):
         for end in wilson(right, count):

@@ -13,12 +13,11 @@ from llmctl.ppo.rewards import Scored
 from llmctl.ppo.rollout import Rollout
 from llmctl.ppo.trainer import PpoTrainer
 from llmctl.training.guard import together
+from llmctl.training.intervals import wilson
 from llmctl.training.signals import StopFlag
 
 NUMBERS = 1 << 40
 """Where the numbers of held-out episodes begin: no episode of training has their noise."""
-NORMAL = 1.959964
-"""Quantile of the normal distribution that leaves 2.5 % above it."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Judge:
         names += ["reference", "squares", "val_kl", "val_win_rate", "val_length", "val_eos_share"]
         facts = dict(zip(names, (mean / count for mean in means), strict=True))
         mean, squares = facts.pop("reference"), facts.pop("squares")
-        low, high = wilson(facts["val_win_rate"], count)
+        low, high = wilson(facts["val_win_rate"] * count, count)
         self._show(found)
         return {
             "val_loss": trainer.kl_coef * facts["val_kl"] - facts["val_score"],
@@ -115,11 +114,3 @@ class Judge:
                 "score": float(found.scored.total[place]),
             }
             trainer.job.run.log(row, SAMPLES)
-
-
-def wilson(share: float, count: float) -> tuple[float, float]:
-    """Bounds of a share of `count` trials with 95 % confidence (Wilson, 1927)."""
-    spread = NORMAL**2 / count
-    middle = (share + spread / 2) / (1 + spread)
-    half = NORMAL * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)

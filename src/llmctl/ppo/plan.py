@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmctl.config.stages import PpoConfig
-from llmctl.training.job import Rhythm
 from llmctl.training.plan import choose_precision
 from llmctl.training.schedule import warmup_steps
 from llmctl.training.tuning import default_lr
@@ -101,17 +100,3 @@ def make_ppo_plan(
 def default_ppo_lr(parameters: int, *, has_adapter: bool) -> float:
     """A peak learning rate that suits the size."""
     return float(f"{LR_SHARE * default_lr(parameters, has_adapter=has_adapter):.2g}")
-
-
-def rhythm_of(config: PpoConfig, plan: PpoPlan) -> Rhythm:
-    """How often a run logs, evaluates and saves."""
-    return Rhythm(
-        max_steps=plan.max_steps,
-        log_every=plan.log_every,
-        eval_every=plan.eval_every,
-        save_every=plan.save_every,
-        keep=config.keep,
-        early_stop=config.early_stop,
-        on_nan=config.on_nan,
-        max_nan_skips=config.max_nan_skips,
-    )

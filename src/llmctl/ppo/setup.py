@@ -21,7 +21,7 @@ from llmctl.ppo.actors import Actors
 from llmctl.ppo.evaluate import Judge
 from llmctl.ppo.models import Models, load_models
 from llmctl.ppo.pair import Pair
-from llmctl.ppo.plan import PpoPlan, make_ppo_plan, rhythm_of
+from llmctl.ppo.plan import PpoPlan, make_ppo_plan
 from llmctl.ppo.prompts import PromptFormat, encode_prompts
 from llmctl.ppo.rewards import Rewards
 from llmctl.ppo.rollout import Sampler
@@ -35,6 +35,7 @@ from llmctl.training.order import Order
 from llmctl.training.placement import autocast
 from llmctl.training.schedule import lr_at
 from llmctl.training.state import architecture, capture
+from llmctl.training.tuning import rhythm_of
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.console import log
+from llmctl.training.intervals import wilson
 
 Array = NDArray[np.float64]
-CONFIDENCE = 1.959964
-"""Standard deviations around 95 % of a normal distribution."""
 BINS = 10
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 STRONG = 0.5
@@ -61,14 +60,6 @@ def report(scored: Scored) -> dict[str, Any]:
         "rejected": _distribution(scored.rejected),
         "length_correlation": spearman(both, lengths),
     }
-
-
-def wilson(right: float, count: float) -> tuple[float, float]:
-    """The 95 % confidence interval of a share (Wilson, 1927)."""
-    share, square = right / count, CONFIDENCE**2 / count
-    middle = (share + square / 2) / (1 + square)
-    width = math.sqrt(square * share * (1 - share) + square**2 / 4) / (1 + square)
-    return max(0.0, middle - width), min(1.0, middle + width)
 
 
 def reliability(difference: Array, weights: Array) -> list[dict[str, float]]:

@@ -1,8 +1,9 @@
 """Every number that decides a fine-tuning run, resolved from flags, data, model and machine."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from llmctl.config.stages import PpoConfig
 from llmctl.config.supervised import Adapter
 from llmctl.config.tuning import Tuning
 from llmctl.errors import ResourceError
@@ -100,7 +101,27 @@ def make_tuning_plan(
     )
 
 
-def rhythm_of(config: Tuning, plan: TuningPlan) -> Rhythm:
+class Paced(Protocol):
+    """A plan, as far as it says when what happens."""
+
+    @property
+    def max_steps(self) -> int:
+        """Steps of the run."""
+
+    @property
+    def log_every(self) -> int:
+        """Steps between lines of metrics."""
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between evaluations."""
+
+    @property
+    def save_every(self) -> int:
+        """Steps between checkpoints."""
+
+
+def rhythm_of(config: Tuning | PpoConfig, plan: Paced) -> Rhythm:
     """How often a run logs, evaluates and saves."""
     return Rhythm(
         max_steps=plan.max_steps,
