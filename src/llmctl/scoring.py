@@ -154,12 +154,13 @@ def load_reward_model(
     model: Any
     if is_adapter(folder):
         adapter = read_adapter(folder)
-        under = find_base(adapter)
-        require_base(adapter, under)
+        if under is None:
+            below = find_base(adapter)
+            require_base(adapter, below)
+            under = load_classifier(str(below), SCORE, dtype).model
         _require_score_of_adapter(folder)
-        base = load_classifier(str(under), SCORE, dtype).model
-        base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-        model = put_adapter(base, adapter, "SEQ_CLS")
+        under.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        model = put_adapter(under, adapter, "SEQ_CLS")
     else:
         _require_score(load_config(str(folder)), folder)
         model = load_classifier(str(folder), SCORE, dtype).model
