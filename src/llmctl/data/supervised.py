@@ -62,6 +62,11 @@ class SupervisedData:
         return self.format.tokenizer
 
     @property
+    def end_of_turn(self) -> int | None:
+        """The token that ends a turn, where there are conversations."""
+        return self.format.end_of_turn if self.has_conversations else None
+
+    @property
     def examples(self) -> int:
         """Rows that were read, both sides together."""
         return len(self.train_examples) + len(self.val_examples)
@@ -97,14 +102,14 @@ def load_supervised(
         UserError: more positions asked for than the model has.
     """
     shape, tokenizer = load_config(config.model), load_tokenizer(config.model)
-    max_length = _max_length(config.max_length, shape, reserved)
+    max_length = resolve_max_length(config.max_length, shape, reserved)
     split = read_split(config, config.data, config.seed)
     train, val = split.train, split.val
     chats = any(example.messages is not None for example in (*train, *val))
     added = choose_template(tokenizer, config.chat_template) if chats else []
     chat = ChatFormat(tokenizer, clock)
     if chats and config.chat_template:
-        _require_sound(chat, config.chat_template)
+        require_template(chat, config.chat_template)
     encoded = collect(chat.batch(train, config.train_on))
     held_out = collect(chat.batch(val, config.train_on)) if val else None
     cut: Any = "drop" if config.truncation == "drop" else "cut"
@@ -134,7 +139,7 @@ def _texts(example: Example) -> list[str]:
     return [text for text in (*said, example.text) if isinstance(text, str)]
 
 
-def _require_sound(chat: ChatFormat, choice: str) -> None:
+def require_template(chat: ChatFormat, choice: str) -> None:
     """Refuse a template that renders not even the simplest conversation.
 
     Raises:
@@ -146,7 +151,12 @@ def _require_sound(chat: ChatFormat, choice: str) -> None:
         raise ModelError(error.message, file=choice, hint="mend the template") from None
 
 
-def _max_length(wanted: int | None, shape: PreTrainedConfig, reserved: int) -> int:
+def resolve_max_length(wanted: int | None, shape: PreTrainedConfig, reserved: int = 0) -> int:
+    """Tokens of a sequence at most: what was asked for, else what the model takes.
+
+    Raises:
+        UserError: more than the model has room for beside so many reserved positions.
+    """
     context = context_size(shape)
     most = LONGEST if context is None else context - reserved
     if most < SHORTEST:

@@ -54,7 +54,7 @@ def _tune(config: SftConfig, run: Run, accelerator: Accelerator, device: str) ->
         trainer = build(config, data, tuning, run)
         metrics = trainer.fit(config)
     sizes = {"parameters": tuning.parameters, "trained_parameters": tuning.trained_parameters}
-    return {**export(config, trainer, tuning, data), **sizes, **metrics}
+    return {**export(config, trainer, tuning.base, data.tokenizer), **sizes, **metrics}
 
 
 def _examples(

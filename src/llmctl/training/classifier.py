@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 
 from llmctl.data.labelled import Texts
+from llmctl.training.sequences import numbered, shares
 from llmctl.training.state import generators_kept
 from llmctl.training.trl import Terms
 from llmctl.training.tuned import Tuned
@@ -34,8 +35,7 @@ class Batches:
 
     def as_dataset(self) -> datasets.Dataset:
         """What Trainer takes for data: the numbers of the texts, which `collate` looks up."""
-        numbers = list(range(len(self)))
-        return datasets.Dataset.from_dict({"row": numbers, "length": self.texts.lengths.tolist()})
+        return numbered(self.texts.lengths.tolist())
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """The batch of the texts that have these numbers: what Trainer's collator does."""
@@ -59,8 +59,7 @@ class Batches:
 
     def shares(self, size: int, rank: int = 0, world: int = 1) -> list[list[int]]:
         """A rank's texts in batches of like length, each text on one rank."""
-        order = np.argsort(self.texts.lengths, kind="stable")[rank::world].tolist()
-        return [order[i : i + size] for i in range(0, len(order), size)]
+        return shares(self.texts.lengths.tolist(), size, rank, world)
 
 
 class Classifier(Tuned, Trainer):  # type: ignore[misc]

@@ -8,24 +8,22 @@ from accelerate.utils import set_seed
 from transformers import TrainingArguments
 
 from llmctl import hardware
-from llmctl.adapters import save_adapter, weights_sha256
+from llmctl.adapters import save_adapter
 from llmctl.config.stages import SftConfig
 from llmctl.console import log
 from llmctl.data.labelled import Labelled, load_labelled, log_labelled
 from llmctl.embeddings import grow_embeddings
-from llmctl.errors import UserError
 from llmctl.files import writing
 from llmctl.headed import load_classifier, require_padding_unseen, require_positions
 from llmctl.merging import merge_model
-from llmctl.models import local_folder, write_folder
+from llmctl.models import write_folder
 from llmctl.quantized import HEADS
-from llmctl.rundir import Run, resolve_model
+from llmctl.rundir import Run
 from llmctl.training.adapters import adapt
+from llmctl.training.base import Base, base_of, require_whole
 from llmctl.training.classifier import Batches, Classifier
 from llmctl.training.export import best_weights
-from llmctl.training.finetune import Base
 from llmctl.training.guard import together
-from llmctl.training.placement import is_sharded
 from llmctl.training.trl import Terms
 from llmctl.training.tuned import announce, common_arguments, make_plan
 from llmctl.training.tuning import TuningPlan, rhythm_of
@@ -82,8 +80,7 @@ def check_classifier(
         UserError: settings that do not go together.
         ResourceError: an optimizer or a precision that does not run here.
     """
-    if is_sharded(accelerator):
-        raise UserError("FSDP is in force, and sft has not been made to work under it")
+    require_whole(accelerator, "sft")
     data = load_labelled(config)
     if accelerator.is_main_process:
         log_labelled(data)
@@ -105,7 +102,7 @@ def check_classifier(
     plan, trained, parameters = make_plan(config, model, len(train), accelerator, device)
     if accelerator.is_main_process:
         announce(plan, trained, parameters, "texts")
-    base = Base(config.model, weights_sha256(local_folder(resolve_model(config.model))))
+    base = base_of(config.model)
     return data, Classification(model, plan, train, val, parameters, trained, base)
 
 

@@ -3,24 +3,23 @@
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from llmctl.adapters import save_adapter
-from llmctl.config.stages import SftConfig
+from llmctl.config.supervised import LowRank
 from llmctl.console import log
-from llmctl.data.supervised import SupervisedData
 from llmctl.files import writing
 from llmctl.merging import find_mergeable, merge, save_merged
 from llmctl.models import save_model
 from llmctl.resume import load_weights
-from llmctl.training.finetune import Tuning
+from llmctl.training.base import Base
 from llmctl.training.guard import together
-from llmctl.training.sft import SupervisedTrainer
 from llmctl.training.state import weights
 from llmctl.training.tuned import Tuned
 
 
 def export(
-    config: SftConfig, trainer: SupervisedTrainer, tuning: Tuning, data: SupervisedData
+    config: LowRank, trainer: Tuned, base: Base, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """Write the weights that validated best, the last where none did; say where. Collective.
 
@@ -36,15 +35,15 @@ def export(
         model = job.accelerator.unwrap_model(trainer.model)
         model.config.use_cache = True  # Trainer's switch for training, of no use to others
         if not config.has_adapter:
-            save_model(model, state, data.tokenizer, job.run.path / "model")
+            save_model(model, state, tokenizer, job.run.path / "model")
             return {"model": str(job.run.path / "model")}
         folder = job.run.path / "adapter"
         save_adapter(
             model,
-            data.tokenizer,
+            tokenizer,
             folder,
-            base=tuning.base.reference,
-            base_sha256=tuning.base.sha256,
+            base=base.reference,
+            base_sha256=base.sha256,
             generation_config=model.generation_config,
         )
         if not config.merge:

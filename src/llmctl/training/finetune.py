@@ -1,54 +1,35 @@
 """From a config and encoded examples to a trainer that is ready to fit."""
 
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig
 
 from llmctl import hardware
-from llmctl.adapters import weights_sha256
 from llmctl.config.stages import SftConfig
 from llmctl.console import log
 from llmctl.data.audit import Audit, audit, log_summary, require_sound
 from llmctl.data.supervised import SupervisedData
-from llmctl.embeddings import grow_embeddings
-from llmctl.errors import ModelError, UserError
-from llmctl.models import load_causal_lm, local_folder
-from llmctl.quantized import LoadIn
-from llmctl.resume import earlier_manifest
-from llmctl.rundir import Run, resolve_model
-from llmctl.training.adapters import adapt
+from llmctl.errors import UserError
+from llmctl.rundir import Run
+from llmctl.training.base import (
+    Base,
+    base_of,
+    fit_batch,
+    load_in,
+    load_to_train,
+    require_whole,
+)
 from llmctl.training.head import counted_loss, output_layer
-from llmctl.training.placement import autocast, is_sharded
-from llmctl.training.probe import agreed_batch, fitting_batch
-from llmctl.training.samples import Sampler
+from llmctl.training.placement import autocast
+from llmctl.training.samples import Sampler, asks_of
 from llmctl.training.selftest import require_causal, require_isolated
 from llmctl.training.sequences import Rows, on_device
 from llmctl.training.sft import Material, SupervisedTrainer, make_arguments
 from llmctl.training.trl import Terms
 from llmctl.training.tuned import announce, make_plan
 from llmctl.training.tuning import TuningPlan, rhythm_of
-
-
-@dataclass(frozen=True)
-class Base:
-    """The model that a run starts from."""
-
-    reference: str
-    """As it was given."""
-    sha256: str
-    """Of its weights."""
-
-    def as_input(self) -> dict[str, Any]:
-        """For the manifest."""
-        return {"role": "model", "path": self.reference, "sha256": self.sha256}
 
 
 @dataclass(frozen=True)
@@ -103,15 +84,18 @@ def prepare(
         UserError: sizes or targets that do not go together.
         ResourceError: an optimizer or a precision that does not run here.
     """
-    _require_supported(config, data, accelerator)
-    set_seed(config.seed)
-    model = _load(config, device)
-    grow_embeddings(model, data.tokenizer)
-    stops = set_stops(model, data)
-    if config.has_adapter:
-        added = set(data.tokenizer.convert_tokens_to_ids(list(data.added_tokens)))
-        grown = range(data.embedding_rows, model.get_input_embeddings().weight.shape[0])
-        model = adapt(model, config, added_tokens=sorted({*added, *grown}))
+
+    def loss(model: Any, numbers: list[int]) -> Tensor:
+        batch = on_device(train.batch(numbers), model.device)
+        return counted_loss(model, output_layer(model), batch, chunked=config.chunked_loss).loss
+
+    require_whole(accelerator, "sft")
+    if config.sample_prompt and data.val is None:
+        raise UserError(
+            "--sample-prompt is answered at every evaluation, and there is no validation data",
+            hint="drop it, or hold some examples out: --val-size",
+        )
+    model, stops = load_to_train(config, data, device)
     pad = data.tokenizer.pad_token_id or 0
     train = Rows(data.train, pad, data.max_length if config.packing else None)
     val = None if data.val is None else Rows(data.val, pad)
@@ -120,46 +104,13 @@ def prepare(
         require_causal(model.to(device), data.embedding_rows)
         if config.packing:
             require_isolated(model, train, data.embedding_rows)
-    if config.find_batch_size:
-        loss_of = partial(_loss_of, plan, train, chunked=config.chunked_loss)
-        size, passes = agreed_batch(
-            lambda total: fitting_batch(model.to(device), loss_of, train.lengths, total, config),
-            plan.batch_size,
-            plan.grad_accum,
-            known=earlier_manifest(config).get("plan"),
-            accelerator=accelerator,
-            device=device,
-        )
-        plan = replace(plan, batch_size=size, grad_accum=passes)
-    base = Base(config.model, weights_sha256(local_folder(resolve_model(config.model))))
-    tuning = Tuning(model, plan, train, val, stops, parameters, trained, base)
+    plan = fit_batch(config, plan, model, train.lengths, loss, accelerator, device)
+    tuning = Tuning(model, plan, train, val, stops, parameters, trained, base_of(config.model))
     if accelerator.is_main_process:
         announce(plan, trained, parameters, "rows")
         if config.packing:
             log.info("%s sequences in %s rows", f"{len(data.train):,}", f"{len(train):,}")
     return tuning
-
-
-def _require_supported(config: SftConfig, data: SupervisedData, accelerator: Accelerator) -> None:
-    if is_sharded(accelerator):
-        raise UserError(
-            "FSDP is in force, and sft has not been made to work under it",
-            hint="use DDP (recipes/accelerate/ddp.yaml); --load-in-4bit and "
-            "--activation-checkpointing save memory",
-        )
-    if config.sample_prompt and data.val is None:
-        raise UserError(
-            "--sample-prompt is answered at every evaluation, and there is no validation data",
-            hint="drop it, or hold some examples out: --val-size",
-        )
-
-
-def _loss_of(
-    plan: TuningPlan, rows: Rows, copied: Any, numbers: list[int], *, chunked: bool
-) -> Tensor:
-    batch = on_device(rows.batch(numbers), copied.device)
-    with autocast(plan, copied.device.type):
-        return counted_loss(copied, output_layer(copied), batch, chunked=chunked).loss
 
 
 def build(config: SftConfig, data: SupervisedData, tuning: Tuning, run: Run) -> SupervisedTrainer:
@@ -172,10 +123,11 @@ def build(config: SftConfig, data: SupervisedData, tuning: Tuning, run: Run) -> 
         "max_length": data.max_length,
         "packing": config.packing,
         "chunked_loss": config.chunked_loss,
-        "load_in": _load_in(config),
+        "load_in": load_in(config),
     }
     terms = Terms(run, rhythm_of(config, tuning.plan), identity, config.group_by_length)
-    sampler = Sampler(config, data, tuning.model, tuning.stops, run)
+    asks = asks_of(config, data.format, data.train_examples, data.val_examples)
+    sampler = Sampler(config, asks, data.tokenizer, tuning.model, tuning.stops, run)
     return SupervisedTrainer(
         Material(tuning.model, data.tokenizer, tuning.train, tuning.val, sampler.write),
         tuning.plan,
@@ -183,43 +135,3 @@ def build(config: SftConfig, data: SupervisedData, tuning: Tuning, run: Run) -> 
         terms,
         chunked=config.chunked_loss,
     )
-
-
-def set_stops(model: Any, data: SupervisedData) -> list[int]:
-    """Tell the model's generation config every token that ends a turn; return them, sorted."""
-    known = model.generation_config.eos_token_id if model.generation_config else None
-    ends = [*(known if isinstance(known, list) else [known]), data.tokenizer.eos_token_id]
-    if data.has_conversations:
-        ends.append(data.format.end_of_turn)
-    stops = sorted({int(token) for token in ends if token is not None})
-    # all else of it may be what transformers loads and refuses to save
-    model.generation_config = GenerationConfig(
-        bos_token_id=data.tokenizer.bos_token_id,
-        eos_token_id=stops or None,
-        pad_token_id=data.tokenizer.pad_token_id,
-    )
-    return stops
-
-
-def _load(config: SftConfig, device: str) -> Any:
-    load_in = _load_in(config)
-    if load_in == "full":
-        model = load_causal_lm(config.model, dtype=torch.float32)
-    else:
-        halves = device == "cuda" and hardware.has_bf16(device) and config.precision != "fp32"
-        dtype = torch.bfloat16 if halves else torch.float32
-        model = load_causal_lm(config.model, dtype=dtype, device=device, load_in=load_in)
-    if isinstance(model, PeftModel):
-        is_prompt = model.active_peft_config.is_prompt_learning
-        raise ModelError(
-            "this model is an adapter, and a second one on it could not be loaded again",
-            file=Path(config.model),
-            hint="its virtual tokens cannot be merged: fine-tune its base"
-            if is_prompt
-            else f"merge it first: llmctl merge --model {config.model} -o runs/merged",
-        )
-    return model
-
-
-def _load_in(config: SftConfig) -> LoadIn:
-    return "4bit" if config.load_in_4bit else "8bit" if config.load_in_8bit else "full"

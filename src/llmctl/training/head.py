@@ -22,6 +22,17 @@ CHUNK_LOGITS = 1 << 23
 """Logits that are held at once when the loss is chunked: 32 MB in float32."""
 
 
+class Scored(NamedTuple):
+    """The N tokens that count, one by one."""
+
+    losses: Tensor
+    """(N,) nats, with gradients."""
+    correct: Tensor
+    """How many were the most likely token."""
+    balance: Tensor | None
+    """The mean balancing loss of a mixture of experts."""
+
+
 class Counted(NamedTuple):
     """Sums over the tokens that count."""
 
@@ -38,7 +49,16 @@ class Counted(NamedTuple):
 def counted_loss(
     model: nn.Module, head: nn.Module, batch: Mapping[str, Tensor], *, chunked: bool
 ) -> Counted:
-    """Cross-entropy of the trained tokens, summed.
+    """Cross-entropy of the trained tokens, summed; see `scored`."""
+    found = scored(model, head, batch, chunked=chunked)
+    tokens = torch.full((), len(found.losses), device=found.losses.device)
+    return Counted(found.losses.sum(), found.correct, tokens, found.balance)
+
+
+def scored(
+    model: nn.Module, head: nn.Module, batch: Mapping[str, Tensor], *, chunked: bool
+) -> Scored:
+    """Cross-entropy of each trained token.
 
     Args:
         model: causal language model, perhaps wrapped (adapter, DDP, FSDP).
@@ -50,20 +70,20 @@ def counted_loss(
     inputs = {name: value for name, value in batch.items() if name not in OURS}
     length, places = batch["labels"].shape[1], batch["places"]
     wanted = batch["labels"][:, 1:].flatten()[places]
-    tokens = torch.full((), len(places), device=places.device)
     with _only(head, length, places, chunked=chunked) as kept:
         output = model(**inputs, use_cache=False)
     logits, balance = output.logits, getattr(output, "aux_loss", None)
     if not chunked:
-        loss, correct = _nll(logits[0], wanted)
-        return Counted(loss, correct, tokens, balance)
+        return Scored(*_nll(logits[0], wanted), balance)
     size = max(1, CHUNK_LOGITS // logits.shape[-1])
-    total = logits.float().sum() * 0
+    nothing = logits.float().sum() * 0
     right = torch.zeros((), dtype=torch.long, device=logits.device)
+    losses = []
     for states, some in zip(torch.split(kept[0], size), torch.split(wanted, size), strict=True):
         loss, correct = checkpoint(_project, head, states, some, use_reentrant=False)
-        total, right = total + loss, right + correct
-    return Counted(total, right, tokens, balance)
+        losses.append(loss)
+        right = right + correct
+    return Scored(torch.cat(losses) + nothing, right, balance)
 
 
 def output_layer(model: Any) -> nn.Module:
@@ -100,9 +120,9 @@ def _project(head: nn.Module, states: Tensor, wanted: Tensor) -> tuple[Tensor, T
 
 
 def _nll(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss and number of right guesses of logits (N, V)."""
-    loss = cross_entropy(logits.float(), wanted, reduction="sum")
-    return loss, (logits.detach().argmax(-1) == wanted).sum()
+    """Losses (N,) and number of right guesses of logits (N, V)."""
+    losses = cross_entropy(logits.float(), wanted, reduction="none")
+    return losses, (logits.detach().argmax(-1) == wanted).sum()
 
 
 @contextmanager

@@ -32,8 +32,8 @@ from llmctl.resume import earlier_manifest
 from llmctl.rundir import Run, resolve_model
 from llmctl.scoring import has_types, load_reward_model, score_encoded
 from llmctl.training.adapters import adapt
+from llmctl.training.base import Base
 from llmctl.training.export import best_weights
-from llmctl.training.finetune import Base
 from llmctl.training.guard import together
 from llmctl.training.pairwise import PairBatches, pair_scores, preference_loss
 from llmctl.training.placement import autocast, is_sharded

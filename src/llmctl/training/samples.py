@@ -1,29 +1,41 @@
 """What a model says while it learns: the same prompts, answered at every evaluation."""
 
+from collections.abc import Sequence
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from llmctl.claim import SAMPLES
 from llmctl.config.sections import Sampling
-from llmctl.config.stages import SftConfig
+from llmctl.config.supervised import Samples
 from llmctl.console import log
-from llmctl.data.supervised import SupervisedData
+from llmctl.data.examples import Example
+from llmctl.data.rendering import ChatFormat
 from llmctl.decode.forward import HuggingFaceForward
 from llmctl.decode.loop import Prompt, decode, room
 from llmctl.decode.prompts import encode_text
 from llmctl.errors import ModelError
 from llmctl.rundir import Run
 
+Ask = tuple[str, list[int]]
+"""A prompt, as text and as tokens."""
+
 
 class Sampler:
     """Answers the same prompts at every evaluation, into samples.jsonl."""
 
     def __init__(
-        self, config: SftConfig, data: SupervisedData, model: Any, stops: list[int], run: Run
+        self,
+        config: Samples,
+        asks: list[Ask],
+        tokenizer: PreTrainedTokenizerBase,
+        model: Any,
+        stops: list[int],
+        run: Run,
     ) -> None:
-        """Choose and encode the prompts; `stops` end an answer."""
-        self.run, self.model, self.stops, self.tokenizer = run, model, stops, data.tokenizer
+        """Take prompts, as `asks_of` gives them; `stops` end an answer."""
+        self.run, self.model, self.stops, self.tokenizer = run, model, stops, tokenizer
         self.sampling = Sampling(max_new_tokens=config.sample_tokens, temperature=0)
-        asks = asks_of(config, data)
         self.asks = [ask for ask in asks if room(ask[1], model.config, 1) > 0]
 
     def write(self, step: int) -> None:
@@ -54,19 +66,24 @@ class Sampler:
             self.run.log({"step": step, **shown}, SAMPLES)
 
 
-def asks_of(config: SftConfig, data: SupervisedData) -> list[tuple[str, list[int]]]:
-    """What is asked, as text and as tokens: what the user gave, else of the validation data."""
-    chats = any(example.messages is not None for example in data.train_examples)
+def asks_of(
+    config: Samples,
+    chat: ChatFormat,
+    train: Sequence[Example],
+    val: Sequence[Example],
+) -> list[Ask]:
+    """What is asked: what the user gave, else what the validation data begins with."""
+    chats = any(example.messages is not None for example in train)
     if config.sample_prompt:
         if not chats:
-            return [(text, encode_text(data.tokenizer, text)) for text in config.sample_prompt]
+            return [(text, encode_text(chat.tokenizer, text)) for text in config.sample_prompt]
         turns = [[{"role": "user", "content": text}] for text in config.sample_prompt]
-        return [(t[-1]["content"], data.format.prompt(t)) for t in turns]
+        return [(t[-1]["content"], chat.prompt(t)) for t in turns]
     asks = []
-    for example in data.val_examples[: config.samples]:
+    for example in val[: config.samples]:
         if example.messages is not None:
             last = max(i for i, m in enumerate(example.messages) if m["role"] == "assistant")
             before = list(example.messages[:last])
             if before:
-                asks.append((str(before[-1]["content"]), data.format.prompt(before, example.tools)))
+                asks.append((str(before[-1]["content"]), chat.prompt(before, example.tools)))
     return asks

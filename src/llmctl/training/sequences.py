@@ -7,6 +7,7 @@ mask: nothing looks at it, and no label stands on it.
 from collections.abc import Sequence
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from torch import Tensor
 from llmctl.data.packing import pack
 from llmctl.data.tokenized import Tokenized
 from llmctl.training.batches import IGNORED
+
+datasets.disable_progress_bars()
 
 
 class Rows:
@@ -77,6 +80,17 @@ class Rows:
         batch["places"] = (batch["labels"][:, 1:] != IGNORED).flatten().nonzero()[:, 0]
         batch["tokens"] = counted
         return batch
+
+
+def numbered(lengths: Sequence[int]) -> datasets.Dataset:
+    """What Trainer takes for data: the numbers of the rows, which a collator looks up."""
+    return datasets.Dataset.from_dict({"row": list(range(len(lengths))), "length": list(lengths)})
+
+
+def shares(lengths: Sequence[int], size: int, rank: int, world: int) -> list[list[int]]:
+    """A rank's rows in batches of like length, each row on one rank."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)[rank::world]
+    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

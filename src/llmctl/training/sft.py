@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -20,13 +19,11 @@ from trl.trainer.sft_trainer import SFTTrainer
 from llmctl.config.stages import SftConfig as Config
 from llmctl.training.head import counted_loss, output_layer, require_chunkable
 from llmctl.training.placement import autocast
-from llmctl.training.sequences import Rows, on_device
+from llmctl.training.sequences import Rows, numbered, on_device, shares
 from llmctl.training.state import generators_kept
 from llmctl.training.trl import Terms
 from llmctl.training.tuned import Tuned, common_arguments
 from llmctl.training.tuning import TuningPlan
-
-datasets.disable_progress_bars()
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Material:
 class SupervisedTrainer(Tuned, SFTTrainer):
     """SFTTrainer on rows that are encoded already."""
 
-    accuracy = "token_accuracy"
+    measured = ("token_accuracy",)
 
     def __init__(
         self,
@@ -67,8 +64,8 @@ class SupervisedTrainer(Tuned, SFTTrainer):
             model=material.model,
             args=arguments,
             data_collator=material.train.collate,
-            train_dataset=_numbers(material.train),
-            eval_dataset=None if material.val is None else _numbers(material.val),
+            train_dataset=numbered(material.train.lengths),
+            eval_dataset=None if material.val is None else numbered(material.val.lengths),
             processing_class=material.tokenizer,
             terms=terms,
         )
@@ -92,11 +89,7 @@ class SupervisedTrainer(Tuned, SFTTrainer):
         """The loss of a micro-batch as its share of the step's mean over tokens."""
         found = counted_loss(model, self._head, inputs, chunked=self._chunked)
         self.count(found.correct, found.tokens)
-        loss = self.share(found.loss, num_items_in_batch)
-        if found.balance is not None:  # a mean over the micro-batch, of which a step has several
-            weight = self.model.config.get_text_config().router_aux_loss_coef
-            loss = loss + weight * found.balance / self.current_gradient_accumulation_steps
-        return loss
+        return self.balanced(self.share(found.loss, num_items_in_batch), found.balance)
 
     @torch.no_grad()
     def _measure(self) -> dict[str, float]:
@@ -107,7 +100,8 @@ class SupervisedTrainer(Tuned, SFTTrainer):
         model.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         with generators_kept():
-            for numbers in _shares(self._material.val, self.args.train_batch_size, self.job):
+            lengths, size = self._material.val.lengths, self.args.train_batch_size
+            for numbers in shares(lengths, size, self.job.rank, self.job.world):
                 batch = on_device(self._material.val.batch(numbers), self.args.device)
                 with self.compute_loss_context_manager():
                     found = counted_loss(model, self._head, batch, chunked=self._chunked)
@@ -125,14 +119,3 @@ def make_arguments(config: Config, plan: TuningPlan, device: str) -> SFTConfig:
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-
-
-def _numbers(rows: Rows) -> datasets.Dataset:
-    """What Trainer takes for data: the numbers of the rows, which the collator looks up."""
-    return datasets.Dataset.from_dict({"row": list(range(len(rows))), "length": rows.lengths})
-
-
-def _shares(rows: Rows, batch_size: int, job: Any) -> list[list[int]]:
-    """This rank's rows in batches of like length, each row on one rank."""
-    order = sorted(range(len(rows)), key=rows.lengths.__getitem__)[job.rank :: job.world]
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -1,4 +1,4 @@
-"""What the trainers of fine-tuning share: Trainer's arguments, our learning rate, our accuracy."""
+"""What the trainers of fine-tuning share: Trainer's arguments, our learning rate, our means."""
 
 from dataclasses import replace
 from typing import Any
@@ -29,8 +29,8 @@ class Tuned(Reliable):
     """Mixin before one of the trainers, whose `compute_loss` calls `count`."""
 
     plan: TuningPlan
-    accuracy = "accuracy"
-    """What the share of right guesses is called."""
+    measured: tuple[str, ...] = ("accuracy",)
+    """What the means are called whose sums `count` is given."""
     _counts: Tensor | None = None
 
     def create_scheduler(
@@ -55,21 +55,35 @@ class Tuned(Reliable):
         shared: Tensor = loss * (self.accelerator.num_processes / num_items_in_batch)
         return shared
 
-    def count(self, right: Tensor, total: Tensor) -> None:
-        """Remember guesses for the next line of metrics; no wait for a GPU."""
-        counts = torch.stack([right, total])
+    def balanced(self, loss: Tensor, balance: Tensor | None) -> Tensor:
+        """A loss with the balancing loss of a mixture of experts, where its model has one."""
+        if balance is None:
+            return loss
+        weight = self.model.config.get_text_config().router_aux_loss_coef
+        # a mean over the micro-batch, of which a step has several
+        whole: Tensor = loss + weight * balance / self.current_gradient_accumulation_steps
+        return whole
+
+    def count(self, *sums_and_total: Tensor) -> None:
+        """Remember what was measured for the next line of metrics; no wait for a GPU.
+
+        Args:
+            sums_and_total: a sum of each of `measured`, then of how many.
+        """
+        counts = torch.stack(sums_and_total)
         self._counts = counts if self._counts is None else self._counts + counts
 
     def _extras(self) -> dict[str, Any]:
-        """Accuracy since the last line. Collective."""
+        """Means since the last line. Collective."""
         counts, self._counts = self._counts, None
         if counts is None:
             return {}
-        right, total = self.accelerator.reduce(counts.double(), "sum").tolist()
-        return {self.accuracy: right / max(1, total)}
+        *sums, total = self.accelerator.reduce(counts.double(), "sum").tolist()
+        means = (found / max(1, total) for found in sums)
+        return dict(zip(self.measured, means, strict=True))
 
     def _capture(self) -> Content:
-        """A checkpoint with the guesses since the last line: resumed, the next line counts them."""
+        """A checkpoint with what was measured since the last line, which the next line counts."""
         content = super()._capture()
         if self._counts is None:
             return content
@@ -113,10 +127,12 @@ def make_plan(
     device: str,
     *,
     epochs: int = EPOCHS,
+    lr_share: float = 1.0,
 ) -> tuple[TuningPlan, int, int]:
     """The plan for a model that is adapted, whose weights become bf16 where that was asked for.
 
-    `epochs` are those of a run that is told neither epochs nor steps.
+    `epochs` are those of a run that is told neither epochs nor steps, `lr_share` is of
+    fine-tuning's learning rate where a run is told none.
 
     Returns:
         The plan, the parameters that train, and all of them.
@@ -129,6 +145,7 @@ def make_plan(
         world=accelerator.num_processes,
         device=device,
         epochs=epochs,
+        lr_share=lr_share,
     )
     if plan.precision == "pure-bf16":
         _to_bf16(model, plan.lr)

@@ -55,7 +55,14 @@ class TuningPlan:
 
 
 def make_tuning_plan(
-    config: Tuning, *, parameters: int, rows: int, world: int, device: str, epochs: int = EPOCHS
+    config: Tuning,
+    *,
+    parameters: int,
+    rows: int,
+    world: int,
+    device: str,
+    epochs: int = EPOCHS,
+    lr_share: float = 1.0,
 ) -> TuningPlan:
     """Fill in what the user left open.
 
@@ -66,6 +73,7 @@ def make_tuning_plan(
         world: number of processes.
         device: type of device.
         epochs: passes over the rows, where the user left them open.
+        lr_share: of fine-tuning's learning rate, where the user left it open.
 
     Raises:
         ResourceError: an optimizer or a precision that does not run here.
@@ -80,7 +88,7 @@ def make_tuning_plan(
         batch_size=batch_size,
         grad_accum=grad_accum,
         optimizer=_optimizer(config, device),
-        lr=config.lr or default_lr(parameters, has_adapter=config.has_adapter),
+        lr=config.lr or lr_share * default_lr(parameters, has_adapter=config.has_adapter),
         schedule=config.schedule,
         warmup_steps=warmup_steps(config, steps),
         decay_steps=round(config.decay * steps) if config.schedule == "wsd" else 0,
