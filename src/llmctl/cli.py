@@ -30,6 +30,7 @@ COMMANDS = {
     "audit": ("AuditConfig", "Check examples as `sft` would see them."),
     "sft": ("SftConfig", "Fine-tune a model on examples, in full or with adapters."),
     "reward": ("RewardConfig", "Train a reward model on preferences, or score texts with one."),
+    "dpo": ("DpoConfig", "Align a model with preferences directly, without a reward model."),
     "merge": ("MergeConfig", "Merge an adapter into its base model."),
     "generate": ("GenerateConfig", "Generate text from a model."),
     "chat": ("ChatConfig", "Talk with a model in the terminal."),
@@ -42,6 +43,7 @@ EXAMPLES = {
     "audit": "llmctl audit examples.jsonl --model runs/base",
     "sft": "llmctl sft --model runs/base --data examples.jsonl --lora -o runs/sft",
     "reward": "llmctl reward --model runs/sft --data preferences.jsonl -o runs/reward",
+    "dpo": "llmctl dpo --model runs/sft --data preferences.jsonl --lora -o runs/dpo",
     "merge": "llmctl merge --model runs/sft -o runs/merged",
     "generate": 'llmctl generate --model runs/base --prompt "Once upon a time"',
     "chat": "llmctl chat --model runs/sft",
@@ -52,7 +54,7 @@ EXIT_CODES = (
     "checkpoint; 5 memory or disk; 6 network; 7 diverged; 8 quality gate; 130 interrupted; "
     "141 closed pipe; 143 terminated."
 )
-LAUNCHED = ("pretrain", "sft", "reward")
+LAUNCHED = ("pretrain", "sft", "reward", "dpo")
 HELP = {"help_option_names": ["-h", "--help"]}
 
 

@@ -1,6 +1,7 @@
 """One config class per command."""
 
 from llmctl.config.stages.alignment import RewardConfig
+from llmctl.config.stages.dpo import DpoConfig
 from llmctl.config.stages.finetuning import AuditConfig, MergeConfig, SftConfig
 from llmctl.config.stages.housekeeping import DemoConfig, RunsConfig
 from llmctl.config.stages.pretraining import PRESETS, PretrainConfig, TokenizeConfig
@@ -11,6 +12,7 @@ __all__ = [
     "AuditConfig",
     "ChatConfig",
     "DemoConfig",
+    "DpoConfig",
     "GenerateConfig",
     "MergeConfig",
     "PretrainConfig",
