@@ -285,51 +285,73 @@ def response_log_probability(model, tokenizer, prompt, response):
     return sum(float(scores[at - 1, (before + after)[at]]) for at in places), len(after)
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
-@pytest.mark.parametrize("way", ["full", "lora"])
-def test_figures_are_those_of_a_separate_reference(cli, base, pairs, ranked, tmp_path, way, loss):
-    """By definition, with two models in memory; pairs of a ranking weigh 1 in total."""
-    out, beta = tmp_path / "run", 0.3
-    result = cli(
-        *("dpo", "--model", base, "--data", pairs, "--val-data", ranked, *QUICK, "--loss", loss),
-        *("--beta", beta, "--lr", 1e-2, *(LORA if way == "lora" else ()), "-o", out, "--json"),
-    )
-    assert result.code == 0, result.err
-    found = json.loads(result.out)
+def figures(way, run, base, ranked, loss, beta):
+    """What a run should say of rankings, with two models in memory; a ranking's pairs weigh 1."""
     kind = AutoPeftModelForCausalLM if way == "lora" else AutoModelForCausalLM
-    policy = kind.from_pretrained(out / ("adapter" if way == "lora" else "model")).eval()
+    policy = kind.from_pretrained(run / ("adapter" if way == "lora" else "model")).eval()
     reference = AutoModelForCausalLM.from_pretrained(base).eval()
     tokenizer = AutoTokenizer.from_pretrained(base)
     total = weight = 0.0
-    margins, logprobs, gains = [], [], []
+    rows = []
     for row in map(json.loads, ranked.read_text().splitlines()):
         ranks = row["ranks"]
-        compared = [(a, b) for a in range(3) for b in range(3) if ranks[a] < ranks[b]]
-        by = [
+        told = [
             [response_log_probability(model, tokenizer, row["prompt"], r) for r in row["responses"]]
             for model in (policy, reference)
         ]
-        for a, b in compared:
-            (one, other), lengths = (
-                [by[0][k][0] - by[1][k][0] for k in (a, b)],
-                [by[0][k][1] for k in (a, b)],
+        compared = [(a, b) for a in range(3) for b in range(3) if ranks[a] < ranks[b]]
+        for pair in compared:
+            own, lengths = zip(*(told[0][k] for k in pair), strict=True)
+            gains = [told[0][k][0] - told[1][k][0] for k in pair]
+            means = [gain / length for gain, length in zip(gains, lengths, strict=True)]
+            one, other = means if loss == "ipo" else gains
+            each = (
+                (one - other - 1 / (2 * beta)) ** 2
+                if loss == "ipo"
+                else math.log1p(math.exp(-beta * (one - other)))
             )
-            gains.append(one / lengths[0])
-            logprobs.append([by[0][k][0] for k in (a, b)])
-            if loss == "ipo":
-                one, other = one / lengths[0], other / lengths[1]
-                each = (one - other - 1 / (2 * beta)) ** 2
-            else:
-                each = math.log1p(math.exp(-beta * (one - other)))
-            margins.append(beta * (one - other))
             total, weight = total + each / len(compared), weight + 1 / len(compared)
-    assert found["val_loss"] == pytest.approx(total / weight, rel=1e-4)
-    assert found["val_reward_margin"] == pytest.approx(np.mean(margins), rel=1e-3, abs=1e-5)
-    assert found["val_reward_accuracy"] == pytest.approx(np.mean(np.array(margins) > 0))
-    assert found["val_chosen_logprob"] == pytest.approx(np.mean(logprobs, 0)[0], rel=1e-5)
-    assert found["val_rejected_logprob"] == pytest.approx(np.mean(logprobs, 0)[1], rel=1e-5)
-    assert found["val_chosen_gain"] == pytest.approx(np.mean(gains), rel=1e-3)
-    assert abs(np.mean(margins)) > 1e-3
+            rows.append([one > other, beta * (one - other), *own, means[0]])
+    names = ("accuracy", "margin", "chosen_logprob", "rejected_logprob", "chosen_gain")
+    names = [f"reward_{name}" if "_" not in name else name for name in names]
+    return {"loss": total / weight, **dict(zip(names, np.mean(rows, 0), strict=True))}
+
+
+def require_same(found, wanted):
+    assert abs(wanted["reward_margin"]) > 1e-3
+    for name, value in wanted.items():
+        assert found[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+@pytest.mark.parametrize("way", ["full", "lora"])
+def test_figures_are_those_of_a_separate_reference(cli, base, pairs, ranked, tmp_path, way, loss):
+    """By definition; the validation data are rankings."""
+    out = tmp_path / "run"
+    result = cli(
+        *("dpo", "--model", base, "--data", pairs, "--val-data", ranked, *QUICK, "--loss", loss),
+        *("--beta", 0.3, "--lr", 1e-2, *(LORA if way == "lora" else ()), "-o", out, "--json"),
+    )
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
+    wanted = figures(way, out, base, ranked, loss, 0.3)
+    require_same({name: found[f"val_{name}"] for name in wanted}, wanted)
+
+
+@pytest.mark.parametrize("way", ["full", "lora"])
+def test_the_loss_that_trains_is_that_of_a_separate_reference(cli, base, ranked, tmp_path, way):
+    """By definition: what a second step of all pairs says is of the model that the first left."""
+    few = write(tmp_path / "few.jsonl", map(json.loads, ranked.read_text().splitlines()[:6]))
+    pairs = len(load_pairs(settings(base, few, val_size=0)).train)
+    for steps in (1, 2):
+        result = cli(
+            *("dpo", "--model", base, "--data", few, *QUICK, "--max-steps", steps, "--lr", 3e-3),
+            *("--schedule", "constant", "--warmup", 0, "--val-size", 0, "--batch-size", pairs),
+            *(*(LORA if way == "lora" else ()), "--beta", 0.3, "-o", tmp_path / str(steps)),
+        )
+        assert result.code == 0, result.err
+    wanted = figures(way, tmp_path / "1", base, few, "sigmoid", 0.3)
+    require_same(metrics(tmp_path / "2")[1], wanted)
 
 
 WAYS = {
@@ -344,7 +366,7 @@ def test_resume_ends_in_the_same_bits(cli, base, pairs, tmp_path, way):
     """Also the reference: computed again, of the weights that the run began with."""
     run = (
         *("dpo", "--model", base, "--data", pairs, *QUICK, "--max-steps", 7, "--save-every", 3),
-        *("--eval-every", 2, "--keep", 9, *WAYS[way], "-o"),
+        *("--eval-every", 2, "--log-every", 2, "--keep", 9, *WAYS[way], "-o"),
     )
     whole, again = tmp_path / "whole", tmp_path / "again"
     result = cli(*run, whole)
@@ -438,11 +460,31 @@ def test_an_adapter_and_its_merged_model_agree_and_the_copy_is_gone(cli, base, p
     tensors = load_file(out / "adapter" / "adapter_model.safetensors")
     assert not [name for name in tensors if "ref" in name.split(".")]
     assert any("lora_B" in name and tensor.abs().max() > 0 for name, tensor in tensors.items())
-    kept = load_file(sorted((out / "checkpoints").iterdir())[-1] / "model.safetensors")
+    last = sorted((out / "checkpoints").iterdir())[-1]
+    kept = load_file(last / "model.safetensors")
+    assert len(json.loads((last / "manifest.json").read_text())["identity"]["adapter"]) == 1
     assert sum(t.numel() for t in tensors.values()) == sum(t.numel() for t in kept.values())
     assert {row["step"] for row in metrics(out, "samples.jsonl")} == {1, 2, 3, 4}
     said = cli("generate", "--model", out, "--chat", "--prompt", "Hi", "--max-new-tokens", 4)
     assert said.code == 0, said.err
+
+
+def test_an_adapter_beside_a_quantized_base_is_trained_in_float32(cli, base, pairs, tmp_path):
+    """DPOTrainer makes it bf16, in which small updates vanish."""
+    torch.manual_seed(0)
+    wide = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    shape = LlamaConfig(vocab_size=len(tokenizer), intermediate_size=64, **wide)
+    LlamaForCausalLM(shape).save_pretrained(tmp_path / "wide")
+    tokenizer.save_pretrained(tmp_path / "wide")
+    result = cli(
+        *("dpo", "--model", tmp_path / "wide", "--data", pairs, *QUICK, *LORA, "--load-in-4bit"),
+        *("-o", tmp_path / "run"),
+    )
+    assert result.code == 0, result.err
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    last = sorted((tmp_path / "run/checkpoints").iterdir())[-1]
+    assert {t.dtype for t in load_file(last / "model.safetensors").values()} == {torch.float32}
 
 
 def test_new_tokens_of_a_template_are_learned_beside_an_adapter(cli, base, pairs, tmp_path):

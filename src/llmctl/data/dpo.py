@@ -1,17 +1,13 @@
 """From what `--data` names to encoded pairs that a language model is aligned with, all checked."""
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from llmctl.config.stages import DpoConfig
 from llmctl.console import log
 from llmctl.data.examples import Example
-from llmctl.data.pairs import Pairs, encode_pairs
-from llmctl.data.preferences import Preferences, read_preferences
-from llmctl.data.rendering import ChatFormat
+from llmctl.data.pairs import encode_pairs
+from llmctl.data.preferences import read_preferences
+from llmctl.data.preferred import PreferenceData, log_preferences
 from llmctl.data.responses import ResponseFormat, is_encoder
 from llmctl.data.supervised import require_template, resolve_max_length
 from llmctl.data.templates import choose_template
@@ -19,65 +15,7 @@ from llmctl.errors import DataError, ModelError
 from llmctl.models import load_config, load_tokenizer
 
 
-@dataclass(frozen=True)
-class PairData:
-    """Pairs to learn from, encoded for one language model."""
-
-    train: Pairs
-    val: Pairs | None
-    preferences: Preferences
-    chat: ChatFormat
-    max_length: int
-    embedding_rows: int
-    """Rows of the model's embedding, before tokens were added."""
-    added_tokens: tuple[str, ...]
-    """Special tokens that the chat template needs and the tokenizer lacked."""
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, its chat template set."""
-        return self.chat.tokenizer
-
-    @property
-    def has_conversations(self) -> bool:
-        """Whether any pair is one; plain text needs no chat template."""
-        pairs = (*self.preferences.train, *self.preferences.val)
-        return any(pair.chosen.messages is not None for pair in pairs)
-
-    @property
-    def end_of_turn(self) -> int | None:
-        """The token that ends a turn, where there are conversations."""
-        return self.chat.end_of_turn if self.has_conversations else None
-
-    @property
-    def asked(self) -> list[Example]:
-        """A validation pair of each prompt, the preferred side of it."""
-        first = {str(pair.prompt): pair.chosen for pair in reversed(self.preferences.val)}
-        return list(reversed(first.values()))
-
-    @property
-    def same(self) -> int:
-        """Training pairs whose two sides are the same tokens, from which nothing can be learned."""
-        chosen, rejected = self.train.chosen, self.train.rejected
-        return sum(
-            np.array_equal(chosen.sequence(number)[0], rejected.sequence(number)[0])
-            for number in range(len(self.train))
-        )
-
-    def facts(self) -> dict[str, Any]:
-        """For the manifest."""
-        lengths = np.concatenate([self.train.chosen.lengths, self.train.rejected.lengths])
-        return {
-            **self.preferences.facts(),
-            "tokens_median": float(np.median(lengths)),
-            "tokens_max": int(lengths.max()),
-            "cut": self.train.cut,
-            "dropped_length": self.train.dropped,
-            "same_tokens": self.same,
-        }
-
-
-def load_pairs(config: DpoConfig, clock: str | None = None) -> PairData:
+def load_pairs(config: DpoConfig, clock: str | None = None) -> PreferenceData:
     """Read, check and encode everything.
 
     Args:
@@ -94,11 +32,11 @@ def load_pairs(config: DpoConfig, clock: str | None = None) -> PairData:
         raise ModelError(
             f"{shape.model_type} reads a text from both sides: it is no causal language model",
             file=config.model,
-            hint="use a decoder; an encoder can become a reward model",
+            hint="use a decoder; an encoder can become a reward model (llmctl reward)",
         )
     max_length = resolve_max_length(config.max_length, shape)
     found = read_preferences(config, config.data, config.seed)
-    chats = any(pair.chosen.messages is not None for pair in (*found.train, *found.val))
+    chats = any(pair.shared for pair in (*found.train, *found.val))
     added = choose_template(tokenizer, config.chat_template) if chats else []
     written = ResponseFormat(tokenizer, shape, clock)
     if chats and config.chat_template:
@@ -106,8 +44,8 @@ def load_pairs(config: DpoConfig, clock: str | None = None) -> PairData:
     train = encode_pairs(written, found.train, max_length, config.truncation)
     val = encode_pairs(written, found.val, max_length, config.truncation) if found.val else None
     rows = int(shape.get_text_config().vocab_size)
-    data = PairData(train, val, found, written.chat, max_length, rows, tuple(added))
-    if data.same == len(train):
+    data = PreferenceData(train, val, found, written, max_length, rows, tuple(added))
+    if same_tokens(data) == len(train):
         raise DataError(
             "both sides of every pair are the same tokens: there is nothing to prefer",
             file=config.data[0],
@@ -116,32 +54,15 @@ def load_pairs(config: DpoConfig, clock: str | None = None) -> PairData:
     return data
 
 
-def log_pairs(data: PairData) -> None:
-    """Say in two lines what there is to learn from, and warn of what is odd."""
-    facts = data.facts()
-    log.info(
-        "%s pairs to learn from, %s to validate, of %s prompts; left out: %s with equal responses, "
-        "%s without a verdict, %s too long",
-        f"{len(data.train):,}",
-        f"{0 if data.val is None else len(data.val):,}",
-        f"{facts['prompts']:,}",
-        f"{facts['dropped_equal']:,}",
-        f"{facts['dropped_undecided']:,}",
-        f"{facts['dropped_length']:,}",
-    )
-    log.info(
-        "tokens: median %g, longest %s; %s prompts cut at the left to fit %s",
-        facts["tokens_median"],
-        f"{facts['tokens_max']:,}",
-        f"{facts['cut']:,}",
-        f"{data.max_length:,}",
-    )
+def log_pairs(data: PreferenceData) -> None:
+    """Say what there is to learn from, and warn of what is odd."""
+    log_preferences(data)
     for count, what in (
-        (facts["contradictions"], "pairs stand in both orders"),
-        (facts["duplicates"], "pairs stand there more than once"),
-        (facts["shared_prompts"], "validation pairs have a prompt that is also trained on"),
-        (facts["same_tokens"], "pairs are the same tokens on both sides and teach nothing"),
-        (facts["margins"], "pairs have a margin, which this loss has no place for: not used"),
+        (same_tokens(data), "pairs are the same tokens on both sides and teach nothing"),
+        (
+            data.preferences.facts()["margins"],
+            "pairs have a margin, which this loss has no place for: not used",
+        ),
     ):
         if count:
             log.warning("%s %s", f"{count:,}", what)
@@ -151,3 +72,24 @@ def log_pairs(data: PairData) -> None:
             "conversations first (llmctl sft)",
             ", ".join(data.added_tokens),
         )
+
+
+def same_tokens(data: PreferenceData) -> int:
+    """Training pairs whose two sides are the same tokens, from which nothing can be learned."""
+    chosen, rejected = data.train.chosen, data.train.rejected
+    return sum(
+        np.array_equal(chosen.sequence(number)[0], rejected.sequence(number)[0])
+        for number in range(len(data.train))
+    )
+
+
+def end_of_turn(data: PreferenceData) -> int | None:
+    """The token that ends a turn, where there are conversations."""
+    pairs = (*data.preferences.train, *data.preferences.val)
+    return data.written.chat.end_of_turn if any(pair.shared for pair in pairs) else None
+
+
+def asked(data: PreferenceData) -> list[Example]:
+    """A validation pair of each prompt, the preferred side of it."""
+    first = {str(pair.prompt): pair.chosen for pair in reversed(data.preferences.val)}
+    return list(reversed(first.values()))

@@ -7,7 +7,8 @@ from accelerate.utils import broadcast_object_list
 
 from llmctl import hardware
 from llmctl.config.stages import DpoConfig
-from llmctl.data.dpo import PairData, load_pairs, log_pairs
+from llmctl.data.dpo import load_pairs, log_pairs
+from llmctl.data.preferred import PreferenceData
 from llmctl.resume import earlier_manifest
 from llmctl.rundir import Run
 from llmctl.training.dpo_setup import build, prepare
@@ -50,7 +51,7 @@ def _align(config: DpoConfig, run: Run, accelerator: Accelerator, device: str) -
     return {**export(config, trainer, found.base, data.tokenizer), **sizes, **metrics}
 
 
-def _pairs(config: DpoConfig, accelerator: Accelerator, clock: str | None = None) -> PairData:
+def _pairs(config: DpoConfig, accelerator: Accelerator, clock: str | None = None) -> PreferenceData:
     """The pairs, found to be sound."""
     data = load_pairs(config, clock)
     if accelerator.is_main_process:

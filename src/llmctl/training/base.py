@@ -62,10 +62,6 @@ class Spoken(Protocol):
     def added_tokens(self) -> tuple[str, ...]:
         """Special tokens that the chat template needs and the tokenizer lacked."""
 
-    @property
-    def end_of_turn(self) -> int | None:
-        """The token that ends a turn, where there are conversations."""
-
 
 def base_of(reference: str) -> Base:
     """What a manifest and a checkpoint say of the model."""
@@ -73,9 +69,15 @@ def base_of(reference: str) -> Base:
 
 
 def load_to_train(
-    config: SftConfig | DpoConfig, data: Spoken, device: str
+    config: SftConfig | DpoConfig, data: Spoken, end_of_turn: int | None, device: str
 ) -> tuple[Any, list[int]]:
     """The model, with a row for every token and an adapter where one is to be trained.
+
+    Args:
+        config: the command's fields.
+        data: encoded for it.
+        end_of_turn: the token that ends a turn, where there are conversations.
+        device: type of device.
 
     Returns:
         The model, and the tokens that end what it writes.
@@ -87,7 +89,7 @@ def load_to_train(
     set_seed(config.seed)
     model = load_base(config, device)
     grow_embeddings(model, data.tokenizer)
-    stops = set_stops(model, data)
+    stops = set_stops(model, data.tokenizer, end_of_turn)
     if config.has_adapter:
         added = set(data.tokenizer.convert_tokens_to_ids(list(data.added_tokens)))
         grown = range(data.embedding_rows, model.get_input_embeddings().weight.shape[0])
@@ -100,16 +102,16 @@ def load_in(config: Quantized) -> LoadIn:
     return "4bit" if config.load_in_4bit else "8bit" if config.load_in_8bit else "full"
 
 
-def set_stops(model: Any, data: Spoken) -> list[int]:
+def set_stops(model: Any, tokenizer: PreTrainedTokenizerBase, end_of_turn: int | None) -> list[int]:
     """Tell the model's generation config every token that ends a turn; return them, sorted."""
     known = model.generation_config.eos_token_id if model.generation_config else None
-    ends = [*(known if isinstance(known, list) else [known]), data.tokenizer.eos_token_id]
-    stops = sorted({int(token) for token in (*ends, data.end_of_turn) if token is not None})
+    ends = [*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id]
+    stops = sorted({int(token) for token in (*ends, end_of_turn) if token is not None})
     # all else of it may be what transformers loads and refuses to save
     model.generation_config = GenerationConfig(
-        bos_token_id=data.tokenizer.bos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
         eos_token_id=stops or None,
-        pad_token_id=data.tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     return stops
 

@@ -125,13 +125,12 @@ def is_displaced(gains: Sequence[float]) -> bool:
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Switch off dropout in every layer, also where it is a number that attention is called with.
+    """Switch off dropout where it is a number that attention is called with, as in LLaMA.
 
-    With it two passes of one model differ, and the implicit reward would be noise.
+    TRL switches off the layers of dropout. With any of it two passes of one model differ, and the
+    implicit reward would be noise.
     """
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from llmctl import hardware
 from llmctl.config.stages import DpoConfig
-from llmctl.data.dpo import PairData
+from llmctl.data.dpo import asked, end_of_turn
+from llmctl.data.preferred import PreferenceData
 from llmctl.errors import UserError
 from llmctl.rundir import Run
 from llmctl.training.base import Base, base_of, fit_batch, load_in, load_to_train, require_whole
@@ -42,19 +43,21 @@ class Prepared:
     trained_parameters: int
     base: Base
 
-    def facts(self, data: PairData, device: str) -> dict[str, Any]:
+    def facts(self, data: PreferenceData, device: str) -> dict[str, Any]:
         """What a manifest should say."""
         return {
-            "inputs": [self.base.as_input(), *data.preferences.split.inputs],
+            "inputs": [self.base.as_input(), *data.inputs],
             "device": hardware.device_name(device),
             "parameters": self.parameters,
             "plan": asdict(self.plan),
             "audit": data.facts(),
-            "held_out": [pair.name for pair in data.preferences.val],
+            "held_out": data.held_out,
         }
 
 
-def prepare(config: DpoConfig, data: PairData, accelerator: Accelerator, device: str) -> Prepared:
+def prepare(
+    config: DpoConfig, data: PreferenceData, accelerator: Accelerator, device: str
+) -> Prepared:
     """Load the model, fit it to the tokens, adapt it, make the plan.
 
     Raises:
@@ -68,7 +71,7 @@ def prepare(config: DpoConfig, data: PairData, accelerator: Accelerator, device:
             "--sample-prompt is answered at every evaluation, and there is no validation data",
             hint="drop it, or hold some pairs out: --val-size",
         )
-    model, stops = load_to_train(config, data, device)
+    model, stops = load_to_train(config, data, end_of_turn(data), device)
     pad = data.tokenizer.pad_token_id or 0
     train = PairRows(data.train, pad)
     val = None if data.val is None else PairRows(data.val, pad)
@@ -90,7 +93,7 @@ def prepare(config: DpoConfig, data: PairData, accelerator: Accelerator, device:
     return Prepared(model, plan, train, val, stops, parameters, trained, base)
 
 
-def build(config: DpoConfig, data: PairData, found: Prepared, run: Run) -> PreferenceTrainer:
+def build(config: DpoConfig, data: PreferenceData, found: Prepared, run: Run) -> PreferenceTrainer:
     """The trainer, ready to fit. Collective."""
     identity = {
         **found.plan.identity(),
@@ -103,7 +106,7 @@ def build(config: DpoConfig, data: PairData, found: Prepared, run: Run) -> Prefe
     }
     terms = Terms(run, rhythm_of(config, found.plan), identity, config.group_by_length)
     trained = [pair.chosen for pair in data.preferences.train]
-    asks = asks_of(config, data.chat, trained, data.asked)
+    asks = asks_of(config, data.written.chat, trained, asked(data))
     sampler = Sampler(config, asks, data.tokenizer, found.model, found.stops, run)
     return PreferenceTrainer(
         Material(found.model, data.tokenizer, found.train, found.val, sampler.write),

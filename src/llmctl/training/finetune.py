@@ -95,7 +95,7 @@ def prepare(
             "--sample-prompt is answered at every evaluation, and there is no validation data",
             hint="drop it, or hold some examples out: --val-size",
         )
-    model, stops = load_to_train(config, data, device)
+    model, stops = load_to_train(config, data, data.end_of_turn, device)
     pad = data.tokenizer.pad_token_id or 0
     train = Rows(data.train, pad, data.max_length if config.packing else None)
     val = None if data.val is None else Rows(data.val, pad)
