@@ -4,6 +4,7 @@ import os
 import platform
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -36,6 +37,20 @@ def timed(command: Sequence[object], folder: Path | None = None) -> tuple[float,
     if ran.returncode:
         raise SystemExit(f"{command}\n{ran.stdout[-2000:]}\n{ran.stderr[-2000:]}")
     return taken, ran.stdout
+
+
+def measured(command: Sequence[str], threads: int) -> tuple[float, float]:
+    """Wall seconds of a whole process with its children, and the peak MB of the largest of them."""
+    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
+    started = time.perf_counter()
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+        _, status, usage = os.wait4(process.pid, 0)
+        taken = time.perf_counter() - started
+        if status:
+            said.seek(0)
+            raise SystemExit(f"{command}\n{said.read().decode()[-3000:]}")
+    return taken, usage.ru_maxrss / 1024
 
 
 def alternate(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
