@@ -78,6 +78,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--lam", type=float, default=0.95)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--lora", action="store_true", help="the policy is LoRA of rank 16")
+    parser.add_argument(
+        "--value-lora", action="store_true", help="so is the peer's value model, else trained whole"
+    )
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()

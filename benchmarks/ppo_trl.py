@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -121,8 +121,8 @@ def main() -> None:
         model=AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32),
         ref_model=None,
         reward_model=load_reward(settings.reward_model),
-        value_model=load_reward(settings.reward_model),
-        train_dataset=load_prompts(Path(settings.prompts), tokenizer),
+        value_model=load_value(settings.reward_model, settings.value_lora),
+        train_dataset=load_prompts(Path(settings.prompts), tokenizer, settings.batch_size),
         callbacks=[clock],
         peft_config=LoraConfig(
             r=16,
@@ -201,9 +201,27 @@ def load_reward(folder: str) -> PreTrainedModel:
     return PeftModel.from_pretrained(model, folder).merge_and_unload()
 
 
-def load_prompts(file: Path, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def load_value(folder: str, low_rank: bool) -> PreTrainedModel:
+    """The reward model once more, trained whole as in TRL's own script, or its head and LoRA."""
+    model = load_reward(folder)
+    if low_rank:  # in place: PolicyAndValueWrapper looks for the layers under their own names
+        model = inject_adapter_in_model(lora("SEQ_CLS"), model)
+        model.score.requires_grad_(True)
+    return model
+
+
+def lora(task: str) -> LoraConfig:
+    """What `llmctl ppo --lora` trains."""
+    return LoraConfig(
+        r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type=task
+    )
+
+
+def load_prompts(file: Path, tokenizer: PreTrainedTokenizerBase, batch: int) -> Dataset:
     """The prompts as plain text; PPOTrainer wants them tokenized."""
     texts = [json.loads(line)["prompt"] for line in file.read_text().splitlines()]
+    if len(texts) < batch:
+        raise SystemExit(f"{file}: {len(texts)} prompts; with fewer than {batch} PPOTrainer hangs")
     return Dataset.from_dict({"input_ids": [tokenizer(text)["input_ids"] for text in texts]})
 
 
