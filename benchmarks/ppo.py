@@ -133,7 +133,11 @@ def summary(steps: list[Line], batch: int, last: int) -> dict[str, float]:
         return statistics.fmean(line[key] for line in lines)
 
     step = (steps[-1]["time"] - steps[0]["time"]) / len(steady)
-    parts = {"generate": "generate_seconds", "updates": "updates"}
+    parts = {
+        "generate": "generate_seconds",
+        "updates": "updates",
+        "trained": "trained_parameters",
+    }
     return {
         "rate": batch / step,
         "step": step,
@@ -165,8 +169,7 @@ def report(found: dict[str, list[Line]]) -> str:
     lines = []
     for title, key, digits in rows:
         sides = [[line[key] for line in runs] for runs in found.values()]
-        compared = len(sides) == 2 and key in {"rate", "step", "rollout", "update", "whole"}
-        compared |= len(sides) == 2 and key in {"peak", "beyond"}
+        compared = len(sides) == 2 and key not in {"length", "first", "score", "kl"}
         shown = f"{ratio(*sides):.2f}" if compared else ""
         lines.append([title, *(show(side, digits) for side in sides), shown])
     return table(["", *found, " / ".join(found)], lines)

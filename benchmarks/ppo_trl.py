@@ -40,7 +40,7 @@ class Clock(TrainerCallback):
         self.reward_model: PreTrainedModel | None = None
         self.began = time.perf_counter()
         self.generation = self.scoring = self.lengths = 0.0
-        self.updates = 0
+        self.updates = self.trained = 0
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Wrap the functions that begin and end a phase of PPOTrainer.train."""
@@ -48,6 +48,8 @@ class Clock(TrainerCallback):
         ppo_trainer.get_reward = self.rewarding(ppo_trainer.get_reward)
         ppo_trainer.masked_whiten = self.whitening(ppo_trainer.masked_whiten)
         optimizer.register_step_post_hook(self.updated)
+        groups = [group["params"] for group in optimizer.param_groups]
+        self.trained = sum(one.numel() for group in groups for one in group)
 
     def generating(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A rollout begins with generation."""
@@ -101,6 +103,7 @@ class Clock(TrainerCallback):
             "score_seconds": self.scoring,
             "update_seconds": now - self.update_began,
             "updates": self.updates,
+            "trained_parameters": self.trained,
             "length": self.lengths / args.batch_size,
             "score": logs["objective/scores"],
             "kl": logs["objective/kl"],
@@ -198,7 +201,8 @@ def load_reward(folder: str) -> PreTrainedModel:
     model = AutoModelForSequenceClassification.from_pretrained(
         base["base_model_name_or_path"], config=config, dtype=torch.float32
     )
-    return PeftModel.from_pretrained(model, folder).merge_and_unload()
+    merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    return merged.requires_grad_(True)  # PEFT froze the base, and a value model must learn
 
 
 def load_value(folder: str, low_rank: bool) -> PreTrainedModel:
