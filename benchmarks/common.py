@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,8 +40,19 @@ def timed(command: Sequence[object], folder: Path | None = None) -> tuple[float,
     return taken, ran.stdout
 
 
-def measured(command: Sequence[str], threads: int) -> tuple[float, float]:
-    """Wall seconds of a whole process with its children, and the peak MB of the largest of them."""
+@dataclass(frozen=True)
+class Measured:
+    """What a whole process took, start and imports included."""
+
+    seconds: float
+    cpu_seconds: float
+    """Of the process and its children; other work on the machine moves it less than wall time."""
+    peak: float
+    """MB that the largest of them held."""
+
+
+def measured(command: Sequence[str], threads: int) -> Measured:
+    """Run a whole process with its children."""
     environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
     started = time.perf_counter()
     with tempfile.TemporaryFile() as said:
@@ -50,7 +62,7 @@ def measured(command: Sequence[str], threads: int) -> tuple[float, float]:
         if status:
             said.seek(0)
             raise SystemExit(f"{command}\n{said.read().decode()[-3000:]}")
-    return taken, usage.ru_maxrss / 1024
+    return Measured(taken, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
 def alternate(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

@@ -100,21 +100,21 @@ def measure(arguments: argparse.Namespace, ending: str, prompts: Path, folder: P
     threads, imports = arguments.threads, {}
     for name in arguments.sides:
         command = [python(arguments, name), "-c", f"{IMPORTS[name]}\n{MODELS}"]
-        imports[name] = measured(command, threads)[1]
+        imports[name] = measured(command, threads).peak
 
     def run(name: str) -> float:
         seed = len(found[name])
         out = folder / f"{name}-{ending}-{seed}"
         settings = {**vars(arguments), "prompts": prompts, "seed": seed, "ending": ending}
         command = {"trl": trl, "llmctl": llmctl}[name](settings, out)
-        seconds, peak = measured(command, threads)
+        ran = measured(command, threads)
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         steps = [line for line in lines if "score" in line and "rollout_seconds" in line]
         figures = summary(steps, arguments.batch_size, arguments.last)
-        memory = {"peak": peak, "beyond": peak - imports[name]}
-        found[name].append({"whole": seconds, **memory, **figures})
+        memory = {"peak": ran.peak, "beyond": ran.peak - imports[name]}
+        found[name].append({"whole": ran.seconds, "cpu": ran.cpu_seconds, **memory, **figures})
         print(name, ending, found[name][-1], file=sys.stderr)
-        return seconds
+        return ran.seconds
 
     alternate({name: lambda name=name: run(name) for name in arguments.sides}, arguments.rounds)
     return report(found)
@@ -159,6 +159,7 @@ def report(found: dict[str, list[Line]]) -> str:
         ("rollout, s", "rollout", 3),
         ("update, s", "update", 3),
         ("whole run, s", "whole", 1),
+        ("whole run, CPU s", "cpu", 1),
         ("peak memory, MB", "peak", 0),
         ("peak memory beyond imports, MB", "beyond", 0),
         ("tokens of a response", "length", 1),

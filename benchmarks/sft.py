@@ -56,9 +56,9 @@ def measure(arguments: argparse.Namespace, examples: Path, folder: Path) -> None
     memory: dict[str, list[float]] = {name: [] for name in sides}
 
     def run(name: str, steps: int) -> float:
-        seconds, peak = measured(sides[name](arguments, examples, folder, steps), arguments.threads)
-        memory[name].append(peak)
-        return seconds
+        ran = measured(sides[name](arguments, examples, folder, steps), arguments.threads)
+        memory[name].append(ran.peak)
+        return ran.seconds
 
     found = alternate(
         {
