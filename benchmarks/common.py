@@ -4,8 +4,10 @@ import os
 import platform
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,6 +38,31 @@ def timed(command: Sequence[object], folder: Path | None = None) -> tuple[float,
     if ran.returncode:
         raise SystemExit(f"{command}\n{ran.stdout[-2000:]}\n{ran.stderr[-2000:]}")
     return taken, ran.stdout
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a whole process took, start and imports included."""
+
+    seconds: float
+    cpu_seconds: float
+    """Of the process and its children; other work on the machine moves it less than wall time."""
+    peak: float
+    """MB that the largest of them held."""
+
+
+def measured(command: Sequence[str], threads: int) -> Measured:
+    """Run a whole process with its children."""
+    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
+    started = time.perf_counter()
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+        _, status, usage = os.wait4(process.pid, 0)
+        taken = time.perf_counter() - started
+        if status:
+            said.seek(0)
+            raise SystemExit(f"{command}\n{said.read().decode()[-3000:]}")
+    return Measured(taken, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
 def alternate(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

@@ -10,14 +10,12 @@ left out.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from common import ENVIRONMENT, alternate, machine, ratio, show, table
+from common import alternate, machine, measured, ratio, show, table
 
 BATCH, LENGTH = 8, 256
 
@@ -58,9 +56,9 @@ def measure(arguments: argparse.Namespace, examples: Path, folder: Path) -> None
     memory: dict[str, list[float]] = {name: [] for name in sides}
 
     def run(name: str, steps: int) -> float:
-        seconds, peak = timed(sides[name](arguments, examples, folder, steps), arguments.threads)
-        memory[name].append(peak)
-        return seconds
+        ran = measured(sides[name](arguments, examples, folder, steps), arguments.threads)
+        memory[name].append(ran.peak)
+        return ran.seconds
 
     found = alternate(
         {
@@ -136,25 +134,6 @@ def llmctl(arguments: argparse.Namespace, examples: Path, folder: Path, steps: i
     command += ["--lora", "--lora-r", "16"] if arguments.lora else []
     command += ["--packing"] if arguments.packing else []
     return command + (["--chunked-loss"] if arguments.chunked_loss else [])
-
-
-def timed(command: list[str], threads: int) -> tuple[float, float]:
-    """Wall seconds of a whole process with its children, and the peak MB of the largest of them."""
-    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
-    started = time.perf_counter()
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
-        _, status, usage = os.wait4(process.pid, 0)
-        taken = time.perf_counter() - started
-        if status:
-            said.seek(0)
-            raise SystemExit(f"{command}\n{said.read().decode()[-3000:]}")
-    return taken, peak_of(usage)
-
-
-def peak_of(usage: object) -> float:
-    """MB; wait4 tells the largest of a process and of the children that it waited for."""
-    return usage.ru_maxrss / 1024  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":
