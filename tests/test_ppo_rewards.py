@@ -78,7 +78,7 @@ def test_adapters_of_the_same_base_share_its_weights(cli, roomy, judges, tmp_pat
     )
     models = prepare(config, Accelerator(cpu=True), "cpu").models
     base = {weight.data_ptr() for weight in models.actors.reference.parameters()}
-    shared, apart = (s.score.__self__.model.model for s in models.sources)
+    shared, apart = (judge.model.model for judge in models.judges)
     for part in (models.actors.policy, models.actors.value, shared):
         layers = [w for name, w in part.named_parameters() if name.endswith("base_layer.weight")]
         assert len(layers) == 14

@@ -150,6 +150,17 @@ def test_lora_learns_and_leaves_adapters(cli, base, world):
     assert value.config.num_labels == 1
 
 
+def test_bf16_keeps_frozen_layers_small_and_samples_with_the_fast_pass(cli, base, world):
+    options = ("--lora", "--precision", "bf16", "--max-steps", 2, "--val-size", 4, "-o", "run")
+    result = ppo(cli, base, *options)
+    assert result.code == 0, result.err
+    manifest = json.loads(Path("run/manifest.json").read_text())
+    assert manifest["self_check_ratio"] == 0
+    assert manifest["self_check_kl"] == 0
+    assert 0 < manifest["self_check_sampling"] < 0.2
+    assert manifest["keeps_sampled_log_probs"] is False
+
+
 @pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(cli, base, world):
     one = ppo(cli, base, "--max-steps", 3, "--val-size", 4, "-o", "one")

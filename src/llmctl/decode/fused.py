@@ -34,8 +34,9 @@ class Layer:
     down: Tensor
 
 
-def fuse(weights: Mapping[str, Tensor], head_size: int) -> Layer:
-    """A block's weights, those that read the same input side by side."""
+def fuse(named: Mapping[str, Tensor], head_size: int, dtype: torch.dtype) -> Layer:
+    """A block's weights in one type, those that read the same input side by side."""
+    weights = {name: weight.to(dtype) for name, weight in named.items()}
 
     def interleaved(name: str) -> Tensor:
         """Of each head (rows · head_size, …), the two halves in turn."""

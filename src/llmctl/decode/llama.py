@@ -41,17 +41,24 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 class LlamaForward:
     """See `forward.Forward`. Weights are copied: build a new one when they have changed."""
 
-    def __init__(self, model: PreTrainedModel, weights_of: WeightsOf = plain_weights) -> None:
-        """Fuse the weights of a model that `is_covered`."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        weights_of: WeightsOf = plain_weights,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Fuse the weights of a model that `is_covered`, in the model's type or another."""
         config = model.config
-        self.device, self.dtype = model.device, model.dtype
+        self.device, self.dtype = model.device, dtype or model.dtype
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_size = model.model.layers[0].self_attn.head_dim
         self.epsilon = float(config.rms_norm_eps)
-        self.embedding = model.model.embed_tokens.weight.detach()
-        self.layers = [fuse(weights_of(layer), self.head_size) for layer in model.model.layers]
-        self.norm = model.model.norm.weight.detach()
-        self.unembedding = model.lm_head.weight.detach().t()
+        self.embedding = model.model.embed_tokens.weight.detach().to(self.dtype)
+        self.layers = [
+            fuse(weights_of(layer), self.head_size, self.dtype) for layer in model.model.layers
+        ]
+        self.norm = model.model.norm.weight.detach().to(self.dtype)
+        self.unembedding = model.lm_head.weight.detach().to(self.dtype).t()
         self.frequencies = model.model.rotary_emb.inv_freq.float()
         hidden = self.embedding.shape[1]
         self._mean = self.embedding.new_full((hidden, 1), 1 / hidden)
@@ -201,7 +208,11 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
 
 
-def is_covered(model: PreTrainedModel, weights_of: WeightsOf = plain_weights) -> bool:
+def is_covered(
+    model: PreTrainedModel,
+    weights_of: WeightsOf = plain_weights,
+    dtype: torch.dtype | None = None,
+) -> bool:
     """Whether this is a plain dense Llama, Mistral, Qwen2 or Qwen3 of moderate size."""
     if type(model) not in COVERED or model.device.type not in ("cpu", "cuda"):
         return False
@@ -212,15 +223,18 @@ def is_covered(model: PreTrainedModel, weights_of: WeightsOf = plain_weights) ->
         and config["hidden_act"] == "silu"
         and config["rope_parameters"]["rope_type"] == "default"
         and config.get("sliding_window") is None
-        and {p.dtype for p in model.parameters()} == {model.dtype}
-        and model.dtype in TOLERANCE
+        and (dtype is not None or {p.dtype for p in model.parameters()} == {model.dtype})
+        and (dtype or model.dtype) in TOLERANCE
         and model.num_parameters() <= LARGEST
     )
 
 
 @torch.inference_mode()
 def fast_forward(
-    model: PreTrainedModel, prompt: Sequence[int], weights_of: WeightsOf = plain_weights
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    weights_of: WeightsOf = plain_weights,
+    dtype: torch.dtype | None = None,
 ) -> LlamaForward | None:
     """The fast pass, if it covers this model and gives transformers' logits on this prompt.
 
@@ -228,17 +242,24 @@ def fast_forward(
         model: in eval mode.
         prompt: tokens to try it on.
         weights_of: the weights that a block computes with, where an adapter changes them.
+        dtype: to compute in, where autocast has the model compute in another than its weights'.
     """
-    if not is_covered(model, weights_of):
+    if not is_covered(model, weights_of, dtype):
         return None
     rows = model.get_input_embeddings().num_embeddings
     probe = [*prompt[:PROBE_TOKENS], *(token % rows for token in range(PROBE_TOKENS))]
     probes = [probe, probe[5:]]  # of two lengths, so that padding is checked too
     expected = [model(torch.tensor([p], device=model.device)).logits[0, -3:] for p in probes]
-    forward = LlamaForward(model, weights_of)
+    forward = LlamaForward(model, weights_of, dtype)
+    with torch.autocast(model.device.type, enabled=False):
+        return forward if _agrees(forward, probes, expected) else None
+
+
+def _agrees(forward: LlamaForward, probes: list[list[int]], expected: list[Tensor]) -> bool:
+    """Whether the last three logits of each probe are those that were expected, but for rounding."""
     logits = [forward.prefill([p[:-2] for p in probes])]
     for place in (-2, -1):
-        logits.append(forward.step(torch.tensor([p[place] for p in probes], device=model.device)))
+        logits.append(forward.step(torch.tensor([p[place] for p in probes], device=forward.device)))
     reference = torch.stack(expected, 1)
     error = (torch.stack(logits) - reference).abs().max()
-    return forward if error <= TOLERANCE[model.dtype] * reference.abs().max() else None
+    return bool(error <= TOLERANCE[forward.dtype] * reference.abs().max())

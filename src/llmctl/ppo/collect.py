@@ -2,11 +2,10 @@
 
 import math
 import time
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, no_grad
+from torch import Tensor
 
 from llmctl.hardware import threads_set
 from llmctl.ppo.advantages import (
@@ -79,7 +78,7 @@ def sample(
     model = actors.reference if of_reference else actors.policy
     tokens = [asked.tokens[n] for n in prompts]
     with threads_set(trainer.sampling_threads(len(tokens))), torch.no_grad():
-        return trainer.sampler.sample(model, tokens, numbers, flag)
+        return trainer.sampler.sample(model, tokens, numbers, flag, actors.autocast)
 
 
 def score(
@@ -109,13 +108,9 @@ def weigh(trainer: PpoTrainer, rollout: Rollout, scored: Scored) -> Episodes:
     sampled = rollout.log_probs(mask.shape[1])
     reference, values, computed = (torch.zeros(mask.shape) for _ in range(3))
     for batch in all_passes(trainer, rollout, mask, FORWARD_ONLY):
-        asked, valued = trainer.pair.run(
-            partial(actors.reference_log_probs, batch),
-            no_grad()(partial(actors.values, batch)),
-        )
         rows = batch.rows.cpu()
-        reference[rows] = batch.spread(asked).float().cpu()
-        values[rows] = batch.spread(valued).float().cpu()
+        reference[rows] = batch.spread(actors.reference_log_probs(batch)).float().cpu()
+        values[rows] = batch.spread(actors.values(batch)).float().cpu()
         if not trainer.exact:
             computed[rows] = batch.spread(actors.log_probs(batch)[0]).float().cpu()
     log_probs = sampled if trainer.exact else computed

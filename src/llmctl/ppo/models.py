@@ -4,7 +4,8 @@ In full, each has weights of its own. With LoRA one set of base weights serves p
 value model and those reward models that are LoRA of the same base.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -46,8 +47,13 @@ class Models:
     """The reward model that the value model started from."""
     value_model: Any
     """The value model as a classifier, perhaps with an adapter."""
-    inputs: list[dict[str, Any]]
-    """The reward models, for the manifest."""
+    judges: list["Judge"]
+
+    def compute_in(self, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Have all models compute in these numbers."""
+        self.actors.autocast = autocast
+        for judge in self.judges:
+            judge.autocast = autocast
 
 
 def load_models(
@@ -90,16 +96,17 @@ def load_models(
         sources,
         None if origin is None else sources[origin],
         value_model,
-        [judge.as_input() for judge in judges],
+        judges,
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Judge:
     """A reward model, and whether it stands on the policy's weights."""
 
     model: RewardModel
     is_shared: bool
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def score(self, told: Sequence[Told], ended: Sequence[bool]) -> torch.Tensor:
         """Scores (N,) of responses, some of which did not end by themselves."""
@@ -107,7 +114,8 @@ class Judge:
             Exchange(one.prompt, one.response, ended=end)
             for one, end in zip(told, ended, strict=True)
         ]
-        return self.model.score(exchanges, batch_size=SCORE_BATCH)
+        with self.autocast():
+            return self.model.score(exchanges, batch_size=SCORE_BATCH)
 
     def as_input(self) -> dict[str, Any]:
         """For the manifest."""

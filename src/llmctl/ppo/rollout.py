@@ -4,7 +4,8 @@ A text depends on its prompt, the seed and the number of its episode alone. Prom
 share a batch, samples of one prompt share its prefill, and what has ended is computed no more.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from llmctl.decode.llama import fast_forward
 from llmctl.decode.loop import Prompt, Response, decode
 from llmctl.ppo.episodes import Sequences
 from llmctl.training.signals import StopFlag
+
+Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 class Halted(Exception):
@@ -39,7 +42,12 @@ class Sampler:
     """Most sequences at once."""
 
     def sample(
-        self, model: Any, prompts: Sequence[Sequence[int]], numbers: Sequence[int], flag: StopFlag
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        numbers: Sequence[int],
+        flag: StopFlag,
+        autocast: Autocast,
     ) -> "Rollout":
         """Continue each prompt once.
 
@@ -48,6 +56,7 @@ class Sampler:
             prompts: token ids.
             numbers: of the episodes, which decide the noise.
             flag: set where a signal came.
+            autocast: in which numbers the model computes.
 
         Raises:
             Halted: a signal came.
@@ -56,7 +65,7 @@ class Sampler:
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=1.0
         )
         asked = [Prompt(list(p), number) for p, number in zip(prompts, numbers, strict=True)]
-        forward = _Stoppable(_forward(model, prompts[0]), flag)
+        forward = _Watched(model, prompts[0], flag, autocast)
         responses = decode(
             model,
             asked,
@@ -97,24 +106,34 @@ class Rollout:
         return found
 
 
-class _Stoppable:
-    """A forward pass that a signal stops before its next token."""
+class _Watched:
+    """The fast pass where it covers the model with its adapter, else transformers'.
 
-    def __init__(self, forward: Forward, flag: StopFlag) -> None:
-        self._forward, self._flag = forward, flag
-        self.device = forward.device
-        self.prefill, self.select = forward.prefill, forward.select
+    A signal stops it before the next token.
+    """
+
+    def __init__(
+        self, model: Any, prompt: Sequence[int], flag: StopFlag, autocast: Autocast
+    ) -> None:
+        plain = model.get_base_model() if isinstance(model, PeftModel) else model
+        with autocast():
+            half = torch.is_autocast_enabled(plain.device.type)
+            dtype = torch.get_autocast_dtype(plain.device.type) if half else None
+            fast = fast_forward(plain, prompt, adapted_weights, dtype)
+        self._forward: Forward = fast or HuggingFaceForward(model)
+        self._autocast: Autocast = nullcontext if fast else autocast
+        self._flag = flag
+        self.device, self.select = self._forward.device, self._forward.select
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        with self._autocast():
+            return self._forward.prefill(prompts)
 
     def step(self, tokens: Tensor) -> Tensor:
         if self._flag.received:
             raise Halted
-        return self._forward.step(tokens)
-
-
-def _forward(model: Any, prompt: Sequence[int]) -> Forward:
-    """The fast pass where it covers the model with its adapter, else transformers'."""
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    return fast_forward(plain, prompt, adapted_weights) or HuggingFaceForward(model)
+        with self._autocast():
+            return self._forward.step(tokens)
 
 
 def adapted_weights(block: nn.Module) -> dict[str, Tensor]:
@@ -135,7 +154,7 @@ def adapted_weights(block: nn.Module) -> dict[str, Tensor]:
             return dict(block.named_parameters())
         changed = base.weight.detach()
         for adapter in active:
-            changed = changed + layer.get_delta_weight(adapter).to(changed.dtype)
+            changed = changed.float() + layer.get_delta_weight(adapter).float()
         found[f"{name}.weight"] = changed
         if base.bias is not None:
             found[f"{name}.bias"] = base.bias.detach()

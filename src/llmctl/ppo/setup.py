@@ -20,7 +20,6 @@ from llmctl.models import load_config, load_tokenizer
 from llmctl.ppo.actors import Actors
 from llmctl.ppo.evaluate import Judge
 from llmctl.ppo.models import Models, load_models
-from llmctl.ppo.pair import Pair
 from llmctl.ppo.plan import PpoPlan, make_ppo_plan
 from llmctl.ppo.prompts import PromptFormat, encode_prompts
 from llmctl.ppo.rewards import Rewards
@@ -56,8 +55,9 @@ class Setup:
 
     def facts(self, device: str) -> dict[str, Any]:
         """What a manifest should say."""
+        judges = [judge.as_input() for judge in self.models.judges]
         return {
-            "inputs": [self.base.as_input(), *self.models.inputs, *self.prompts.inputs],
+            "inputs": [self.base.as_input(), *judges, *self.prompts.inputs],
             "device": hardware.device_name(device),
             "parameters": self.parameters,
             "plan": asdict(self.plan),
@@ -95,8 +95,11 @@ def prepare(
         world=accelerator.num_processes,
         device=device,
     )
+    models.compute_in(lambda: autocast(plan, device))
     if plan.precision == "pure-bf16":
         to_bf16(models, plan.lr)
+    elif plan.precision == "bf16" and config.has_adapter:
+        hold_in_bf16(models.actors.reference)
     stops = set() if config.ignore_eos else set(eos_tokens(models.actors.policy, tokenizer))
     stops |= set() if config.ignore_eos else written.stops
     found = Setup(
@@ -113,7 +116,6 @@ def build(
 ) -> tuple[PpoTrainer, Judge]:
     """Put the trainer together, and what compares it with the reference."""
     plan, actors = setup.plan, setup.models.actors
-    actors.autocast = lambda: autocast(plan, device)
     optimizers = make_optimizers(actors, config, plan, device)
     rank, world = accelerator.process_index, accelerator.num_processes
     order = Order(
@@ -152,7 +154,6 @@ def build(
         job=job,
         threads=threads,
         kl_coef=config.kl_coef,
-        pair=Pair(threads, setup.parameters, device),
         value_source=setup.models.value_source,
     )
     judge = Judge(trainer)
@@ -208,6 +209,17 @@ def to_bf16(models: Models, lr: float) -> None:
             weight.data = weight.data.to(torch.bfloat16)
 
 
+def hold_in_bf16(model: Any) -> None:
+    """Keep the frozen layers in the numbers that autocast multiplies in: the same products.
+
+    What else there is, embeddings and norms, and the output layer, stays in float32.
+    """
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if type(module) is torch.nn.Linear and module is not head:
+            module.weight.data = module.weight.data.to(torch.bfloat16)
+
+
 def _identity(config: PpoConfig, setup: Setup, world: int) -> dict[str, Any]:
     """What a run must share with this one to resume from it."""
     numbers = [row.digest() for row in (*setup.asked.rows, *setup.held_out.rows)]
@@ -215,7 +227,7 @@ def _identity(config: PpoConfig, setup: Setup, world: int) -> dict[str, Any]:
         **setup.plan.identity(config),
         "data": sha256(repr((numbers, len(setup.held_out))).encode()).hexdigest(),
         "model": setup.base.sha256,
-        "reward_model": [facts["sha256"] for facts in setup.models.inputs],
+        "reward_model": [judge.as_input()["sha256"] for judge in setup.models.judges],
         "architecture": architecture(setup.models.actors.policy.config),
         "world_size": world,
     }

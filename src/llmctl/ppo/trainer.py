@@ -14,7 +14,6 @@ from llmctl.decode.loop import best_threads
 from llmctl.models import parameter_count
 from llmctl.ppo.actors import Actors
 from llmctl.ppo.alarms import Alarms
-from llmctl.ppo.pair import Pair
 from llmctl.ppo.plan import PpoPlan
 from llmctl.ppo.rewards import Rewards, Source
 from llmctl.ppo.rollout import Sampler
@@ -59,8 +58,6 @@ class PpoTrainer:
     threads: int
     """Of training; sampling takes fewer where a model is small."""
     kl_coef: float
-    pair: Pair
-    """Runs policy and value model."""
     value_source: Source | None
     """The reward model that the value model started from."""
     alarms: Alarms = field(default_factory=Alarms)

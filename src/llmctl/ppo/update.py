@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmctl.ppo.actors import entropy_of
 from llmctl.ppo.episodes import Episodes, Pass, passes
-from llmctl.ppo.loss import PolicyLoss, ValueLoss, policy_loss, value_loss
+from llmctl.ppo.loss import policy_loss, value_loss
 from llmctl.ppo.plan import PASS_LOGITS
 from llmctl.ppo.trainer import PpoTrainer
 from llmctl.training.guard import Verdict, accept, agree
@@ -106,30 +106,28 @@ def accumulate(
 def _losses(
     trainer: PpoTrainer, episodes: Episodes, batch: Pass, tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Backpropagate both losses of a pass; their weighted sum, and what is counted."""
+    """Backpropagate both losses of a pass, one after the other: half the activations at a time.
+
+    Returns:
+        Their weighted sum, and what is counted, in the order of SUMS.
+    """
     config, rows, mask = trainer.config, batch.rows, batch.mask
-
-    def learn_policy() -> tuple[Tensor, PolicyLoss]:
-        log_probs, logits = trainer.actors.log_probs(batch)
-        old, advantages = episodes.log_probs[rows], episodes.advantages[rows]
-        found = policy_loss(batch.spread(log_probs), old, advantages, mask, config.clip)
-        loss = found.loss / tokens
-        if config.entropy_coef:
-            loss = loss - config.entropy_coef * entropy_of(logits).sum() / tokens
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach(), found
-
-    def learn_values() -> tuple[Tensor, ValueLoss]:
-        values, old = batch.spread(trainer.actors.values(batch)), episodes.values[rows]
-        clip = config.value_clip or math.inf
-        found = value_loss(values, old, episodes.returns[rows], mask, clip)
-        loss = config.value_coef * found.loss / tokens
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach(), found
-
-    (loss, policy), (weighted, value) = trainer.pair.run(learn_policy, learn_values)
+    log_probs, logits = trainer.actors.log_probs(batch)
+    old, advantages = episodes.log_probs[rows], episodes.advantages[rows]
+    policy = policy_loss(batch.spread(log_probs), old, advantages, mask, config.clip)
+    loss = policy.loss / tokens
+    if config.entropy_coef:
+        loss = loss - config.entropy_coef * entropy_of(logits).sum() / tokens
+    loss.backward()  # type: ignore[no-untyped-call]
+    del logits, log_probs
+    values, old = batch.spread(trainer.actors.values(batch)), episodes.values[rows]
+    clip = config.value_clip or math.inf
+    value = value_loss(values, old, episodes.returns[rows], mask, clip)
+    weighted = config.value_coef * value.loss / tokens
+    weighted.backward()  # type: ignore[no-untyped-call]
     parts = (policy.loss, value.loss, policy.clipped, value.clipped, policy.kl)
-    return loss + weighted, torch.stack([part.detach().double() for part in parts])
+    sums = torch.stack([part.detach().double() for part in parts])
+    return (loss + weighted).detach(), sums
 
 
 def _step(trainer: PpoTrainer, loss: Tensor, flag: StopFlag) -> Verdict:
