@@ -256,7 +256,7 @@ def fast_forward(
 
 
 def _agrees(forward: LlamaForward, probes: list[list[int]], expected: list[Tensor]) -> bool:
-    """Whether the last three logits of each probe are those that were expected, but for rounding."""
+    """Whether the last three logits of each probe are those expected, but for rounding."""
     logits = [forward.prefill([p[:-2] for p in probes])]
     for place in (-2, -1):
         logits.append(forward.step(torch.tensor([p[place] for p in probes], device=forward.device)))
