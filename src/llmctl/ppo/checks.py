@@ -14,8 +14,8 @@ from llmctl.ppo.actors import Actors, log_probs_of
 from llmctl.ppo.episodes import Episodes, Sequences, make_pass
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "pure-bf16": 5e-2}
-"""Most that |ratio - 1| and differences of log-probabilities (nats) may be: the largest of all tokens
-in float32, the mean in bf16, where another shape of a pass rounds otherwise, some tokens by much."""
+"""Most that |ratio - 1| and differences of log-probabilities (nats) may be: the largest of all
+tokens in float32, the mean in bf16, where another shape of a pass rounds single tokens by much."""
 EXACT = {"fp32": 1e-4, "bf16": 0.0, "pure-bf16": 0.0}
 """Sampled and computed log-probabilities that differ less than this are the same ones."""
 ROWS = 4
