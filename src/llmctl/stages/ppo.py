@@ -1,9 +1,10 @@
 """`llmctl ppo`: a model, prompts and rewards in, an aligned model or adapter out."""
 
+from functools import partial
 from typing import Any
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from llmctl import hardware
 from llmctl.config.stages import PpoConfig
@@ -11,41 +12,29 @@ from llmctl.ppo.export import export
 from llmctl.ppo.loop import fit, resume
 from llmctl.ppo.setup import build, prepare
 from llmctl.ppo.summary import log_summary
-from llmctl.resume import earlier_manifest
 from llmctl.rundir import Run
-from llmctl.training.guard import open_together, together
-from llmctl.training.placement import make_accelerator
+from llmctl.training.guard import together
+from llmctl.training.stage import clock_of, run_stage
 
 
 def run(config: PpoConfig) -> dict[str, Any] | None:
     """Train and return the final metrics."""
-    threads = hardware.set_threads(config.threads or earlier_manifest(config).get("threads"))
-    accelerator, device = make_accelerator(config)
-    if config.dry_run:
-        prepare(config, accelerator, device)
-        if accelerator.is_main_process:
-            print(config.to_yaml("ppo"), end="")
-        return None
-    with open_together(accelerator, "ppo", config) as run:
-        run.record(threads=threads)
-        result: dict[str, Any] = {"stage": "ppo", "out": str(run.path), "status": "completed"}
-        result |= _align(config, run, accelerator, device, threads)
-        run.record(result=result)
-    return result
+    return run_stage(
+        "ppo",
+        config,
+        lambda accelerator, device: prepare(config, accelerator, device),
+        partial(_align, config),
+    )
 
 
-def _align(
-    config: PpoConfig, run: Run, accelerator: Accelerator, device: str, threads: int
-) -> dict[str, Any]:
+def _align(config: PpoConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:
     """Train, export; what came of it."""
-    clock = earlier_manifest(config).get("clock") or run.manifest.get("started")
-    (clock,) = broadcast_object_list([clock])  # a template may write the date
-    run.record(clock=clock)
+    clock = clock_of(config, run)
     with together(accelerator):
         setup = prepare(config, accelerator, device, clock)
     run.record(**setup.facts(device))
     with hardware.memory_errors(setup.plan.batch_size):
-        trainer, judge = build(config, setup, run, accelerator, device, threads)
+        trainer, judge = build(config, setup, run, accelerator, device, torch.get_num_threads())
         resume(trainer, config)
         run.keep_recipe(config)
         metrics = fit(trainer, judge)

@@ -1,0 +1,55 @@
+"""What the stages that train a given model have in common, from threads to the run's result."""
+
+from collections.abc import Callable
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from llmctl import hardware
+from llmctl.config.stages import PpoConfig
+from llmctl.config.tuning import Tuning
+from llmctl.resume import earlier_manifest
+from llmctl.rundir import Run
+from llmctl.training.guard import open_together
+from llmctl.training.placement import make_accelerator
+
+
+def run_stage(
+    stage: str,
+    config: Tuning | PpoConfig,
+    check: Callable[[Accelerator, str], object],
+    train: Callable[[Run, Accelerator, str], dict[str, Any]],
+) -> dict[str, Any] | None:
+    """Train in a run's directory and return the result; or check only, and print the recipe.
+
+    Args:
+        stage: the command's name.
+        config: its fields.
+        check: all that a dry run does, given the processes and the type of device.
+        train: trains and exports; what came of it.
+    """
+    threads = hardware.set_threads(config.threads or earlier_manifest(config).get("threads"))
+    accelerator, device = make_accelerator(config)
+    if config.dry_run:
+        check(accelerator, device)
+        if accelerator.is_main_process:
+            print(config.to_yaml(stage), end="")
+        return None
+    with open_together(accelerator, stage, config) as run:
+        run.record(threads=threads)
+        result: dict[str, Any] = {"stage": stage, "out": str(run.path), "status": "completed"}
+        result |= train(run, accelerator, device)
+        run.record(result=result)
+    return result
+
+
+def clock_of(config: Tuning | PpoConfig, run: Run) -> str:
+    """When the run began, as all processes and resumptions of it know it. Collective.
+
+    A chat template may write the date.
+    """
+    began = earlier_manifest(config).get("clock") or run.manifest.get("started")
+    (clock,) = broadcast_object_list([began])
+    run.record(clock=clock)
+    return str(clock)
