@@ -104,6 +104,36 @@ def test_a_shared_reward_model_scores_as_one_of_its_own(roomy, judges):
     assert torch.allclose(shared.score(texts), apart.score(texts), atol=1e-5)
 
 
+def test_rows_that_a_reward_model_adds_are_not_the_policys(cli, roomy, judges, tmp_path):
+    """It may have tokens of its own, and the weights below it are the policy's as well."""
+    from llmctl.config.stages import PpoConfig
+    from llmctl.models import load_tokenizer
+    from llmctl.ppo.models import load_models
+    from llmctl.training.base import base_of
+
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for file in (roomy / "model").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    facts = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**facts, "pad_token": facts["eos_token"]})
+    )
+    data = judges["ball"].parent / "ball.jsonl"
+    options = ("--data", data, "--max-steps", 1, "--threads", 1, "--lora", "--lora-r", 4)
+    template = ("--chat-template", "llama-3")
+    trained = cli("reward", "--model", folder, *options, *template, "-o", tmp_path / "judge")
+    assert trained.code == 0, trained.err
+    config = PpoConfig(
+        model=str(folder), data=["x"], reward_model=[str(tmp_path / "judge")], lora=True
+    )
+    models = load_models(config, load_tokenizer(str(folder)), base_of(str(folder)).sha256, "cpu")
+    assert models.judges[0].is_shared
+    rows = models.judges[0].model.model.get_input_embeddings().weight.shape[0]
+    logits = models.actors.reference(torch.tensor([[1, 2, 3]])).logits
+    assert logits.shape[-1] == models.actors.vocabulary < rows
+
+
 @pytest.mark.parametrize("way", ["", "-lora"], ids=["full", "lora"])
 def test_weights_move_the_scores_in_their_directions(cli, roomy, judges, tmp_path, way):
     found = {}
@@ -129,6 +159,11 @@ def test_the_value_model_starts_at_the_normalised_score(cli, roomy, judges, tmp_
     assert result.code == 0, result.err
     assert "the value model starts from the reward model ball" in result.err
     assert "wins against the reference" in result.err
+    manifest = json.loads((out / "manifest.json").read_text())
+    factor, shift = manifest["value_scale"]
+    mean, deviation = -shift / factor, 1 / factor
+    first = steps(out)[0]
+    assert first["score"] == pytest.approx((first["score/ball"] - mean) / deviation, abs=0.05)
 
 
 def test_no_reward_models_are_refused(cli, roomy, judges, tmp_path):

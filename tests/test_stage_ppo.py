@@ -1,5 +1,6 @@
 """`llmctl ppo`: it learns, resumes to the bit, opens elsewhere, and refuses what goes wrong."""
 
+import contextlib
 import json
 import os
 import signal
@@ -17,6 +18,14 @@ RULES = '''
 def letter(prompts, completions, answers):
     """The share of letters that are `a`: dense, so that every step has something to learn."""
     return [c.count("a") / max(1, len(c)) for c in completions]
+
+
+def fours(prompts, completions, answers):
+    """Four responses in a row answer one prompt, and are not all the same."""
+    rows = [prompts[i : i + 4] for i in range(0, len(prompts), 4)]
+    assert all(len(set(row)) == 1 for row in rows)
+    assert len(set(completions[:4])) > 1
+    return [0.0 for _ in prompts]
 
 
 def broken(**columns):
@@ -43,6 +52,7 @@ def world(tmp_path, monkeypatch):
     more = [f"{text} {word}" for text in PROMPTS for word in ("here", "there", "now", "then", "so")]
     rows = [{"prompt": text, "answer": "the river"} for text in more]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "ppo_bad.py").write_text("def rule(:\n")
     monkeypatch.delitem(sys.modules, "ppo_rules", raising=False)
     return tmp_path
 
@@ -209,23 +219,15 @@ def test_a_run_resumes_to_the_bit(cli, base, world, way):
 
 
 @pytest.mark.slow
-def test_a_signal_inside_a_rollout_is_obeyed_and_the_run_resumes_to_the_bit(cli, base, world):
-    # each response has many tokens, so that a signal falls into a rollout; updates are small
+def test_a_signal_in_a_rollout_is_obeyed_and_the_run_resumes_to_the_bit(cli, base, world):
+    # almost all of a step is its rollout, so that is where a signal falls
     quick = ("--batch-size", 4, "--minibatches", 1, "--ppo-epochs", 1, "--max-new-tokens", 24)
     quick = (*quick, "--threads", 1, "--lr", 1e-3, "--ignore-eos", "--val-size", 0)
+    quick = (*quick, "--schedule", "constant", "--warmup", 0)
     options = ("--max-steps", 300, "--save-every", 1000)
-    command = [
-        sys.executable,
-        "-m",
-        "llmctl",
-        "ppo",
-        "--model",
-        base,
-        "--data",
-        "prompts.jsonl",
-        "--plain",
-    ]
-    command += ["--reward-rule", "python:ppo_rules.letter", *quick, *options, "-o", "cut"]
+    command = [sys.executable, "-m", "llmctl", "ppo", "--model", base, "--data", "prompts.jsonl"]
+    command += ["--plain", "--reward-rule", "python:ppo_rules.letter", *quick, *options]
+    command += ["-o", "cut"]
     process = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 120
     while not (Path("cut/metrics.jsonl").exists() and len(steps("cut")) > 2):
@@ -238,12 +240,26 @@ def test_a_signal_inside_a_rollout_is_obeyed_and_the_run_resumes_to_the_bit(cli,
     done = json.loads(Path("cut/status.json").read_text())
     assert done["resumable"]
     assert done["state"] == "preempted"
-    stop = done["step"] + 2
-    shorter = ("--max-steps", stop, "--resume-allow", "max_steps,lr")
-    resumed = ppo(cli, base, *shorter, "--resume", "-o", "cut", quick=quick)
+    stop = ("--max-steps", done["step"] + 2)
+    resumed = ppo(
+        cli, base, *stop, "--resume", "--resume-allow", "max_steps", "-o", "cut", quick=quick
+    )
     assert resumed.code == 0, resumed.err
-    assert len(steps("cut")) == stop
-    assert [line["step"] for line in steps("cut")] == list(range(1, stop + 1))
+    assert ppo(cli, base, *stop, "-o", "whole", quick=quick).code == 0
+    same("whole", "cut")
+
+
+def test_a_signal_ends_sampling_before_the_next_token(cli, base, world):
+    from llmctl.models import load_causal_lm, load_tokenizer
+    from llmctl.ppo.rollout import Halted, Sampler
+    from llmctl.training.signals import StopFlag
+
+    model = load_causal_lm(str(base), dtype=torch.float32)
+    sampler = Sampler(load_tokenizer(str(base)), 8, 1.0, set(), 0, 4)
+    flag = StopFlag()
+    flag.received = signal.SIGTERM
+    with pytest.raises(Halted):
+        sampler.sample(model, [[5, 6]], [0], flag, contextlib.nullcontext)
 
 
 def test_resuming_with_other_rewards_is_refused(cli, base, world):
@@ -254,6 +270,9 @@ def test_resuming_with_other_rewards_is_refused(cli, base, world):
     result = ppo(cli, base, *options, "--resume", "--kl-coef", 0.3)
     assert result.code == 4
     assert "kl_coef: 0.05 -> 0.3" in result.err
+    result = ppo(cli, base, *options, "--resume", rule="python:ppo_rules.letter=2")
+    assert result.code == 4
+    assert "reward_rule" in result.err
 
 
 def test_passes_of_any_size_give_the_same_model(cli, base, world):
@@ -299,7 +318,8 @@ def test_missing_eos_is_penalised(cli, base, world):
 
 def test_several_samples_share_a_prompt(cli, base, world):
     options = ("--num-samples", 4, "--max-steps", 1, "--val-size", 0, "-o", "run")
-    assert ppo(cli, base, *options).code == 0
+    result = ppo(cli, base, *options, rule="python:ppo_rules.fours")
+    assert result.code == 0, result.err
 
 
 @pytest.mark.parametrize(
@@ -317,6 +337,8 @@ def test_several_samples_share_a_prompt(cli, base, world):
         (("--minibatches", 9), 2, "a step has 8 episodes"),
         (("--num-samples", 3), 2, "--num-samples 3 does not divide --batch-size 8"),
         (("--lora", "--lora-dropout", 0.1), 2, "the ratio of the policies would not be 1"),
+        (("--lora", "--precision", "pure-bf16"), 2, "pure-bf16 does not go with adapters"),
+        (("--reward-rule", "python:ppo_bad.rule"), 2, "SyntaxError"),
         (("--kl-horizon", 5), 2, "--kl-horizon goes with --kl-target"),
         (("--clip-score", 5.5), 2, "--clip-score goes with --reward-model"),
         (("--max-steps", 2, "--episodes", 16), 2, "give --max-steps or --episodes, not both"),

@@ -45,8 +45,7 @@ def score_file(config: RewardConfig) -> dict[str, Any] | None:
     if not records:
         raise DataError("an empty file: no rows in it", file=config.score)
     model = load_reward_model(config.model, device=hardware.pick_device(config.device))
-    has_turns = model.tokenizer.chat_template is not None or model.written.is_pair
-    read = [_encoded(model, record, has_turns=has_turns) for record in records]
+    read = [_encoded(model, record, has_turns=model.has_turns) for record in records]
     if config.dry_run:
         print(config.to_yaml("reward"), end="")
         return None

@@ -69,6 +69,11 @@ class RewardModel:
     takes_types: bool
     """Whether the model is told which tokens are the response's (BERT's token types)."""
 
+    @property
+    def has_turns(self) -> bool:
+        """Whether a prompt that is text was a user's turn in training."""
+        return self.tokenizer.chat_template is not None or self.written.is_pair
+
     def encode(self, exchange: Exchange) -> list[int]:
         """Tokens of an exchange by this model's own tokenizer.
 

@@ -16,8 +16,7 @@ from llmctl.ppo.advantages import (
     whiten,
 )
 from llmctl.ppo.episodes import Episodes, passes
-from llmctl.ppo.plan import PASS_LOGITS
-from llmctl.ppo.rewards import Scored
+from llmctl.ppo.rewards import Raw, Scored
 from llmctl.ppo.rollout import Halted, Rollout
 from llmctl.ppo.rules import Told
 from llmctl.ppo.trainer import Asked, PpoTrainer
@@ -39,16 +38,20 @@ def collect(trainer: PpoTrainer, flag: StopFlag) -> Episodes | None:
     first = (step * job.world + job.rank) * plan.batch_size
     prompts = [n for n in trainer.order.batch(step) for _ in range(trainer.config.num_samples)]
     numbers = list(range(first, first + plan.batch_size))
-    found: tuple[Rollout, Scored] | None = None
+    found: tuple[Rollout, Raw] | None = None
     with together(job.accelerator):
         try:
             rollout = sample(trainer, trainer.asked, prompts, numbers, flag)
-            found = rollout, score(trainer, trainer.asked, prompts, rollout)
+            raw = trainer.rewards.raw(tell(trainer.asked, prompts, rollout), rollout.ended)
+            found = rollout, raw
         except Halted:
             pass
     if stopped(trainer, flag) or found is None:
         return None
-    episodes = weigh(trainer, *found)
+    rollout, raw = found
+    if trainer.rewards.normalization == "running":
+        trainer.rewards.measure(raw, trainer.total)
+    episodes = weigh(trainer, rollout, trainer.rewards.combine(raw, rollout.ended))
     trainer.latest["rollout_seconds"] = round(time.perf_counter() - begun, 4)
     return episodes
 
@@ -81,20 +84,6 @@ def sample(
         return trainer.sampler.sample(model, tokens, numbers, flag, actors.autocast)
 
 
-def score(
-    trainer: PpoTrainer, asked: Asked, prompts: list[int], rollout: Rollout, *, counts: bool = True
-) -> Scored:
-    """What the responses are worth; whether they count in a running normalisation.
-
-    Raises:
-        DataError: a reward that fails, or gives what is no number.
-    """
-    raw = trainer.rewards.raw(tell(asked, prompts, rollout), rollout.ended)
-    if counts and trainer.rewards.normalization == "running":
-        trainer.rewards.measure(raw, trainer.total)
-    return trainer.rewards.combine(raw, rollout.ended)
-
-
 def tell(asked: Asked, prompts: list[int], rollout: Rollout) -> list[Told]:
     """What rewards are told of each response."""
     return [asked.told(n, text) for n, text in zip(prompts, rollout.texts, strict=True)]
@@ -125,7 +114,8 @@ def weigh(trainer: PpoTrainer, rollout: Rollout, scored: Scored) -> Episodes:
     return Episodes(
         rollout.sequences,
         trainer.job.rank * trainer.plan.batch_size,
-        *(part.to(device) for part in (mask, log_probs, values, advantages, returns, sampled)),
+        mask,
+        *(part.to(device) for part in (log_probs, values, advantages, returns, sampled)),
     )
 
 
@@ -135,7 +125,7 @@ def all_passes(trainer: PpoTrainer, rollout: Rollout, mask: Tensor, factor: int)
         rollout.sequences,
         range(len(rollout.sequences)),
         most_tokens=factor * trainer.plan.pass_tokens,
-        most_chosen=max(1, PASS_LOGITS // trainer.actors.vocabulary),
+        most_chosen=factor * trainer.most_chosen,
         mask=mask,
         device=trainer.actors.device,
     )

@@ -66,7 +66,7 @@ def passes(
         rows: which of them.
         most_tokens: of a pass, padding included; one row is always taken.
         most_chosen: response tokens of a pass, of each of which there are V logits.
-        mask: (B, R) of the episodes.
+        mask: (B, R) of the episodes, on the CPU: to look at it on a GPU would be a wait.
         device: where to.
     """
     length = {row: len(sequences.prompts[row]) + len(sequences.responses[row]) for row in rows}
@@ -100,7 +100,7 @@ def make_pass(
         torch.tensor(padded),
         torch.tensor(places),
         torch.tensor(chosen),
-        mask[list(rows)].cpu(),
+        mask[list(rows)],
     )
     if device.type == "cuda":
         return Pass(*(part.pin_memory().to(device, non_blocking=True) for part in parts))
@@ -115,7 +115,7 @@ class Episodes:
     first: int
     """Number of the first of them among those of all ranks."""
     mask: Tensor
-    """(B, R)."""
+    """(B, R), on the CPU."""
     log_probs: Tensor
     """(B, R) of the sampled tokens, under the policy that sampled them."""
     values: Tensor

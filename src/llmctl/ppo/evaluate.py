@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from llmctl.claim import SAMPLES
-from llmctl.ppo.collect import all_passes, sample, score
-from llmctl.ppo.rewards import Scored
+from llmctl.ppo.collect import all_passes, sample, tell
+from llmctl.ppo.rewards import Raw, Scored
 from llmctl.ppo.rollout import Rollout
 from llmctl.ppo.trainer import PpoTrainer
 from llmctl.training.guard import together
@@ -26,7 +26,7 @@ class Answers:
 
     numbers: list[int]
     rollout: Rollout
-    scored: Scored
+    raw: Raw
 
 
 class Judge:
@@ -57,23 +57,24 @@ class Judge:
         with together(trainer.job.accelerator):
             found = self._answers(StopFlag())
         kl = self._kl(found.rollout)
-        ours, theirs = found.scored.total, reference.scored.total
+        scored, before = self._scored(found), self._scored(reference)  # on today's scale, both
+        ours, theirs = scored.total, before.total
         wins = (ours > theirs).double() + 0.5 * (ours == theirs).double()
         parts = [
-            *(ours, *found.scored.raw.values(), theirs, theirs**2, kl, wins),
+            *(ours, *scored.raw.values(), theirs, theirs**2, kl, wins),
             torch.tensor([len(r) for r in found.rollout.sequences.responses]),
             torch.tensor(found.rollout.ended),
         ]
         sums = torch.stack([part.double().sum() for part in (*parts, torch.ones(len(wins)))])
         *means, count = trainer.total(sums).tolist()
-        names = ["val_score", *(f"val_score/{name}" for name in found.scored.raw)]
+        names = ["val_score", *(f"val_score/{name}" for name in scored.raw)]
         names += ["reference", "squares", "val_kl", "val_win_rate", "val_length", "val_eos_share"]
         facts = dict(zip(names, (mean / count for mean in means), strict=True))
         mean, squares = facts.pop("reference"), facts.pop("squares")
         low, high = wilson(facts["val_win_rate"] * count, count)
-        self._show(found)
+        self._show(found, ours, theirs)
         return {
-            "val_loss": trainer.kl_coef * facts["val_kl"] - facts["val_score"],
+            "val_loss": trainer.config.kl_coef * facts["val_kl"] - facts["val_score"],
             **facts,
             "val_win_rate_low": low,
             "val_win_rate_high": high,
@@ -88,7 +89,11 @@ class Judge:
         mine = list(range(len(asked)))[job.rank :: job.world]
         noise = [NUMBERS + number for number in mine]
         rollout = sample(trainer, asked, mine, noise, flag, of_reference=of_reference)
-        return Answers(mine, rollout, score(trainer, asked, mine, rollout, counts=False))
+        raw = trainer.rewards.raw(tell(asked, mine, rollout), rollout.ended)
+        return Answers(mine, rollout, raw)
+
+    def _scored(self, answers: Answers) -> Scored:
+        return self.trainer.rewards.combine(answers.raw, answers.rollout.ended)
 
     @torch.no_grad()
     def _kl(self, rollout: Rollout) -> Tensor:
@@ -100,7 +105,7 @@ class Judge:
             found[batch.rows.cpu()] = batch.spread(ratio).double().sum(1).cpu()
         return found
 
-    def _show(self, found: Answers) -> None:
+    def _show(self, found: Answers, ours: Tensor, theirs: Tensor) -> None:
         """Write the first few prompts with what was and is answered."""
         trainer, reference = self.trainer, self._reference
         assert reference is not None
@@ -110,7 +115,7 @@ class Judge:
                 "prompt": trainer.held_out.rows[number].text,
                 "before": reference.rollout.texts[place],
                 "now": found.rollout.texts[place],
-                "score_before": float(reference.scored.total[place]),
-                "score": float(found.scored.total[place]),
+                "score_before": float(theirs[place]),
+                "score": float(ours[place]),
             }
             trainer.job.run.log(row, SAMPLES)

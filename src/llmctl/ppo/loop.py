@@ -16,6 +16,7 @@ from llmctl.ppo.checks import EXACT, check
 from llmctl.ppo.collect import collect, sample, stopped, tell
 from llmctl.ppo.episodes import Episodes
 from llmctl.ppo.evaluate import NUMBERS, Judge
+from llmctl.ppo.rewards import Raw
 from llmctl.ppo.rollout import Halted
 from llmctl.ppo.trainer import PpoTrainer
 from llmctl.ppo.update import update
@@ -82,19 +83,24 @@ def begin(trainer: PpoTrainer, judge: Judge, flag: StopFlag, meter: Meter) -> No
         DataError: a reward that fails.
         Interrupted, Terminated: a signal came.
     """
-    with together(trainer.job.accelerator):
-        try:
-            if trainer.rewards.is_unmeasured:
-                measure(trainer, flag)
-            judge.begin(flag)
-        except Halted:
-            pass
-    if stopped(trainer, flag):
-        leave(trainer, flag, meter)
+    raw: Raw | None = None
+    for is_measuring in (True, False):
+        with together(trainer.job.accelerator):
+            try:
+                if not is_measuring:
+                    judge.begin(flag)
+                elif trainer.rewards.is_unmeasured:
+                    raw = reference_scores(trainer, flag)
+            except Halted:
+                pass
+        if stopped(trainer, flag):
+            leave(trainer, flag, meter)
+        if is_measuring and raw is not None:
+            measure(trainer, raw)
 
 
-def measure(trainer: PpoTrainer, flag: StopFlag) -> None:
-    """Score responses of the reference, to know the scale of each reward model.
+def reference_scores(trainer: PpoTrainer, flag: StopFlag) -> Raw:
+    """Scores of this rank's share of the reference's responses.
 
     Raises:
         Halted: a signal came.
@@ -106,12 +112,17 @@ def measure(trainer: PpoTrainer, flag: StopFlag) -> None:
     prompts = [number % len(asked) for number in mine]
     noise = [2 * NUMBERS + number for number in mine]
     rollout = sample(trainer, asked, prompts, noise, flag, of_reference=True)
-    raw = trainer.rewards.raw(tell(asked, prompts, rollout), rollout.ended)
+    return trainer.rewards.raw(tell(asked, prompts, rollout), rollout.ended)
+
+
+def measure(trainer: PpoTrainer, raw: Raw) -> None:
+    """Learn the scale of each reward model, and of the values that begin as one's. Collective."""
     trainer.rewards.measure(raw, trainer.total)
     if trainer.value_source is not None:
         scale, weight = trainer.value_source.scale, trainer.value_source.weight
         factor = weight / scale.deviation_used
         trainer.actors.scale = (factor, -factor * scale.mean)
+        trainer.job.run.record(value_scale=trainer.actors.scale)
 
 
 def first_checks(trainer: PpoTrainer, episodes: Episodes) -> None:

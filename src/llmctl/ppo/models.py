@@ -111,11 +111,17 @@ class Judge:
     def score(self, told: Sequence[Told], ended: Sequence[bool]) -> torch.Tensor:
         """Scores (N,) of responses, some of which did not end by themselves."""
         exchanges = [
-            Exchange(one.prompt, one.response, ended=end)
+            Exchange(self._asked(one.prompt), one.response, ended=end)
             for one, end in zip(told, ended, strict=True)
         ]
         with self.autocast():
             return self.model.score(exchanges, batch_size=SCORE_BATCH)
+
+    def _asked(self, prompt: Any) -> Any:
+        """A prompt in the form that the reward model was trained on."""
+        if isinstance(prompt, str) and self.model.has_turns:
+            return [{"role": "user", "content": prompt}]
+        return prompt
 
     def as_input(self) -> dict[str, Any]:
         """For the manifest."""
@@ -139,10 +145,12 @@ def _load_judge(
     folder = local_folder(resolve_model(reference))
     under = None
     if config.has_adapter and is_adapter(folder):
-        below = find_base(read_adapter(folder))
-        if weights_sha256(below) == base_sha256:
+        adapter = read_adapter(folder)
+        if weights_sha256(find_base(adapter)) == base_sha256:
             log.info("%s stands on the policy's own weights", reference)
             under = classifier_on(base)
+            if adapter.rows:  # it grows or trains rows, which must not become the policy's
+                under.set_input_embeddings(deepcopy(under.get_input_embeddings()))
     found = load_reward_model(reference, device=device, under=under)
     found.model.requires_grad_(False)
     return Judge(found, under is not None)

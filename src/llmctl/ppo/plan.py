@@ -11,13 +11,13 @@ from llmctl.training.tuning import default_lr
 LR_SHARE = 0.05
 """Of what fine-tuning takes: a policy that samples its own data breaks at rates that it stands."""
 CPU_PASS_TOKENS, GPU_PASS_TOKENS = 4096, 16_384
-PASS_LOGITS = 1 << 26
-"""Logits of a forward and backward pass at most: 256 MB in float32."""
+CPU_PASS_LOGITS, GPU_PASS_LOGITS = 1 << 26, 1 << 29
+"""Logits of a forward and backward pass at most: 256 MB and 2 GB in float32."""
 
 
 @dataclass(frozen=True)
 class PpoPlan:
-    """What a run does; a run that resumes must have the same, but for `pass_tokens`."""
+    """What a run does; a run that resumes must have the same."""
 
     max_steps: int
     batch_size: int

@@ -18,6 +18,8 @@ from llmctl.ppo.rules import Rule, Told, require_finite
 
 LEAST_DEVIATION = 1e-6
 """Of scores that do not vary: dividing by less would make noise of rounding."""
+Raw = dict[str, Tensor]
+"""Scores (N,) of each source, as it gave them."""
 Scorer = Callable[[Sequence[Told], Sequence[bool]], Tensor]
 """Scores (N,) of responses, told which of them ended by themselves."""
 
@@ -73,8 +75,7 @@ class Scored:
 
     total: Tensor
     """(N,) weighted sum of the normalised scores: what PPO maximises."""
-    raw: dict[str, Tensor]
-    """(N,) of each source, as it gave them."""
+    raw: Raw
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Rewards:
     clip: float
     missing_eos_penalty: float
 
-    def raw(self, told: Sequence[Told], ended: Sequence[bool]) -> dict[str, Tensor]:
+    def raw(self, told: Sequence[Told], ended: Sequence[bool]) -> Raw:
         """Scores (N,) of each source.
 
         Raises:
@@ -106,13 +107,13 @@ class Rewards:
         models = [source for source in self.sources if source.is_model]
         return self.normalization != "none" and any(not model.scale.count for model in models)
 
-    def measure(self, raw: dict[str, Tensor], total: Sum) -> None:
+    def measure(self, raw: Raw, total: Sum) -> None:
         """Count scores in for the normalisation."""
         for source in self.sources:
             if source.is_model and self.normalization != "none":
                 source.scale.take(raw[source.name], total)
 
-    def combine(self, raw: dict[str, Tensor], ended: Sequence[bool]) -> Scored:
+    def combine(self, raw: Raw, ended: Sequence[bool]) -> Scored:
         """Normalise, weigh and add; then the penalty for responses that did not end."""
         total = torch.zeros(len(ended))
         for source in self.sources:
@@ -123,22 +124,15 @@ class Rewards:
         total -= self.missing_eos_penalty * ~torch.tensor(list(ended), dtype=torch.bool)
         return Scored(total, raw)
 
-    def state(self) -> dict[str, list[float]]:
-        """For a checkpoint."""
-        return {
-            source.name: [
-                source.scale.mean,
-                source.scale.deviation,
-                source.scale.count,
-                source.scale.squares,
-            ]
-            for source in self.sources
-        }
+    def state(self) -> list[list[float]]:
+        """For a checkpoint: the scale of each source."""
+        scales = (source.scale for source in self.sources)
+        return [[s.mean, s.deviation, s.count, s.squares] for s in scales]
 
-    def restore(self, state: dict[str, list[float]]) -> None:
+    def restore(self, state: list[list[float]]) -> None:
         """Put back what `state` took."""
-        for source in self.sources:
-            source.scale = Scale(*state[source.name])
+        for source, scale in zip(self.sources, state, strict=True):
+            source.scale = Scale(*scale)
 
 
 def rule_source(name: str, weight: float, rule: Rule) -> Source:

@@ -106,11 +106,12 @@ def _python(name: str, path: str) -> Rule:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        function = vars(importlib.import_module(module_name))[function_name]
-    except ModuleNotFoundError as error:
-        raise UserError(f"--reward-rule {name}: {error}") from None
-    except KeyError:
-        raise UserError(f"--reward-rule {name}: {module_name} has no {function_name}") from None
+        module = importlib.import_module(module_name)
+    except Exception as error:  # as below: the user's module may raise anything
+        raise UserError(f"--reward-rule {name}: {type(error).__name__}: {error}") from error
+    function = vars(module).get(function_name)
+    if function is None:
+        raise UserError(f"--reward-rule {name}: {module_name} has no {function_name}")
     if not callable(function):
         raise UserError(f"--reward-rule {name}: {path} is no function")
 
@@ -134,7 +135,7 @@ def _call(function: Callable[..., Any], name: str, told: Sequence[Told]) -> list
     }
     try:
         return [float(score) for score in function(**columns)]
-    except Exception as error:  # the one place: a user's function may raise anything
+    except Exception as error:  # a user's function may raise anything
         raise DataError(
             f"--reward-rule {name} raised {type(error).__name__}: {error}, given {len(told):,} "
             f"responses, the first to {told[0].name}: {told[0].response[:80]!r}",

@@ -15,7 +15,7 @@ from llmctl.config.stages import PpoConfig
 from llmctl.console import log, short
 from llmctl.data.prompts import PromptSet, read_prompts
 from llmctl.decode.loop import eos_tokens
-from llmctl.errors import DataError
+from llmctl.errors import DataError, ResourceError, UserError
 from llmctl.models import load_config, load_tokenizer
 from llmctl.ppo.actors import Actors
 from llmctl.ppo.evaluate import Judge
@@ -77,11 +77,18 @@ def prepare(
         UserError: settings that do not go together.
     """
     require_whole(accelerator, "ppo")
+    if device == "mps":
+        raise ResourceError("ppo has not been made to work on mps", hint="use --device cpu")
     prompts = read_prompts(config.data, config.val_data, config.val_size, config.skip_bad_rows)
     shape, tokenizer = load_config(config.model), load_tokenizer(config.model)
     written = PromptFormat(tokenizer, config, clock)
     asked = encode_prompts(prompts.train, written, shape, config)
     held_out = encode_prompts(prompts.val, written, shape, config)
+    if 0 < len(held_out) < accelerator.num_processes:
+        raise UserError(
+            f"{len(held_out)} prompts are held out, fewer than one a process",
+            hint="hold out more, or none: --val-size 0",
+        )
     if not len(asked):
         raise DataError("no prompt is left to train on", file=config.data[0])
     set_seed(config.seed)
@@ -156,6 +163,8 @@ def build(
         kl_coef=config.kl_coef,
         value_source=setup.models.value_source,
     )
+    if setup.models.value_source is not None and config.score_normalization == "none":
+        actors.scale = (setup.models.value_source.weight, 0.0)
     judge = Judge(trainer)
     return trainer, judge
 
@@ -222,12 +231,15 @@ def hold_in_bf16(model: Any) -> None:
 
 def _identity(config: PpoConfig, setup: Setup, world: int) -> dict[str, Any]:
     """What a run must share with this one to resume from it."""
-    numbers = [row.digest() for row in (*setup.asked.rows, *setup.held_out.rows)]
+    numbers = [(row.digest(), row.answer) for row in (*setup.asked.rows, *setup.held_out.rows)]
     return {
         **setup.plan.identity(config),
         "data": sha256(repr((numbers, len(setup.held_out))).encode()).hexdigest(),
         "model": setup.base.sha256,
-        "reward_model": [judge.as_input()["sha256"] for judge in setup.models.judges],
+        "reward_model": [
+            [judge.as_input()["sha256"], source.weight]
+            for judge, source in zip(setup.models.judges, setup.models.sources, strict=False)
+        ],
         "architecture": architecture(setup.models.actors.policy.config),
         "world_size": world,
     }

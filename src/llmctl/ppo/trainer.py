@@ -14,7 +14,7 @@ from llmctl.decode.loop import best_threads
 from llmctl.models import parameter_count
 from llmctl.ppo.actors import Actors
 from llmctl.ppo.alarms import Alarms
-from llmctl.ppo.plan import PpoPlan
+from llmctl.ppo.plan import CPU_PASS_LOGITS, GPU_PASS_LOGITS, PpoPlan
 from llmctl.ppo.rewards import Rewards, Source
 from llmctl.ppo.rollout import Sampler
 from llmctl.ppo.rules import Told
@@ -73,6 +73,12 @@ class PpoTrainer:
             return found
         summed = self.job.accelerator.reduce(found.to(self.actors.device), "sum")
         return summed.to(found.device)  # type: ignore[no-any-return]
+
+    @property
+    def most_chosen(self) -> int:
+        """Response tokens of a forward and backward pass at most, for their logits."""
+        logits = GPU_PASS_LOGITS if self.actors.device.type == "cuda" else CPU_PASS_LOGITS
+        return max(1, logits // self.actors.vocabulary)
 
     def sampling_threads(self, rows: int) -> int:
         """CPU threads to sample so many responses with."""

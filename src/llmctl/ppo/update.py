@@ -17,7 +17,6 @@ from torch import Tensor
 from llmctl.ppo.actors import entropy_of
 from llmctl.ppo.episodes import Episodes, Pass, passes
 from llmctl.ppo.loss import policy_loss, value_loss
-from llmctl.ppo.plan import PASS_LOGITS
 from llmctl.ppo.trainer import PpoTrainer
 from llmctl.training.guard import Verdict, accept, agree
 from llmctl.training.signals import StopFlag
@@ -54,9 +53,13 @@ def update(trainer: PpoTrainer, episodes: Episodes, flag: StopFlag) -> Verdict:
         if trainer.config.stop_kl and tally.last_kl > trainer.config.stop_kl:
             break
     assert verdict is not None
-    trainer.latest |= shares(tally)
+    found = shares(tally)
+    trainer.latest |= found
     trainer.latest["update_seconds"] = round(time.perf_counter() - begun, 4)
-    return replace(verdict, tokens=trainer.latest["response_tokens"])
+    mean = found["policy_loss"] + trainer.config.value_coef * found["value_loss"]
+    return replace(
+        verdict, loss=verdict.loss.new_tensor(mean), tokens=trainer.latest["response_tokens"]
+    )
 
 
 def minibatches(trainer: PpoTrainer, count: int) -> Iterator[Sequence[int]]:
@@ -87,7 +90,7 @@ def accumulate(
         episodes.sequences,
         mine,
         most_tokens=trainer.plan.pass_tokens,
-        most_chosen=max(1, PASS_LOGITS // actors.vocabulary),
+        most_chosen=trainer.most_chosen,
         mask=episodes.mask,
         device=actors.device,
     ):

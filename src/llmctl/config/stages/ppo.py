@@ -209,6 +209,8 @@ class PpoConfig(
             raise ValueError("give --val-size or --val-data, not both")
         if self.lora_dropout:
             raise ValueError("--lora-dropout: the ratio of the policies would not be 1; drop it")
+        if self.precision == "pure-bf16" and self.has_adapter:
+            raise ValueError("--precision pure-bf16 does not go with adapters: use bf16")
         if self.batch_size < self.minibatches:
             raise ValueError(
                 f"--minibatches {self.minibatches}: a step has {self.batch_size} episodes"
