@@ -5,7 +5,9 @@ step, `update.py` learns from them, `evaluate.py` compares with the reference.
 """
 
 import time
-from typing import Any, NoReturn
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -29,6 +31,7 @@ from llmctl.training.state import checkpoint_bytes, restore, set_generators
 
 REFERENCE_EPISODES = 128
 """Responses of the reference by whose scores those of training are normalised."""
+Found = TypeVar("Found")
 FINAL = ("score", "kl", "kl_coef", "entropy", "length", "eos_share", "clip_fraction", "episodes")
 """Metrics of the last step that the result shows; scores of each source too."""
 
@@ -83,20 +86,28 @@ def begin(trainer: PpoTrainer, judge: Judge, flag: StopFlag, meter: Meter) -> No
         DataError: a reward that fails.
         Interrupted, Terminated: a signal came.
     """
-    raw: Raw | None = None
-    for is_measuring in (True, False):
-        with together(trainer.job.accelerator):
-            try:
-                if not is_measuring:
-                    judge.begin(flag)
-                elif trainer.rewards.is_unmeasured:
-                    raw = reference_scores(trainer, flag)
-            except Halted:
-                pass
-        if stopped(trainer, flag):
-            leave(trainer, flag, meter)
-        if is_measuring and raw is not None:
-            measure(trainer, raw)
+    if trainer.rewards.is_unmeasured:
+        raw = attempt(trainer, flag, meter, lambda: reference_scores(trainer, flag))
+        assert raw is not None  # leave does not return
+        measure(trainer, raw)
+    attempt(trainer, flag, meter, lambda: judge.begin(flag))
+
+
+def attempt(
+    trainer: PpoTrainer, flag: StopFlag, meter: Meter, work: Callable[[], Found]
+) -> Found | None:
+    """Do this rank's part of something that a signal may stop on any rank. Collective.
+
+    Raises:
+        DataError: a reward that fails, on any rank.
+        Interrupted, Terminated: a signal came.
+    """
+    found: Found | None = None
+    with together(trainer.job.accelerator), suppress(Halted):
+        found = work()
+    if stopped(trainer, flag):
+        leave(trainer, flag, meter)
+    return found
 
 
 def reference_scores(trainer: PpoTrainer, flag: StopFlag) -> Raw:
