@@ -53,6 +53,7 @@ def tour():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # nine commands, each a process of its own
 def test_the_readme_tour_runs(tmp_path):
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for line in tour():
