@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -123,10 +124,14 @@ class Judge:
             return [{"role": "user", "content": prompt}]
         return prompt
 
+    @cached_property
+    def sha256(self) -> str:
+        """Of its weights, read once."""
+        return weights_sha256(self.model.folder)
+
     def as_input(self) -> dict[str, Any]:
         """For the manifest."""
-        digest = weights_sha256(self.model.folder)
-        return {"role": "reward_model", "path": self.model.reference, "sha256": digest}
+        return {"role": "reward_model", "path": self.model.reference, "sha256": self.sha256}
 
 
 def _policy(config: PpoConfig, base: Any) -> tuple[Any, Any]:

@@ -237,7 +237,7 @@ def _identity(config: PpoConfig, setup: Setup, world: int) -> dict[str, Any]:
         "data": sha256(repr((numbers, len(setup.held_out))).encode()).hexdigest(),
         "model": setup.base.sha256,
         "reward_model": [
-            [judge.as_input()["sha256"], source.weight]
+            [judge.sha256, source.weight]
             for judge, source in zip(setup.models.judges, setup.models.sources, strict=False)
         ],
         "architecture": architecture(setup.models.actors.policy.config),
