@@ -41,16 +41,16 @@ def launch(stage: Stage, controls: dict[str, bool]) -> dict[str, Any]:
 
 def _run(command: list[str], stdout: int) -> int:
     """Run a command to its end; the exit code, as a shell tells it."""
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command, stdout=stdout, stderr=subprocess.PIPE, start_new_session=True, text=True
-    )
+    ) as process:
 
-    def pass_on(number: int, _: FrameType | None) -> None:
-        process.send_signal(number)
+        def pass_on(number: int, _: FrameType | None) -> None:
+            process.send_signal(number)
 
-    assert process.stderr is not None
-    with handled_by(pass_on):
-        for line in process.stderr:
-            print(line, end="", file=sys.stderr)
-        code = process.wait()
+        assert process.stderr is not None
+        with handled_by(pass_on):
+            for line in process.stderr:
+                print(line, end="", file=sys.stderr)
+            code = process.wait()
     return code if code >= 0 else 128 - code
