@@ -19,6 +19,7 @@ FLOORS = [  # a module imports from floors below its own, and from its own packa
         "models",
         "embeddings",
         "adapters",
+        "attention",
         "quantized",
         "merging",
         "checkpoint",
