@@ -31,7 +31,7 @@ FLOORS = [  # a module imports from floors below its own, and from its own packa
         "shapes",
         "vetting",
     },
-    {"training", "feedback", "ppo"},
+    {"training", "feedback", "ppo", "evaluate"},
     {"stages"},
     {"pipeline"},
     {"cli"},
