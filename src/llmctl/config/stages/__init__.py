@@ -2,6 +2,7 @@
 
 from llmctl.config.stages.alignment import RewardConfig
 from llmctl.config.stages.dpo import DpoConfig
+from llmctl.config.stages.evaluating import EvaluateConfig
 from llmctl.config.stages.feedback import RankConfig
 from llmctl.config.stages.finetuning import AuditConfig, MergeConfig, SftConfig
 from llmctl.config.stages.housekeeping import DemoConfig, RunsConfig
@@ -15,6 +16,7 @@ __all__ = [
     "ChatConfig",
     "DemoConfig",
     "DpoConfig",
+    "EvaluateConfig",
     "GenerateConfig",
     "MergeConfig",
     "PpoConfig",
