@@ -16,6 +16,7 @@ FLOORS = [  # a module imports from floors below its own, and from its own packa
         "hardware",
         "headed",
         "launch",
+        "likelihood",
         "models",
         "embeddings",
         "adapters",
