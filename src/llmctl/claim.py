@@ -22,7 +22,7 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 LOGS = (METRICS, SAMPLES)
 OWN_FILES = ("recipe.yaml", "status.json", *LOGS, "error.log", MANIFEST)
-OWN_FOLDERS = ("tokenizer", "tokens", "model", "adapter", "value_model")
+OWN_FOLDERS = ("tokenizer", "tokens", "model", "adapter", "value_model", "gguf")
 ASIDE = ".replaced"
 DOOMED = ".replaced.gone"
 
