@@ -32,7 +32,7 @@ FLOORS = [  # a module imports from floors below its own, and from its own packa
         "shapes",
         "vetting",
     },
-    {"training", "feedback", "ppo", "evaluate"},
+    {"training", "feedback", "ppo", "evaluate", "quantize"},
     {"stages"},
     {"pipeline"},
     {"cli"},
@@ -41,6 +41,7 @@ FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 HEAVY = {"torch", "transformers", "accelerate", "trl", "peft", "datasets", "bitsandbytes"}
 OWNERS = {
     "typer": {"cli", "options"},
+    "torchao": {"quantize"},
     "bitsandbytes": {"quantized", "training"},
     "yaml": {"config"},
     "filelock": {"lock"},

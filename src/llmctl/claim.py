@@ -23,7 +23,7 @@ SAMPLES = "samples.jsonl"
 LOGS = (METRICS, SAMPLES)
 ROWS = "rows.jsonl"
 OWN_FILES = ("recipe.yaml", "status.json", *LOGS, ROWS, "error.log", MANIFEST)
-OWN_FOLDERS = ("tokenizer", "tokens", "model", "adapter", "value_model")
+OWN_FOLDERS = ("tokenizer", "tokens", "model", "adapter", "value_model", "gguf")
 ASIDE = ".replaced"
 DOOMED = ".replaced.gone"
 

@@ -30,7 +30,7 @@ from llmctl import attention
 from llmctl.adapters import Adapter, is_adapter, put_adapter, read_adapter, require_base
 from llmctl.errors import ModelError, NetworkError
 from llmctl.files import follow_umask, replace_folder
-from llmctl.quantized import LoadIn, quantization
+from llmctl.quantized import LoadIn, held_in, quantization
 from llmctl.rundir import resolve_model, resolve_tokenizer
 from llmctl.vetting import (
     BROKEN,
@@ -152,6 +152,8 @@ def load_causal_lm(
     config = load_config(str(folder))
     require_safetensors(folder)
     check_shards(folder, config)
+    if held_in(config) is not None:
+        dtype = config.dtype or dtype  # scales and kept layers go with the type they were made in
     try:
         check_size(folder, config)
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -165,7 +167,7 @@ def load_causal_lm(
             ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
         )
-    except BROKEN as error:
+    except (*BROKEN, ImportError) as error:  # of a method of quantization that is not installed
         raise ModelError(f"the model does not load: {first_line(error)}", file=folder) from None
     _check_loaded(model, report, folder)
     return model.eval()

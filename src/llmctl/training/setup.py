@@ -19,6 +19,7 @@ from llmctl.data.vocabulary import fingerprint
 from llmctl.decode.loop import context_size
 from llmctl.errors import DataError, ModelError, UserError
 from llmctl.models import load_causal_lm, load_config, load_tokenizer
+from llmctl.quantized import require_full
 from llmctl.rundir import Run
 from llmctl.training.batches import Batches
 from llmctl.training.job import Job, Rhythm
@@ -234,7 +235,9 @@ def _architecture(
     config: PretrainConfig, index: TokenIndex, tokenizer: PreTrainedTokenizerBase, device: str
 ) -> PreTrainedConfig:
     if config.model:
-        return load_config(config.model)
+        shape = load_config(config.model)
+        require_full(shape, config.model, "be trained")
+        return shape
     preset = preset_for(index.train.tokens, device)
     return shapes.new_config(config, preset, index.vocab_size, tokenizer)
 

@@ -8,6 +8,7 @@ from llmctl.config.stages.finetuning import AuditConfig, MergeConfig, SftConfig
 from llmctl.config.stages.housekeeping import DemoConfig, RunsConfig
 from llmctl.config.stages.ppo import PpoConfig
 from llmctl.config.stages.pretraining import PRESETS, PretrainConfig, TokenizeConfig
+from llmctl.config.stages.shrinking import QuantizeConfig
 from llmctl.config.stages.using import ChatConfig, GenerateConfig
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "MergeConfig",
     "PpoConfig",
     "PretrainConfig",
+    "QuantizeConfig",
     "RankConfig",
     "RewardConfig",
     "RunsConfig",
