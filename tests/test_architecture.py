@@ -22,6 +22,7 @@ FLOORS = [  # a module imports from floors below its own, and from its own packa
         "quantized",
         "merging",
         "checkpoint",
+        "checkup",
         "data",
         "decode",
         "exchanges",
@@ -39,7 +40,7 @@ FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 HEAVY = {"torch", "transformers", "accelerate", "trl", "peft", "datasets", "bitsandbytes"}
 OWNERS = {
     "typer": {"cli", "options"},
-    "bitsandbytes": {"quantized", "training"},
+    "bitsandbytes": {"quantized", "training", "checkup"},
     "yaml": {"config"},
     "filelock": {"lock"},
     "accelerate": {"training", "ppo", "stages"},
