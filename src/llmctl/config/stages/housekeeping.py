@@ -27,4 +27,4 @@ class RunsConfig(Config, Reporting):
 
 
 class DoctorConfig(Config, Reporting):
-    """Check the installation and the machine."""
+    """Check the installation and the machine, with a fix for each flaw."""
