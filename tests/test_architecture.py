@@ -11,7 +11,7 @@ SRC = Path(__file__).parents[1] / "src" / "llmctl"
 FLOORS = [  # a module imports from floors below its own, and from its own package or floor
     {"errors", "console", "files", "provenance", "redact", "stopping"},
     {"config"},
-    {"rundir", "claim", "options", "lock", "survey"},
+    {"rundir", "claim", "options", "lock", "survey", "trackers"},
     {
         "hardware",
         "headed",
@@ -24,6 +24,7 @@ FLOORS = [  # a module imports from floors below its own, and from its own packa
         "quantized",
         "merging",
         "checkpoint",
+        "checkup",
         "data",
         "decode",
         "exchanges",
@@ -43,7 +44,7 @@ HEAVY = {"torch", "transformers", "accelerate", "trl", "peft", "datasets", "bits
 OWNERS = {
     "typer": {"cli", "options"},
     "torchao": {"quantize"},
-    "bitsandbytes": {"quantized", "training"},
+    "bitsandbytes": {"quantized", "training", "checkup"},
     "yaml": {"config"},
     "filelock": {"lock"},
     "accelerate": {"training", "ppo", "stages"},

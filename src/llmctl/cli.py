@@ -42,6 +42,7 @@ COMMANDS = {
     "generate": ("GenerateConfig", "Generate text from a model."),
     "chat": ("ChatConfig", "Talk with a model in the terminal."),
     "runs": ("RunsConfig", "List runs: how they went, how far they are, how to resume them."),
+    "doctor": ("DoctorConfig", "Check the installation and the machine, with a fix for each flaw."),
 }
 EXAMPLES = {
     "demo": "llmctl demo",
@@ -59,6 +60,7 @@ EXAMPLES = {
     "generate": 'llmctl generate --model runs/base --prompt "Once upon a time"',
     "chat": "llmctl chat --model runs/sft",
     "runs": "llmctl runs runs/",
+    "doctor": "llmctl doctor",
 }
 EXIT_CODES = (
     "Exit codes: 0 done; 1 bug; 2 usage or recipe; 3 data or output directory; 4 model or "
