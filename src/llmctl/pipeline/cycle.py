@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl import lock
+from llmctl.claim import entered
 from llmctl.config.stages.housekeeping import Stages
 from llmctl.console import log
 from llmctl.errors import GateError, OutputError, UserError
@@ -86,10 +87,8 @@ class Cycle:
         Raises:
             UserError: as the first stage that failed raised it.
         """
-        with writing(self.out):
-            read_journal(self.out)  # refuses a directory that is one run
-            self.out.mkdir(parents=True, exist_ok=True)
-        with writing(self.out), lock.locked(self.out):
+        read_journal(self.out)  # refuses a directory that is one run
+        with writing(self.out), entered(self.out), lock.locked(self.out):
             journal = open_journal(self.out, self.recipe, self.stages)
             view = View(self.stages)
             try:
