@@ -5,14 +5,12 @@ import io
 import time
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from llmctl import lock
 from llmctl.claim import entered
 from llmctl.config.stages.housekeeping import Stages
-from llmctl.console import log
 from llmctl.errors import GateError, OutputError, UserError
 from llmctl.files import sha256_file, writing
 from llmctl.pipeline.address import address_of
@@ -27,6 +25,7 @@ from llmctl.pipeline.journal import (
     todo,
 )
 from llmctl.pipeline.launching import launch
+from llmctl.pipeline.page import write_page
 from llmctl.pipeline.references import Stage
 from llmctl.pipeline.view import View, show_gates
 from llmctl.rundir import read_manifest
@@ -102,8 +101,8 @@ class Cycle:
                 raise
             journal.write(state="completed", exit_code=0)
             show_gates(view.rows)
-            self._report()
-        return self._result(journal, view)
+            page = write_page(self.out)
+        return {**self._result(journal, view), "report": page}
 
     def _run_all(self, journal: Journal, view: View) -> None:
         from llmctl.pipeline.isolation import Beginning  # torch, which a refused recipe needs not
@@ -194,12 +193,6 @@ class Cycle:
             figures = known.get("result") or {}
             stages.append({**entry, "out": str(stage.out), **told, "result": figures})
         return {"out": str(self.out), "status": journal.facts.get("state"), "stages": stages}
-
-    def _report(self) -> None:
-        """Write the page on all runs, once there is a command for it."""
-        if find_spec("llmctl.stages.report") is None:
-            return
-        log.info("report: llmctl report %s", self.out)
 
 
 def _carry_out(stage: Stage, what: Todo) -> dict[str, Any]:
