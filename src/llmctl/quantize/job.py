@@ -3,7 +3,6 @@
 In: a config. Out: a `Job`, and from it the model in full precision.
 """
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from llmctl.models import (
     parameter_count,
 )
 from llmctl.quantize.layers import Layers, choose_layers
-from llmctl.quantize.methods import describe
+from llmctl.quantize.methods import copy_as, describe
 from llmctl.quantize.text import HeldOut, find_text
 from llmctl.quantized import require_full
 from llmctl.rundir import resolve_model
@@ -145,7 +144,7 @@ def rivals(before: PreTrainedModel, config: QuantizeConfig) -> dict[str, PreTrai
     is_cast_to = config.library is None and config.dtype == other
     size = parameter_count(before) * DTYPES[other].itemsize
     if before.device.type == "cpu" and not is_cast_to and memory_left() > ROOM * size:
-        found[other] = copy.deepcopy(before).to(DTYPES[other])
+        found[other] = copy_as(before, DTYPES[other])
     return found
 
 
