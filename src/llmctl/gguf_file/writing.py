@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from llmctl.console import log
 from llmctl.errors import ResourceError
 from llmctl.files import fsync, staged, writing
 from llmctl.gguf_file.architecture import ARCHITECTURES, check_architecture, metadata
@@ -136,6 +137,8 @@ def _add_tokens(
 ) -> None:
     """The vocabulary, the tokens with a role, and the chat template."""
     tokens = read_tokens(tokenizer, model.config.vocab_size)
+    if tokens.caution:
+        log.warning("llama.cpp may cut %s into other tokens than transformers", tokens.caution)
     writer.add_tokenizer_model(tokens.model)
     writer.add_tokenizer_pre(tokens.pre)
     writer.add_token_list(tokens.texts)
