@@ -26,6 +26,7 @@ FLOORS = [  # a module imports from floors below its own, and from its own packa
         "data",
         "decode",
         "exchanges",
+        "gguf_file",
         "resume",
         "scoring",
         "shapes",
