@@ -5,7 +5,7 @@ from typing import Any
 from llmctl import hardware
 from llmctl.config.stages import QuantizeConfig
 from llmctl.quantize.job import announce, prepare
-from llmctl.quantize.making import make_folder
+from llmctl.quantize.making import make_folder, make_gguf
 from llmctl.quantize.methods import check_method
 from llmctl.rundir import open_run
 
@@ -23,12 +23,16 @@ def run(config: QuantizeConfig) -> dict[str, Any] | None:
     with open_run("quantize", config) as run:
         run.record(threads=threads, device=hardware.device_name(device), inputs=job.inputs())
         with hardware.memory_errors():
-            report = make_folder(job, config, run.path / "model")
+            if config.gguf is None:
+                model = run.path / "model"
+                report = make_folder(job, config, model)
+            else:
+                report, model = make_gguf(job, config, run.path / "gguf")
         report.show()
         result = {
             "stage": "quantize",
             "out": str(run.path),
-            "model": str(run.path / "model"),
+            "model": str(model),
             "status": "completed",
             **report.facts(),
         }
