@@ -519,8 +519,9 @@ def test_a_method_without_its_library(cli, wide, tmp_path, monkeypatch):
 
 
 def test_every_layer_kept_is_refused(cli, base, tmp_path):
-    result = cli("quantize", "--model", base, "--bits", 4, "-o", tmp_path / "out")
-    assert result.code == 4
+    flags = ("--bits", 4, "--keep", "down_proj")
+    result = cli("quantize", "--model", base, *flags, "-o", tmp_path / "out")
+    assert result.code == 4, result.err
     assert "every layer would be kept" in result.err
     assert "32 inputs, not a multiple of 64" in result.err
 
