@@ -9,9 +9,9 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "llmctl"
 FLOORS = [  # a module imports from floors below its own, and from its own package or floor
-    {"errors", "console", "files", "provenance", "redact", "stopping"},
+    {"errors", "console", "files", "provenance", "redact", "stopping", "energy", "wording"},
     {"config"},
-    {"rundir", "claim", "options", "lock", "survey"},
+    {"rundir", "claim", "options", "lock", "survey", "trackers", "lineage", "cards"},
     {
         "hardware",
         "headed",
@@ -20,9 +20,11 @@ FLOORS = [  # a module imports from floors below its own, and from its own packa
         "models",
         "embeddings",
         "adapters",
+        "attention",
         "quantized",
         "merging",
         "checkpoint",
+        "checkup",
         "data",
         "decode",
         "exchanges",
@@ -32,7 +34,7 @@ FLOORS = [  # a module imports from floors below its own, and from its own packa
         "shapes",
         "vetting",
     },
-    {"training", "feedback", "ppo", "quantize"},
+    {"training", "feedback", "ppo", "evaluate", "quantize"},
     {"stages"},
     {"pipeline"},
     {"cli"},
@@ -42,7 +44,7 @@ HEAVY = {"torch", "transformers", "accelerate", "trl", "peft", "datasets", "bits
 OWNERS = {
     "typer": {"cli", "options"},
     "torchao": {"quantize"},
-    "bitsandbytes": {"quantized", "training"},
+    "bitsandbytes": {"quantized", "training", "checkup"},
     "yaml": {"config"},
     "filelock": {"lock"},
     "accelerate": {"training", "ppo", "stages"},

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from llmctl import attention
 from llmctl.adapters import Adapter, is_adapter, put_adapter, read_adapter, require_base
 from llmctl.errors import ModelError, NetworkError
 from llmctl.files import follow_umask, replace_folder
@@ -49,6 +50,7 @@ DERIVED = (".inv_freq", ".masked_bias", ".attn.bias")
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
+attention.put_in_force()
 
 
 def local_folder(reference: str) -> Path:

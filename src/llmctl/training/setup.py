@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llmctl import hardware, shapes
+from llmctl.attention import attend
 from llmctl.config.stages import PretrainConfig
 from llmctl.console import log, short
 from llmctl.data.shards import TokenIndex, open_tokens
@@ -227,7 +227,7 @@ def _attend_causally(model: Any) -> None:
     shape = model.config.to_dict()
     windowed = shape.get("sliding_window") is not None and shape.get("use_sliding_window", True)
     if model.config._attn_implementation == "sdpa" and not windowed:
-        AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
+        AttentionInterface.register("sdpa_causal", attend)
         model.set_attn_implementation("sdpa_causal")
 
 
