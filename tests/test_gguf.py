@@ -629,3 +629,102 @@ def test_a_model_that_llmctl_pretrains(tmp_path, base):
     windows = [torch.tensor(ids[start : start + 32]) for start in range(0, 128, 32)]
     assert compare(model, written.path, windows).top1 > 0.97
     assert fields(written.path)["general.name"] == "base"
+
+
+@pytest.fixture
+def llama(monkeypatch):
+    """Open a file with llama.cpp: `llama(path)`; where that is not installed there is no test."""
+    library = pytest.importorskip("llama_cpp").llama_cpp
+    default = library.llama_model_default_params
+
+    def without_repacking():
+        parameters = default()
+        parameters.use_extra_bufts = False  # AMX kernels die where a sandbox forbids them
+        return parameters
+
+    monkeypatch.setattr(library, "llama_model_default_params", without_repacking)
+    opened = []
+
+    def load(path):
+        from llama_cpp import Llama
+
+        opened.append(Llama(str(path), n_ctx=256, logits_all=True, n_threads=1, verbose=False))
+        return opened[-1]
+
+    yield load
+    for model in opened:
+        model.close()
+
+
+def logits_of(llama, tokens):
+    llama.reset()
+    llama.eval(tokens.tolist())
+    return torch.tensor(llama.scores[: len(tokens)])
+
+
+ROPES = {
+    "plain": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rope"),
+    [
+        (architecture, rope)
+        for architecture in CONFIGS
+        for rope in ROPES
+        if rope != "llama3" or not architecture.startswith("qwen")
+    ],
+)
+def test_llama_cpp_computes_the_same(tmp_path, own, llama, architecture, rope):
+    positions = {"rope_theta": 500.0, **ROPES[rope]}
+    model = make(architecture, own, tied=rope == "linear", rope_parameters=positions)
+    write_gguf(model, own, tmp_path / "model.gguf", "f32")
+    opened = llama(tmp_path / "model.gguf")
+    tokens = window(model, 128)
+    with torch.inference_mode():
+        expected = model(tokens[None]).logits[0]
+    found = logits_of(opened, tokens)
+    assert (found - expected).norm() / expected.norm() < 2e-3
+    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.98
+    opened.reset()
+    made = opened.generate(window(model, 8).tolist(), temp=0.0, top_k=1, repeat_penalty=1.0)
+    assert [next(made) for _ in range(16)] == greedy(model)[0, 8:].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_reads_every_type(tmp_path, own, llama, kind):
+    model = make("llama", own, intermediate_size=172)
+    write_gguf(model, own, tmp_path / "model.gguf", kind)
+    tokens = window(model, 64)
+    with torch.inference_mode():
+        expected = read_back(tmp_path / "model.gguf", model.config)(tokens[None]).logits[0]
+    found = logits_of(llama(tmp_path / "model.gguf"), tokens)
+    assert (found - expected).norm() / expected.norm() < 0.05  # it rounds activations too
+
+
+@pytest.mark.parametrize("name", ["own", "gpt-2", "qwen2", "smollm", "normalizer", "never"])
+def test_llama_cpp_finds_the_same_tokens(tmp_path, own, llama, name):
+    cuts = {"gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False), "smollm": DIGITS}
+    if name == "own":
+        tokenizer = own
+    elif name in ("normalizer", "never"):
+        tokenizer = sentencepiece(prefix=name)
+    else:
+        tokenizer = wrapped(byte_level(cuts.get(name) or cut_by(QWEN2)))
+    model = make("llama", tokenizer, num_hidden_layers=1)
+    write_gguf(model, tokenizer, tmp_path / "model.gguf", "f16")
+    opened = llama(tmp_path / "model.gguf")
+    assert opened.token_eos() == tokenizer.eos_token_id
+    for text in [*sentences(20, seed=9), *TEXTS]:
+        ids = tokenizer(text)["input_ids"]
+        assert opened.tokenize(text.encode(), add_bos=True, special=True) == ids, text
