@@ -241,12 +241,15 @@ def test_what_the_file_says_of_a_model(tmp_path, own):
     model = make(
         "qwen3", own, rms_norm_eps=3e-5, rope_parameters={"rope_type": "default", "rope_theta": 5e5}
     )
-    model.config.name_or_path = "runs/base/model"
+    (tmp_path / "base/model").mkdir(parents=True)
+    (tmp_path / "base/model/README.md").write_text("---\nlicense: mit\n---\nA model.\n")
+    model.config.name_or_path = str(tmp_path / "base/model")
     write_gguf(model, own, tmp_path / "model.gguf", "q8_0")
     found = fields(tmp_path / "model.gguf")
     expected = {
         "general.architecture": "qwen3",
         "general.name": "base",
+        "general.license": "mit",
         "general.file_type": 7,
         "general.quantization_version": 2,
         "qwen3.block_count": 2,
@@ -452,6 +455,14 @@ def test_added_tokens_have_their_types(tmp_path):
         f"[PAD{last + 1}]",
     ]
     assert found["tokenizer.ggml.token_type"][last - 1 : last + 2] == [4, 3, 5]
+
+
+def test_several_chat_templates(tmp_path):
+    tokenizer = sentencepiece()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    _, found = read_tokenizer(tokenizer, tmp_path)
+    assert found["tokenizer.chat_template"] == "{{ messages }}"
+    assert found["tokenizer.chat_template.tool_use"] == "{{ tools }}"
 
 
 def test_tokens_that_end_a_turn(tmp_path, own):
