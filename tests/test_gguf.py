@@ -241,12 +241,15 @@ def test_what_the_file_says_of_a_model(tmp_path, own):
     model = make(
         "qwen3", own, rms_norm_eps=3e-5, rope_parameters={"rope_type": "default", "rope_theta": 5e5}
     )
-    model.config.name_or_path = "runs/base/model"
+    (tmp_path / "base/model").mkdir(parents=True)
+    (tmp_path / "base/model/README.md").write_text("---\nlicense: mit\n---\nA model.\n")
+    model.config.name_or_path = str(tmp_path / "base/model")
     write_gguf(model, own, tmp_path / "model.gguf", "q8_0")
     found = fields(tmp_path / "model.gguf")
     expected = {
         "general.architecture": "qwen3",
         "general.name": "base",
+        "general.license": "mit",
         "general.file_type": 7,
         "general.quantization_version": 2,
         "qwen3.block_count": 2,
@@ -454,6 +457,14 @@ def test_added_tokens_have_their_types(tmp_path):
     assert found["tokenizer.ggml.token_type"][last - 1 : last + 2] == [4, 3, 5]
 
 
+def test_several_chat_templates(tmp_path):
+    tokenizer = sentencepiece()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    _, found = read_tokenizer(tokenizer, tmp_path)
+    assert found["tokenizer.chat_template"] == "{{ messages }}"
+    assert found["tokenizer.chat_template.tool_use"] == "{{ tools }}"
+
+
 def test_tokens_that_end_a_turn(tmp_path, own):
     model = make("llama", own)
     turn = own.convert_tokens_to_ids("<|im_end|>")
@@ -629,3 +640,102 @@ def test_a_model_that_llmctl_pretrains(tmp_path, base):
     windows = [torch.tensor(ids[start : start + 32]) for start in range(0, 128, 32)]
     assert compare(model, written.path, windows).top1 > 0.97
     assert fields(written.path)["general.name"] == "base"
+
+
+@pytest.fixture
+def llama(monkeypatch):
+    """Open a file with llama.cpp: `llama(path)`; where that is not installed there is no test."""
+    library = pytest.importorskip("llama_cpp").llama_cpp
+    default = library.llama_model_default_params
+
+    def without_repacking():
+        parameters = default()
+        parameters.use_extra_bufts = False  # AMX kernels die where a sandbox forbids them
+        return parameters
+
+    monkeypatch.setattr(library, "llama_model_default_params", without_repacking)
+    opened = []
+
+    def load(path):
+        from llama_cpp import Llama
+
+        opened.append(Llama(str(path), n_ctx=256, logits_all=True, n_threads=1, verbose=False))
+        return opened[-1]
+
+    yield load
+    for model in opened:
+        model.close()
+
+
+def logits_of(llama, tokens):
+    llama.reset()
+    llama.eval(tokens.tolist())
+    return torch.tensor(llama.scores[: len(tokens)])
+
+
+ROPES = {
+    "plain": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rope"),
+    [
+        (architecture, rope)
+        for architecture in CONFIGS
+        for rope in ROPES
+        if rope != "llama3" or not architecture.startswith("qwen")
+    ],
+)
+def test_llama_cpp_computes_the_same(tmp_path, own, llama, architecture, rope):
+    positions = {"rope_theta": 500.0, **ROPES[rope]}
+    model = make(architecture, own, tied=rope == "linear", rope_parameters=positions)
+    write_gguf(model, own, tmp_path / "model.gguf", "f32")
+    opened = llama(tmp_path / "model.gguf")
+    tokens = window(model, 128)
+    with torch.inference_mode():
+        expected = model(tokens[None]).logits[0]
+    found = logits_of(opened, tokens)
+    assert (found - expected).norm() / expected.norm() < 2e-3
+    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.98
+    opened.reset()
+    made = opened.generate(window(model, 8).tolist(), temp=0.0, top_k=1, repeat_penalty=1.0)
+    assert [next(made) for _ in range(16)] == greedy(model)[0, 8:].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_reads_every_type(tmp_path, own, llama, kind):
+    model = make("llama", own, intermediate_size=172)
+    write_gguf(model, own, tmp_path / "model.gguf", kind)
+    tokens = window(model, 64)
+    with torch.inference_mode():
+        expected = read_back(tmp_path / "model.gguf", model.config)(tokens[None]).logits[0]
+    found = logits_of(llama(tmp_path / "model.gguf"), tokens)
+    assert (found - expected).norm() / expected.norm() < 0.05  # it rounds activations too
+
+
+@pytest.mark.parametrize("name", ["own", "gpt-2", "qwen2", "smollm", "normalizer", "never"])
+def test_llama_cpp_finds_the_same_tokens(tmp_path, own, llama, name):
+    cuts = {"gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False), "smollm": DIGITS}
+    if name == "own":
+        tokenizer = own
+    elif name in ("normalizer", "never"):
+        tokenizer = sentencepiece(prefix=name)
+    else:
+        tokenizer = wrapped(byte_level(cuts.get(name) or cut_by(QWEN2)))
+    model = make("llama", tokenizer, num_hidden_layers=1)
+    write_gguf(model, tokenizer, tmp_path / "model.gguf", "f16")
+    opened = llama(tmp_path / "model.gguf")
+    assert opened.token_eos() == tokenizer.eos_token_id
+    for text in [*sentences(20, seed=9), *TEXTS]:
+        ids = tokenizer(text)["input_ids"]
+        assert opened.tokenize(text.encode(), add_bos=True, special=True) == ids, text
