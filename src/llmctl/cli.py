@@ -36,6 +36,7 @@ COMMANDS = {
     "merge": ("MergeConfig", "Merge an adapter into its base model."),
     "generate": ("GenerateConfig", "Generate text from a model."),
     "chat": ("ChatConfig", "Talk with a model in the terminal."),
+    "report": ("ReportConfig", "Write a page on runs: curves, figures, samples, how to repeat."),
     "runs": ("RunsConfig", "List runs: how they went, how far they are, how to resume them."),
 }
 EXAMPLES = {
@@ -51,6 +52,7 @@ EXAMPLES = {
     "merge": "llmctl merge --model runs/sft -o runs/merged",
     "generate": 'llmctl generate --model runs/base --prompt "Once upon a time"',
     "chat": "llmctl chat --model runs/sft",
+    "report": "llmctl report runs/ -o report.html",
     "runs": "llmctl runs runs/",
 }
 EXIT_CODES = (

@@ -7,6 +7,7 @@ from llmctl.config.stages.finetuning import AuditConfig, MergeConfig, SftConfig
 from llmctl.config.stages.housekeeping import DemoConfig, RunsConfig
 from llmctl.config.stages.ppo import PpoConfig
 from llmctl.config.stages.pretraining import PRESETS, PretrainConfig, TokenizeConfig
+from llmctl.config.stages.reporting import ReportConfig
 from llmctl.config.stages.using import ChatConfig, GenerateConfig
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "PpoConfig",
     "PretrainConfig",
     "RankConfig",
+    "ReportConfig",
     "RewardConfig",
     "RunsConfig",
     "SftConfig",

@@ -1,0 +1,121 @@
+"""What models said: the texts that runs kept, before and after, for the same prompts.
+
+In: records, and files of `llmctl generate`. Out: samples of texts, which a template escapes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmctl import wording
+from llmctl.reporting.runs import Record
+from llmctl.reporting.tables import cut
+
+MOST = 8
+"""Prompts of a run that are shown."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """One text."""
+
+    label: str
+    text: str
+    score: str = ""
+    ended: bool = True
+    """Whether the model ended it itself."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt with what was said to it, the earliest first."""
+
+    prompt: str
+    said: tuple[Said, ...]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of one run or file."""
+
+    title: str
+    rows: tuple[Sample, ...]
+    left_out: int = 0
+
+
+def samples_of(record: Record) -> Iterator[Samples]:
+    """What a run wrote to the same prompts as it learned, and what an evaluation judged."""
+    rows = [row for row in record.samples if isinstance(row.get("prompt"), str)]
+    if rows:
+        steps = sorted({row["step"] for row in rows if isinstance(row.get("step"), int)})
+        best = record.result.get("best_step")
+        last = best if best in steps else steps[-1] if steps else None
+        compares = any("before" in row for row in rows)
+        found = list(_compared(rows, last) if compares else _grown(rows, steps, last))
+        yield Samples("Before and now", tuple(found[:MOST]), len(found[MOST:]))
+    judged = [row for row in record.rows if _prompt(row)]
+    if judged:
+        found = [Sample(_prompt(row), tuple(_judged(row))) for row in judged[:MOST]]
+        yield Samples("What was judged", tuple(found), len(judged[MOST:]))
+
+
+def generated_samples(name: str, rows: Sequence[Mapping[str, Any]]) -> Samples:
+    """The rows of a file that `llmctl generate` wrote."""
+    by_prompt: dict[str, list[Said]] = {}
+    for row in rows:
+        ended = row.get("finish_reason") != "length"
+        said = Said("response", cut(str(row["response"])), ended=ended)
+        by_prompt.setdefault(_prompt(row), []).append(said)
+    found = [Sample(prompt, tuple(said)) for prompt, said in by_prompt.items()]
+    return Samples(name, tuple(found[:MOST]), len(found[MOST:]))
+
+
+def _compared(rows: Sequence[Mapping[str, Any]], last: int | None) -> Iterator[Sample]:
+    """Those of ppo: each row carries what the reference said."""
+    for row in rows:
+        if row.get("step") == last:
+            before = Said("before", cut(str(row.get("before", ""))), _score(row, "score_before"))
+            now = Said(f"now, step {last}", cut(str(row.get("now", ""))), _score(row, "score"))
+            yield Sample(cut(row["prompt"]), (before, now))
+
+
+def _grown(
+    rows: Sequence[Mapping[str, Any]], steps: Sequence[int], last: int | None
+) -> Iterator[Sample]:
+    """Those of fine-tuning: one row a prompt and evaluation; the first beside the kept one."""
+    wanted = dict.fromkeys([*steps[:1], last]) if last is not None else {None: None}
+    by_prompt: dict[str, list[Said]] = {}
+    for step in wanted:
+        for row in (row for row in rows if row.get("step") == step):
+            label = "response" if step is None else f"step {step:,}"
+            ended = row.get("finish_reason") != "length"
+            said = Said(label, cut(str(row.get("response", ""))), ended=ended)
+            by_prompt.setdefault(cut(row["prompt"]), []).append(said)
+    yield from (Sample(prompt, tuple(said)) for prompt, said in by_prompt.items())
+
+
+def _judged(row: Mapping[str, Any]) -> Iterator[Said]:
+    """A response beside the reference, with the figures of the row."""
+    figures = [
+        f"{wording.label(key)} {wording.value(key, value)}"
+        for key, value in wording.figures(row).copy()
+        if key not in ("row", "index", "seed", "number")
+    ]
+    if "reference" in row:
+        yield Said("reference", cut(str(row["reference"])))
+    if "response" in row:
+        yield Said("response", cut(str(row["response"])), ", ".join(figures))
+
+
+def _prompt(row: Mapping[str, Any]) -> str:
+    """The prompt as one text; the last turn's where it is a list of messages."""
+    prompt = row.get("prompt", row.get("messages", ""))
+    if isinstance(prompt, list):
+        turns = [turn for turn in prompt if isinstance(turn, dict)]
+        return cut("\n\n".join(str(turn.get("content", "")) for turn in turns))
+    return cut(str(prompt))
+
+
+def _score(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    return f"score {value:.2f}" if isinstance(value, int | float) else ""
