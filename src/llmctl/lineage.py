@@ -12,8 +12,6 @@ from typing import Any
 
 from llmctl.claim import OWN_FOLDERS, is_llmctls, read_json
 
-DEEPEST = 40
-"""Runs in a row that are followed."""
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
 _FOLDERS_BEFORE = re.compile(r"(^|=)~?/.*/")
 
@@ -80,8 +78,7 @@ def run_of(reference: str, near: Path) -> Path | None:
 
 def line_of(path: Path, manifest: Mapping[str, Any]) -> list[Step]:
     """The run and those it stands on, the eldest first, each once."""
-    found = {step.path.resolve(): step for step in _walk(path, manifest, DEEPEST)}
-    return list(found.values())
+    return list(_walk(path, manifest, set()))
 
 
 def portable(word: str) -> str:
@@ -93,11 +90,12 @@ def portable(word: str) -> str:
     return _FOLDERS_BEFORE.sub(r"\1…/", word.replace(here, "")) if "/" in word else word
 
 
-def _walk(path: Path, manifest: Mapping[str, Any], left: int) -> Iterator[Step]:
+def _walk(path: Path, manifest: Mapping[str, Any], seen: set[Path]) -> Iterator[Step]:
+    seen.add(path.resolve())
     inputs = inputs_of(path, manifest)
-    for one in inputs if left else ():
-        if one.run is not None:
-            yield from _walk(one.run, read_json(one.run / "manifest.json"), left - 1)
+    for one in inputs:
+        if one.run is not None and one.run.resolve() not in seen:
+            yield from _walk(one.run, read_json(one.run / "manifest.json"), seen)
     yield Step(path, manifest, inputs)
 
 

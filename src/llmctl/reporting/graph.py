@@ -7,12 +7,12 @@ last run by their model stand in one row, the others beside it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmctl.lineage import Step, line_of, portable
+from llmctl.lineage import Input, Step, line_of, portable
 from llmctl.reporting.runs import Record, clean
 from llmctl.reporting.tables import key_figures
 
 SPINE = ("model", "base", "tokens", "adapter", "tokenizer")
-"""Roles that hand a model on, the first that is found."""
+"""Roles that hand a model on."""
 BOX = (164, 66)
 GAP = (34, 18)
 """Between boxes: along the flow and across it."""
@@ -57,6 +57,8 @@ class _Node:
     state: str
     link: str
     parents: tuple[str, ...]
+    handed: tuple[str, ...]
+    """Those of the parents that handed a model on."""
 
 
 def graphs(records: Sequence[Record]) -> tuple[Graph, Graph] | None:
@@ -64,7 +66,7 @@ def graphs(records: Sequence[Record]) -> tuple[Graph, Graph] | None:
     nodes = _nodes(records)
     if len(nodes) < 2 or not any(node.parents for node in nodes.values()):
         return None
-    places = _places(nodes, _spine(nodes, records))
+    places = _places(nodes)
     return _drawn(nodes, places, is_upright=False), _drawn(nodes, places, is_upright=True)
 
 
@@ -72,7 +74,9 @@ def edges(records: Sequence[Record]) -> tuple[list[tuple[str, str]], list[tuple[
     """Stage and name of every node, and pairs of their places, parent first."""
     nodes = _nodes(records)
     order = {key: place for place, key in enumerate(nodes)}
-    pairs = [(order[p], order[key]) for key, node in nodes.items() for p in node.parents]
+    pairs = [
+        (order[p], order[key]) for key, node in nodes.items() for p in node.parents if p in order
+    ]
     return [(node.stage, node.name) for node in nodes.values()], pairs
 
 
@@ -90,8 +94,7 @@ def _nodes(records: Sequence[Record]) -> dict[str, _Node]:
 
 
 def _node(key: str, step: Step, record: Record | None) -> _Node:
-    parents = [str(one.run.resolve()) for one in step.inputs if one.run is not None]
-    parents += [one.key for one in _outside(step)]
+    named = {_key(one): one.role for one in step.inputs if one.run or "data" not in one.role}
     data = [one.path for one in step.inputs if one.run is None and "data" in one.role]
     more = f" +{len(data) - 1}" if len(data) > 1 else ""
     return _Node(
@@ -102,8 +105,13 @@ def _node(key: str, step: Step, record: Record | None) -> _Node:
         detail=clean(portable(data[0]).rpartition("/")[2]) + more if data else "",
         state=record.state if record else "elsewhere",
         link=anchor(record) if record else "",
-        parents=tuple(dict.fromkeys(parents)),
+        parents=tuple(named),
+        handed=tuple(key for key, role in named.items() if role in SPINE),
     )
+
+
+def _key(one: Input) -> str:
+    return str(one.run.resolve()) if one.run else f"outside:{one.path}"
 
 
 def _figure(record: Record) -> str:
@@ -120,8 +128,8 @@ def _outside(step: Step) -> list[_Node]:
     """Models that no run of this disk made."""
     models = [one for one in step.inputs if one.run is None and "data" not in one.role]
     return [
-        _Node(f"outside:{one.path}", one.role.replace("_", " "), clean(portable(one.path)),
-              "", "", "elsewhere", "", ())
+        _Node(_key(one), one.role.replace("_", " "), clean(portable(one.path)),
+              "", "", "elsewhere", "", (), ())
         for one in models
     ]  # fmt: skip
 
@@ -131,47 +139,36 @@ def anchor(record: Record) -> str:
     return f"stage-{record.stage}"
 
 
-def _spine(nodes: dict[str, _Node], records: Sequence[Record]) -> set[str]:
-    """The last run, and those whose model it goes back to."""
-    by_key = {str(record.path.resolve()): record for record in records}
-    key: str | None = str(records[-1].path.resolve())
-    found: set[str] = set()
-    while key is not None and key not in found:
-        found.add(key)
-        node = nodes[key]
-        roles = {}
-        if key in by_key:
-            for step in line_of(by_key[key].path, by_key[key].manifest)[-1:]:
-                roles = {
-                    one.role: str(one.run.resolve()) if one.run else f"outside:{one.path}"
-                    for one in reversed(step.inputs)
-                }
-        handed = [roles[role] for role in SPINE if roles.get(role) in nodes]
-        key = next(iter([*handed, *node.parents]), None)
-    return found
-
-
-def _places(nodes: dict[str, _Node], spine: set[str]) -> dict[str, tuple[int, int]]:
-    """Column and row of every node."""
+def _places(nodes: dict[str, _Node]) -> dict[str, tuple[int, int]]:
+    """Column and row of every node; the longest line stands in the first row."""
     columns: dict[str, int] = {}
     for key, node in nodes.items():  # parents come first
         columns[key] = max((columns[p] + 1 for p in node.parents if p in columns), default=0)
-    taken = {(columns[key], 0) for key in spine}
-    spans = {
-        (column, 0)
-        for key in spine
-        for parent in nodes[key].parents
-        if parent in spine
-        for column in range(columns[parent], columns[key])
-    }
-    taken |= spans
-    places = {key: (columns[key], 0) for key in spine}
-    for key in nodes:
+    last = max(reversed(nodes), key=lambda key: columns[key])
+    line = _line_to(last, nodes, columns)
+    taken = {(column, 0) for column in range(columns[line[-1]], columns[last] + 1)}
+    places = {key: (columns[key], 0) for key in line}
+    for key, node in nodes.items():
         if key not in places:
-            row = next(row for row in range(len(nodes) + 1) if (columns[key], row) not in taken)
+            rows = [places[p][1] for p in node.parents if p in places]
+            row = min(rows, default=1 + max(row for _, row in taken))
+            while (columns[key], row) in taken:
+                row += 1
             places[key] = (columns[key], row)
             taken.add(places[key])
     return places
+
+
+def _line_to(last: str, nodes: dict[str, _Node], columns: dict[str, int]) -> list[str]:
+    """A run, then the one that its model goes back to, and so on, by the longest way."""
+    line = [last]
+    while earlier := [
+        key
+        for key in nodes[line[-1]].handed or nodes[line[-1]].parents
+        if columns.get(key, columns[line[-1]]) < columns[line[-1]]
+    ]:
+        line.append(max(earlier, key=lambda key: columns[key]))
+    return line
 
 
 def _drawn(

@@ -7,12 +7,11 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 
-from llmctl.lineage import portable
-from llmctl.reporting import tables
+from llmctl.reporting import origins, tables
 from llmctl.reporting.graph import edges
 from llmctl.reporting.page import lede, stages_of
-from llmctl.reporting.runs import Record
-from llmctl.reporting.tables import Table, energy_of, time_of
+from llmctl.reporting.runs import Beside, Record
+from llmctl.reporting.tables import Table
 from llmctl.reporting.texts import Samples
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~<>&@-])")
@@ -20,10 +19,12 @@ MARKS = {"completed": "✅", "running": "⏳", "preempted": "⏸️", "killed": 
 MOST_SAMPLES = 3
 
 
-def summary(records: Sequence[Record], notes: Sequence[str], title: str) -> str:
+def summary(records: Sequence[Record], notes: Sequence[str], beside: Beside, title: str) -> str:
     """The text of the summary."""
     parts = [f"# {escaped(title)}", escaped(lede(records)), _overview(records)]
     parts += [f"> {escaped(note)}" for note in notes]
+    gates = tables.gates_table(beside.gates)
+    parts += [f"**{gates.title}**", _table(gates)] if gates else []
     parts += _flow(records)
     for stage in stages_of(records):
         parts.append(f"## {escaped(stage.name)}")
@@ -32,12 +33,14 @@ def summary(records: Sequence[Record], notes: Sequence[str], title: str) -> str:
             parts += [f"**{escaped(run.name)}**: {escaped(run.error)}"] if run.error else []
             parts += [f"> {escaped(run.name)}: {escaped(note)}" for note in run.notes]
         parts.append(_table(tables.figures_table(mine)))
-        if (settings := tables.settings_table(mine)) is not None:
+        if (settings := origins.settings_table(mine)) is not None:
             parts.append(_folded(settings.title, _table(settings)))
         for run in stage.runs:
-            parts += [_folded(one.title, _table(one)) for one in (*run.tables, *run.audits)]
-            parts += [_folded(one.title, _samples(one)) for one in run.samples]
-    differing, same = tables.machine_table(records)
+            parts += [_folded(one.title, _table(one)) for one in run.tables]
+        for name, table in stage.audits:
+            parts.append(_folded(f"{table.title} {name}".strip(), _table(table)))
+        parts += [_folded(one.title, _samples(one)) for one in stage.samples]
+    differing, same = origins.machine_table(records)
     parts += [_table(differing)] if differing else []
     listed = ", ".join(f"{key} {value}" for key, value in same)
     parts.append(_folded("Machine and versions", escaped(listed)))
@@ -56,9 +59,17 @@ def _overview(records: Sequence[Record]) -> str:
         key = [f"{figure.label} {figure.value}" for figure in tables.key_figures(record)[:2]]
         state = f"{MARKS.get(record.state, '❌')} {record.state}"
         rows.append(
-            (record.stage, record.name, state, ", ".join(key), time_of(record), energy_of(record))
+            (
+                record.stage,
+                record.name,
+                state,
+                ", ".join(key),
+                origins.time_of(record),
+                origins.energy_of(record),
+            )
         )
-    return _table(Table("", ("stage", "run", "status", "figures", "time", "energy"), tuple(rows)))
+    heads = ("stage", "run", "status", "figures", "time", "energy")
+    return _table(Table("", heads, tuple(rows), is_text=True))
 
 
 def _flow(records: Sequence[Record]) -> Iterator[str]:
@@ -99,7 +110,7 @@ def _samples(samples: Samples) -> str:
 
 def _commands(records: Sequence[Record]) -> str:
     words = ([str(word) for word in record.manifest.get("command") or []] for record in records)
-    lines = [shlex.join(portable(word) for word in line) for line in words]
+    lines = [shlex.join(line) for line in words]
     fence = "`" * max(
         3, 1 + max((len(run) for run in re.findall("`+", "\n".join(lines))), default=0)
     )

@@ -17,15 +17,14 @@ from markupsafe import Markup
 
 from llmctl import __version__, wording
 from llmctl.config import stages
-from llmctl.lineage import portable
-from llmctl.reporting import tables
+from llmctl.reporting import origins, tables
 from llmctl.reporting.curves import panels
 from llmctl.reporting.draw import HEIGHT, LEFT, RIGHT, WIDTH, Drawing, draw
 from llmctl.reporting.graph import BOX, graphs
 from llmctl.reporting.judged import Judgement, judgement
-from llmctl.reporting.runs import Record
-from llmctl.reporting.tables import Figure, Table, energy_of
-from llmctl.reporting.texts import Samples, generated_samples, samples_of
+from llmctl.reporting.runs import Beside, Record
+from llmctl.reporting.tables import Figure, Table
+from llmctl.reporting.texts import Samples, generated_samples, samples_of_all
 
 WEB = Path(__file__).with_name("web")
 GENERATOR = "llmctl report"
@@ -50,11 +49,9 @@ class Run:
     path: str
     notes: tuple[str, ...]
     figures: tuple[Figure, ...]
-    samples: tuple[Samples, ...]
     judged: Judgement | None
     tables: tuple[Table, ...]
     folds_tables: bool
-    audits: tuple[Table, ...]
 
 
 @dataclass(frozen=True)
@@ -64,6 +61,11 @@ class Stage:
     name: str
     about: str
     runs: tuple[Run, ...]
+    compared: Table | None
+    """Key figures of several runs side by side."""
+    samples: tuple[Samples, ...]
+    audits: tuple[tuple[str, Table], ...]
+    """Each with the name of its run, empty where all runs have the same."""
     charts: tuple[Drawing, ...]
     more_charts: tuple[Drawing, ...]
     folded: tuple[Table, ...]
@@ -72,10 +74,10 @@ class Stage:
 def page(
     records: Sequence[Record],
     notes: Sequence[str],
-    generated: Sequence[tuple[str, list[dict[str, Any]]]],
+    beside: Beside,
     title: str,
 ) -> str:
-    """The page on runs, with the texts of files that lie beside them."""
+    """The page on runs, with what lies beside them."""
     shown = stages_of(records)
     style, script = ((WEB / name).read_text("utf-8") for name in ("report.css", "report.js"))
     drawn = [chart for stage in shown for chart in (*stage.charts, *stage.more_charts)]
@@ -97,9 +99,10 @@ def page(
         graphs=graphs(records),
         box=BOX,
         frame=(WIDTH, HEIGHT, LEFT, RIGHT),
-        generated=[generated_samples(name, rows) for name, rows in generated],
-        inputs=tables.inputs_table(records),
-        machine=tables.machine_table(records),
+        generated=[generated_samples(name, rows) for name, rows in beside.generated],
+        gates=tables.gates_table(beside.gates),
+        inputs=origins.inputs_table(records),
+        machine=origins.machine_table(records),
         has_noise=any(line.smooth for chart in drawn for line in chart.lines),
         style=Markup(style),
         script=Markup(script),
@@ -147,12 +150,15 @@ def _as_script(data: dict[str, Any]) -> str:
 
 def _stage(name: str, records: Sequence[Record]) -> Stage:
     first, others = panels(records)
-    folded = [tables.figures_table(records), tables.settings_table(records)]
-    folded.append(tables.chosen_table(records))
+    folded = [tables.figures_table(records), origins.settings_table(records)]
+    folded.append(origins.chosen_table(records))
     return Stage(
         name=name,
         about=about(name),
         runs=tuple(_run(number, record) for number, record in enumerate(records)),
+        compared=tables.compared_table(records) if len(records) > 1 else None,
+        samples=tuple(samples_of_all(records)),
+        audits=tuple(origins.distinct_audits(records)),
         charts=tuple(draw(panel) for panel in first),
         more_charts=tuple(draw(panel) for panel in others),
         folded=tuple(table for table in folded if table is not None and table.rows),
@@ -174,8 +180,8 @@ def _run(number: int, record: Record) -> Run:
         state=record.state,
         color=number % 6 + 1,
         step="" if step is None else f"{step:,}{most}",
-        time=tables.time_of(record),
-        energy=energy_of(record),
+        time=origins.time_of(record),
+        energy=origins.energy_of(record),
         error=str(status.get("error") or ""),
         exit_code="" if status.get("exit_code") is None else str(status["exit_code"]),
         resume=record.summary.resume or "",
@@ -183,17 +189,15 @@ def _run(number: int, record: Record) -> Run:
         path=str(record.path),
         notes=record.notes,
         figures=tuple(tables.key_figures(record)),
-        samples=tuple(samples_of(record)),
         judged=judgement(record),
         tables=tuple(tables.nested_tables(record)),
         folds_tables=record.stage == "tokenize",
-        audits=tuple(tables.audit_tables(record)),
     )
 
 
 def _words(record: Record) -> Iterator[str]:
     """The command in pieces that a line should not end in: a flag with its value."""
-    words = [portable(str(word)) for word in record.manifest.get("command") or []]
+    words = map(str, record.manifest.get("command") or [])
     piece: list[str] = []
     for word in words:
         if piece and (word.startswith("-") or not piece[0].startswith("-") or len(piece) == 2):

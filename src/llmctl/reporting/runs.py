@@ -96,15 +96,33 @@ def read_records(named: Sequence[Path]) -> tuple[list[Record], list[str]]:
     return sorted(records, key=_started), notes
 
 
-def read_generated(named: Sequence[Path]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Files of `llmctl generate` that lie beside the runs of a named folder."""
-    files = [file for path in named for file in sorted(path.glob("*.jsonl"))]
-    found = []
-    for file in files:
+@dataclass(frozen=True)
+class Beside:
+    """What lies beside the runs of a folder."""
+
+    generated: list[tuple[str, list[dict[str, Any]]]]
+    """Name and rows of files that `llmctl generate` wrote."""
+    gates: list[tuple[str, dict[str, Any]]]
+    """What `llmctl run` was told must hold: a stage's name, and what was found."""
+
+
+def read_beside(named: Sequence[Path]) -> Beside:
+    """Read what lies in the named folders and is no run."""
+    generated = []
+    for file in (file for path in named for file in sorted(path.glob("*.jsonl"))):
         rows, _ = _lines(file, MOST_ROWS)
         if rows and all({"prompt", "response", "finish_reason"} <= row.keys() for row in rows):
-            found.append((file.name, rows))
-    return found
+            generated.append((clean(file.name), rows))
+    return Beside(generated, [gate for path in named for gate in _gates(path / PIPELINE)])
+
+
+def _gates(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    stages = clean(read_json(file)).get("stages")
+    for stage in stages if isinstance(stages, list) else []:
+        gates = stage.get("gates") if isinstance(stage, dict) else None
+        for gate in gates if isinstance(gates, list) else []:
+            if isinstance(gate, dict):
+                yield str(stage.get("name")), gate
 
 
 def _summaries(path: Path) -> list[Summary]:

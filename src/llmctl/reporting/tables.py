@@ -1,15 +1,13 @@
-"""Figures of runs as tables: key figures, results of any shape, settings, audits, versions.
+"""Figures of runs as tables: the few that tell most, and results of any shape.
 
 In: records. Out: tables of texts, which a template escapes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llmctl import wording
-from llmctl.config import stages
-from llmctl.config.base import Config
 from llmctl.reporting.runs import Record
 
 KEY_FIGURES = {
@@ -24,6 +22,8 @@ KEY_FIGURES = {
         "val_margin",
     ),
     "ppo": ("val_win_rate", "val_score", "val_reference_score", "val_kl", "val_length"),
+    "quantize": ("perplexity_after", "perplexity_increase", "top1_agreement", "disk_bytes_after"),
+    "evaluate": ("exact", "accuracy", "f1", "perplexity", "bits_per_byte", "rouge1", "bleu", "wer"),
     "dpo": ("val_accuracy", "val_loss", "val_margin", "trained_parameters", "tokens"),
 }
 MOST_KEY_FIGURES = 5
@@ -74,11 +74,26 @@ def figures_table(records: Sequence[Record]) -> Table:
     return Table("All figures", ("", *(record.name for record in records)), tuple(rows))
 
 
+def compared_table(records: Sequence[Record]) -> Table:
+    """The key figures of several runs of one stage, a column each."""
+    columns = [{one.label: one for one in key_figures(record)} for record in records]
+    labels = dict.fromkeys(label for column in columns for label in column)
+    rows = [
+        (label, *(c[label].value if label in c else wording.MISSING for c in columns))
+        for label in labels
+    ]
+    return Table("Key figures", ("", *(record.name for record in records)), tuple(rows))
+
+
 def nested_tables(record: Record) -> Iterator[Table]:
     """What a result or report.json holds besides figures, whatever it is called."""
-    known = {"audit", "reliability"}
+    known = {"audit", "reliability", "samples"}
     if record.stage == "reward":
         known |= {"val_chosen", "val_rejected"}  # they are drawn
+    yield from _before_after(record.result)
+    if isinstance(record.result.get("compare"), dict):
+        known |= {"compare", "differences"}
+        yield _beside_other(record.result)
     for source in (record.result, record.report):
         groups = {k: v for k, v in source.items() if isinstance(v, dict) and v and k not in known}
         yield from _matrices(groups)
@@ -89,6 +104,51 @@ def nested_tables(record: Record) -> Iterator[Table]:
     if extra:
         rows = tuple((wording.label(k), wording.value(k, v)) for k, v in extra)
         yield Table("Report", ("", "value"), rows)
+
+
+def _before_after(result: Mapping[str, Any]) -> Iterator[Table]:
+    """Figures that are there twice, as `quantize` has them."""
+    names = [k.removesuffix("_before") for k in result if k.endswith("_before")]
+    rows = []
+    for name in (name for name in names if f"{name}_after" in result):
+        ends = result[f"{name}_before"], result[f"{name}_after"]
+        both = all(isinstance(end, int | float) and end for end in ends)
+        change = f"{ends[1] / ends[0]:.3g} \N{MULTIPLICATION SIGN}" if both else ""
+        rows.append((wording.label(name), *(wording.value(name, end) for end in ends), change))
+    if rows:
+        yield Table("Before and after", ("", "before", "after", "change"), tuple(rows))
+
+
+def _beside_other(result: Mapping[str, Any]) -> Table:
+    """Figures of two models on the same data, with the interval of their difference."""
+    other, apart = mapping(result["compare"]), mapping(result.get("differences"))
+    rows = []
+    for key, value in wording.figures(result):
+        if key in other:
+            found = mapping(apart.get(key))
+            ends = [found.get(end) for end in ("low", "high")]
+            between = "" if None in ends else " to ".join(f"{end:+.3g}" for end in ends)
+            said = f"{found['difference']:+.3g}" if "difference" in found else ""
+            cells = (wording.value(key, value), wording.value(key, other[key]), said, between)
+            rows.append((wording.label(key), *cells))
+    heads = ("", shown(result.get("model")), shown(other.get("model")), "difference", "95 %")
+    return Table("Two models on the same data", heads, tuple(rows))
+
+
+def gates_table(gates: Sequence[tuple[str, Mapping[str, Any]]]) -> Table | None:
+    """What `llmctl run` was told must hold of its stages, and whether it does."""
+    rows = tuple(
+        (
+            stage,
+            f"{wording.label(str(gate.get('figure')))} {gate.get('sign')} "
+            f"{wording.value(str(gate.get('figure')), gate.get('bound'))}",
+            wording.value(str(gate.get("figure")), gate.get("value")),
+            "✓ holds" if gate.get("holds") is True else "✗ does not hold",
+        )
+        for stage, gate in gates
+    )
+    heads = ("stage", "must hold", "found", "")
+    return Table("What had to hold", heads, rows, is_text=True) if rows else None
 
 
 def _matrices(groups: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
@@ -124,114 +184,6 @@ def _list_table(key: str, value: list[Any]) -> Iterator[Table]:
         yield Table(wording.label(key), (wording.label(key),), cells, is_text=True)
 
 
-def settings_table(records: Sequence[Record]) -> Table | None:
-    """Settings that differ from the defaults or between the runs; what came of `auto` beside it."""
-    config = vars(stages).get(f"{records[0].stage.capitalize()}Config")
-    if config is None:
-        return None
-    usual, rows = defaults(config), []
-    for name in dict.fromkeys(key for record in records for key in record.recipe):
-        values = [record.recipe.get(name) for record in records]
-        same = all(value == values[0] for value in values)
-        if name != "stage" and not (same and values[0] == usual.get(name)):
-            row = (name, shown(usual.get(name)), *(shown(value) for value in values))
-            rows.append(row if same else (f"{name} ≠", *row[1:]))
-    heads = ("setting", "default", *(record.name for record in records))
-    return Table("Settings that are not the default", heads, tuple(rows)) if rows else None
-
-
-def defaults(config: type[Config]) -> dict[str, Any]:
-    """A command's defaults, as a recipe has them."""
-    fields = {n: f for n, f in config.model_fields.items() if not f.is_required()}
-    made = config.model_construct(**{name: field.get_default() for name, field in fields.items()})
-    return dict(made.model_dump(mode="json", include=set(fields), warnings=False))
-
-
-def chosen_table(records: Sequence[Record]) -> Table | None:
-    """What llmctl chose for itself: the plans of the runs."""
-    plans = [_mapping(record.manifest.get("plan")) for record in records]
-    keys = dict.fromkeys(key for plan in plans for key in plan)
-    rows = tuple((key, *(shown(plan.get(key)) for plan in plans)) for key in keys)
-    return Table("The plan", ("", *(r.name for r in records)), rows) if rows else None
-
-
-def audit_tables(record: Record) -> Iterator[Table]:
-    """What the data of a run held, training beside validation, and what was found wrong in it."""
-    audit = record.manifest.get("audit")
-    if not isinstance(audit, dict):
-        return
-    val = audit.get("val") if isinstance(audit.get("val"), dict) else None
-    plain = {k: v for k, v in audit.items() if not isinstance(v, dict | list)}
-    rows = []
-    for key, value in plain.items():
-        cells = [wording.value(key, value)]
-        if val is not None:
-            cells.append(wording.value(key, val[key]) if key in val else "")
-        rows.append((wording.label(key), *cells))
-    heads = ("", "training", "validation") if val is not None else ("", "value")
-    yield Table("Data", heads, tuple(rows))
-    findings = [one for one in audit.get("findings") or [] if isinstance(one, dict)]
-    if findings:
-        said = tuple(
-            tuple(str(one.get(key, "")) for key in ("level", "message", "hint")) for one in findings
-        )
-        yield Table("Findings", ("level", "what", "what to do"), said, is_text=True)
-
-
-def inputs_table(records: Iterable[Record]) -> Table | None:
-    """What went in, with what tells it from all others."""
-    rows = [
-        (record.name, str(one.get("role")), str(one.get("path")), _mark(one))
-        for record in records
-        for one in record.manifest.get("inputs") or []
-        if isinstance(one, dict)
-    ]
-    return Table("What went in", ("run", "role", "path", "sha256 or revision"), tuple(rows)) if (
-        rows) else None  # fmt: skip
-
-
-def machine_table(records: Sequence[Record]) -> tuple[Table | None, list[tuple[str, str]]]:
-    """Where and with what the runs ran: what differs between them, and what does not."""
-    facts = [_machine(record) for record in records]
-    rows, same = [], []
-    for key in dict.fromkeys(name for one in facts for name in one):
-        values = [one.get(key, wording.MISSING) for one in facts]
-        known = set(values) - {wording.MISSING}
-        if len(known) == 1:
-            same.append((key, known.pop()))
-        elif known:
-            rows.append((key, *values))
-    heads = ("", *(record.name for record in records))
-    return Table("What differs", heads, tuple(rows)) if rows else None, same
-
-
-def _machine(record: Record) -> dict[str, str]:
-    manifest = record.manifest
-    return {
-        "device": shown(manifest.get("device")),
-        "threads": shown(manifest.get("threads")),
-        "processes": shown(manifest.get("world_size")),
-        "seed": shown(manifest.get("seed")),
-        "commit": _commit(record),
-        "started": shown(manifest.get("started"))[:16].replace("T", " "),
-        "time": time_of(record),
-        "energy": energy_of(record),
-        "energy found by": shown(_mapping(manifest.get("energy")).get("method")),
-        **{name: shown(number) for name, number in _mapping(manifest.get("versions")).items()},
-    }
-
-
-def time_of(record: Record) -> str:
-    """How long a run worked."""
-    return wording.MISSING if record.seconds is None else wording.seconds(record.seconds)
-
-
-def energy_of(record: Record) -> str:
-    """The energy that a run took, a dash where it was not counted."""
-    kwh = _mapping(record.manifest.get("energy")).get("kwh")
-    return wording.energy(kwh) if isinstance(kwh, int | float) else wording.MISSING
-
-
 def shown(value: Any) -> str:
     """A setting as a recipe would have it, on one line."""
     if value is None or value == [] or value == "":
@@ -265,17 +217,6 @@ def _interval(name: str, found: Mapping[str, Any]) -> str:
     return f"{wording.value(name, list(ends))} (95{wording.NARROW}%)"
 
 
-def _commit(record: Record) -> str:
-    git = _mapping(record.manifest.get("git"))
-    if not isinstance(git.get("commit"), str):
-        return wording.MISSING
-    return str(git["commit"])[:12] + (" and changes" if git.get("dirty") else "")
-
-
-def _mark(one: Mapping[str, Any]) -> str:
-    mark = one.get("revision") or one.get("sha256")
-    return str(mark)[:16] if mark else wording.MISSING
-
-
-def _mapping(value: Any) -> dict[str, Any]:
+def mapping(value: Any) -> dict[str, Any]:
+    """The value where it is a mapping, else an empty one."""
     return value if isinstance(value, dict) else {}

@@ -4,7 +4,7 @@ In: records, and files of `llmctl generate`. Out: samples of texts, which a temp
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmctl import wording
@@ -53,10 +53,32 @@ def samples_of(record: Record) -> Iterator[Samples]:
         compares = any("before" in row for row in rows)
         found = list(_compared(rows, last) if compares else _grown(rows, steps, last))
         yield Samples("Before and now", tuple(found[:MOST]), len(found[MOST:]))
+    twice = [row for row in record.result.get("samples") or [] if isinstance(row, dict)]
+    if twice:
+        both = [Sample(_prompt(row), tuple(_both(row))) for row in twice]
+        yield Samples("Before and after", tuple(both[:MOST]), len(both[MOST:]))
     judged = [row for row in record.rows if _prompt(row)]
     if judged:
         found = [Sample(_prompt(row), tuple(_judged(row))) for row in judged[:MOST]]
         yield Samples("What was judged", tuple(found), len(judged[MOST:]))
+
+
+def samples_of_all(records: Sequence[Record]) -> Iterator[Samples]:
+    """The samples of runs of one stage; of several, the last text of each beside the others'."""
+    if len(records) == 1:
+        yield from samples_of(records[0])
+        return
+    by_title: dict[str, dict[str, list[Said]]] = {}
+    for record in records:
+        for samples in samples_of(record):
+            prompts = by_title.setdefault(samples.title, {})
+            for sample in samples.rows:
+                last = sample.said[-1]
+                said = replace(last, label=f"{record.name}, {last.label}")
+                prompts.setdefault(sample.prompt, []).append(said)
+    for prompts in by_title.values():
+        found = [Sample(prompt, tuple(said)) for prompt, said in prompts.items()]
+        yield Samples("Side by side", tuple(found[: 2 * MOST]), len(found[2 * MOST :]))
 
 
 def generated_samples(name: str, rows: Sequence[Mapping[str, Any]]) -> Samples:
@@ -105,6 +127,11 @@ def _judged(row: Mapping[str, Any]) -> Iterator[Said]:
         yield Said("reference", cut(str(row["reference"])))
     if "response" in row:
         yield Said("response", cut(str(row["response"])), ", ".join(figures))
+
+
+def _both(row: Mapping[str, Any]) -> Iterator[Said]:
+    """Those of quantize."""
+    yield from (Said(side, cut(str(row[side]))) for side in ("before", "after") if side in row)
 
 
 def _prompt(row: Mapping[str, Any]) -> str:

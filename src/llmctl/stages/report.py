@@ -9,7 +9,7 @@ from llmctl.files import check_out, replace_file, writing
 from llmctl.redact import redact
 from llmctl.reporting.markdown import summary
 from llmctl.reporting.page import GENERATOR, page
-from llmctl.reporting.runs import Record, read_generated, read_records
+from llmctl.reporting.runs import Record, read_beside, read_records
 
 PAGE = Path("report.html")
 HEAD_BYTES = 4000
@@ -22,10 +22,11 @@ def run(config: ReportConfig) -> dict[str, Any] | None:
     check_out(out, overwrite=config.overwrite or _is_ours(out))
     records, notes = read_records(config.runs)
     title = redact(config.title or _title(config.runs, records))
+    beside = read_beside(config.runs)
     if config.kind == "html":
-        text = page(records, notes, read_generated(config.runs), title)
+        text = page(records, notes, beside, title)
     else:
-        text = summary(records, notes, title)
+        text = summary(records, notes, beside, title)
     if out is not None:
         with writing(out):
             replace_file(out, text.encode())
@@ -43,7 +44,8 @@ def _title(named: list[Path], records: list[Record]) -> str:
     if len(named) == 1:
         return named[0].absolute().name
     names = [record.name for record in records]
-    return ", ".join(names) if len(names) <= 3 else f"{len(names)} runs"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _is_ours(out: Path | None) -> bool:
