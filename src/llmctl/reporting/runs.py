@@ -15,7 +15,7 @@ from llmctl.claim import METRICS, SAMPLES, as_object, read_json
 from llmctl.config.base import read_recipe
 from llmctl.console import SEEN
 from llmctl.errors import DataError, UserError
-from llmctl.redact import redacted
+from llmctl.redact import redact
 from llmctl.survey import Summary, summarize, survey
 
 ROWS = "rows.jsonl"
@@ -150,6 +150,7 @@ def _read(summary: Summary, name: str) -> Record:
     samples, _ = _lines(path / SAMPLES)
     rows, _ = _lines(path / ROWS, MOST_ROWS)
     notes = [f"{METRICS}: {bad} damaged lines are left out"] if bad else []
+    notes += _alarms(metrics)
     recipe: dict[str, Any] = {}
     try:
         recipe = read_recipe(path / "recipe.yaml")[0] if (path / "recipe.yaml").exists() else {}
@@ -171,14 +172,22 @@ def _read(summary: Summary, name: str) -> Record:
     )
 
 
-def clean(value: Any) -> Any:
-    """A value from a file, every text in it without secrets and control characters."""
+def clean(value: Any, known: dict[str, str] | None = None) -> Any:
+    """A value from a file, every text in it without secrets and control characters.
+
+    Args:
+        value: as JSON or YAML gives it.
+        known: texts that were cleaned before; keys are the same in every line of a file.
+    """
+    known = {} if known is None else known
     if isinstance(value, str):
-        return redacted(value).encode("utf-8", "replace").decode().translate(SEEN)
+        if value not in known:
+            known[value] = redact(value).encode("utf-8", "replace").decode().translate(SEEN)
+        return known[value]
     if isinstance(value, dict):
-        return {clean(str(key)): clean(item) for key, item in value.items()}
+        return {clean(str(key), known): clean(item, known) for key, item in value.items()}
     if isinstance(value, list):
-        return [clean(item) for item in value]
+        return [clean(item, known) for item in value]
     return value
 
 
@@ -188,7 +197,22 @@ def _lines(file: Path, most: int | None = None) -> tuple[list[dict[str, Any]], i
         return [], 0
     lines = [line for line in file.read_bytes().split(b"\n") if line.strip()]
     found = [as_object(line) for line in lines[:most]]
-    return [clean(row) for row in found if row], sum(not row for row in found)
+    known: dict[str, str] = {}
+    return [clean(row, known) for row in found if row], sum(not row for row in found)
+
+
+def _alarms(metrics: Sequence[dict[str, Any]]) -> list[str]:
+    """What PPO warned of, each alarm with the steps at which it rang."""
+    rang: dict[str, list[Any]] = {}
+    for row in metrics:
+        found = row.get("alarms")
+        for name in found if isinstance(found, list) else []:
+            rang.setdefault(str(name), []).append(row.get("step"))
+    return [
+        f"alarm at step {steps[0]}: {name}"
+        + (f", and {len(steps) - 1} more times" if len(steps) > 1 else "")
+        for name, steps in rang.items()
+    ]
 
 
 def _names(paths: Sequence[Path]) -> Iterator[str]:
