@@ -1,4 +1,4 @@
-"""The page of `llmctl report` in a real browser: widths, colours, pointer, no word to the network."""
+"""The page of `llmctl report` in a real browser: widths, colours, pointer, not a word to others."""
 
 import functools
 import http.server
@@ -70,6 +70,7 @@ def served(cli, tmp_path_factory):
     found = Served(folder)
     yield found
     found.server.shutdown()
+    found.server.server_close()
 
 
 @pytest.fixture
@@ -97,8 +98,8 @@ def test_it_fits_every_width_and_can_be_read(page, name, scheme):
     browser.js("document.querySelectorAll('details').forEach(e => { e.open = true })")
     for width, height in WIDTHS:
         browser.resize(width, height)
-        assert browser.js("document.documentElement.scrollWidth") <= width
         assert browser.js(OVERFLOWING) == [], width
+        assert browser.js("document.documentElement.scrollWidth") <= width
     assert browser.js(CONTRASTS) == []
     ground = browser.js("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", ground))) < 200) == (scheme == "dark")

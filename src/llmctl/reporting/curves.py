@@ -111,7 +111,9 @@ def _panel(base: str, keys: list[str], records: Sequence[Record], several: bool)
     values = [y for one in series for _, y in one.points]
     is_log = base == "lr" and bool(values) and min(values) > 0 and _is_steep(values)
     title = TITLES.get(base) or wording.label(base)
-    return Panel(base, title, wording.UNITS.get(base.rstrip("/"), ""), is_log, tuple(series))
+    is_policy = base == "loss" and records[0].stage == "ppo"  # of a clipped term, in no unit
+    unit = "" if is_policy else wording.UNITS.get(base.rstrip("/"), "")
+    return Panel(base, title, unit, is_log, tuple(series))
 
 
 def _color(key: str, sources: Sequence[str]) -> int:

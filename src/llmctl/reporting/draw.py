@@ -14,6 +14,8 @@ from llmctl.reporting.curves import Panel, Series
 WIDTH, HEIGHT = 400, 212
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 24
 TICKS = 4
+FEW = 20
+"""Points up to which each is marked."""
 COLORS = 6
 """Of the palette; further series are dashed."""
 
@@ -139,7 +141,7 @@ def _line(key: str, one: Series, x_scale: Scale, y_scale: Scale) -> Line:
     if one.smooth:
         style.append("noisy")
     placed = [(x_scale(x), y_scale(y)) for x, y in one.points]
-    few = len(placed) <= 40
+    few = len(placed) <= FEW
     band = [(x_scale(x), y_scale(a), y_scale(b)) for x, a, b in one.band]
     edge = [(x, low) for x, low, _ in band] + [(x, high) for x, _, high in reversed(band)]
     return Line(
