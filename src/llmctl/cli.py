@@ -34,10 +34,16 @@ COMMANDS = {
     "reward": ("RewardConfig", "Train a reward model on preferences, or score texts with one."),
     "dpo": ("DpoConfig", "Align a model with preferences directly, without a reward model."),
     "merge": ("MergeConfig", "Merge an adapter into its base model."),
+    "evaluate": (
+        "EvaluateConfig",
+        "Measure a model on texts, on questions with answers or on benchmarks; compare two.",
+    ),
+    "quantize": ("QuantizeConfig", "Make a model smaller, and measure what that costs."),
     "generate": ("GenerateConfig", "Generate text from a model."),
     "chat": ("ChatConfig", "Talk with a model in the terminal."),
     "report": ("ReportConfig", "Write a page on runs: curves, figures, samples, how to repeat."),
     "runs": ("RunsConfig", "List runs: how they went, how far they are, how to resume them."),
+    "doctor": ("DoctorConfig", "Check the installation and the machine, with a fix for each flaw."),
 }
 EXAMPLES = {
     "demo": "llmctl demo",
@@ -50,10 +56,13 @@ EXAMPLES = {
     "reward": "llmctl reward --model runs/sft --data preferences.jsonl -o runs/reward",
     "dpo": "llmctl dpo --model runs/sft --data preferences.jsonl --lora -o runs/dpo",
     "merge": "llmctl merge --model runs/sft -o runs/merged",
+    "evaluate": "llmctl evaluate --model runs/sft --data test.jsonl --metrics rouge -o runs/eval",
+    "quantize": "llmctl quantize --model runs/sft --bits 4 -o runs/small",
     "generate": 'llmctl generate --model runs/base --prompt "Once upon a time"',
     "chat": "llmctl chat --model runs/sft",
     "report": "llmctl report runs/ -o report.html",
     "runs": "llmctl runs runs/",
+    "doctor": "llmctl doctor",
 }
 EXIT_CODES = (
     "Exit codes: 0 done; 1 bug; 2 usage or recipe; 3 data or output directory; 4 model or "
