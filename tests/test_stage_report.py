@@ -258,7 +258,7 @@ def test_results_of_any_shape_become_tables(cli, tmp_path):
     assert "Lm head the output layer" in text
     assert "P before one after two" in text
     assert "A B difference 95 % Exact matches 50 % 25 % +0.25 +0.1 to +0.4" in text
-    assert "2+2? reference 4 response Exact matches 100 % 4" in text
+    assert "2+2? reference 4 a exact matches 100 % 4" in text
     assert "By task X Y N 3 5" in text
 
 
@@ -392,7 +392,10 @@ def test_ticks_are_round_and_inside(low, high, found):
 
 
 def test_a_flat_curve_of_one_point_is_drawn(tmp_path):
-    run = make_run(tmp_path / "run", "sft", metrics=[{"step": 5, "val_loss": 2.0}])
+    rows = [{"step": 5, "val_loss": 2.0}]
+    make_run(tmp_path / "done", "sft", metrics=rows)
+    assert panels(read_records([tmp_path / "done"])[0]) == ([], [])
+    run = make_run(tmp_path / "run", "sft", metrics=rows, state="failed")
     ((panel,), _) = panels(read_records([run])[0])
     drawing = draw(panel)
     assert len(drawing.lines[0].dots) == 1

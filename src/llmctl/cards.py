@@ -19,7 +19,6 @@ from llmctl.redact import redact
 CARD = "README.md"
 FOLDERS = ("model", "adapter", "value_model")
 TRAINED = ("pretrain", "sft", "reward", "ppo", "dpo")
-DATA_ROLES = ("data", "val_data", "tokens", "prompts")
 RELATIONS = {"merge": "merge", "quantize": "quantized"}
 KINDS = {
     "language": "a causal language model",
@@ -86,9 +85,9 @@ def _header(line: list[Step], kind: str, folder: Path) -> dict[str, Any]:
     """What the Hub reads: only what is known, and only names that it can have."""
     stage, is_adapter = str(line[-1].manifest.get("stage")), _is_adapter(folder)
     bases = [i for step in line for i in step.inputs if i.role in ("model", "base") and not i.run]
-    base = next((i.path for i in bases if i.is_hub_id), None)
+    base = next((i.hub_id for i in bases if i.hub_id), None)
     relation = "adapter" if is_adapter else RELATIONS.get(stage, "finetune")
-    data = [i.path for step in line for i in step.inputs if i.role in DATA_ROLES and i.is_hub_id]
+    data = [i.hub_id for step in line for i in step.inputs if i.is_data and i.hub_id]
     return {
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation" if kind == "language" else "text-classification",

@@ -12,7 +12,10 @@ from typing import Any
 
 from llmctl.claim import OWN_FOLDERS, is_llmctls, read_json
 
-HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"([\w][\w.-]*/[\w.-]+)(?:@[\w./-]+)?")
+"""A name on the Hub, and perhaps the revision that it is pinned to."""
+MODEL_ROLES = ("model", "base", "adapter", "tokens", "tokenizer", "reward_model", "compare")
+"""Roles of inputs that are no data."""
 _FOLDERS_BEFORE = re.compile(r"(^|=)~?/.*/")
 
 
@@ -28,10 +31,15 @@ class Input:
     """The run's directory that it is the result of, where it can be found."""
 
     @property
-    def is_hub_id(self) -> bool:
-        """Whether it has the name of something on the Hub, and is nothing on this disk."""
-        named = HUB_ID.fullmatch(self.path) is not None and self.run is None
-        return named and not Path(self.path).exists()
+    def is_data(self) -> bool:
+        """Whether it is text or rows, not a model or what belongs to one."""
+        return self.role not in MODEL_ROLES
+
+    @property
+    def hub_id(self) -> str | None:
+        """Its name on the Hub, without a revision; None for what is a run or on this disk."""
+        named = HUB_ID.fullmatch(self.path) if self.run is None else None
+        return named[1] if named and not Path(self.path).exists() else None
 
 
 @dataclass(frozen=True)

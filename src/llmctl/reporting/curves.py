@@ -84,7 +84,10 @@ class Panel:
 
 
 def panels(records: Sequence[Record]) -> tuple[list[Panel], list[Panel]]:
-    """The panels of runs of one stage: those in sight, and the others."""
+    """The panels of runs of one stage: those in sight, and the others.
+
+    A lone point of a run that is over is a figure, and no curve.
+    """
     keys = {key for record in records for row in record.metrics for key in _numbers(row)}
     if records[0].stage == "ppo":  # minus the objective, which is no loss of the policy's
         keys.discard("val_loss")
@@ -94,7 +97,12 @@ def panels(records: Sequence[Record]) -> tuple[list[Panel], list[Panel]]:
         groups.setdefault(base + slash, []).append(key)
     several = len(records) > 1
     made = {base: _panel(base, found, records, several) for base, found in groups.items()}
-    shown = {base: panel for base, panel in made.items() if panel.series}
+    is_over = all(record.state == "completed" for record in records)
+    shown = {
+        base: panel
+        for base, panel in made.items()
+        if panel.series and not (is_over and all(len(one.points) == 1 for one in panel.series))
+    }
     first = [shown[base] for base in FIRST if base in shown]
     others = dict.fromkeys([*(base for base in THEN if base in shown), *shown])
     return first, [shown[base] for base in others if base not in FIRST]

@@ -94,8 +94,8 @@ def _nodes(records: Sequence[Record]) -> dict[str, _Node]:
 
 
 def _node(key: str, step: Step, record: Record | None) -> _Node:
-    named = {_key(one): one.role for one in step.inputs if one.run or "data" not in one.role}
-    data = [one.path for one in step.inputs if one.run is None and "data" in one.role]
+    named = {_key(one): one.role for one in step.inputs if one.run or not one.is_data}
+    data = [one.path for one in step.inputs if one.run is None and one.is_data]
     more = f" +{len(data) - 1}" if len(data) > 1 else ""
     return _Node(
         key,
@@ -126,7 +126,7 @@ def _figure(record: Record) -> str:
 
 def _outside(step: Step) -> list[_Node]:
     """Models that no run of this disk made."""
-    models = [one for one in step.inputs if one.run is None and "data" not in one.role]
+    models = [one for one in step.inputs if one.run is None and not one.is_data]
     return [
         _Node(_key(one), one.role.replace("_", " "), clean(portable(one.path)),
               "", "", "elsewhere", "", (), ())

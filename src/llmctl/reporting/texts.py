@@ -57,10 +57,13 @@ def samples_of(record: Record) -> Iterator[Samples]:
     if twice:
         both = [Sample(_prompt(row), tuple(_both(row))) for row in twice]
         yield Samples("Before and after", tuple(both[:MOST]), len(both[MOST:]))
-    judged = [row for row in record.rows if _prompt(row)]
+    judged: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in record.rows:
+        if "response" in row:
+            judged.setdefault((str(row.get("row")), _prompt(row)), []).append(row)
     if judged:
-        found = [Sample(_prompt(row), tuple(_judged(row))) for row in judged[:MOST]]
-        yield Samples("What was judged", tuple(found), len(judged[MOST:]))
+        both = [Sample(key[1], tuple(_judged(rows))) for key, rows in judged.items()]
+        yield Samples("What was judged", tuple(both[:MOST]), len(both[MOST:]))
 
 
 def samples_of_all(records: Sequence[Record]) -> Iterator[Samples]:
@@ -116,17 +119,19 @@ def _grown(
     yield from (Sample(prompt, tuple(said)) for prompt, said in by_prompt.items())
 
 
-def _judged(row: Mapping[str, Any]) -> Iterator[Said]:
-    """A response beside the reference, with the figures of the row."""
-    figures = [
-        f"{wording.label(key)} {wording.value(key, value)}"
-        for key, value in wording.figures(row).copy()
-        if key not in ("row", "index", "seed", "number")
-    ]
-    if "reference" in row:
-        yield Said("reference", cut(str(row["reference"])))
-    if "response" in row:
-        yield Said("response", cut(str(row["response"])), ", ".join(figures))
+def _judged(rows: Sequence[Mapping[str, Any]]) -> Iterator[Said]:
+    """The reference, and what each model said with the figures of its row."""
+    if "reference" in rows[0]:
+        yield Said("reference", cut(str(rows[0]["reference"])))
+    for row in rows:
+        figures = [
+            f"{wording.label(key).lower()} {wording.value(key, value)}"
+            for key, value in wording.figures(row)
+            if key not in ("row", "line", "seed")
+        ]
+        side = str(row.get("side", "response"))
+        ended = row.get("finish_reason") != "length"
+        yield Said(side, cut(str(row["response"])), ", ".join(figures), ended)
 
 
 def _both(row: Mapping[str, Any]) -> Iterator[Said]:
