@@ -29,9 +29,9 @@ KINDS = {
 CLASSES = {"language": "AutoModelForCausalLM"}
 SECTIONS = {
     "language": """\
-Made to be tried, measured and trained further by whoever made it. It has been measured only by
-the figures above: what they do not show is not known. It is not ready to face people without
-tests of its own, least of all where a wrong answer does harm.""",
+Made to be tried, measured and trained further. It has been measured only by the figures above:
+what they do not show is not known. It is not ready to face people without tests of its own, least
+of all where a wrong answer does harm.""",
     "reward": """\
 Made to compare responses to one prompt, in training and in evaluation. Its numbers mean nothing
 between prompts, and little on texts unlike those it learned from. A policy trained on it will find
@@ -146,9 +146,13 @@ def _usage(kind: str, folder: Path) -> str:
     if _is_adapter(folder):
         name, library = name.replace("Auto", "AutoPeft", 1), "peft"
     more = ", num_labels=1" if _is_adapter(folder) and kind in ("reward", "value") else ""
+    imports = (
+        [f"from transformers import {name}, AutoTokenizer"]
+        if library == "transformers"
+        else [f"from {library} import {name}", "from transformers import AutoTokenizer"]
+    )
     lines = [
-        f"from {library} import {name}",
-        "from transformers import AutoTokenizer",
+        *imports,
         "",
         'folder = "."  # this one',
         "tokenizer = AutoTokenizer.from_pretrained(folder)",

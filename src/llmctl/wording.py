@@ -27,7 +27,7 @@ LABELS = {
     "foreign_turns": "Turns with an end that does not stop",
     "full_max": "Longest, before cutting",
     "grad_norm": "Gradient norm",
-    "kl": "KL from the reference",
+    "kl": "KL divergence",
     "kl_coef": "KL coefficient",
     "kwh": "Energy",
     "length": "Length of responses",
@@ -94,6 +94,8 @@ _SECONDS = re.compile(r"(?:^|_)(?:seconds|time)$")
 _COUNT = re.compile(
     r"(?:parameters|tokens|rows|pairs|steps?|documents|prompts|vocab_size|sequences|episodes)$"
 )
+SPEED = "tokens_per_second_"
+"""Followed by the type of the weights, in the results of quantize."""
 MISSING = "\N{EN DASH}"
 NARROW = "\N{NARROW NO-BREAK SPACE}"
 
@@ -105,6 +107,8 @@ def label(key: str) -> str:
     for end in ("_before", "_after"):
         if key.endswith(end):
             return f"{label(key.removesuffix(end))}, {end[1:]}"
+    if key.startswith(SPEED):
+        return f"{LABELS['tokens_per_second']}, {key.removeprefix(SPEED)}"
     if key.endswith("_interval"):
         return f"{label(key.removesuffix('_interval'))}, 95{NARROW}% interval"
     name, _, part = key.partition("/")

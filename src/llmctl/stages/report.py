@@ -30,7 +30,7 @@ def run(config: ReportConfig) -> dict[str, Any] | None:
     if out is not None:
         with writing(out):
             replace_file(out, text.encode())
-        log.info("%d runs, %s", len(records), out)
+        log.info("report on %s", ", ".join(record.name for record in records))
     elif not config.as_json:
         print(text, end="")
         return None
