@@ -41,6 +41,7 @@ COMMANDS = {
     "quantize": ("QuantizeConfig", "Make a model smaller, and measure what that costs."),
     "generate": ("GenerateConfig", "Generate text from a model."),
     "chat": ("ChatConfig", "Talk with a model in the terminal."),
+    "report": ("ReportConfig", "Write a page on runs: curves, figures, samples, how to repeat."),
     "runs": ("RunsConfig", "List runs: how they went, how far they are, how to resume them."),
     "doctor": ("DoctorConfig", "Check the installation and the machine, with a fix for each flaw."),
 }
@@ -59,6 +60,7 @@ EXAMPLES = {
     "quantize": "llmctl quantize --model runs/sft --bits 4 -o runs/small",
     "generate": 'llmctl generate --model runs/base --prompt "Once upon a time"',
     "chat": "llmctl chat --model runs/sft",
+    "report": "llmctl report runs/ -o report.html",
     "runs": "llmctl runs runs/",
     "doctor": "llmctl doctor",
 }

@@ -8,6 +8,7 @@ from llmctl.config.stages.finetuning import AuditConfig, MergeConfig, SftConfig
 from llmctl.config.stages.housekeeping import DemoConfig, DoctorConfig, RunsConfig
 from llmctl.config.stages.ppo import PpoConfig
 from llmctl.config.stages.pretraining import PRESETS, PretrainConfig, TokenizeConfig
+from llmctl.config.stages.reporting import ReportConfig
 from llmctl.config.stages.shrinking import QuantizeConfig
 from llmctl.config.stages.using import ChatConfig, GenerateConfig
 
@@ -25,6 +26,7 @@ __all__ = [
     "PretrainConfig",
     "QuantizeConfig",
     "RankConfig",
+    "ReportConfig",
     "RewardConfig",
     "RunsConfig",
     "SftConfig",
