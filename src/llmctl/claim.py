@@ -130,6 +130,13 @@ def claim(path: Path, *, overwrite: bool, resuming: bool) -> Claim:
     return Claim(path, frozenset(), {p.name: p.read_bytes() for p in records if p.is_file()})
 
 
+def can_go_on(path: Path) -> bool:
+    """Whether a run has something to resume from: a checkpoint, or rows of an evaluation."""
+    rows = path / ROWS
+    has_rows = rows.is_file() and rows.stat().st_size > 0
+    return has_rows or any((path / "checkpoints").glob("checkpoint-*"))
+
+
 def is_llmctls(manifest: Mapping[str, Any]) -> bool:
     """Whether a run of llmctl's wrote the manifest."""
     versions = manifest.get("versions")

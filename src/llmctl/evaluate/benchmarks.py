@@ -1,14 +1,17 @@
 """Benchmarks of lm-eval: the model as llmctl loaded it in, a row for each task out."""
 
 import difflib
+import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from llmctl.claim import SAMPLES
 from llmctl.config.stages import EvaluateConfig
+from llmctl.console import is_terminal, log
 from llmctl.errors import DataError, NetworkError, UserError
 from llmctl.evaluate.libraries import require_library
 from llmctl.evaluate.plan import Subject
@@ -98,27 +101,32 @@ def _evaluate(
         max_length=config.context,
     )
     chat = subject.tokenizer.chat_template is not None and not config.plain
+    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     try:
-        found = simple_evaluate(
-            model=judged,
-            tasks=[task],
-            num_fewshot=config.shots,
-            limit=config.limit,
-            task_manager=manager,
-            apply_chat_template=chat,
-            system_instruction=config.system,
-            random_seed=config.seed,
-            numpy_random_seed=config.seed,
-            torch_random_seed=config.seed,
-            fewshot_random_seed=config.seed,
-            bootstrap_iters=0,
-        )
+        with _bars():
+            found = simple_evaluate(
+                model=judged,
+                tasks=[task],
+                num_fewshot=config.shots,
+                limit=config.limit,
+                task_manager=manager,
+                apply_chat_template=chat,
+                system_instruction=config.system,
+                bootstrap_iters=0,
+                **dict.fromkeys(seeds, config.seed),
+            )
     except ConnectionError as error:
         raise NetworkError(
             f"--tasks {task}: its data cannot be had: {str(error).splitlines()[0]}",
             hint="connect, or pass a task whose data_files are local with --task-path",
         ) from None
     return dict(found)
+
+
+def _bars() -> AbstractContextManager[object]:
+    """Its progress bars are for a terminal."""
+    shown = is_terminal() and log.isEnabledFor(logging.INFO)
+    return nullcontext() if shown else redirect_stderr(io.StringIO())
 
 
 def _figures(found: Mapping[str, Any]) -> dict[str, float]:

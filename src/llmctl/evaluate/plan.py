@@ -4,6 +4,7 @@ All of it is known before any weight is loaded, so that a refusal costs seconds.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
@@ -20,6 +21,7 @@ from llmctl.evaluate.data import Data, read_data, read_questions
 from llmctl.evaluate.metrics import Scorer, make_scorer
 from llmctl.models import load_config, load_tokenizer, local_folder
 from llmctl.rundir import resolve_model
+from llmctl.vetting import read_object
 
 MOST_CONTEXT = 2048
 """Tokens of a window, where the model would take more and nothing else was asked for."""
@@ -58,6 +60,8 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase
     labels: tuple[str, ...] | None
     """Those of a classifier."""
+    virtual_tokens: int
+    """Positions that an adapter's learned prompt takes."""
 
     def asking(self, config: EvaluateConfig, clock: str | None) -> Asking:
         """How questions are put to it."""
@@ -71,6 +75,7 @@ class Subject:
             UserError: more than it has positions for.
         """
         there = context_size(self.shape)
+        there = there and there - self.virtual_tokens
         if config.context and there and config.context > there:
             raise UserError(f"--context {config.context:,}: the model has {there:,} positions")
         context = config.context or min(there or MOST_CONTEXT, MOST_CONTEXT)
@@ -116,7 +121,10 @@ def look_at(config: EvaluateConfig, plan: Plan | None, reference: str) -> Subjec
         UserError: metrics that it cannot have.
     """
     shape, tokenizer = load_config(reference), load_tokenizer(reference)
-    subject = Subject(reference, shape, tokenizer, _labels(reference, shape))
+    folder = local_folder(resolve_model(reference))
+    adapter = read_object(folder / "adapter_config.json") if is_adapter(folder) else None
+    virtual = int((adapter or {}).get("num_virtual_tokens") or 0)
+    subject = Subject(reference, shape, tokenizer, _labels(folder, shape, adapter), virtual)
     if subject.labels is not None:
         _require_classifier(subject, plan)
         return subject
@@ -162,12 +170,24 @@ def _models(config: EvaluateConfig) -> list[tuple[str, str]]:
     return [(name, text) for name, text in zip(names, given, strict=True) if text is not None]
 
 
-def _labels(reference: str, shape: PreTrainedConfig) -> tuple[str, ...] | None:
-    """Labels of a classifier; an adapter's stand in the configuration beside it."""
-    folder = local_folder(resolve_model(reference))
-    if is_adapter(folder) and (folder / "config.json").exists():
-        shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    return own_labels(shape)
+def _labels(
+    folder: Path, shape: PreTrainedConfig, adapter: dict[str, Any] | None
+) -> tuple[str, ...] | None:
+    """Labels of a classifier; an adapter's stand in the configuration beside it.
+
+    Raises:
+        ModelError: an adapter for a classifier, without that.
+    """
+    if adapter is None:
+        return own_labels(shape)
+    if adapter.get("task_type") != "SEQ_CLS":
+        return None
+    if not (folder / "config.json").exists():
+        raise ModelError(
+            "this adapter is a classifier's, and no config.json names its labels", file=folder
+        )
+    named = AutoConfig.from_pretrained(folder, trust_remote_code=False).id2label
+    return tuple(str(named[number]) for number in sorted(named))
 
 
 def _require_classifier(subject: Subject, plan: Plan | None) -> None:
