@@ -299,6 +299,8 @@ def test_examples_are_never_the_row_itself():
     assert asked != choose_shots(rows, rows, 3, seed=2)
     held = choose_shots([*rows, question("0", "other", 9)], None, 3, seed=1)
     assert all(one.shots == held[0].shots for one in held)
+    fewer = choose_shots([*rows, question("0", "other", 9)], None, 2, seed=1)
+    assert fewer[0].shots == held[0].shots[:2]
     taken = {shot.text for shot in held[0].shots}
     assert taken.isdisjoint(one.question.text for one in held)
     assert taken | {one.question.text for one in held} == {str(k) for k in range(8)}
@@ -498,7 +500,7 @@ def benchmark(tmp_path):
 
 @pytest.mark.slow  # importing lm-eval takes seconds
 @pytest.mark.filterwarnings("ignore")
-def test_tasks_are_those_of_lm_eval(cli, figures, roomy, benchmark, tmp_path):
+def test_tasks_are_those_of_lm_eval(cli, figures, roomy, benchmark, tmp_path, monkeypatch):
     run = ("--tasks", "pick,say", "--task-path", benchmark, "--plain", "--threads", 1)
     found = figures(roomy, *run, "--compare", roomy, "-o", tmp_path / "run")
     model, tokenizer = load_causal_lm(str(roomy), dtype=torch.float32), load_tokenizer(str(roomy))
@@ -517,6 +519,21 @@ def test_tasks_are_those_of_lm_eval(cli, figures, roomy, benchmark, tmp_path):
     samples = [json.loads(x) for x in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     assert {sample["task"] for sample in samples} == {"pick", "say"}
     assert len(samples) == 24
+    append = Journal.append
+
+    def stopping(self, row):
+        if row["task"] == "say":
+            raise KeyboardInterrupt
+        append(self, row)
+
+    monkeypatch.setattr(Journal, "append", stopping)
+    stopped = cli("evaluate", "--model", roomy, *run, "--compare", roomy, "-o", tmp_path / "part")
+    monkeypatch.setattr(Journal, "append", append)
+    assert stopped.code == 130
+    again = figures(roomy, *run, "--compare", roomy, "-o", tmp_path / "part", "--resume")
+    assert {**again, "out": None} == {**found, "out": None}
+    for name in (ROWS, "samples.jsonl"):
+        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
     gated = cli(
         *("evaluate", "--model", roomy, "--tasks", "pick", "--task-path", benchmark, "--plain"),
         *("--limit", 2, "--threads", 1, "--require", "pick/acc>1"),

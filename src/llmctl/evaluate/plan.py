@@ -5,7 +5,7 @@ All of it is known before any weight is loaded, so that a refusal costs seconds.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -16,8 +16,8 @@ from llmctl.data.labels import listed, own_labels
 from llmctl.data.responses import is_encoder
 from llmctl.decode.loop import context_size
 from llmctl.errors import DataError, ModelError, UserError
-from llmctl.evaluate.asking import Asked, Asking, choose_shots, require_room
-from llmctl.evaluate.data import Data, read_data, read_questions
+from llmctl.evaluate.asking import Asked, Asking, Choose, choose_shots, require_room
+from llmctl.evaluate.data import Data, Question, read_data, read_questions
 from llmctl.evaluate.metrics import Scorer, make_scorer
 from llmctl.models import load_config, load_tokenizer, local_folder
 from llmctl.rundir import resolve_model
@@ -39,6 +39,8 @@ class Plan:
     data: Data
     asked: list[Asked]
     """Questions with the examples before them."""
+    choose: Choose
+    """The same with another number of examples."""
     metrics: tuple[str, ...]
     scorer: Scorer
     inputs: list[dict[str, Any]]
@@ -95,21 +97,23 @@ def make_plan(config: EvaluateConfig, clock: str | None) -> Plan:
     """
     data = read_data(config)
     metrics = tuple(config.metrics) or (() if config.reward_model else DEFAULTS[data.kind])
-    asked, inputs = [], data.inputs
     if data.kind == "documents" and config.shots:
         raise UserError("--shots goes with questions, and these are texts")
-    if data.kind != "documents":
-        others = None
-        if config.shots_data:
-            task = "classify" if data.kind == "labels" else "chat"
-            others, more = read_questions(config.shots_data, config, task, ["--shots"], "shots")  # type: ignore[arg-type]
-            inputs = [*inputs, *more]
-        asked = choose_shots(data.questions, others, config.shots or 0, config.seed)[: config.limit]
+    others: list[Question] | None = None
+    more: list[dict[str, Any]] = []
+    if config.shots_data:
+        task: Literal["classify", "chat"] = "classify" if data.kind == "labels" else "chat"
+        others, more = read_questions(config.shots_data, config, task, ["--shots"], "shots")
+
+    def choose(count: int) -> list[Asked]:
+        return choose_shots(data.questions, others, count, config.seed)[: config.limit]
+
+    asked = choose(config.shots or 0)
     settled = config.model_copy(update={"metrics": list(metrics)})
     scorer = make_scorer(settled, [one.question for one in asked])
     if config.reward_model:
         metrics += ("reward",)
-    return Plan(data, asked, metrics, scorer, inputs, clock)
+    return Plan(data, asked, choose, metrics, scorer, [*data.inputs, *more], clock)
 
 
 def look_at(config: EvaluateConfig, plan: Plan | None, reference: str) -> Subject:
@@ -141,7 +145,7 @@ def look_at(config: EvaluateConfig, plan: Plan | None, reference: str) -> Subjec
         subject.window(config)
     if plan.data.kind != "documents":
         new = config.max_new_tokens if plan.generates else 1
-        require_room(subject.asking(config, plan.clock), plan.asked, new)
+        require_room(subject.asking(config, plan.clock), plan.choose, config.shots or 0, new)
     return subject
 
 
