@@ -9,9 +9,9 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "llmctl"
 FLOORS = [  # a module imports from floors below its own, and from its own package or floor
-    {"errors", "console", "files", "provenance", "redact", "stopping"},
+    {"errors", "console", "files", "provenance", "redact", "stopping", "energy", "wording"},
     {"config"},
-    {"rundir", "claim", "options", "lock", "survey"},
+    {"rundir", "claim", "options", "lock", "survey", "trackers", "lineage", "cards"},
     {
         "hardware",
         "headed",
@@ -20,18 +20,21 @@ FLOORS = [  # a module imports from floors below its own, and from its own packa
         "models",
         "embeddings",
         "adapters",
+        "attention",
         "quantized",
         "merging",
         "checkpoint",
+        "checkup",
         "data",
         "decode",
         "exchanges",
+        "gguf_file",
         "resume",
         "scoring",
         "shapes",
         "vetting",
     },
-    {"training", "feedback", "ppo", "evaluate"},
+    {"training", "feedback", "ppo", "evaluate", "quantize"},
     {"stages"},
     {"pipeline"},
     {"cli"},
@@ -40,7 +43,8 @@ FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 HEAVY = {"torch", "transformers", "accelerate", "trl", "peft", "datasets", "bitsandbytes"}
 OWNERS = {
     "typer": {"cli", "options"},
-    "bitsandbytes": {"quantized", "training"},
+    "torchao": {"quantize"},
+    "bitsandbytes": {"quantized", "training", "checkup"},
     "yaml": {"config"},
     "filelock": {"lock"},
     "accelerate": {"training", "ppo", "stages"},

@@ -38,9 +38,11 @@ COMMANDS = {
         "EvaluateConfig",
         "Measure a model on texts, on questions with answers or on benchmarks; compare two.",
     ),
+    "quantize": ("QuantizeConfig", "Make a model smaller, and measure what that costs."),
     "generate": ("GenerateConfig", "Generate text from a model."),
     "chat": ("ChatConfig", "Talk with a model in the terminal."),
     "runs": ("RunsConfig", "List runs: how they went, how far they are, how to resume them."),
+    "doctor": ("DoctorConfig", "Check the installation and the machine, with a fix for each flaw."),
 }
 EXAMPLES = {
     "demo": "llmctl demo",
@@ -54,9 +56,11 @@ EXAMPLES = {
     "dpo": "llmctl dpo --model runs/sft --data preferences.jsonl --lora -o runs/dpo",
     "merge": "llmctl merge --model runs/sft -o runs/merged",
     "evaluate": "llmctl evaluate --model runs/sft --data test.jsonl --metrics rouge -o runs/eval",
+    "quantize": "llmctl quantize --model runs/sft --bits 4 -o runs/small",
     "generate": 'llmctl generate --model runs/base --prompt "Once upon a time"',
     "chat": "llmctl chat --model runs/sft",
     "runs": "llmctl runs runs/",
+    "doctor": "llmctl doctor",
 }
 EXIT_CODES = (
     "Exit codes: 0 done; 1 bug; 2 usage or recipe; 3 data or output directory; 4 model or "

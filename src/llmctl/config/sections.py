@@ -29,6 +29,15 @@ def _names(value: Any) -> Any:
     return [part.strip().replace("-", "_") for part in parts if part.strip()]
 
 
+def _tracker_names(value: Any) -> Any:
+    """`tensorboard,wandb` as a list; `none` is nobody."""
+    parts = [value] if isinstance(value, str) else value
+    if not isinstance(parts, list):
+        return value
+    names = [name.strip() for part in parts for name in str(part).split(",")]
+    return list(dict.fromkeys(name for name in names if name not in ("", "none")))
+
+
 class Reporting(Fields):
     """What a command prints."""
 
@@ -195,7 +204,18 @@ class Checkpoints(Fields):
         return self
 
 
-class Resumable(Checkpoints, StageConfig):
+class Trackers(Fields):
+    """Who else is told how training goes."""
+
+    report_to: Annotated[
+        list[Literal["tensorboard", "trackio", "wandb"]],
+        BeforeValidator(_tracker_names),
+        Also("tracker", "trackers", "logger"),
+    ] = []
+    """Trackers that get what metrics.jsonl gets, with commas between; by default none."""
+
+
+class Resumable(Checkpoints, Trackers, StageConfig):
     """Fields of every command that trains."""
 
 

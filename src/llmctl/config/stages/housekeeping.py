@@ -1,4 +1,4 @@
-"""Configs of the commands around the stages: `demo` and `runs`."""
+"""Configs of the commands around the stages: `demo`, `runs` and `doctor`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -24,3 +24,7 @@ class RunsConfig(Config, Reporting):
 
     directory: Annotated[Path | None, Argument("DIR"), Control] = None
     """Directory to look in; by default runs/ where there is one, else the current directory."""
+
+
+class DoctorConfig(Config, Reporting):
+    """Check the installation and the machine, with a fix for each flaw."""
