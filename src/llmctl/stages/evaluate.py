@@ -27,8 +27,9 @@ def run(config: EvaluateConfig) -> dict[str, Any] | None:
         if place is not None:
             require_same(place.manifest.get("identity"), found.identity)
             place.record(inputs=found.inputs, identity=found.identity, clock=clock)
-            place.forget_metrics_after(-1)
         with open_rows(place) as rows:
+            if place is not None:
+                place.forget_metrics_after(len(rows.rows))
             figures = evaluate(found, rows, place)
         result = {"stage": "evaluate", "out": str(config.out), "model": config.model}
         result |= {"status": "completed", **figures}
@@ -58,7 +59,7 @@ def _settle(config: EvaluateConfig, place: Run | None, result: dict[str, Any]) -
     """
     show_table(result)
     if place is not None:
-        place.log({"step": result["rows"], **figures_in(result)})
+        place.log(figures_in(result))
     try:
         check_gates(config.require, gated(result))
     except GateError as error:
