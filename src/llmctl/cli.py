@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from llmctl.config.sections import Reporting
 
 COMMANDS = {
-    "demo": (
-        "DemoConfig",
-        "Tokenize, pretrain, generate and fine-tune on what every Python carries.",
+    "demo": ("DemoConfig", "Take a small model through its whole life, on what is built in."),
+    "run": (
+        "RunConfig",
+        "Run a life cycle: the stages of a recipe, each on the results of those before it.",
     ),
     "tokenize": ("TokenizeConfig", "Train a tokenizer and turn a corpus into token shards."),
     "pretrain": ("PretrainConfig", "Train a causal language model from scratch, or continue one."),
@@ -47,6 +48,7 @@ COMMANDS = {
 }
 EXAMPLES = {
     "demo": "llmctl demo",
+    "run": "llmctl run recipes/life.yaml -o runs/life",
     "tokenize": "llmctl tokenize --data corpus.txt -o runs/tok",
     "pretrain": "llmctl pretrain --tokens runs/tok -o runs/base",
     "audit": "llmctl audit examples.jsonl --model runs/base",
@@ -160,8 +162,8 @@ def _finished_already(name: str, config: "Reporting") -> dict[str, Any] | None:
 
 def _carry_out(name: str, config: "Reporting") -> dict[str, Any] | None:
     """Import the command's module and run it; a signal unwinds it and is one line."""
-    stage = "pipeline" if name == "demo" else f"stages.{name}"
-    run: Callable[[Any], dict[str, Any] | None] = import_module(f"llmctl.{stage}").run
+    package = "pipeline" if name in ("run", "demo") else "stages"
+    run: Callable[[Any], dict[str, Any] | None] = import_module(f"llmctl.{package}.{name}").run
     with raising():
         return run(config)
 

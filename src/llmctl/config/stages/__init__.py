@@ -5,7 +5,7 @@ from llmctl.config.stages.dpo import DpoConfig
 from llmctl.config.stages.evaluating import EvaluateConfig
 from llmctl.config.stages.feedback import RankConfig
 from llmctl.config.stages.finetuning import AuditConfig, MergeConfig, SftConfig
-from llmctl.config.stages.housekeeping import DemoConfig, DoctorConfig, RunsConfig
+from llmctl.config.stages.housekeeping import DemoConfig, DoctorConfig, RunConfig, RunsConfig
 from llmctl.config.stages.ppo import PpoConfig
 from llmctl.config.stages.pretraining import PRESETS, PretrainConfig, TokenizeConfig
 from llmctl.config.stages.reporting import ReportConfig
@@ -28,6 +28,7 @@ __all__ = [
     "RankConfig",
     "ReportConfig",
     "RewardConfig",
+    "RunConfig",
     "RunsConfig",
     "SftConfig",
     "TokenizeConfig",
