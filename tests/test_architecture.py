@@ -11,7 +11,7 @@ SRC = Path(__file__).parents[1] / "src" / "llmctl"
 FLOORS = [  # a module imports from floors below its own, and from its own package or floor
     {"errors", "console", "files", "provenance", "redact", "stopping"},
     {"config"},
-    {"rundir", "claim", "options", "lock", "survey"},
+    {"rundir", "claim", "dryrun", "options", "lock", "survey"},
     {
         "hardware",
         "headed",
@@ -30,7 +30,7 @@ FLOORS = [  # a module imports from floors below its own, and from its own packa
         "shapes",
         "vetting",
     },
-    {"training", "feedback", "ppo"},
+    {"training", "feedback", "ppo", "planning"},
     {"stages"},
     {"pipeline"},
     {"cli"},
@@ -42,7 +42,7 @@ OWNERS = {
     "bitsandbytes": {"quantized", "training"},
     "yaml": {"config"},
     "filelock": {"lock"},
-    "accelerate": {"training", "ppo", "stages"},
+    "accelerate": {"training", "ppo", "planning", "stages"},
 }
 MODULES = sorted(p for p in SRC.rglob("*.py") if p.stem not in ("__init__", "__main__"))
 

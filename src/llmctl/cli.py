@@ -34,6 +34,10 @@ COMMANDS = {
     "reward": ("RewardConfig", "Train a reward model on preferences, or score texts with one."),
     "dpo": ("DpoConfig", "Align a model with preferences directly, without a reward model."),
     "merge": ("MergeConfig", "Merge an adapter into its base model."),
+    "plan": (
+        "PlanConfig",
+        "Tell what a run takes before it runs: memory, FLOPs, time, tokens, devices.",
+    ),
     "generate": ("GenerateConfig", "Generate text from a model."),
     "chat": ("ChatConfig", "Talk with a model in the terminal."),
     "runs": ("RunsConfig", "List runs: how they went, how far they are, how to resume them."),
@@ -49,6 +53,7 @@ EXAMPLES = {
     "reward": "llmctl reward --model runs/sft --data preferences.jsonl -o runs/reward",
     "dpo": "llmctl dpo --model runs/sft --data preferences.jsonl --lora -o runs/dpo",
     "merge": "llmctl merge --model runs/sft -o runs/merged",
+    "plan": "llmctl plan recipes/sft-lora.yaml --shape llama-2-7b --device-memory 80GB",
     "generate": 'llmctl generate --model runs/base --prompt "Once upon a time"',
     "chat": "llmctl chat --model runs/sft",
     "runs": "llmctl runs runs/",

@@ -17,6 +17,7 @@ from llmctl.config.stages import (
     TokenizeConfig,
 )
 from llmctl.console import duration, log
+from llmctl.dryrun import show_recipes
 from llmctl.stages import generate, pretrain, sft, tokenize
 
 DATA = "builtin:python-docs"
@@ -50,9 +51,8 @@ def run(config: DemoConfig) -> dict[str, Any] | None:
         **common,
     )
     if config.dry_run:
-        recipes = (tokenizing.to_yaml("tokenize"), training.to_yaml("pretrain"))
-        print("---\n".join([*recipes, tuning.to_yaml("sft")]), end="")
-        return None
+        recipes = [("tokenize", tokenizing), ("pretrain", training), ("sft", tuning)]
+        return show_recipes(recipes, as_json=config.as_json)
     started = time.monotonic()
     log.info("1/4  tokenize: Python's own documentation -> %s", out / "tok")
     tokenize.run(tokenizing)

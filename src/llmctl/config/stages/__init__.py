@@ -5,6 +5,7 @@ from llmctl.config.stages.dpo import DpoConfig
 from llmctl.config.stages.feedback import RankConfig
 from llmctl.config.stages.finetuning import AuditConfig, MergeConfig, SftConfig
 from llmctl.config.stages.housekeeping import DemoConfig, RunsConfig
+from llmctl.config.stages.planning import PlanConfig
 from llmctl.config.stages.ppo import PpoConfig
 from llmctl.config.stages.pretraining import PRESETS, PretrainConfig, TokenizeConfig
 from llmctl.config.stages.using import ChatConfig, GenerateConfig
@@ -17,6 +18,7 @@ __all__ = [
     "DpoConfig",
     "GenerateConfig",
     "MergeConfig",
+    "PlanConfig",
     "PpoConfig",
     "PretrainConfig",
     "RankConfig",
