@@ -4,6 +4,7 @@ from typing import Any
 
 from llmctl import hardware
 from llmctl.config.stages import QuantizeConfig
+from llmctl.dryrun import show_recipes
 from llmctl.quantize.job import announce, prepare
 from llmctl.quantize.making import make_folder, make_gguf
 from llmctl.quantize.methods import check_method
@@ -17,9 +18,8 @@ def run(config: QuantizeConfig) -> dict[str, Any] | None:
     check_method(config, device)
     job = prepare(config, device)
     if config.dry_run:
-        print(config.to_yaml("quantize"), end="")
         announce(job, config)
-        return None
+        return show_recipes([("quantize", config)], as_json=config.as_json)
     with open_run("quantize", config) as run:
         run.record(threads=threads, device=hardware.device_name(device), inputs=job.inputs())
         with hardware.memory_errors():
