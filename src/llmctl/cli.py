@@ -35,6 +35,10 @@ COMMANDS = {
     "reward": ("RewardConfig", "Train a reward model on preferences, or score texts with one."),
     "dpo": ("DpoConfig", "Align a model with preferences directly, without a reward model."),
     "merge": ("MergeConfig", "Merge an adapter into its base model."),
+    "plan": (
+        "PlanConfig",
+        "Tell what a run takes before it runs: memory, FLOPs, time, tokens, devices.",
+    ),
     "evaluate": (
         "EvaluateConfig",
         "Measure a model on texts, on questions with answers or on benchmarks; compare two.",
@@ -42,6 +46,7 @@ COMMANDS = {
     "quantize": ("QuantizeConfig", "Make a model smaller, and measure what that costs."),
     "generate": ("GenerateConfig", "Generate text from a model."),
     "chat": ("ChatConfig", "Talk with a model in the terminal."),
+    "report": ("ReportConfig", "Write a page on runs: curves, figures, samples, how to repeat."),
     "runs": ("RunsConfig", "List runs: how they went, how far they are, how to resume them."),
     "doctor": ("DoctorConfig", "Check the installation and the machine, with a fix for each flaw."),
 }
@@ -57,10 +62,12 @@ EXAMPLES = {
     "reward": "llmctl reward --model runs/sft --data preferences.jsonl -o runs/reward",
     "dpo": "llmctl dpo --model runs/sft --data preferences.jsonl --lora -o runs/dpo",
     "merge": "llmctl merge --model runs/sft -o runs/merged",
+    "plan": "llmctl plan recipes/sft-lora.yaml --shape llama-2-7b --device-memory 80GB",
     "evaluate": "llmctl evaluate --model runs/sft --data test.jsonl --metrics rouge -o runs/eval",
     "quantize": "llmctl quantize --model runs/sft --bits 4 -o runs/small",
     "generate": 'llmctl generate --model runs/base --prompt "Once upon a time"',
     "chat": "llmctl chat --model runs/sft",
+    "report": "llmctl report runs/ -o report.html",
     "runs": "llmctl runs runs/",
     "doctor": "llmctl doctor",
 }

@@ -85,14 +85,14 @@ class QuantizeConfig(StageConfig):
         if self.library is None and self.gguf is None and self.dtype == "auto":
             raise ValueError(f"say how small: {WAYS}")
         if self.gguf is not None:
-            _refuse(self, ("bits", "method", "dtype", "keep"), given, "--gguf")
+            _refuse(self, ("bits", "method", "dtype"), given, "--gguf")
         if self.library != "bnb" or self.width != 4:
             unused = [name for name in ("quant_type", "double_quant") if name in given]
             if unused:
                 raise ValueError(f"{self.flag(unused[0])} goes with 4 bits of --method bnb")
         if self.dynamic and (self.library != "torchao" or self.width != 8):
             raise ValueError("--dynamic goes with --method torchao and 8 bits")
-        if self.library is None:
+        if self.library is None and self.gguf is None:
             _refuse(self, ("keep",), given, "a plain cast")
         return self
 
