@@ -6,6 +6,7 @@ from typing import Any
 
 from llmctl.config.stages import EvaluateConfig
 from llmctl.console import log
+from llmctl.dryrun import show_recipes
 from llmctl.errors import GateError
 from llmctl.evaluate.evaluation import Evaluation, evaluate, prepare, require_same
 from llmctl.evaluate.gates import check_gates
@@ -19,8 +20,7 @@ def run(config: EvaluateConfig) -> dict[str, Any] | None:
     if config.dry_run:
         found = prepare(config, None)
         log.info(_planned(found))
-        print(config.to_yaml("evaluate"), end="")
-        return None
+        return show_recipes([("evaluate", config)], as_json=config.as_json)
     with _opened(config) as place:
         clock = None if place is None else str(place.manifest.get("clock") or now())
         found = prepare(config, clock)
