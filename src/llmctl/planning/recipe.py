@@ -23,6 +23,7 @@ from llmctl.data.labelled import load_labelled
 from llmctl.data.preferred import load_preferences
 from llmctl.data.prompts import read_prompts
 from llmctl.data.supervised import load_supervised
+from llmctl.decode.loop import context_size
 from llmctl.errors import UserError
 from llmctl.models import load_config, load_tokenizer, parameter_count
 from llmctl.planning.found import (
@@ -30,6 +31,7 @@ from llmctl.planning.found import (
     counted_share,
     ppo_work,
     pretrain_work,
+    scores,
     shape_to_train,
     tuning_work,
 )
@@ -180,19 +182,16 @@ def _guess(
 def _plan_tuning(recipe: Tuned, asked: PlanConfig, device: str) -> Planned:
     notes: tuple[str, ...] = ()
     config = load_config(recipe.model) if asked.shape is None else config_of(asked.shape)
-    scores = isinstance(recipe, RewardConfig) or (
-        isinstance(recipe, SftConfig) and recipe.task == "classify"
-    )
-    shape = shape_to_train(config, scores=scores)
     share, knows = 1.0, asked.rows is not None or recipe.max_steps is not None
     if asked.shape is None and asked.length is None:
-        lengths, share = _lengths(recipe)
+        lengths, share, config.num_labels = _lengths(recipe)
         knows = True
     else:
-        limit = recipe.max_length or min(shape.context or LONGEST, LONGEST)
+        limit = recipe.max_length or min(context_size(config) or LONGEST, LONGEST)
         lengths = [asked.length or limit] * (asked.rows or ROWS)
         notes = (f"the data is not read: every sequence has {lengths[0]:,} tokens",)
-    trained = _trained(recipe, config, shape.parameters, scores=scores)
+    shape = shape_to_train(config, labels=config.num_labels if scores(recipe) else 0)
+    trained = _trained(recipe, config, shape.parameters, labelled=scores(recipe))
     plan = make_tuning_plan(
         recipe,
         parameters=shape.parameters,
@@ -215,28 +214,29 @@ def _plan_tuning(recipe: Tuned, asked: PlanConfig, device: str) -> Planned:
     return work, config, notes
 
 
-def _lengths(recipe: Tuned) -> tuple[list[int], float]:
-    """Tokens of each row, and the largest share of one that counts."""
+def _lengths(recipe: Tuned) -> tuple[list[int], float, int]:
+    """Tokens of each row, the largest share of one that counts, and how many labels there are."""
     if isinstance(recipe, RewardConfig):
-        return load_preferences(recipe, None).train.lengths.tolist(), 0.0
+        return load_preferences(recipe, None).train.lengths.tolist(), 0.0, 1
     if isinstance(recipe, DpoConfig):
         pairs = load_pairs(recipe, None).train
-        return pairs.lengths.tolist(), counted_share(pairs.chosen, pairs.rejected)
+        return pairs.lengths.tolist(), counted_share(pairs.chosen, pairs.rejected), 1
     if recipe.task == "classify":
-        return load_labelled(recipe).train.lengths.tolist(), 0.0
-    data = load_supervised(recipe, recipe.prompt_tuning or 0, None)
-    rows = Rows(data.train, 0, data.max_length if recipe.packing else None)
-    return rows.lengths, counted_share(data.train)
+        data = load_labelled(recipe)
+        return data.train.lengths.tolist(), 0.0, len(data.labels)
+    examples = load_supervised(recipe, recipe.prompt_tuning or 0, None)
+    rows = Rows(examples.train, 0, examples.max_length if recipe.packing else None)
+    return rows.lengths, counted_share(examples.train), 1
 
 
 def _trained(
-    recipe: Tuned | PpoConfig, config: PreTrainedConfig, parameters: int, *, scores: bool
+    recipe: Tuned | PpoConfig, config: PreTrainedConfig, parameters: int, *, labelled: bool = False
 ) -> int:
     """Parameters that train: all, or those of the adapter, which is put on a model of no weight."""
     if not recipe.has_adapter:
         return parameters
-    model = shapes.meta_model(config, scores=scores)
-    adapted: PeftModel = adapt(model, recipe, task="classify" if scores else "chat")
+    model = shapes.meta_model(config, scores=labelled)
+    adapted: PeftModel = adapt(model, recipe, task="classify" if labelled else "chat")
     return trainable_parameters(adapted)[0]
 
 
@@ -265,7 +265,7 @@ def _plan_ppo(recipe: PpoConfig, asked: PlanConfig, device: str) -> Planned:
             plan,
             shape,
             prompts,
-            _trained(recipe, config, shape.parameters, scores=False),
+            _trained(recipe, config, shape.parameters),
             judges,
             device=device,
             world=asked.devices,
