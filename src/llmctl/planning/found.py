@@ -16,37 +16,10 @@ from llmctl.planning.work import Episodes, Work
 from llmctl.ppo.plan import CPU_PASS_LOGITS, GPU_PASS_LOGITS, PpoPlan
 from llmctl.quantized import LoadIn
 from llmctl.training.base import load_in
-from llmctl.training.plan import Plan
 from llmctl.training.tuning import TuningPlan
 
 Tuned = SftConfig | RewardConfig | DpoConfig
 PAIRED = ("reward", "dpo")
-
-
-def pretrain_work(plan: Plan, shape: Shape, device: str) -> Work:
-    """Of pretraining: every position has logits."""
-    return Work(
-        stage="pretrain",
-        shape=shape,
-        device=device,
-        world=plan.world_size,
-        precision=plan.precision,
-        optimizer=plan.optimizer,
-        trained=shape.parameters,
-        has_adapter=False,
-        load_in="full",
-        rank=0,
-        batch_size=plan.batch_size,
-        grad_accum=plan.grad_accum,
-        length=plan.context,
-        mean_length=plan.context,
-        counted=1.0,
-        is_chunked=False,
-        is_checkpointed=False,
-        steps=plan.max_steps,
-        keeps_logits=True,
-        can_shard=True,
-    )
 
 
 def tuning_work(
@@ -219,9 +192,3 @@ def foreseen(
         counted=counted,
     )
     return outlook(work, found.model.config.get_text_config())
-
-
-def foreseen_pretrain(plan: Plan, architecture: Any, device: str) -> Outlook:
-    """The outlook of pretraining."""
-    work = pretrain_work(plan, shape_to_train(architecture), device)
-    return outlook(work, architecture.get_text_config())

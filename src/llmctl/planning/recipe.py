@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
 from transformers import PreTrainedConfig
 
@@ -30,35 +28,25 @@ from llmctl.planning.found import (
     Tuned,
     counted_share,
     ppo_work,
-    pretrain_work,
     scores,
     shape_to_train,
     tuning_work,
 )
-from llmctl.planning.known import VOCABULARY, config_of
-from llmctl.planning.outlook import Outlook, outlook
-from llmctl.planning.work import Work
+from llmctl.planning.known import config_of
+from llmctl.planning.pretraining import LONGEST, Planned, plan_pretrain
 from llmctl.ppo.plan import make_ppo_plan
 from llmctl.ppo.prompts import PromptFormat, encode_prompts
 from llmctl.ppo.rewards import weighted
 from llmctl.training.adapters import adapt, trainable_parameters
-from llmctl.training.plan import COMPUTE_OPTIMAL, make_plan, preset_for
 from llmctl.training.sequences import Rows
-from llmctl.training.setup import LONGEST_CONTEXT, prepare
 from llmctl.training.tuning import make_tuning_plan
 
-LONGEST = 2048
-"""Tokens of an example where neither the recipe nor its data says (`sft`'s own limit)."""
 PROMPT = 512
 """Tokens of a prompt likewise."""
 ROWS = 1000
 """Stands for rows whose number nothing says; steps are then not known either."""
 
-BYTES = 4
-"""Of text that make a token, about."""
-
 Recipe = PretrainConfig | Tuned | PpoConfig
-Planned = tuple[Work, PreTrainedConfig, tuple[str, ...]]
 
 
 def plan_recipe(recipe: Recipe, asked: PlanConfig, device: str) -> Planned:
@@ -75,7 +63,7 @@ def plan_recipe(recipe: Recipe, asked: PlanConfig, device: str) -> Planned:
         recipe = recipe.model_copy(update={"precision": "fp32"})
     match recipe:
         case PretrainConfig():
-            work, config, notes = _plan_pretrain(recipe, asked, device)
+            work, config, notes = plan_pretrain(recipe, asked, device)
         case PpoConfig():
             work, config, notes = _plan_ppo(recipe, asked, device)
         case _:
@@ -83,100 +71,6 @@ def plan_recipe(recipe: Recipe, asked: PlanConfig, device: str) -> Planned:
     if absent:
         work = replace(work, precision="bf16" if wanted == "auto" else wanted)
     return work, config, notes
-
-
-def plan_shape(asked: PlanConfig, device: str) -> Planned:
-    """The work of pretraining a shape, in full and with AdamW.
-
-    Raises:
-        UserError: an unknown shape.
-    """
-    assert asked.shape is not None
-    config = config_of(asked.shape)
-    recipe = PretrainConfig(
-        tokens=asked.shape,
-        optimizer="adamw",
-        precision="fp32",
-        batch_size=asked.batch_size or 1,
-        grad_accum=1,
-        tokens_budget=asked.tokens,
-    )
-    work, notes = _guess(recipe, asked, config, device)
-    return replace(work, precision="bf16"), config, notes
-
-
-def _plan_pretrain(recipe: PretrainConfig, asked: PlanConfig, device: str) -> Planned:
-    folder = Path(recipe.tokens or "").expanduser()
-    if asked.shape is None and recipe.tokens and (folder / "tokens").is_dir():
-        setup = prepare(recipe, folder, Accelerator(cpu=device == "cpu"), device)
-        work = pretrain_work(setup.plan, shape_to_train(setup.architecture), device)
-        return replace(work, world=asked.devices), setup.architecture, ()
-    notes: tuple[str, ...] = ()
-    if asked.shape is not None:
-        config = config_of(asked.shape)
-    elif recipe.model or recipe.config_from:
-        config = load_config(str(recipe.model or recipe.config_from))
-    else:
-        preset = preset_for(asked.tokens or VOCABULARY**2, device)
-        config = shapes.new_config(recipe, preset, VOCABULARY, None)
-        notes = (f"{recipe.tokens or 'the data'} is not read: a vocabulary of {VOCABULARY:,}",)
-    work, more = _guess(recipe, asked, config, device)
-    return work, config, (*notes, *more)
-
-
-def guessed(
-    recipe: PretrainConfig, vocabulary: int, text_bytes: int, world: int, device: str
-) -> Outlook:
-    """The outlook of pretraining on text that is not encoded yet.
-
-    Args:
-        recipe: the command's fields.
-        vocabulary: tokens of its tokenizer.
-        text_bytes: size of the text.
-        world: processes.
-        device: type of device.
-    """
-    tokens = text_bytes // BYTES
-    if recipe.model:
-        config = load_config(recipe.model)
-    else:
-        config = shapes.new_config(recipe, preset_for(tokens, device), vocabulary, None)
-    asked = PlanConfig(shape="corpus", devices=world)
-    work, _ = _guess(recipe, asked, config, device, train_tokens=tokens)
-    note = f"{BYTES} bytes of text are taken for a token"
-    return outlook(work, config.get_text_config(), notes=(note,))
-
-
-def _guess(
-    recipe: PretrainConfig,
-    asked: PlanConfig,
-    config: PreTrainedConfig,
-    device: str,
-    train_tokens: int | None = None,
-) -> tuple[Work, tuple[str, ...]]:
-    """Pretraining on tokens that are not at hand, of which there may be so many."""
-    shape = shape_to_train(config)
-    context = asked.length or recipe.context or min(shape.context or LONGEST, LONGEST_CONTEXT)
-    given = asked.tokens or recipe.tokens_budget
-    tokens = given or COMPUTE_OPTIMAL * shape.parameters
-    plan = make_plan(
-        recipe,
-        parameters=shape.parameters,
-        train_tokens=train_tokens or tokens,
-        context=context,
-        world_size=asked.devices,
-        device=device,
-        sharded=False,
-    )
-    steps = plan.max_steps
-    if train_tokens is None and recipe.max_steps is None and recipe.epochs is None:
-        steps = max(1, round(tokens / plan.tokens_per_step))
-    work = pretrain_work(replace(plan, max_steps=steps), shape, device)
-    if asked.batch_size is not None:
-        work = replace(work, batch_size=asked.batch_size)
-    assumed = f"{COMPUTE_OPTIMAL} tokens for each parameter, since --tokens says nothing"
-    says = train_tokens or given or recipe.max_steps or recipe.epochs or recipe.tokens_per_parameter
-    return work, () if says else (assumed,)
 
 
 def _plan_tuning(recipe: Tuned, asked: PlanConfig, device: str) -> Planned:
