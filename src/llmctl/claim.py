@@ -9,6 +9,7 @@ removed, so that the next call knows what a kill at any instant left.
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,11 @@ MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 LOGS = (METRICS, SAMPLES)
-OWN_FILES = ("recipe.yaml", "status.json", *LOGS, "error.log", MANIFEST)
-OWN_FOLDERS = ("tokenizer", "tokens", "model", "adapter", "value_model")
+ROWS = "rows.jsonl"
+OWN_FILES = ("recipe.yaml", "status.json", *LOGS, ROWS, "error.log", MANIFEST)
+OWN_FOLDERS = ("tokenizer", "tokens", "model", "adapter", "value_model", "gguf")
+EVENTS = "tensorboard"
+"""A folder of TensorBoard's: logs like the others, no result."""
 ASIDE = ".replaced"
 DOOMED = ".replaced.gone"
 
@@ -75,7 +79,8 @@ class Claim:
         """The run left nothing to keep: remove what it wrote, put back what it replaced."""
         if (self.path / ASIDE).is_dir():  # from here on what was replaced is the directory's run
             (self.path / MANIFEST).unlink(missing_ok=True)
-        for file in self._results():
+        events = (p for p in (self.path / EVENTS).glob("*") if p not in self.before)
+        for file in (*self._results(), *events):
             file.unlink()
         self.sweep()
         _prune(self.path)
@@ -129,6 +134,32 @@ def claim(path: Path, *, overwrite: bool, resuming: bool) -> Claim:
     return Claim(path, frozenset(), {p.name: p.read_bytes() for p in records if p.is_file()})
 
 
+def can_go_on(path: Path) -> bool:
+    """Whether a run has something to resume from: a checkpoint, or rows of an evaluation."""
+    rows = path / ROWS
+    has_rows = rows.is_file() and rows.stat().st_size > 0
+    return has_rows or any((path / "checkpoints").glob("checkpoint-*"))
+
+
+@contextmanager
+def entered(path: Path) -> Iterator[None]:
+    """Make the directory; where the body fails and leaves it empty, so are those made for it."""
+    if (path.is_symlink() or path.exists()) and not path.is_dir():
+        raise OutputError("a file is in the way of the run directory", file=path)
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with suppress(PermissionError):  # one may write where one may not read
+            for folder in made:
+                fsync(folder.parent)
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # not empty, or never made
+                folder.rmdir()
+        raise
+
+
 def is_llmctls(manifest: Mapping[str, Any]) -> bool:
     """Whether a run of llmctl's wrote the manifest."""
     versions = manifest.get("versions")
@@ -159,7 +190,7 @@ def _refuse_foreign(path: Path, present: set[str], overwrite: bool) -> None:
             file=path,
             hint="choose another --out, or --overwrite to write beside what is there",
         )
-    if clash := sorted(present & {*OWN_FILES, *OWN_FOLDERS, "checkpoints"}):
+    if clash := sorted(present & {*OWN_FILES, *OWN_FOLDERS, EVENTS, "checkpoints"}):
         raise OutputError(
             f"`{clash[0]}` stands here and is not llmctl's", file=path, hint="choose another --out"
         )
@@ -193,8 +224,9 @@ def _move_written(source: Path, target: Path) -> None:
     """Move what a run wrote: its records, its results as it listed them, its checkpoints."""
     manifest = read_json(source / MANIFEST) or read_json(target / MANIFEST)
     outputs = [output["path"] for output in manifest.get("outputs", [])]
-    folders = [p.relative_to(source) for p in (source / "checkpoints").glob("*checkpoint-*")]
-    for name in (*outputs, *folders, *OWN_FILES):
+    whole = (*(source / "checkpoints").glob("*checkpoint-*"), *(source / EVENTS).glob("*"))
+    moved = [path.relative_to(source) for path in whole]
+    for name in (*outputs, *moved, *OWN_FILES):
         if (source / name).exists():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).rename(target / name)
@@ -202,7 +234,7 @@ def _move_written(source: Path, target: Path) -> None:
 
 def _prune(path: Path) -> None:
     """Remove those of llmctl's folders that are empty."""
-    for name in (*OWN_FOLDERS, "checkpoints"):
+    for name in (*OWN_FOLDERS, EVENTS, "checkpoints"):
         folders = [*sorted((path / name).rglob("*"), reverse=True), path / name]
         for folder in folders:
             if folder.is_dir() and not any(folder.iterdir()):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, SoftFileLock, Timeout
+from safetensors import SafetensorError
 
 from llmctl.errors import OutputError
 
@@ -92,3 +93,20 @@ def in_use(path: Path, lock_file: Path | None = None) -> OutputError:
     except (OSError, ValueError):
         return OutputError("in use by another run", file=path)
     return OutputError(f"in use by another run (pid {pid} on {host})", file=path)
+
+
+@contextmanager
+def still_there(path: Path) -> Iterator[None]:
+    """Tell a run whose directory went away under it from one that misses a file.
+
+    The lock file tells also where some library made the directory again.
+    """
+    deleted = OutputError("the run directory was deleted while running", file=path)
+    try:
+        yield
+    except (FileNotFoundError, SafetensorError):
+        if not (path / LOCK).exists():
+            raise deleted from None
+        raise
+    if not (path / LOCK).exists():
+        raise deleted

@@ -137,8 +137,8 @@ def metavar(field: FieldInfo) -> str:
 
 
 def literal_choices(annotation: Any) -> list[str]:
-    """The values of a `Literal`, or nothing."""
-    for member in _unwrapped(annotation):
+    """The values of a `Literal`, or of a list of them, or nothing."""
+    for member in _members(annotation):
         if get_origin(member) is Literal:
             return list(get_args(member))
     return []

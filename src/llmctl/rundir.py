@@ -3,7 +3,7 @@
 recipe.yaml     the resolved config
 manifest.json   stage, command, versions, git, seed, inputs and outputs with hashes, timings
 status.json     running | completed | preempted | diverged | failed; step; resumable; exit code
-metrics.jsonl   one JSON object a line; samples.jsonl likewise
+metrics.jsonl   one JSON object a line; samples.jsonl likewise, and rows.jsonl of an evaluation
 checkpoints/    for --resume
 model/ …        the result, only there when the run completed
 """
@@ -11,7 +11,6 @@ model/ …        the result, only there when the run completed
 import json
 import os
 import socket
-import sys
 import time
 import traceback
 import uuid
@@ -21,15 +20,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from llmctl import lock
-from llmctl.claim import LOGS, METRICS, Claim, as_object, claim, read_json
+from llmctl import lock, trackers
+from llmctl.cards import write_cards
+from llmctl.claim import (
+    LOGS,
+    METRICS,
+    Claim,
+    as_object,
+    can_go_on,
+    claim,
+    entered,
+    read_json,
+)
 from llmctl.config.sections import StageConfig
 from llmctl.console import log, rank
+from llmctl.energy import Meter
 from llmctl.errors import DivergedError, ModelError, OutputError, UserError
-from llmctl.files import finite, fsync, replace_file, write_json, writing
-from llmctl.provenance import git, versions
+from llmctl.files import finite, replace_file, write_json, writing
+from llmctl.provenance import origin
 from llmctl.redact import redact, redacted
 from llmctl.stopping import reason
 
@@ -43,8 +51,10 @@ class Run:
     is_main: bool = True
     manifest: dict[str, Any] = field(default_factory=dict)
     status: dict[str, Any] = field(default_factory=dict)
+    meter: Meter = field(default_factory=Meter)
     under_way: bool = False
     """Whether training began: until then a resumed run stays what it was if this call fails."""
+    tracking: trackers.Tracking | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -54,8 +64,12 @@ class Run:
     def log(self, metrics: Mapping[str, Any], name: str = METRICS) -> None:
         """Append one line to metrics.jsonl, or its like; NaN and infinity become null."""
         if self.is_main:
+            self.meter.tick()
+            shown = finite(redacted(metrics))
             with (self.path / name).open("a") as file:
-                file.write(json.dumps(finite(redacted(metrics)), allow_nan=False) + "\n")
+                file.write(json.dumps(shown, allow_nan=False) + "\n")
+            if self.tracking is not None and name == METRICS:
+                self.tracking.log(shown)
 
     def forget_metrics_after(self, step: int) -> None:
         """Begin training: drop the lines of steps that will be done again, and what is no line."""
@@ -71,6 +85,17 @@ class Run:
                 if isinstance(found, int) and found <= step
             ]
             replace_file(path, b"".join(kept))
+        if self.tracking is not None:
+            metrics = self.path / METRICS
+            lines = metrics.read_bytes().splitlines() if metrics.exists() else []
+            rows = [as_object(line) for line in lines]
+            known = self.manifest.get("trackers", {})
+            self.record(trackers=self.tracking.start(self.manifest["run_id"], known, rows))
+
+    def tell_end(self, code: int) -> None:
+        """Let trackers go, last of all: one may wait long for its server."""
+        if self.tracking is not None:
+            self.tracking.finish(redacted(self.manifest.get("result", {})), code)
 
     def keep_recipe(self, config: StageConfig) -> None:
         """Write recipe.yaml: what the run is resumed with, once that was found to go together."""
@@ -107,21 +132,26 @@ def open_run(stage: str, config: StageConfig) -> Iterator[Run]:
         with writing(run.path):
             yield run
         return
-    with writing(run.path), _entered(run.path), lock.locked(run.path):
+    with writing(run.path), entered(run.path), lock.locked(run.path):
         owned = claim(run.path, overwrite=config.overwrite, resuming=is_resuming(config))
         try:
-            with writing(run.path), _still_there(run.path):
+            with writing(run.path), lock.still_there(run.path):
                 _begin(run, config)
+                run.tracking = trackers.asked_for(config, stage, run.path)
                 yield run
-            with writing(run.path), _still_there(run.path):
-                run.record(finished=now(), outputs=owned.outputs())
+            with writing(run.path), lock.still_there(run.path):
+                run.record(finished=now(), energy=run.meter.add(run.manifest))
+                write_cards(run.path, run.manifest)
+                run.record(outputs=owned.outputs())
                 owned.flush()
                 run.set_status("completed", resumable=False, exit_code=0)
         except BaseException as error:
             with suppress(OSError):  # a full disk must not hide why the run failed
                 _fail(run, error, owned)
+            run.tell_end(error.code if isinstance(error, UserError) else 1)
             raise
         owned.settle()
+        run.tell_end(0)
 
 
 def finished_already(stage: str, config: StageConfig) -> dict[str, Any] | None:
@@ -131,7 +161,9 @@ def finished_already(stage: str, config: StageConfig) -> dict[str, Any] | None:
 
     Raises:
         OutputError: another run is at work in the directory, or what finished there is no such run.
+        ResourceError: a tracker is asked for that is not installed.
     """
+    trackers.asked_for(config, stage, config.out)
     if config.out is None:
         return None
     if rank() == 0 and not config.dry_run and lock.is_held(config.out):
@@ -187,42 +219,6 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-@contextmanager
-def _entered(path: Path) -> Iterator[None]:
-    """Make the directory; where the body fails and leaves it empty, so are those made for it."""
-    if (path.is_symlink() or path.exists()) and not path.is_dir():
-        raise OutputError("a file is in the way of the run directory", file=path)
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with suppress(PermissionError):  # one may write where one may not read
-            for folder in made:
-                fsync(folder.parent)
-        yield
-    except BaseException:
-        for folder in made:
-            with suppress(OSError):  # not empty, or never made
-                folder.rmdir()
-        raise
-
-
-@contextmanager
-def _still_there(path: Path) -> Iterator[None]:
-    """Tell a run whose directory went away under it from one that misses a file.
-
-    The lock file tells also where some library made the directory again.
-    """
-    deleted = OutputError("the run directory was deleted while running", file=path)
-    try:
-        yield
-    except (FileNotFoundError, SafetensorError):
-        if not (path / lock.LOCK).exists():
-            raise deleted from None
-        raise
-    if not (path / lock.LOCK).exists():
-        raise deleted
-
-
 def is_resuming(config: StageConfig) -> bool:
     """Whether this call continues an earlier one; only training commands can."""
     control = {name: value for name, value in config if name in ("resume", "resume_from")}
@@ -239,9 +235,7 @@ def _begin(run: Run, config: StageConfig) -> None:
         "threads": None,
         "inputs": [],
         **{k: v for k, v in known.items() if k not in ("finished", "result")},
-        "command": ["llmctl", *sys.argv[1:]],
-        "versions": versions(),
-        "git": git(),
+        **origin(),
         "seed": config.seed,
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "outputs": [],
@@ -250,7 +244,7 @@ def _begin(run: Run, config: StageConfig) -> None:
     run.record()
     if not (run.path / "recipe.yaml").exists():
         run.keep_recipe(config)
-    started = any(run.checkpoints.glob("checkpoint-*"))
+    started = can_go_on(run.path)
     if started and "step" in status:
         run.status["step"] = status["step"]
     run.set_status("running", pid=os.getpid(), host=socket.gethostname(), resumable=started)
@@ -265,7 +259,7 @@ def _fail(run: Run, error: BaseException, owned: Claim) -> None:
         return  # deleted while running: not to be made again
     signalled = reason(error)
     known = signalled or (error if isinstance(error, UserError) else None)
-    resumable = any(run.checkpoints.glob("checkpoint-*"))
+    resumable = can_go_on(run.path)
     stays = owned.earlier and not run.under_way and (resumable or owned.has_ended())
     if not resumable and not stays and known and not isinstance(error, DivergedError):
         owned.withdraw()
@@ -278,7 +272,7 @@ def _fail(run: Run, error: BaseException, owned: Claim) -> None:
         owned.restore()
         return
     diverged = "diverged" if isinstance(error, DivergedError) else "failed"
-    run.record(outputs=owned.outputs())
+    run.record(outputs=owned.outputs(), energy=run.meter.add(run.manifest))
     run.set_status(
         "preempted" if signalled else diverged,
         resumable=resumable,

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llmctl.claim import ASIDE, OWN_FOLDERS, is_llmctls
+from llmctl.claim import ASIDE, EVENTS, OWN_FOLDERS, is_llmctls
 from llmctl.files import finite
 from llmctl.lock import LOCK, is_held
 
@@ -18,7 +18,7 @@ DEEPEST = 5
 """Levels of folders to look into."""
 TAIL_BYTES = 1 << 18
 """Of metrics.jsonl, from its end."""
-NOT_SEARCHED = {*OWN_FOLDERS, "checkpoints", ASIDE, "node_modules", "__pycache__"}
+NOT_SEARCHED = {*OWN_FOLDERS, EVENTS, "checkpoints", ASIDE, "node_modules", "__pycache__"}
 
 
 @dataclass(frozen=True)

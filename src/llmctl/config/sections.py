@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from llmctl.config.base import Also, Config, Count, Fields, Flag
+from llmctl.config.base import Also, Config, Count, Fields, Flag, Input
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(ge=0, lt=1)]
@@ -27,6 +27,15 @@ def _names(value: Any) -> Any:
     """`lr,max-steps` as a list of field names."""
     parts = [part for text in value for part in str(text).split(",")] if value else []
     return [part.strip().replace("-", "_") for part in parts if part.strip()]
+
+
+def _tracker_names(value: Any) -> Any:
+    """`tensorboard,wandb` as a list; `none` is nobody."""
+    parts = [value] if isinstance(value, str) else value
+    if not isinstance(parts, list):
+        return value
+    names = [name.strip() for part in parts for name in str(part).split(",")]
+    return list(dict.fromkeys(name for name in names if name not in ("", "none")))
 
 
 class Reporting(Fields):
@@ -70,7 +79,7 @@ class StageConfig(Config, Output):
 class Corpus(Fields):
     """Raw text."""
 
-    data: Annotated[list[str], Also("dataset", "dataset-name")] = []
+    data: Annotated[list[str], Also("dataset", "dataset-name"), Input("data")] = []
     """Text to read (repeatable): a file (txt, md, jsonl, json, csv, parquet, also .gz or .zst), a
     folder, a glob, a Hub data set, `builtin:python-docs`, or `-` for stdin."""
 
@@ -81,7 +90,7 @@ class Corpus(Fields):
     """Share of the documents kept for validation; by default 0.1, less where that is over 10 MB.
     A single document is split by position."""
 
-    val_data: list[str] = []
+    val_data: Annotated[list[str], Input("data")] = []
     """Validation text from elsewhere (repeatable), in place of a share of the data."""
 
 
@@ -195,7 +204,18 @@ class Checkpoints(Fields):
         return self
 
 
-class Resumable(Checkpoints, StageConfig):
+class Trackers(Fields):
+    """Who else is told how training goes."""
+
+    report_to: Annotated[
+        list[Literal["tensorboard", "trackio", "wandb"]],
+        BeforeValidator(_tracker_names),
+        Also("tracker", "trackers", "logger"),
+    ] = []
+    """Trackers that get what metrics.jsonl gets, with commas between; by default none."""
+
+
+class Resumable(Checkpoints, Trackers, StageConfig):
     """Fields of every command that trains."""
 
 
@@ -219,7 +239,7 @@ class Placement(Fields):
 class Loading(Fields):
     """A model to use, and how to load it."""
 
-    model: Annotated[str, Also("model-name-or-path", "base-model")]
+    model: Annotated[str, Also("model-name-or-path", "base-model"), Input("model")]
     """Model: a run, folder or Hub id."""
 
     load_in_8bit: bool = False

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from llmctl import hardware
-from llmctl.config.base import Config, read_recipe
+from llmctl.config.base import Config
+from llmctl.config.reading import read_recipe
 from llmctl.config.stages import (
     DpoConfig,
     PlanConfig,

@@ -28,13 +28,15 @@ def run(config: TokenizeConfig) -> dict[str, Any] | None:
         metrics = corpus.write(run.path / "tokens", vocabulary)
         run.log(metrics)
         _report(metrics)
-    return {
-        "stage": "tokenize",
-        "out": str(config.out),
-        "tokenizer": str(run.path / "tokenizer"),
-        "status": "completed",
-        **metrics,
-    }
+        result = {
+            "stage": "tokenize",
+            "out": str(config.out),
+            "tokenizer": str(run.path / "tokenizer"),
+            "status": "completed",
+            **metrics,
+        }
+        run.record(result=result)
+    return result
 
 
 def _vocabulary(
