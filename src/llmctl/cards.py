@@ -81,6 +81,21 @@ def kind_of(folder: Path) -> str:
     return "reward" if len(shape.get("id2label") or ()) == 1 else "classifier"
 
 
+def license_of(folder: Path) -> str | None:
+    """The licence that the card of a model says, where it lies on this disk."""
+    from huggingface_hub import ModelCard
+
+    file = folder.expanduser() / CARD
+    if not file.is_file():
+        return None
+    try:
+        found = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    except ValueError:  # no YAML, or no text
+        return None
+    name = found.data.to_dict().get("license")  # type: ignore[no-untyped-call]
+    return name if isinstance(name, str) else None
+
+
 def _header(line: list[Step], kind: str, folder: Path) -> dict[str, Any]:
     """What the Hub reads: only what is known, and only names that it can have."""
     stage, is_adapter = str(line[-1].manifest.get("stage")), _is_adapter(folder)
@@ -92,26 +107,11 @@ def _header(line: list[Step], kind: str, folder: Path) -> dict[str, Any]:
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation" if kind == "language" else "text-classification",
         "tags": ["llmctl", stage, *([] if kind == "language" else [f"{kind}-model"])],
-        "license": next(filter(None, map(_license, bases)), None),
+        "license": next(filter(None, (license_of(Path(base.path)) for base in bases)), None),
         "base_model": base,
         "base_model_relation": relation if base else None,
         "datasets": list(dict.fromkeys(data)) or None,
     }
-
-
-def _license(base: Input) -> str | None:
-    """The licence that the card of a base says, where it lies on this disk."""
-    from huggingface_hub import ModelCard
-
-    file = Path(base.path).expanduser() / CARD
-    if not file.is_file():
-        return None
-    try:
-        found = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True)
-    except ValueError:  # no YAML, or no text
-        return None
-    name = found.data.to_dict().get("license")  # type: ignore[no-untyped-call]
-    return name if isinstance(name, str) else None
 
 
 def _summary(line: list[Step], kind: str, folder: Path) -> str:

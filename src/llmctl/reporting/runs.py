@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.claim import METRICS, SAMPLES, as_object, read_json
-from llmctl.config.base import read_recipe
+from llmctl.config.reading import read_recipe
 from llmctl.console import SEEN
 from llmctl.errors import DataError, UserError
 from llmctl.redact import redact
