@@ -22,10 +22,11 @@ MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 LOGS = (METRICS, SAMPLES)
-OWN_FILES = ("recipe.yaml", "status.json", *LOGS, "error.log", MANIFEST)
+ROWS = "rows.jsonl"
+OWN_FILES = ("recipe.yaml", "status.json", *LOGS, ROWS, "error.log", MANIFEST)
 EVENTS = "tensorboard"
 """A folder of TensorBoard's: logs like the others, no result."""
-OWN_FOLDERS = ("tokenizer", "tokens", "model", "adapter", "value_model")
+OWN_FOLDERS = ("tokenizer", "tokens", "model", "adapter", "value_model", "gguf")
 ASIDE = ".replaced"
 DOOMED = ".replaced.gone"
 

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("llmctl")
 
+NOISY = ("torchao", "torch.utils._pytree")
+"""Loggers that complain as torchao is imported, which transformers does wherever it is installed,
+also for models that do not use it."""
+
 PLAIN_SECONDS = 5.0
 """Between two lines of progress where there is no terminal."""
 
@@ -37,6 +41,8 @@ def set_up(*, quiet: bool = False, verbose: bool = False) -> None:
     log.handlers = [_Stderr()]
     log.propagate = False
     log.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO)
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def rank() -> int:

@@ -23,6 +23,7 @@ from llmctl.adapters import is_adapter
 from llmctl.data.labels import own_labels
 from llmctl.errors import ModelError, UserError
 from llmctl.models import DERIVED, load_config, local_folder
+from llmctl.quantized import require_full
 from llmctl.rundir import resolve_model
 from llmctl.vetting import BROKEN, check_shards, first_line, require_safetensors
 
@@ -53,8 +54,8 @@ def load_classifier(
     Random: seed before.
 
     Raises:
-        ModelError: pickles only, remote code, an adapter, an architecture that cannot classify, or
-            tensors that are missing, misshapen or not finite.
+        ModelError: pickles only, remote code, an adapter, an architecture that cannot classify,
+            quantized weights, or tensors that are missing, misshapen or not finite.
         NetworkError: a Hub id that cannot be had.
     """
     folder = local_folder(resolve_model(reference))
@@ -65,6 +66,7 @@ def load_classifier(
             hint=f"merge it first: llmctl merge --model {reference} -o runs/merged",
         )
     config = load_config(str(folder))
+    require_full(config, folder, "get a head")
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise ModelError(
             f"transformers has no classifier of the architecture {config.model_type}", file=folder

@@ -26,10 +26,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from llmctl import attention
 from llmctl.adapters import Adapter, is_adapter, put_adapter, read_adapter, require_base
 from llmctl.errors import ModelError, NetworkError
 from llmctl.files import follow_umask, replace_folder
-from llmctl.quantized import LoadIn, quantization
+from llmctl.quantized import LoadIn, held_in, quantization
 from llmctl.rundir import resolve_model, resolve_tokenizer
 from llmctl.vetting import (
     BROKEN,
@@ -49,6 +50,7 @@ DERIVED = (".inv_freq", ".masked_bias", ".attn.bias")
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
+attention.put_in_force()
 
 
 def local_folder(reference: str) -> Path:
@@ -150,6 +152,8 @@ def load_causal_lm(
     config = load_config(str(folder))
     require_safetensors(folder)
     check_shards(folder, config)
+    if held_in(config) is not None:
+        dtype = config.dtype or dtype  # scales and kept layers go with the type they were made in
     try:
         check_size(folder, config)
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -163,7 +167,7 @@ def load_causal_lm(
             ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
         )
-    except BROKEN as error:
+    except (*BROKEN, ImportError) as error:  # of a method of quantization that is not installed
         raise ModelError(f"the model does not load: {first_line(error)}", file=folder) from None
     _check_loaded(model, report, folder)
     return model.eval()

@@ -1,12 +1,15 @@
-"""Weights in 4 or 8 bits through bitsandbytes: how to load them, and how to have them back.
+"""Weights in few bits: how to load them, what they take, and how to have them back.
 
-Two defects of its CPU code are guarded here and nowhere else. Where a CPU has AVX512-BF16, a 4-bit
-layer repacks its weights in place at the first forward pass in eval mode; from then on gradients,
-saved files and dequantized weights are wrong, unseen. And NF4 dequantizes wrongly where a layer's
-input width is not a multiple of 64.
+Two defects of bitsandbytes' CPU code are guarded here and nowhere else. Where a CPU has
+AVX512-BF16, a 4-bit layer repacks its weights in place at the first forward pass in eval mode; from
+then on gradients, saved files and dequantized weights are wrong, unseen. And NF4 dequantizes
+wrongly where a layer's input width is not a multiple of 64.
 """
 
 import logging
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,9 +17,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from llmctl.errors import ModelError, ResourceError
+
 LoadIn = Literal["full", "8bit", "4bit"]
 BLOCK = 64
 """Weights that share a scale in NF4."""
+IN_FEW_BITS = ("Params4bit", "Int8Params")
+"""Classes of bitsandbytes' weights."""
 HEADS = ("score", "classifier")
 """Output layers of classifiers; those of language models are found."""
 
@@ -30,16 +37,28 @@ def quantization(config: PreTrainedConfig, load_in: LoadIn, dtype: torch.dtype) 
 
     4 bits are NF4 with double quantization (Dettmers et al., 2023, arXiv:2305.14314). The output
     layer stays as it is, and so do layers that NF4 would get wrong.
+
+    Raises:
+        ModelError: the weights are in few bits already.
+        ResourceError: a library that they need is not installed.
     """
+    if (held := held_in(config)) is not None:
+        if load_in != "full":
+            raise ModelError(
+                f"this model is quantized already ({held}): it cannot be loaded in "
+                f"{load_in.removesuffix('bit')} bits",
+                hint=f"drop --load-in-{load_in}",
+            )
+        guard(held)
+        return None
     if load_in == "full":
         return None
-    import bitsandbytes.nn.modules as bitsandbytes_modules
     from transformers import BitsAndBytesConfig
 
     heads, odd = _kept_layers(config)
     if load_in == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=heads)
-    bitsandbytes_modules.has_avx512bf16 = lambda: False
+    guard("bitsandbytes")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -47,6 +66,54 @@ def quantization(config: PreTrainedConfig, load_in: LoadIn, dtype: torch.dtype) 
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=heads + odd,
     )
+
+
+def guard(library: str) -> None:
+    """Get a library ready to load or make weights in few bits, before any layer is built.
+
+    Args:
+        library: bitsandbytes or torchao, perhaps with the number of bits behind it.
+
+    Raises:
+        ResourceError: torchao is not installed.
+    """
+    name = library.split()[0]
+    if name == "torchao" and find_spec("torchao") is None:
+        raise ResourceError("torchao is not installed", hint='run: pip install "llmctl[torchao]"')
+    if name == "bitsandbytes":
+        import bitsandbytes.nn.modules as bitsandbytes_modules
+
+        bitsandbytes_modules.has_avx512bf16 = lambda: False
+
+
+def held_in(config: PreTrainedConfig) -> str | None:
+    """Library and bits of a model that was saved quantized, as `bitsandbytes 4 bits`; else None."""
+    how = config.to_dict().get("quantization_config")
+    if not how:
+        return None
+    name = str(how.get("quant_method", "unknown method"))
+    if name == "bitsandbytes":
+        return f"{name} {'4' if how.get('load_in_4bit') else '8'} bits"
+    return name
+
+
+def require_full(config: PreTrainedConfig, folder: Path | str, what: str) -> None:
+    """Refuse a model that was saved quantized where its weights are to be changed.
+
+    Args:
+        config: of the model.
+        folder: where it is.
+        what: cannot be done with it, as `be trained`.
+
+    Raises:
+        ModelError: naming how it is quantized.
+    """
+    if (held := held_in(config)) is not None:
+        raise ModelError(
+            f"this model is quantized ({held}) and cannot {what}",
+            file=folder,
+            hint="pass the model that it was made of",
+        )
 
 
 def loaded_in(model: PreTrainedModel) -> LoadIn:
@@ -69,18 +136,61 @@ def copy_dequantized(quantized: PreTrainedModel, full: PreTrainedModel) -> None:
         layer.weight.copy_(turned)
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a layer's weight is in few bits."""
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is None:
+        return False
+    return type(weight).__name__ in IN_FEW_BITS or hasattr(weight.data, "__tensor_flatten__")
+
+
+def memory_of(model: nn.Module) -> int:
+    """Bytes that a model's weights and buffers take, with the scales of those in few bits.
+
+    `get_memory_footprint` counts weights of torchao as if they were full.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    states = [s for module in model.modules() if (s := _scales(module)) is not None]
+    held = {}
+    for tensor in _plain([*tensors, *states]):
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+    return sum(held.values())
+
+
+def _plain(values: list[Any]) -> Iterator[Tensor]:
+    """The tensors that hold something, in tensors, subclasses of tensors and their states."""
+    for value in values:
+        if hasattr(value, "__tensor_flatten__"):
+            names, _ = value.__tensor_flatten__()
+            yield from _plain([getattr(value, name) for name in names])
+        elif isinstance(value, Tensor):
+            yield value.data
+            if type(value).__name__ == "Params4bit":
+                state: Any = value
+                yield from _plain(list(state.quant_state.as_dict().values()))
+
+
+def _scales(module: Any) -> Tensor | None:
+    """The scales of an 8-bit layer, wherever it keeps them."""
+    weight: Any = dict(module.named_parameters(recurse=False)).get("weight")
+    if type(weight).__name__ != "Int8Params":
+        return None
+    found: Tensor | None = module.state.SCB if weight.SCB is None else weight.SCB
+    return found
+
+
 def _dequantized(module: Any) -> Tensor | None:
     """A quantized layer's weight; PEFT's function for it spoils 8-bit layers on a CPU."""
     weight = dict(module.named_parameters(recurse=False)).get("weight")
     kind = type(weight).__name__
-    if weight is None or kind not in ("Params4bit", "Int8Params"):
+    if weight is None or kind not in IN_FEW_BITS:
         return None
     from bitsandbytes import functional
 
     if kind == "Params4bit":
         return functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
-    scales = module.state.SCB if weight.SCB is None else weight.SCB
-    return functional.int8_vectorwise_dequant(weight.data, scales)  # type: ignore[no-any-return]
+    return functional.int8_vectorwise_dequant(weight.data, _scales(module))  # type: ignore[no-any-return]
 
 
 def _kept_layers(config: PreTrainedConfig) -> tuple[list[str], list[str]]:
@@ -89,11 +199,12 @@ def _kept_layers(config: PreTrainedConfig) -> tuple[list[str], list[str]]:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     output = model.get_output_embeddings()
     heads = [name for name, module in model.named_modules() if module is output]
-    odd = [name for name, module in model.named_modules() if _input_width(module) % BLOCK]
+    odd = [name for name, module in model.named_modules() if input_width(module) % BLOCK]
     return [*HEADS, *heads], odd
 
 
-def _input_width(module: nn.Module) -> int:
+def input_width(module: nn.Module) -> int:
+    """Values that a linear layer takes; 0 for other layers."""
     if isinstance(module, Conv1D):
         return int(module.nx)
     return module.in_features if isinstance(module, nn.Linear) else 0

@@ -3,7 +3,7 @@
 recipe.yaml     the resolved config
 manifest.json   stage, command, versions, git, seed, inputs and outputs with hashes, timings
 status.json     running | completed | preempted | diverged | failed; step; resumable; exit code
-metrics.jsonl   one JSON object a line; samples.jsonl likewise
+metrics.jsonl   one JSON object a line; samples.jsonl likewise, and rows.jsonl of an evaluation
 checkpoints/    for --resume
 model/ …        the result, only there when the run completed
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl import lock, trackers
-from llmctl.claim import LOGS, METRICS, Claim, as_object, claim, entered, read_json
+from llmctl.claim import LOGS, METRICS, ROWS, Claim, as_object, claim, entered, read_json
 from llmctl.config.sections import StageConfig
 from llmctl.console import log, rank
 from llmctl.errors import DivergedError, ModelError, OutputError, UserError
@@ -49,6 +49,13 @@ class Run:
     def checkpoints(self) -> Path:
         """Where checkpoints are kept."""
         return self.path / "checkpoints"
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether there is something to resume from: a checkpoint, or rows of an evaluation."""
+        rows = self.path / ROWS
+        has_rows = rows.is_file() and rows.stat().st_size > 0
+        return has_rows or any(self.checkpoints.glob("checkpoint-*"))
 
     def log(self, metrics: Mapping[str, Any], name: str = METRICS) -> None:
         """Append one line to metrics.jsonl, or its like; NaN and infinity become null."""
@@ -232,7 +239,7 @@ def _begin(run: Run, config: StageConfig) -> None:
     run.record()
     if not (run.path / "recipe.yaml").exists():
         run.keep_recipe(config)
-    started = any(run.checkpoints.glob("checkpoint-*"))
+    started = run.can_go_on
     if started and "step" in status:
         run.status["step"] = status["step"]
     run.set_status("running", pid=os.getpid(), host=socket.gethostname(), resumable=started)
@@ -247,7 +254,7 @@ def _fail(run: Run, error: BaseException, owned: Claim) -> None:
         return  # deleted while running: not to be made again
     signalled = reason(error)
     known = signalled or (error if isinstance(error, UserError) else None)
-    resumable = any(run.checkpoints.glob("checkpoint-*"))
+    resumable = run.can_go_on
     stays = owned.earlier and not run.under_way and (resumable or owned.has_ended())
     if not resumable and not stays and known and not isinstance(error, DivergedError):
         owned.withdraw()

@@ -69,7 +69,7 @@ class Corpus:
         """The manifest's record of what was read."""
         roles = {"data": self.sources, "val-data": self.val_sources}
         return [
-            _input(role, source, self.column)
+            source_input(role, source, self.column)
             for role, sources in roles.items()
             for source in sources
         ]
@@ -180,7 +180,7 @@ def _halves(text: str, cut: int, is_last: bool) -> Iterator[tuple[str, int, bool
         yield text[max(cut, 0) :], 1, is_last
 
 
-def _input(role: str, source: Source, column: str) -> dict[str, Any]:
+def source_input(role: str, source: Source, column: str) -> dict[str, Any]:
     """What a source was: the hash of its file or text, or its commit on the Hub."""
     entry = {"role": role, "path": source.name}
     if source.revision is not None:

@@ -74,7 +74,7 @@ class Encoder:
             return self._format.prompt(ask.prompt)
         if self.chat:
             return self._format.prompt(self._turns(ask.prompt))
-        return encode_text(self.tokenizer, self._text(ask.prompt))
+        return encode_text(self.tokenizer, self.text(ask.prompt))
 
     @cached_property
     def _format(self) -> ChatFormat:
@@ -87,7 +87,7 @@ class Encoder:
             turns.append({"role": "assistant", "content": response})
         return [*turns, {"role": "user", "content": prompt}]
 
-    def _text(self, prompt: str) -> str:
+    def text(self, prompt: str) -> str:
         """Each example on lines of its own, `prompt response`, with a blank line after it."""
         examples = [
             text + ("" if text[-1:].isspace() or response[:1].isspace() else " ") + response

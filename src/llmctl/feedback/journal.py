@@ -21,7 +21,7 @@ Row = dict[str, Any]
 Check = Callable[[Row], str | None]
 """What is wrong with a row, None where nothing is."""
 BEGINS = b'{"prompt": '
-"""How every row begins, also one that was cut off."""
+"""How every row of a ranking begins, also one that was cut off."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,13 @@ class Content:
     """Whether that row lacks its newline."""
 
 
-def read_journal(path: Path, check: Check) -> Content:
+def read_journal(path: Path, check: Check, begins: bytes = BEGINS) -> Content:
     """The rows of a file, none where there is no file.
+
+    Args:
+        path: the file.
+        check: finds what is wrong with a row.
+        begins: how every row begins.
 
     Raises:
         OutputError: it holds something else.
@@ -52,7 +57,7 @@ def read_journal(path: Path, check: Check) -> Content:
         for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), start=1):
             is_open = not line.endswith(b"\n")
             row, wrong = _parse(line, check)
-            if wrong and is_open and _is_cut(line, row):
+            if wrong and is_open and _is_cut(line, row, begins):
                 return Content(rows, starts, end, False)
             if wrong:
                 raise OutputError(wrong, file=path, line=number, hint="choose another --out")
@@ -76,16 +81,19 @@ def _parse(line: bytes, check: Check) -> tuple[Row | None, str | None]:
     return row, check(row)
 
 
-def _is_cut(line: bytes, row: Row | None) -> bool:
+def _is_cut(line: bytes, row: Row | None, begins: bytes) -> bool:
     """Whether a last line that has no end is the beginning of a row."""
-    return row is None and line[: len(BEGINS)] == BEGINS[: len(line)]
+    return row is None and line[: len(begins)] == begins[: len(line)]
 
 
 class Journal:
     """The open file."""
 
-    def __init__(self, path: Path, descriptor: int, content: Content) -> None:
-        """Take what was read from the file, and its descriptor."""
+    def __init__(
+        self, path: Path, descriptor: int, content: Content, begins: bytes = BEGINS
+    ) -> None:
+        """Take what was read from the file, its descriptor, and how its rows begin."""
+        self._begins = begins
         self.path, self.rows = path, list(content.rows)
         self._descriptor, self._starts, self._end = descriptor, list(content.starts), content.end
 
@@ -97,7 +105,7 @@ class Journal:
             ResourceError: the disk is full or fails.
         """
         line = f"{json.dumps(row, ensure_ascii=False)}\n".encode()
-        assert line.startswith(BEGINS), "a row begins with its prompt"
+        assert line.startswith(self._begins), "a reader could not tell that it was cut off"
         self._require_unchanged()
         with writing(self.path):
             try:
@@ -139,22 +147,27 @@ class Journal:
 
 
 @contextmanager
-def open_journal(path: Path, check: Check) -> Iterator[Journal]:
+def open_journal(path: Path, check: Check, begins: bytes = BEGINS) -> Iterator[Journal]:
     """The file, made where there is none; a row that was cut off goes.
 
     A body that fails before there is any row leaves no file that was not there.
+
+    Args:
+        path: the file.
+        check: finds what is wrong with a row.
+        begins: how every row begins.
 
     Raises:
         OutputError: it holds something else, or must not be written.
         ResourceError: the disk is full or fails.
     """
-    content, was_there = read_journal(path, check), path.exists()
+    content, was_there = read_journal(path, check, begins), path.exists()
     with writing(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
     try:
         with writing(path):
             content = _mend(path, descriptor, content)
-        yield Journal(path, descriptor, content)
+        yield Journal(path, descriptor, content, begins)
     except BaseException:
         if not was_there and os.fstat(descriptor).st_size == 0:
             path.unlink(missing_ok=True)

@@ -72,7 +72,7 @@ def exact(told: Told) -> float:
             f"--reward-rule exact needs answers, and {told.name} has none",
             hint="give the rows a column `answer`",
         )
-    return float(_plain(told.response) == _plain(told.answer))
+    return float(plain(told.response) == plain(told.answer))
 
 
 def length(response: str, words: int) -> float:
@@ -87,7 +87,8 @@ def repetition(response: str) -> float:
     return len(set(grams)) / len(grams) - 1 if grams else 0.0
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """A text without case, superfluous white space and a full stop at its end."""
     return " ".join(text.casefold().split()).removesuffix(".").rstrip()
 
 

@@ -23,8 +23,8 @@ from llmctl.config.supervised import Quantized
 from llmctl.config.tuning import Tuning
 from llmctl.embeddings import grow_embeddings
 from llmctl.errors import ModelError, UserError
-from llmctl.models import load_causal_lm, local_folder
-from llmctl.quantized import LoadIn
+from llmctl.models import load_causal_lm, load_config, local_folder
+from llmctl.quantized import LoadIn, require_full
 from llmctl.resume import earlier_manifest
 from llmctl.rundir import resolve_model
 from llmctl.training.adapters import adapt
@@ -172,9 +172,10 @@ def load_base(config: SftConfig | DpoConfig | PpoConfig, device: str) -> Any:
     """The model as it is: in float32 on the CPU, or quantized where it is to run.
 
     Raises:
-        ModelError: it does not load, or is an adapter.
+        ModelError: it does not load, is an adapter, or is quantized.
     """
     how = load_in(config)
+    require_full(load_config(config.model), config.model, "be trained")
     if how == "full":
         model = load_causal_lm(config.model, dtype=torch.float32)
     else:

@@ -1,12 +1,14 @@
 """What a run shows of its own model before it trains it: what must not be seen is not."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from llmctl.errors import ModelError
-from llmctl.training.sequences import Rows
+
+if TYPE_CHECKING:
+    from llmctl.training.sequences import Rows
 
 TOLERANCE = 1e-5
 """Largest change of a logit, relative to the largest one: where nothing leaks there is none."""
@@ -16,7 +18,7 @@ LONGEST = 64
 
 
 @torch.no_grad()
-def require_isolated(model: Any, rows: Rows, vocabulary: int) -> float:
+def require_isolated(model: Any, rows: "Rows", vocabulary: int) -> float:
     """Change the first sequence of a packed row: the logits of the others must stay.
 
     Models differ in how they make their masks, and one that ignores positions would train every
@@ -65,10 +67,10 @@ def require_isolated(model: Any, rows: Rows, vocabulary: int) -> float:
 def require_causal(model: Any, vocabulary: int) -> None:
     """Change the last token of a sequence: the logits before it must stay.
 
-    Encoders such as BERT can be loaded as language models, and would learn to copy what they see.
+    Encoders such as BERT can be loaded as language models, and copy what they see.
 
     Args:
-        model: the real one, as it will train.
+        model: the real one, as it will train or be judged.
         vocabulary: ids below this are the model's.
 
     Raises:
@@ -86,7 +88,7 @@ def require_causal(model: Any, vocabulary: int) -> None:
     if not change <= TOLERANCE:
         raise ModelError(
             f"{model.config.model_type} is not a causal language model: a later token moves "
-            f"earlier logits by {change:.1%}, so it would see the answers that it is to learn",
+            f"earlier logits by {change:.1%}, so it sees the answers that it is to give",
             hint="use a decoder, or --task classify",
         )
 

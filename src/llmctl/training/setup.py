@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llmctl import hardware, shapes
+from llmctl.attention import attend
 from llmctl.config.stages import PretrainConfig
 from llmctl.console import log, short
 from llmctl.data.shards import TokenIndex, open_tokens
@@ -19,6 +19,7 @@ from llmctl.data.vocabulary import fingerprint
 from llmctl.decode.loop import context_size
 from llmctl.errors import DataError, ModelError, UserError
 from llmctl.models import load_causal_lm, load_config, load_tokenizer
+from llmctl.quantized import require_full
 from llmctl.rundir import Run
 from llmctl.training.batches import Batches
 from llmctl.training.job import Job, Rhythm
@@ -226,7 +227,7 @@ def _attend_causally(model: Any) -> None:
     shape = model.config.to_dict()
     windowed = shape.get("sliding_window") is not None and shape.get("use_sliding_window", True)
     if model.config._attn_implementation == "sdpa" and not windowed:
-        AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
+        AttentionInterface.register("sdpa_causal", attend)
         model.set_attn_implementation("sdpa_causal")
 
 
@@ -234,7 +235,9 @@ def _architecture(
     config: PretrainConfig, index: TokenIndex, tokenizer: PreTrainedTokenizerBase, device: str
 ) -> PreTrainedConfig:
     if config.model:
-        return load_config(config.model)
+        shape = load_config(config.model)
+        require_full(shape, config.model, "be trained")
+        return shape
     preset = preset_for(index.train.tokens, device)
     return shapes.new_config(config, preset, index.vocab_size, tokenizer)
 

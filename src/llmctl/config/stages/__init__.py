@@ -2,11 +2,13 @@
 
 from llmctl.config.stages.alignment import RewardConfig
 from llmctl.config.stages.dpo import DpoConfig
+from llmctl.config.stages.evaluating import EvaluateConfig
 from llmctl.config.stages.feedback import RankConfig
 from llmctl.config.stages.finetuning import AuditConfig, MergeConfig, SftConfig
 from llmctl.config.stages.housekeeping import DemoConfig, DoctorConfig, RunsConfig
 from llmctl.config.stages.ppo import PpoConfig
 from llmctl.config.stages.pretraining import PRESETS, PretrainConfig, TokenizeConfig
+from llmctl.config.stages.shrinking import QuantizeConfig
 from llmctl.config.stages.using import ChatConfig, GenerateConfig
 
 __all__ = [
@@ -16,10 +18,12 @@ __all__ = [
     "DemoConfig",
     "DoctorConfig",
     "DpoConfig",
+    "EvaluateConfig",
     "GenerateConfig",
     "MergeConfig",
     "PpoConfig",
     "PretrainConfig",
+    "QuantizeConfig",
     "RankConfig",
     "RewardConfig",
     "RunsConfig",

@@ -1,0 +1,160 @@
+"""Benchmarks of lm-eval: the model as llmctl loaded it in, a row for each task out."""
+
+import difflib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from llmctl.claim import SAMPLES
+from llmctl.config.stages import EvaluateConfig
+from llmctl.errors import DataError, NetworkError, UserError
+from llmctl.evaluate.libraries import require_library
+from llmctl.evaluate.plan import Subject
+from llmctl.evaluate.rows import Row
+from llmctl.evaluate.work import Work
+from llmctl.rundir import Run
+
+SKIPPED = ("alias", "sample_len", "sample_count", "name")
+
+
+def find_tasks(config: EvaluateConfig) -> Any:
+    """lm-eval's manager of tasks, which knows those that are asked for.
+
+    Its own tasks, thousands of files, are looked at only for names that the folders lack.
+
+    Raises:
+        DataError: no such folder.
+        UserError: no such task.
+        ResourceError: lm-eval is not installed.
+    """
+    require_library("lm_eval", "lm-eval", "--tasks")
+    for folder in config.task_path:
+        if not folder.is_dir():
+            raise DataError("no such folder of tasks", file=folder)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from lm_eval.tasks import TaskManager
+
+    paths = [str(path) for path in config.task_path]
+    found = TaskManager(include_path=paths, include_defaults=False) if paths else None
+    if found is None or not set(config.tasks) <= set(found.all_tasks):
+        found = TaskManager(include_path=paths or None)
+    for name in config.tasks:
+        if name not in found.all_tasks:
+            close = difflib.get_close_matches(name, found.all_tasks, n=1)
+            raise UserError(
+                f"--tasks {name}: lm-eval knows no such task",
+                hint=f"did you mean {close[0]}?" if close else "--task-path FOLDER adds your own",
+            )
+    return found
+
+
+def benchmarking(
+    config: EvaluateConfig,
+    subject: Subject,
+    load: Callable[[], PreTrainedModel],
+    manager: Any,
+    run: Run | None,
+    side: str,
+) -> Work:
+    """The work of one task after the other; their samples go to samples.jsonl."""
+
+    def compute(units: range) -> list[Row]:
+        return [_row(config.tasks[number]) for number in units]
+
+    def _row(task: str) -> Row:
+        found = _evaluate(config, subject, load(), manager, task)
+        samples = found.get("samples") or {}
+        if run is not None:
+            for name, some in samples.items():
+                for sample in some:
+                    run.log({"side": side, "task": name, **_plain(sample)}, SAMPLES)
+        return {"task": task, "figures": _figures(found), "values": _values(samples)}
+
+    return Work(len(config.tasks), 1, compute)
+
+
+def task_figures(rows: Sequence[Row]) -> dict[str, float]:
+    """The figures of all tasks: `gsm8k/exact_match`, with a filter's name where there are more."""
+    return {name: value for row in rows for name, value in row["figures"].items()}
+
+
+def task_values(rows: Sequence[Row]) -> dict[str, list[float]]:
+    """The values of each sample, by the name of its figure."""
+    return {name: values for row in rows for name, values in row["values"].items()}
+
+
+def _evaluate(
+    config: EvaluateConfig, subject: Subject, model: PreTrainedModel, manager: Any, task: str
+) -> dict[str, Any]:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    judged = HFLM(
+        pretrained=model,
+        tokenizer=subject.tokenizer,
+        batch_size=config.batch_size,
+        max_length=config.context,
+    )
+    chat = subject.tokenizer.chat_template is not None and not config.plain
+    try:
+        found = simple_evaluate(
+            model=judged,
+            tasks=[task],
+            num_fewshot=config.shots,
+            limit=config.limit,
+            task_manager=manager,
+            apply_chat_template=chat,
+            system_instruction=config.system,
+            random_seed=config.seed,
+            numpy_random_seed=config.seed,
+            torch_random_seed=config.seed,
+            fewshot_random_seed=config.seed,
+            bootstrap_iters=0,
+        )
+    except ConnectionError as error:
+        raise NetworkError(
+            f"--tasks {task}: its data cannot be had: {str(error).splitlines()[0]}",
+            hint="connect, or pass a task whose data_files are local with --task-path",
+        ) from None
+    return dict(found)
+
+
+def _figures(found: Mapping[str, Any]) -> dict[str, float]:
+    """Every figure that lm-eval reports, `task/metric`, with the filter where it is a named one."""
+    figures = {}
+    for part in ("results", "groups"):
+        for task, facts in (found.get(part) or {}).items():
+            for key, value in facts.items():
+                metric, _, chosen = key.partition(",")
+                is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                if metric not in SKIPPED and not metric.endswith("_stderr") and is_number:
+                    named = f"{metric}/{chosen}" if chosen not in ("", "none") else metric
+                    figures[f"{task}/{named}"] = float(value)
+    return figures
+
+
+def _values(samples: Mapping[str, Any]) -> dict[str, list[float]]:
+    """What each sample scored, in their order, where that is a number."""
+    values: dict[str, list[float]] = {}
+    for task, some in samples.items():
+        for sample in sorted(some, key=lambda sample: int(sample["doc_id"])):
+            chosen = sample.get("filter", "none")
+            for metric in sample.get("metrics", ()):
+                if isinstance(sample.get(metric), int | float):
+                    named = metric if chosen == "none" else f"{metric}/{chosen}"
+                    values.setdefault(f"{task}/{named}", []).append(float(sample[metric]))
+    return values
+
+
+def _plain(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """A sample as JSON takes it."""
+    keep = ("doc_id", "target", "filtered_resps", "filter", *sample.get("metrics", ()))
+    return {key: sample[key] for key in keep if key in sample and _is_json(sample[key])}
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_json, value))
+    return value is None or isinstance(value, str | int | float)

@@ -1,0 +1,174 @@
+"""An evaluation from end to end: what is planned, done on one model or two, and summed up."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from llmctl import hardware
+from llmctl.config.stages import EvaluateConfig
+from llmctl.decode.loading import load_to_write
+from llmctl.errors import ModelError
+from llmctl.evaluate.answering import answering
+from llmctl.evaluate.benchmarks import benchmarking, find_tasks, task_figures, task_values
+from llmctl.evaluate.classifying import classifying, load_labeller
+from llmctl.evaluate.comparing import difference, differences, paired, win_rate
+from llmctl.evaluate.figures import Row, figure_names, figures_of, quotients_of
+from llmctl.evaluate.gates import require_known
+from llmctl.evaluate.plan import Plan, Subject, identity, look_at, make_plan, model_inputs
+from llmctl.evaluate.reading import reading
+from llmctl.evaluate.rows import Rows
+from llmctl.evaluate.work import Work, carry_out
+from llmctl.models import parse_dtype
+from llmctl.rundir import Run
+from llmctl.scoring import RewardModel, load_reward_model
+from llmctl.training.selftest import require_causal
+
+READ_AT_ONCE = 64
+"""Sequences that count when threads are chosen for reading, which is done many at a time."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that is settled before a model is loaded."""
+
+    config: EvaluateConfig
+    plan: Plan | None
+    """None for benchmarks."""
+    manager: Any
+    """Of lm-eval's tasks."""
+    subjects: dict[str, Subject]
+    """`model`, and `compare` where there are two."""
+    device: str
+    identity: dict[str, Any]
+    inputs: list[dict[str, Any]]
+    """For the manifest."""
+
+
+def prepare(config: EvaluateConfig, clock: str | None) -> Evaluation:
+    """Read and check everything but weights: all that a dry run does.
+
+    Raises:
+        UserError: its subclasses, for what will not go.
+    """
+    device = hardware.pick_device(config.device)
+    manager = find_tasks(config) if config.tasks else None
+    plan = None if config.tasks else make_plan(config, clock)
+    names = {"model": config.model, **({"compare": config.compare} if config.compare else {})}
+    subjects = {side: look_at(config, plan, name) for side, name in names.items()}
+    if plan is not None:
+        require_known(config.require, _names(config, plan))
+    data = [] if plan is None else plan.inputs
+    found = identity(config, data)
+    return Evaluation(
+        config, plan, manager, subjects, device, found, [*model_inputs(config, found), *data]
+    )
+
+
+def evaluate(found: Evaluation, rows: Rows, run: Run | None) -> dict[str, Any]:
+    """Do what is missing, and return every figure."""
+    config, plan = found.config, found.plan
+    sides: dict[str, list[Row]] = {}
+
+    @cache
+    def judge() -> RewardModel:
+        assert config.reward_model is not None
+        return load_reward_model(config.reward_model, device=found.device)
+
+    for side, subject in found.subjects.items():
+        work = _work(found, side, subject, judge, run)
+        with hardware.memory_errors():
+            sides[side] = carry_out(work, side, rows, subject.reference)
+    result: dict[str, Any] = {"rows": len(sides["model"]), **_figures(plan, sides["model"])}
+    if config.compare is not None:
+        result["compare"] = {"model": config.compare, **_figures(plan, sides["compare"])}
+        result |= _compared(config, plan, sides)
+    return result
+
+
+def require_same(began: dict[str, Any] | None, now: dict[str, Any]) -> None:
+    """Refuse to go on with a run that began as another.
+
+    Raises:
+        ModelError: naming what differs.
+    """
+    changed = [name for name in now if began is not None and began.get(name) != now[name]]
+    if began is not None and changed:
+        what = ", ".join(f"{name}: {began.get(name)} -> {now[name]}" for name in changed)
+        raise ModelError(
+            f"the run began with other settings ({what})",
+            hint="give those it began with, or choose another --out",
+        )
+
+
+def _work(
+    found: Evaluation,
+    side: str,
+    subject: Subject,
+    judge: Callable[[], RewardModel],
+    run: Run | None,
+) -> Work:
+    """What is to be done on one model, which is loaded once there is something to do."""
+    config, plan = found.config, found.plan
+
+    @cache
+    def load() -> PreTrainedModel:
+        rows = config.batch_size if plan is None or plan.generates else READ_AT_ONCE
+        model = load_to_write(
+            subject.reference, config, subject.shape, device=found.device, rows=rows
+        )
+        require_causal(model, int(subject.shape.get_text_config().vocab_size))
+        return model
+
+    @cache
+    def labeller() -> Any:
+        hardware.set_threads(config.threads)
+        dtype = parse_dtype(config.dtype, found.device, subject.shape.dtype)
+        return load_labeller(subject, dtype, found.device)
+
+    if plan is None:
+        return benchmarking(config, subject, load, found.manager, run, side)
+    if subject.labels is not None:
+        return classifying(config, plan, subject, labeller)
+    if plan.data.kind == "documents":
+        return reading(config, plan, subject, load)
+    return answering(config, plan, subject, load, judge)
+
+
+def _names(config: EvaluateConfig, plan: Plan) -> list[str]:
+    """Figures that gates can be set on."""
+    names = figure_names(plan.metrics)
+    apart = [f"difference/{name}" for name in quotients_of(plan.metrics)] if config.compare else []
+    wins = ["win_rate"] if config.compare and config.reward_model else []
+    return [*names, *(["cut_share"] if plan.generates else []), *apart, *wins]
+
+
+def _figures(plan: Plan | None, rows: list[Row]) -> dict[str, Any]:
+    return task_figures(rows) if plan is None else figures_of(rows, plan.metrics)
+
+
+def _compared(
+    config: EvaluateConfig, plan: Plan | None, sides: dict[str, list[Row]]
+) -> dict[str, Any]:
+    ours, theirs = sides["model"], sides["compare"]
+    if plan is None:
+        one, other = task_values(ours), task_values(theirs)
+        return {
+            "differences": {
+                name: difference(_column(one[name]), _column(other[name]), config.seed)
+                for name in one
+                if len(one[name]) == len(other.get(name, ()))
+            }
+        }
+    names = quotients_of(plan.metrics)
+    apart = differences(*paired(ours, theirs), names, config.seed)
+    wins = win_rate(ours, theirs) if config.reward_model else {}
+    return {"differences": apart, **wins}
+
+
+def _column(values: list[float]) -> Any:
+    """A figure that is a mean, as numerators and denominators."""
+    return np.array([values, [1.0] * len(values)], dtype=np.float64).T

@@ -1,0 +1,229 @@
+"""What a GGUF file says about a tokenizer: its tokens, their types, and how text becomes them.
+
+llama.cpp has code of its own for this. Two of its tokenizers are written: byte-level BPE, which it
+calls `gpt2`, and BPE with bytes to fall back on, as SentencePiece makes it, which it calls `llama`.
+A tokenizer that llama.cpp would run otherwise than `tokenizers` does is refused.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from llmctl.data.vocabulary import WORDS
+from llmctl.errors import ModelError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Token types, as the format numbers them."""
+
+QWEN2 = WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS = {WORDS: "llama-bpe", QWEN2: "qwen2", TEKKEN: "tekken"}
+"""Regular expression that cuts text into words -> llama.cpp's name for it."""
+
+WHOLE_WORDS = ("llama-bpe", "tekken")
+"""With these llama.cpp takes a word that is a token for that token, whatever the merges say."""
+
+SPACE = "\u2581"
+"""Stands for a space in SentencePiece's tokens."""
+
+KNOWN = (
+    "those that can: byte-level BPE cut into words as GPT-2, SmolLM, Llama 3, Qwen2 or Tekken do, "
+    "and SentencePiece's BPE with byte fallback"
+)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenizer as llama.cpp reads it."""
+
+    model: str
+    pre: str
+    texts: list[str]
+    types: list[int]
+    merges: list[str] | None = None
+    scores: list[float] | None = None
+    space_prefix: bool | None = None
+    """Whether a space is put before a text; None where that is no question."""
+
+
+def read_tokens(tokenizer: PreTrainedTokenizerBase, rows: int) -> Tokens:
+    """A tokenizer in llama.cpp's terms.
+
+    Args:
+        tokenizer: of transformers, with a `tokenizers` form.
+        rows: of the model's embedding; those past the last token become unused ones.
+
+    Raises:
+        ModelError: llama.cpp has no such tokenizer, or the model has no row for a token.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise _refusal(f"{type(tokenizer).__name__} has no `tokenizers` form")
+    form = json.loads(tokenizer.backend_tokenizer.to_str())
+    if form["model"]["type"] != "BPE":
+        raise _refusal(f"{form['model']['type']} tokens")
+    last = max(tokenizer.get_vocab().values())
+    if last >= rows:
+        raise ModelError(f"the tokenizer has token {last:,}, the model {rows:,} rows for tokens")
+    for token in form["added_tokens"]:
+        odd = [name for name in ("lstrip", "rstrip", "single_word") if token[name]]
+        if odd:
+            raise _refusal(f"the token {token['content']} with {odd[0]}")
+    read = _sentencepiece if form["model"]["byte_fallback"] else _byte_level
+    return read(tokenizer, form, rows)
+
+
+def frame(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
+    """Whether the tokenizer puts bos before a text, and eos after it.
+
+    Raises:
+        ModelError: it puts something else there.
+    """
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    framed = tokenizer("a")["input_ids"]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    for head, tail in (([], []), ([bos], []), ([bos], [eos]), ([], [eos])):
+        if framed == [*head, *plain, *tail]:
+            return bool(head), bool(tail)
+    raise _refusal("other tokens than bos and eos put around a text")
+
+
+def _byte_level(tokenizer: PreTrainedTokenizerFast, form: dict[str, Any], rows: int) -> Tokens:
+    model, normalizer = form["model"], form["normalizer"]
+    if normalizer is not None and normalizer["type"] != "NFC":
+        raise _refusal(f"text normalized by {normalizer['type']}")
+    if model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
+        raise _refusal("tokens with a prefix or suffix of their own inside words")
+    if not model["merges"]:
+        raise _refusal("bytes without merges")
+    pre = _words(form["pre_tokenizer"])
+    added = {token["content"] for token in form["added_tokens"]}
+    if model["ignore_merges"] != (pre in WHOLE_WORDS):
+        merge = tokenizer.backend_tokenizer.model.tokenize
+        whole = (text for text in model["vocab"] if text not in added)
+        if lost := next((text for text in whole if len(merge(text)) != 1), None):
+            raise _refusal(f"the token {lost!r}, which no merges make (ignore_merges)")
+    texts, types = _typed(tokenizer, form, rows)
+    return Tokens("gpt2", pre, texts, types, merges=[" ".join(pair) for pair in _pairs(model)])
+
+
+def _sentencepiece(tokenizer: PreTrainedTokenizerFast, form: dict[str, Any], rows: int) -> Tokens:
+    vocab: dict[str, int] = form["model"]["vocab"]
+    if missing := [name for name in map("<0x{:02X}>".format, range(256)) if name not in vocab]:
+        raise _refusal(f"byte fallback without a token {missing[0]}")
+    if form["model"]["ignore_merges"]:
+        raise _refusal("byte fallback with ignore_merges")
+    prefix = _space_prefix(form)
+    texts, types = _typed(tokenizer, form, rows)
+    for index, text in enumerate(texts):
+        if re.fullmatch("<0x[0-9A-F]{2}>", text):
+            types[index] = BYTE
+        elif types[index] == USER_DEFINED:
+            texts[index] = text.replace(SPACE, " ")
+    if tokenizer.unk_token_id is not None:
+        types[tokenizer.unk_token_id] = UNKNOWN
+    pieces = [text for text, kind in zip(texts, types, strict=True) if kind == NORMAL]
+    scores = _scores(_pairs(form["model"]), pieces)
+    return Tokens(
+        "llama",
+        "default",
+        texts,
+        types,
+        scores=[scores.get(text, 0.0) for text in texts],
+        space_prefix=prefix,
+    )
+
+
+def _typed(
+    tokenizer: PreTrainedTokenizerFast, form: dict[str, Any], rows: int
+) -> tuple[list[str], list[int]]:
+    """Text and type of every row: what no token has is unused."""
+    texts, types = [f"[PAD{row}]" for row in range(rows)], [UNUSED] * rows
+    for text, token in tokenizer.get_vocab().items():
+        texts[token], types[token] = text, NORMAL
+    for added in form["added_tokens"]:
+        types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    return texts, types
+
+
+def _pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(left, right) for left, right in model["merges"]]
+
+
+def _words(pre_tokenizer: dict[str, Any] | None) -> str:
+    """llama.cpp's name for the way in which text is cut into words.
+
+    Its own converter looks up the hash of how a tokenizer encodes a certain text; the tokenizer's
+    parts say the same of any vocabulary, also of one that nobody has seen before.
+    """
+    if pre_tokenizer is None:
+        raise _refusal("text that is not cut into words")
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    match steps:
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            return "gpt-2"
+        case [
+            {"type": "Digits", "individual_digits": True},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        ]:
+            return "smollm"
+        case [
+            {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        ] if regex in SPLITS:
+            return SPLITS[regex]
+    raise _refusal(f"text cut into words by {json.dumps(pre_tokenizer)[:200]}")
+
+
+def _space_prefix(form: dict[str, Any]) -> bool:
+    """Whether a space is put before a text; refuses what else may be done to it."""
+    normalizer, pre_tokenizer = form["normalizer"], form["pre_tokenizer"]
+    steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    match steps, pre_tokenizer:
+        case [{"type": "Prepend", "prepend": "\u2581"}, last], None if last == spaces:
+            return True
+        case [last], None if last == spaces:
+            return False
+        case [], {"type": "Metaspace", "replacement": "\u2581", "split": False}:
+            return bool(pre_tokenizer["prepend_scheme"] != "never")
+    raise _refusal("byte fallback with other normalizers than those for spaces")
+
+
+def _scores(merges: Sequence[tuple[str, str]], pieces: Sequence[str]) -> dict[str, float]:
+    """A score per merged token: llama.cpp joins the neighbours that make the token scored best.
+
+    It asks for no list of merges: any two neighbours that together are a token may be joined. So
+    the list must hold all such pairs, those of one token beside each other.
+
+    Raises:
+        ModelError: it does not, and text would be cut otherwise.
+    """
+    known = set(pieces)
+    scores: dict[str, float] = {}
+    made: dict[str, set[tuple[str, str]]] = {}
+    before = None
+    for left, right in merges:
+        token = left + right
+        if token != before and token in scores:
+            raise _refusal(f"merges that make {token!r} at different ranks")
+        scores.setdefault(token, -1.0 - len(scores))
+        made.setdefault(token, set()).add((left, right))
+        before = token
+    for text in pieces:
+        parts = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
+        pairs = {pair for pair in parts if known.issuperset(pair)}
+        if pairs != made.get(text, set()):
+            raise _refusal(f"the token {text!r}, which not all of its parts are merged to")
+    return scores
+
+
+def _refusal(what: str) -> ModelError:
+    return ModelError(f"llama.cpp has no tokenizer like this one: {what}", hint=KNOWN)

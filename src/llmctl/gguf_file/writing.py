@@ -1,0 +1,178 @@
+"""Write a GGUF file: refuse first what cannot be written, then write it whole or not at all."""
+
+import importlib.util
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmctl.errors import ResourceError
+from llmctl.files import fsync, staged, writing
+from llmctl.gguf_file.architecture import ARCHITECTURES, check_architecture, metadata
+from llmctl.gguf_file.tokens import frame, read_tokens
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+Kind = Literal["q8_0", "q4_0", "f16", "bf16", "f32"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that was written."""
+
+    path: Path
+    bytes: int
+
+    tensors: dict[str, int]
+    """How many tensors it has of each type."""
+
+    kept: tuple[str, ...]
+    """Modules whose weights are in float16 instead of in blocks."""
+
+
+def check_gguf(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a model or tokenizer that cannot be written as llama.cpp would read it.
+
+    Raises:
+        ModelError: naming what is in the way, and what can be written.
+        ResourceError: the `gguf` package is not installed.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise ResourceError(
+            "writing GGUF files takes the package gguf", hint='run: pip install "llmctl[gguf]"'
+        )
+    check_architecture(config)
+    read_tokens(tokenizer, config.vocab_size)
+    frame(tokenizer)
+
+
+def write_gguf(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    kind: Kind,
+    keep: Collection[str] = (),
+) -> Written:
+    """Write a model and its tokenizer to one file, whole or not at all, in place of any before it.
+
+    Args:
+        model: a causal language model whose weights are not quantized.
+        tokenizer: its own.
+        path: of the file.
+        kind: type of the matrices.
+        keep: names of modules to leave in float16.
+
+    Raises:
+        ModelError: what `check_gguf` refuses, or a weight that its type cannot hold.
+        ResourceError: the `gguf` package is not installed, or no space is left.
+        OutputError: the file cannot be written.
+    """
+    check_gguf(model.config, tokenizer)
+    from gguf import GGMLQuantizationType, GGUFWriter, size_label  # an extra
+
+    from llmctl.gguf_file.tensors import BLOCKS, weights
+
+    matrices = GGMLQuantizationType[kind.upper()]
+    tensors = list(weights(model, matrices, keep))
+    staging = staged(path)
+    writer = GGUFWriter(staging, ARCHITECTURES[model.config.model_type])
+    _describe(writer, model, kind)
+    _add_tokens(writer, model, tokenizer)
+    for weight in tensors:
+        writer.add_tensor_info(
+            weight.name, weight.shape, weight.dtype, weight.size, raw_dtype=weight.type
+        )
+    writer.add_size_label(size_label(*writer.get_total_parameter_count()))
+    try:
+        with writing(path):
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for weight in tensors:
+                writer.write_tensor_data(weight.array())
+            writer.close()
+            fsync(staging)
+            staging.replace(path)
+            fsync(path.parent)
+    finally:
+        writer.close()
+        staging.unlink(missing_ok=True)
+    halves = [w for w in tensors if w.type == GGMLQuantizationType.F16 and matrices in BLOCKS]
+    return Written(
+        path,
+        path.stat().st_size,
+        dict(Counter(weight.type.name.lower() for weight in tensors)),
+        tuple(weight.source.removesuffix(".weight") for weight in halves),
+    )
+
+
+def _describe(writer: "GGUFWriter", model: PreTrainedModel, kind: Kind) -> None:
+    """What the file is, and the sizes of the model."""
+    from gguf import GGML_QUANT_VERSION, LlamaFileType
+
+    writer.add_type("model")
+    if name := _name(model.config):
+        writer.add_name(name)
+    written = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
+    writer.add_file_type(LlamaFileType[written])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    for key, value in metadata(model.config):
+        key = f"{ARCHITECTURES[model.config.model_type]}.{key}"
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        else:
+            writer.add_uint32(key, value)
+
+
+def _add_tokens(
+    writer: "GGUFWriter", model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """The vocabulary, the tokens with a role, and the chat template."""
+    tokens = read_tokens(tokenizer, model.config.vocab_size)
+    writer.add_tokenizer_model(tokens.model)
+    writer.add_tokenizer_pre(tokens.pre)
+    writer.add_token_list(tokens.texts)
+    writer.add_token_types(tokens.types)
+    if tokens.scores is not None:
+        writer.add_token_scores(tokens.scores)
+    if tokens.merges is not None:
+        writer.add_token_merges(tokens.merges)
+    if tokens.space_prefix is not None:
+        writer.add_add_space_prefix(tokens.space_prefix)
+    bos, eos = frame(tokenizer)
+    writer.add_add_bos_token(bos)
+    writer.add_add_eos_token(eos)
+    stops = other_stops(model, tokenizer)
+    roles = (
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_eos_token_id, tokenizer.eos_token_id),
+        (writer.add_unk_token_id, tokenizer.unk_token_id),
+        (writer.add_pad_token_id, tokenizer.pad_token_id),
+        (writer.add_eot_token_id, stops[0] if stops else None),
+        (writer.add_eom_token_id, stops[1] if len(stops) > 1 else None),
+    )
+    for add, token in roles:
+        if token is not None:
+            add(token)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def other_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens beside eos that end a response."""
+    known = model.generation_config.eos_token_id if model.generation_config else None
+    stops = known if isinstance(known, list) else [] if known is None else [known]
+    return sorted(set(stops) - {tokenizer.eos_token_id})
+
+
+def _name(config: PreTrainedConfig) -> str:
+    """The model's name: of its folder, or of the run that the folder is in."""
+    folder = Path(config.name_or_path)
+    return folder.parent.name if folder.name in ("model", "adapter") else folder.name

@@ -1,0 +1,93 @@
+"""Make the smaller model, compare it, and write it where the gate holds.
+
+In: a `Job`. Out: a folder that `from_pretrained` opens, and the `Report` on it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from llmctl.config.stages import QuantizeConfig
+from llmctl.errors import ModelError
+from llmctl.likelihood import Window, window_logits
+from llmctl.models import load_causal_lm, save_model
+from llmctl.quantize.compare import compare, time_generation, windows_of, write_samples
+from llmctl.quantize.job import Job, quantized_share, rivals, weights_size
+from llmctl.quantize.layers import Layers
+from llmctl.quantize.methods import describe, kept_dtype, left_out, shrink
+from llmctl.quantize.report import Report, Sizes
+from llmctl.quantized import memory_of
+
+NO_LAYERS = Layers((), {})
+
+
+def make_folder(job: Job, config: QuantizeConfig, folder: Path) -> Report:
+    """Write the smaller model as a Hugging Face folder.
+
+    What is written is read back, and must give the very logits that were measured.
+
+    Args:
+        job: what to make smaller.
+        config: how.
+        folder: where to.
+
+    Raises:
+        GateError: it lost more than it may; nothing was written.
+        ModelError: the method fails on this model, or what was written is not what was measured.
+    """
+    before = job.load()
+    after = shrink(before, config, job.layers)
+    layers = NO_LAYERS if config.library is None else left_out(after, job.layers)
+    dtype = kept_dtype(config, before)
+    report, windows = _examine(job, config, before, after, layers)
+    del before
+    save_model(after, after.state_dict(), job.tokenizer, folder)
+    again = load_causal_lm(str(folder), dtype=dtype, device=job.device)
+    _require_same(after, again, windows)
+    return replace(report, after=Sizes(weights_size(folder), report.after.memory))
+
+
+def _examine(
+    job: Job,
+    config: QuantizeConfig,
+    before: PreTrainedModel,
+    after: PreTrainedModel,
+    layers: Layers,
+) -> tuple[Report, Sequence[Window]]:
+    """Measure both models, and hold the gate."""
+    windows = windows_of(job.text.documents, before)
+    prompts, count = job.text.prompts, config.sample_tokens
+    report = Report(
+        method=describe(config),
+        text=job.text.name,
+        layers=layers,
+        share=quantized_share(before, layers),
+        before=Sizes(job.disk_before(), memory_of(before)),
+        after=Sizes(None, memory_of(after)),
+        fidelity=compare(before, after, windows),
+        speeds=time_generation({**rivals(before, config), "after": after}, prompts, count),
+        samples=write_samples(before, after, job.tokenizer, prompts, count),
+    )
+    report.hold(config.max_perplexity_increase)
+    return report, windows
+
+
+def _require_same(
+    measured: PreTrainedModel, written: PreTrainedModel, windows: Sequence[Window]
+) -> None:
+    """Refuse a folder that opens as another model than the one that the report is about.
+
+    Raises:
+        ModelError: with the largest difference of a logit.
+    """
+    shortest = min(windows, key=lambda window: len(window.tokens))
+    (one, _), (other, _) = (window_logits(model, [shortest]) for model in (measured, written))
+    if not torch.equal(one, other):
+        raise ModelError(
+            "the model that was written gives other logits than the one that was measured (by up "
+            f"to {float((one - other).abs().max()):.3g}): it was not kept",
+            hint="try another --method, and report it with the versions in `llmctl --version`",
+        )

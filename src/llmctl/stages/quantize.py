@@ -1,0 +1,36 @@
+"""`llmctl quantize`: a model in, a smaller one and a report on what it lost out."""
+
+from typing import Any
+
+from llmctl import hardware
+from llmctl.config.stages import QuantizeConfig
+from llmctl.quantize.job import announce, prepare
+from llmctl.quantize.making import make_folder
+from llmctl.quantize.methods import check_method
+from llmctl.rundir import open_run
+
+
+def run(config: QuantizeConfig) -> dict[str, Any] | None:
+    """Quantize, compare, write where the gate holds; None after a dry run."""
+    threads = hardware.set_threads(config.threads)
+    device = hardware.pick_device(config.device)
+    check_method(config, device)
+    job = prepare(config, device)
+    if config.dry_run:
+        print(config.to_yaml("quantize"), end="")
+        announce(job, config)
+        return None
+    with open_run("quantize", config) as run:
+        run.record(threads=threads, device=hardware.device_name(device), inputs=job.inputs())
+        with hardware.memory_errors():
+            report = make_folder(job, config, run.path / "model")
+        report.show()
+        result = {
+            "stage": "quantize",
+            "out": str(run.path),
+            "model": str(run.path / "model"),
+            "status": "completed",
+            **report.facts(),
+        }
+        run.record(result=result)
+    return result
