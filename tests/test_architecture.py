@@ -9,9 +9,9 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "llmctl"
 FLOORS = [  # a module imports from floors below its own, and from its own package or floor
-    {"errors", "console", "files", "provenance", "redact", "stopping"},
+    {"errors", "console", "files", "provenance", "redact", "stopping", "energy", "wording"},
     {"config"},
-    {"rundir", "claim", "options", "lock", "survey", "trackers"},
+    {"rundir", "claim", "options", "lock", "survey", "trackers", "lineage", "cards"},
     {
         "hardware",
         "headed",

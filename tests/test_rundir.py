@@ -52,7 +52,7 @@ def test_a_finished_run_says_what_it_did(tmp_path):
     out = finished(tmp_path / "run")
     manifest = json.loads((out / "manifest.json").read_text())
     assert {"stage", "command", "versions", "git", "seed", "inputs", "outputs"} <= set(manifest)
-    assert manifest["outputs"][0]["path"] == "model/config.json"
+    assert [o["path"] for o in manifest["outputs"]] == ["model/README.md", "model/config.json"]
     assert json.loads((out / "status.json").read_text())["state"] == "completed"
     assert json.loads((out / "metrics.jsonl").read_text()) == {"step": 1, "loss": None}
     assert "tokens: t" in (out / "recipe.yaml").read_text()

@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -18,6 +19,11 @@ RECORDED = (
     "bitsandbytes",
     "numpy",
 )
+
+
+def origin() -> dict[str, Any]:
+    """The command, the versions and the commit, as a manifest has them."""
+    return {"command": ["llmctl", *sys.argv[1:]], "versions": versions(), "git": git()}
 
 
 def versions() -> dict[str, str]:

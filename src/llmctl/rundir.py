@@ -11,7 +11,6 @@ model/ …        the result, only there when the run completed
 import json
 import os
 import socket
-import sys
 import time
 import traceback
 import uuid
@@ -22,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from llmctl import lock, trackers
+from llmctl.cards import write_cards
 from llmctl.claim import LOGS, METRICS, ROWS, Claim, as_object, claim, entered, read_json
 from llmctl.config.sections import StageConfig
 from llmctl.console import log, rank
+from llmctl.energy import Meter
 from llmctl.errors import DivergedError, ModelError, OutputError, UserError
 from llmctl.files import finite, replace_file, write_json, writing
-from llmctl.provenance import git, versions
+from llmctl.provenance import origin
 from llmctl.redact import redact, redacted
 from llmctl.stopping import reason
 
@@ -41,6 +42,7 @@ class Run:
     is_main: bool = True
     manifest: dict[str, Any] = field(default_factory=dict)
     status: dict[str, Any] = field(default_factory=dict)
+    meter: Meter = field(default_factory=Meter)
     under_way: bool = False
     """Whether training began: until then a resumed run stays what it was if this call fails."""
     tracking: trackers.Tracking | None = None
@@ -60,6 +62,7 @@ class Run:
     def log(self, metrics: Mapping[str, Any], name: str = METRICS) -> None:
         """Append one line to metrics.jsonl, or its like; NaN and infinity become null."""
         if self.is_main:
+            self.meter.tick()
             shown = finite(redacted(metrics))
             with (self.path / name).open("a") as file:
                 file.write(json.dumps(shown, allow_nan=False) + "\n")
@@ -135,7 +138,9 @@ def open_run(stage: str, config: StageConfig) -> Iterator[Run]:
                 run.tracking = trackers.asked_for(config, stage, run.path)
                 yield run
             with writing(run.path), lock.still_there(run.path):
-                run.record(finished=now(), outputs=owned.outputs())
+                run.record(finished=now(), energy=run.meter.add(run.manifest))
+                write_cards(run.path, run.manifest)
+                run.record(outputs=owned.outputs())
                 owned.flush()
                 run.set_status("completed", resumable=False, exit_code=0)
         except BaseException as error:
@@ -228,9 +233,7 @@ def _begin(run: Run, config: StageConfig) -> None:
         "threads": None,
         "inputs": [],
         **{k: v for k, v in known.items() if k not in ("finished", "result")},
-        "command": ["llmctl", *sys.argv[1:]],
-        "versions": versions(),
-        "git": git(),
+        **origin(),
         "seed": config.seed,
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "outputs": [],
@@ -267,7 +270,7 @@ def _fail(run: Run, error: BaseException, owned: Claim) -> None:
         owned.restore()
         return
     diverged = "diverged" if isinstance(error, DivergedError) else "failed"
-    run.record(outputs=owned.outputs())
+    run.record(outputs=owned.outputs(), energy=run.meter.add(run.manifest))
     run.set_status(
         "preempted" if signalled else diverged,
         resumable=resumable,

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from llmctl.cards import CARD
 from llmctl.files import sha256_file
 from torture import harness
 from torture.subjects import Subject
@@ -67,8 +68,12 @@ class Reference:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """What a run ended with: sha256 of each file of its result, and its lines but for the clock."""
-    results = [p for name in RESULTS for p in (run / name).rglob("*") if p.is_file()]
+    """What a run ended with: sha256 of each file of its result, and its lines but for the clock.
+
+    A model's card is no part of it: it tells the command, the time and the energy that it took.
+    """
+    files = (p for name in RESULTS for p in (run / name).rglob("*") if p.is_file())
+    results = [p for p in files if p.name != CARD]
     found: dict[str, Any] = {str(p.relative_to(run)): sha256_file(p) for p in results}
     assert any(name.endswith(".safetensors") for name in found), "no result"
     for log in LOGS:

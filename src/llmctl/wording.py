@@ -1,0 +1,161 @@
+"""Names and numbers of metrics and results, as people read them; nothing else knows their units."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+LABELS = {
+    "accuracy_interval": "95 % interval of the accuracy",
+    "best_step": "Best step",
+    "bytes_per_token": "Bytes a token",
+    "chrf": "chrF",
+    "clip_fraction": "Clipped tokens",
+    "eos_share": "Ended by themselves",
+    "episodes_per_second": "Episodes a second",
+    "grad_norm": "Gradient norm",
+    "kl": "KL from the reference",
+    "kl_coef": "KL coefficient",
+    "kwh": "Energy",
+    "length": "Length of responses",
+    "longer_wins": "The longer response wins",
+    "lr": "Learning rate",
+    "memory_bytes": "Memory in use",
+    "mfu": "Model FLOPs utilisation",
+    "step": "Steps",
+    "tokens": "Tokens seen",
+    "tokens_per_second": "Tokens a second",
+    "top1_agreement": "Top-1 agreement",
+    "train_tokens": "Training tokens",
+    "trained_parameters": "Trained parameters",
+    "val_bits_per_byte": "Bits per byte",
+    "val_kl": "KL from the reference, held out",
+    "val_eos_share": "Ended by themselves, held out",
+    "val_length": "Length, held out",
+    "val_loss": "Validation loss",
+    "val_perplexity": "Perplexity",
+    "val_win_rate": "Wins against the reference",
+    "vocab_used": "Vocabulary in use",
+    "wer": "Word error rate",
+}
+UNITS = {
+    "kl": "nats",
+    "val_kl": "nats",
+    "entropy": "nats",
+    "length": "tokens",
+    "val_length": "tokens",
+    "tokens_per_second": "tokens/s",
+    "episodes_per_second": "episodes/s",
+    "loss": "nats",
+    "val_loss": "nats",
+    "val_bits_per_byte": "bits",
+}
+_SHARE = re.compile(
+    r"(?:share|accuracy|fraction|win_rate(?:_low|_high)?|longer_wins|efficiency|agreement|mfu|"
+    r"vocab_used|unknown_rate|trained_share|truncated|exact|f1|wer)$"
+)
+_BYTES = re.compile(r"(?:^|_)bytes$")
+_SECONDS = re.compile(r"(?:^|_)(?:seconds|time)$")
+_COUNT = re.compile(
+    r"(?:parameters|tokens|rows|pairs|steps?|documents|prompts|vocab_size|sequences|episodes)$"
+)
+MISSING = "\N{EN DASH}"
+NARROW = "\N{NARROW NO-BREAK SPACE}"
+
+
+def label(key: str) -> str:
+    """A key as a heading: `val_token_accuracy` as `Token accuracy, held out`."""
+    if key in LABELS:
+        return LABELS[key]
+    name, _, part = key.partition("/")
+    words = name.removeprefix("val_").replace("_", " ").strip() or key
+    shown = words[:1].upper() + words[1:] + (f": {part}" if part else "")
+    return f"{shown}, held out" if name.startswith("val_") else shown
+
+
+def value(key: str, found: Any) -> str:
+    """A value as a cell shows it, with its unit where it has one."""
+    if isinstance(found, bool):
+        return "yes" if found else "no"
+    if found is None:
+        return MISSING
+    if isinstance(found, int | float):
+        return number(key, found)
+    if isinstance(found, list | tuple):
+        return " to ".join(value(key.removesuffix("_interval"), one) for one in found)
+    return str(found)
+
+
+def number(key: str, found: float) -> str:
+    """A number by what its key means: a share in percent, bytes, seconds, a count, or as it is."""
+    if not math.isfinite(found):
+        return MISSING
+    name = key.partition("/")[0]
+    if _SHARE.search(name) and 0 <= found <= 1:
+        return f"{100 * found:.3g}{NARROW}%"
+    if _BYTES.search(name):
+        return scaled(found, 1000, ("B", "kB", "MB", "GB", "TB"))
+    if _SECONDS.search(name):
+        return seconds(found)
+    if name == "kwh":
+        return energy(found)
+    if _COUNT.search(name) and abs(found) < 10_000:
+        return f"{found:,.0f}"
+    return compact(found)
+
+
+def with_unit(key: str, found: float) -> str:
+    """A number and the unit of its axis."""
+    unit = UNITS.get(key)
+    return f"{number(key, found)}{NARROW}{unit}" if unit else number(key, found)
+
+
+def compact(found: float) -> str:
+    """A number in four digits or so: `1.25M`, `0.0123`, `6e-05`."""
+    if found == 0:
+        return "0"
+    size = abs(found)
+    if size >= 10_000:
+        return scaled(found, 1000, ("", "k", "M", "B", "T"), gap="")
+    if size >= 1:
+        return f"{found:.4g}"
+    return f"{found:.3g}" if size >= 1e-3 else f"{found:.2g}"
+
+
+def scaled(found: float, base: int, units: tuple[str, ...], gap: str = NARROW) -> str:
+    """A number in the largest unit that it fills, in three digits."""
+    place, left = 0, float(found)
+    while abs(left) >= base * 0.9995 and place < len(units) - 1:
+        left, place = left / base, place + 1
+    digits = f"{left:.3g}"
+    return f"{digits}{gap if units[place] else ''}{units[place]}"
+
+
+def seconds(found: float) -> str:
+    """A duration: `0.42 s`, `3.4 s`, `2 min 05 s`, `3 h 20 min`."""
+    if found < 60:
+        return f"{found:.2g}{NARROW}s" if found < 10 else f"{found:.0f}{NARROW}s"
+    if found < 3600:
+        return f"{int(found) // 60}{NARROW}min {int(found) % 60:02d}{NARROW}s"
+    if found < 172_800:
+        return f"{int(found) // 3600}{NARROW}h {int(found) % 3600 // 60:02d}{NARROW}min"
+    return f"{found / 86_400:.1f}{NARROW}days"
+
+
+def energy(kwh: float) -> str:
+    """Kilowatt-hours in a unit that fits: `350 mWh`, `4.2 Wh`, `12.5 kWh`."""
+    return scaled(kwh * 1e6, 1000, ("mWh", "Wh", "kWh", "MWh"))
+
+
+def figures(result: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Keys and values of a result that are figures: no paths, no states, no tables."""
+    plain = {k: v for k, v in result.items() if isinstance(v, int | float) or _is_interval(v)}
+    return [(key, found) for key, found in plain.items() if not isinstance(found, bool)]
+
+
+def _is_interval(found: Any) -> bool:
+    return (
+        isinstance(found, list | tuple)
+        and len(found) == 2
+        and all(isinstance(end, int | float) for end in found)
+    )
