@@ -63,7 +63,7 @@ def test_a_dead_link_or_anchor_fails_the_build(tmp_path):
     docs = tmp_path / "docs"
     (docs / "commands").mkdir(parents=True)
     settings = (ROOT / "mkdocs.yml").read_text()
-    settings = settings[: settings.index("nav:")] + (
+    settings = settings[: settings.index("\nnav:") + 1] + (
         "nav:\n  - Guides: [index.md, page.md]\n  - Commands: []\n  - Changelog: changelog.md\n"
     )
     settings = settings.replace("docs/hooks.py", str(ROOT / "docs" / "hooks.py"))
