@@ -11,7 +11,18 @@ SRC = Path(__file__).parents[1] / "src" / "llmctl"
 FLOORS = [  # a module imports from floors below its own, and from its own package or floor
     {"errors", "console", "files", "provenance", "redact", "stopping", "energy", "wording"},
     {"config"},
-    {"rundir", "claim", "options", "lock", "survey", "trackers", "lineage", "cards"},
+    {
+        "rundir",
+        "claim",
+        "dryrun",
+        "options",
+        "lock",
+        "survey",
+        "trackers",
+        "lineage",
+        "cards",
+        "reporting",
+    },
     {
         "hardware",
         "headed",
@@ -34,7 +45,7 @@ FLOORS = [  # a module imports from floors below its own, and from its own packa
         "shapes",
         "vetting",
     },
-    {"training", "feedback", "ppo", "evaluate", "quantize"},
+    {"training", "feedback", "ppo", "evaluate", "quantize", "planning"},
     {"stages"},
     {"pipeline"},
     {"cli"},
@@ -47,7 +58,7 @@ OWNERS = {
     "bitsandbytes": {"quantized", "training", "checkup"},
     "yaml": {"config"},
     "filelock": {"lock"},
-    "accelerate": {"training", "ppo", "stages"},
+    "accelerate": {"training", "ppo", "planning", "stages"},
 }
 MODULES = sorted(p for p in SRC.rglob("*.py") if p.stem not in ("__init__", "__main__"))
 

@@ -101,6 +101,8 @@ def test_hub_ids_and_licences_stand_in_the_header(tmp_path):
     assert "base_model" not in data.to_dict(), "a folder of this machine is no name on the Hub"
     third = make(tmp_path / "hub", "sft", [{"role": "model", "path": "org/base"}])
     assert card_of(third).data.base_model == "org/base"
+    pinned = make(tmp_path / "pinned", "sft", [{"role": "model", "path": "org/base@v1"}])
+    assert card_of(pinned).data.base_model == "org/base", "the header has no place for a revision"
     assert card_of(third).data.to_dict()["base_model_relation"] == "finetune"
 
 

@@ -19,7 +19,6 @@ from llmctl.redact import redact
 CARD = "README.md"
 FOLDERS = ("model", "adapter", "value_model")
 TRAINED = ("pretrain", "sft", "reward", "ppo", "dpo")
-DATA_ROLES = ("data", "val_data", "tokens", "prompts")
 RELATIONS = {"merge": "merge", "quantize": "quantized"}
 KINDS = {
     "language": "a causal language model",
@@ -30,9 +29,9 @@ KINDS = {
 CLASSES = {"language": "AutoModelForCausalLM"}
 SECTIONS = {
     "language": """\
-Made to be tried, measured and trained further by whoever made it. It has been measured only by
-the figures above: what they do not show is not known. It is not ready to face people without
-tests of its own, least of all where a wrong answer does harm.""",
+Made to be tried, measured and trained further. It has been measured only by the figures above:
+what they do not show is not known. It is not ready to face people without tests of its own, least
+of all where a wrong answer does harm.""",
     "reward": """\
 Made to compare responses to one prompt, in training and in evaluation. Its numbers mean nothing
 between prompts, and little on texts unlike those it learned from. A policy trained on it will find
@@ -82,29 +81,11 @@ def kind_of(folder: Path) -> str:
     return "reward" if len(shape.get("id2label") or ()) == 1 else "classifier"
 
 
-def _header(line: list[Step], kind: str, folder: Path) -> dict[str, Any]:
-    """What the Hub reads: only what is known, and only names that it can have."""
-    stage, is_adapter = str(line[-1].manifest.get("stage")), _is_adapter(folder)
-    bases = [i for step in line for i in step.inputs if i.role in ("model", "base") and not i.run]
-    base = next((i.path for i in bases if i.is_hub_id), None)
-    relation = "adapter" if is_adapter else RELATIONS.get(stage, "finetune")
-    data = [i.path for step in line for i in step.inputs if i.role in DATA_ROLES and i.is_hub_id]
-    return {
-        "library_name": "peft" if is_adapter else "transformers",
-        "pipeline_tag": "text-generation" if kind == "language" else "text-classification",
-        "tags": ["llmctl", stage, *([] if kind == "language" else [f"{kind}-model"])],
-        "license": next(filter(None, map(_license, bases)), None),
-        "base_model": base,
-        "base_model_relation": relation if base else None,
-        "datasets": list(dict.fromkeys(data)) or None,
-    }
-
-
-def _license(base: Input) -> str | None:
-    """The licence that the card of a base says, where it lies on this disk."""
+def license_of(folder: Path) -> str | None:
+    """The licence that the card of a model says, where it lies on this disk."""
     from huggingface_hub import ModelCard
 
-    file = Path(base.path).expanduser() / CARD
+    file = folder.expanduser() / CARD
     if not file.is_file():
         return None
     try:
@@ -113,6 +94,24 @@ def _license(base: Input) -> str | None:
         return None
     name = found.data.to_dict().get("license")  # type: ignore[no-untyped-call]
     return name if isinstance(name, str) else None
+
+
+def _header(line: list[Step], kind: str, folder: Path) -> dict[str, Any]:
+    """What the Hub reads: only what is known, and only names that it can have."""
+    stage, is_adapter = str(line[-1].manifest.get("stage")), _is_adapter(folder)
+    bases = [i for step in line for i in step.inputs if i.role in ("model", "base") and not i.run]
+    base = next((i.hub_id for i in bases if i.hub_id), None)
+    relation = "adapter" if is_adapter else RELATIONS.get(stage, "finetune")
+    data = [i.hub_id for step in line for i in step.inputs if i.is_data and i.hub_id]
+    return {
+        "library_name": "peft" if is_adapter else "transformers",
+        "pipeline_tag": "text-generation" if kind == "language" else "text-classification",
+        "tags": ["llmctl", stage, *([] if kind == "language" else [f"{kind}-model"])],
+        "license": next(filter(None, (license_of(Path(base.path)) for base in bases)), None),
+        "base_model": base,
+        "base_model_relation": relation if base else None,
+        "datasets": list(dict.fromkeys(data)) or None,
+    }
 
 
 def _summary(line: list[Step], kind: str, folder: Path) -> str:
@@ -147,9 +146,13 @@ def _usage(kind: str, folder: Path) -> str:
     if _is_adapter(folder):
         name, library = name.replace("Auto", "AutoPeft", 1), "peft"
     more = ", num_labels=1" if _is_adapter(folder) and kind in ("reward", "value") else ""
+    imports = (
+        [f"from transformers import {name}, AutoTokenizer"]
+        if library == "transformers"
+        else [f"from {library} import {name}", "from transformers import AutoTokenizer"]
+    )
     lines = [
-        f"from {library} import {name}",
-        "from transformers import AutoTokenizer",
+        *imports,
         "",
         'folder = "."  # this one',
         "tokenizer = AutoTokenizer.from_pretrained(folder)",

@@ -134,6 +134,13 @@ def claim(path: Path, *, overwrite: bool, resuming: bool) -> Claim:
     return Claim(path, frozenset(), {p.name: p.read_bytes() for p in records if p.is_file()})
 
 
+def can_go_on(path: Path) -> bool:
+    """Whether a run has something to resume from: a checkpoint, or rows of an evaluation."""
+    rows = path / ROWS
+    has_rows = rows.is_file() and rows.stat().st_size > 0
+    return has_rows or any((path / "checkpoints").glob("checkpoint-*"))
+
+
 @contextmanager
 def entered(path: Path) -> Iterator[None]:
     """Make the directory; where the body fails and leaves it empty, so are those made for it."""

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from llmctl.config.sections import Reporting
 
 COMMANDS = {
-    "demo": (
-        "DemoConfig",
-        "Tokenize, pretrain, generate and fine-tune on what every Python carries.",
+    "demo": ("DemoConfig", "Take a small model through its whole life, on what is built in."),
+    "run": (
+        "RunConfig",
+        "Run a life cycle: the stages of a recipe, each on the results of those before it.",
     ),
     "tokenize": ("TokenizeConfig", "Train a tokenizer and turn a corpus into token shards."),
     "pretrain": ("PretrainConfig", "Train a causal language model from scratch, or continue one."),
@@ -34,6 +35,10 @@ COMMANDS = {
     "reward": ("RewardConfig", "Train a reward model on preferences, or score texts with one."),
     "dpo": ("DpoConfig", "Align a model with preferences directly, without a reward model."),
     "merge": ("MergeConfig", "Merge an adapter into its base model."),
+    "plan": (
+        "PlanConfig",
+        "Tell what a run takes before it runs: memory, FLOPs, time, tokens, devices.",
+    ),
     "evaluate": (
         "EvaluateConfig",
         "Measure a model on texts, on questions with answers or on benchmarks; compare two.",
@@ -41,11 +46,13 @@ COMMANDS = {
     "quantize": ("QuantizeConfig", "Make a model smaller, and measure what that costs."),
     "generate": ("GenerateConfig", "Generate text from a model."),
     "chat": ("ChatConfig", "Talk with a model in the terminal."),
+    "report": ("ReportConfig", "Write a page on runs: curves, figures, samples, how to repeat."),
     "runs": ("RunsConfig", "List runs: how they went, how far they are, how to resume them."),
     "doctor": ("DoctorConfig", "Check the installation and the machine, with a fix for each flaw."),
 }
 EXAMPLES = {
     "demo": "llmctl demo",
+    "run": "llmctl run recipes/life.yaml -o runs/life",
     "tokenize": "llmctl tokenize --data corpus.txt -o runs/tok",
     "pretrain": "llmctl pretrain --tokens runs/tok -o runs/base",
     "audit": "llmctl audit examples.jsonl --model runs/base",
@@ -55,10 +62,12 @@ EXAMPLES = {
     "reward": "llmctl reward --model runs/sft --data preferences.jsonl -o runs/reward",
     "dpo": "llmctl dpo --model runs/sft --data preferences.jsonl --lora -o runs/dpo",
     "merge": "llmctl merge --model runs/sft -o runs/merged",
+    "plan": "llmctl plan recipes/sft-lora.yaml --shape llama-2-7b --device-memory 80GB",
     "evaluate": "llmctl evaluate --model runs/sft --data test.jsonl --metrics rouge -o runs/eval",
     "quantize": "llmctl quantize --model runs/sft --bits 4 -o runs/small",
     "generate": 'llmctl generate --model runs/base --prompt "Once upon a time"',
     "chat": "llmctl chat --model runs/sft",
+    "report": "llmctl report runs/ -o report.html",
     "runs": "llmctl runs runs/",
     "doctor": "llmctl doctor",
 }
@@ -155,8 +164,8 @@ def _finished_already(name: str, config: "Reporting") -> dict[str, Any] | None:
 
 def _carry_out(name: str, config: "Reporting") -> dict[str, Any] | None:
     """Import the command's module and run it; a signal unwinds it and is one line."""
-    stage = "pipeline" if name == "demo" else f"stages.{name}"
-    run: Callable[[Any], dict[str, Any] | None] = import_module(f"llmctl.{stage}").run
+    package = "pipeline" if name in ("run", "demo") else "stages"
+    run: Callable[[Any], dict[str, Any] | None] = import_module(f"llmctl.{package}.{name}").run
     with raising():
         return run(config)
 

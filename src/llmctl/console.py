@@ -4,6 +4,9 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -55,6 +58,22 @@ def is_terminal() -> bool:
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
+Onlooker = Callable[[str, int, int, str], None]
+"""Gets the title of what is under way, how far it is, of how much, and its latest figures."""
+
+_onlooker: ContextVar[Onlooker | None] = ContextVar("onlooker", default=None)
+
+
+@contextmanager
+def watched(onlooker: Onlooker) -> Iterator[None]:
+    """In the body, progress is told to the onlooker instead of shown."""
+    token = _onlooker.set(onlooker)
+    try:
+        yield
+    finally:
+        _onlooker.reset(token)
+
+
 class Progress:
     """A bar with time left on a terminal; a plain line every few seconds elsewhere."""
 
@@ -67,7 +86,9 @@ class Progress:
 
     def __enter__(self) -> Self:
         """Show the bar, where there is a terminal and anything is to be said."""
-        if log.isEnabledFor(logging.INFO) and is_terminal():
+        if onlooker := _onlooker.get():
+            onlooker(self.title, 0, self.total, "")
+        elif log.isEnabledFor(logging.INFO) and is_terminal():
             self._rich = _rich_progress(self.unit)
             self._task = self._rich.add_task(self.title, total=self.total, text="")
             self._rich.start()
@@ -90,6 +111,9 @@ class Progress:
 
     def update(self, done: int, text: str = "") -> None:
         """Report how far the run is, and its latest figures."""
+        if onlooker := _onlooker.get():
+            onlooker(self.title, done, self.total, text)
+            return
         if self._rich is not None:
             self._rich.update(self._task, completed=done, text=text)
             return

@@ -3,6 +3,7 @@
 A message says what is wrong with the offending value, then where, then what to type instead.
 """
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -108,3 +109,29 @@ class Terminated(UserError):
     """SIGTERM or SIGUSR1: the run was saved and can be resumed."""
 
     code = 143
+
+
+class ProcessError(UserError):
+    """A process of llmctl's that ended by a bug, which it has shown itself."""
+
+    code = 1
+
+
+def from_json(said: Mapping[str, Any], code: int) -> UserError:
+    """The error that another process of llmctl's said with `--json`, and ended with.
+
+    Args:
+        said: its `error` object; empty where it said nothing.
+        code: its exit code.
+    """
+    kinds = [kind for kind in _below(UserError) if kind.code == code]
+    named = next((kind for kind in kinds if kind.__name__ == said.get("type")), None)
+    kind = named or next(iter(kinds), ProcessError)
+    message = said.get("message") or f"the process ended with exit code {code}"
+    return kind(message, file=said.get("file"), line=said.get("line"), hint=said.get("hint"))
+
+
+def _below(kind: type[UserError]) -> Iterator[type[UserError]]:
+    yield kind
+    for inner in kind.__subclasses__():
+        yield from _below(inner)

@@ -20,6 +20,7 @@ from llmctl.data.records import Record, checked_text, listed, read_records
 from llmctl.data.sources import find_sources
 from llmctl.data.tokenized import Encoded
 from llmctl.decode.rows import open_rows
+from llmctl.dryrun import show_recipes
 from llmctl.errors import DataError
 from llmctl.files import check_out
 from llmctl.scoring import Exchange, RewardModel, load_reward_model
@@ -47,8 +48,7 @@ def score_file(config: RewardConfig) -> dict[str, Any] | None:
     model = load_reward_model(config.model, device=hardware.pick_device(config.device))
     read = [_encoded(model, record, has_turns=model.has_turns) for record in records]
     if config.dry_run:
-        print(config.to_yaml("reward"), end="")
-        return None
+        return show_recipes([("reward", config)], {"rows": len(records)}, as_json=config.as_json)
     total = 0.0
     with (
         open_rows(config.out, as_json=True) as emit,

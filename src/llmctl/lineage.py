@@ -12,9 +12,10 @@ from typing import Any
 
 from llmctl.claim import OWN_FOLDERS, is_llmctls, read_json
 
-DEEPEST = 40
-"""Runs in a row that are followed."""
-HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"([\w][\w.-]*/[\w.-]+)(?:@[\w./-]+)?")
+"""A name on the Hub, and perhaps the revision that it is pinned to."""
+MODEL_ROLES = ("model", "base", "adapter", "tokens", "tokenizer", "reward_model", "compare")
+"""Roles of inputs that are no data."""
 _FOLDERS_BEFORE = re.compile(r"(^|=)~?/.*/")
 
 
@@ -30,10 +31,15 @@ class Input:
     """The run's directory that it is the result of, where it can be found."""
 
     @property
-    def is_hub_id(self) -> bool:
-        """Whether it has the name of something on the Hub, and is nothing on this disk."""
-        named = HUB_ID.fullmatch(self.path) is not None and self.run is None
-        return named and not Path(self.path).exists()
+    def is_data(self) -> bool:
+        """Whether it is text or rows, not a model or what belongs to one."""
+        return self.role not in MODEL_ROLES
+
+    @property
+    def hub_id(self) -> str | None:
+        """Its name on the Hub, without a revision; None for what is a run or on this disk."""
+        named = HUB_ID.fullmatch(self.path) if self.run is None else None
+        return named[1] if named and not Path(self.path).exists() else None
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,7 @@ def run_of(reference: str, near: Path) -> Path | None:
 
 def line_of(path: Path, manifest: Mapping[str, Any]) -> list[Step]:
     """The run and those it stands on, the eldest first, each once."""
-    found = {step.path.resolve(): step for step in _walk(path, manifest, DEEPEST)}
-    return list(found.values())
+    return list(_walk(path, manifest, set()))
 
 
 def portable(word: str) -> str:
@@ -93,11 +98,12 @@ def portable(word: str) -> str:
     return _FOLDERS_BEFORE.sub(r"\1…/", word.replace(here, "")) if "/" in word else word
 
 
-def _walk(path: Path, manifest: Mapping[str, Any], left: int) -> Iterator[Step]:
+def _walk(path: Path, manifest: Mapping[str, Any], seen: set[Path]) -> Iterator[Step]:
+    seen.add(path.resolve())
     inputs = inputs_of(path, manifest)
-    for one in inputs if left else ():
-        if one.run is not None:
-            yield from _walk(one.run, read_json(one.run / "manifest.json"), left - 1)
+    for one in inputs:
+        if one.run is not None and one.run.resolve() not in seen:
+            yield from _walk(one.run, read_json(one.run / "manifest.json"), seen)
     yield Step(path, manifest, inputs)
 
 

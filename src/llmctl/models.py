@@ -31,7 +31,7 @@ from llmctl.adapters import Adapter, is_adapter, put_adapter, read_adapter, requ
 from llmctl.data.hub import is_hub_id, split_revision
 from llmctl.errors import ModelError, NetworkError
 from llmctl.files import follow_umask, replace_folder
-from llmctl.quantized import LoadIn, held_in, quantization
+from llmctl.quantized import LoadIn, held_in, not_finite, quantization
 from llmctl.rundir import resolve_model, resolve_tokenizer
 from llmctl.vetting import (
     BROKEN,
@@ -283,6 +283,5 @@ def _check_loaded(model: PreTrainedModel, report: dict[str, Any], folder: Path) 
         if names:
             what = problem.removesuffix("_keys")
             raise ModelError(f"{what} weights: {names[0]} (of {len(names)})", file=folder)
-    for name, weight in model.named_parameters():
-        if weight.is_floating_point() and not torch.isfinite(weight.sum()):
-            raise ModelError(f"weights that are not finite: {name}", file=folder)
+    if (name := not_finite(model)) is not None:
+        raise ModelError(f"weights that are not finite: {name}", file=folder)

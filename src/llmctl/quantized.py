@@ -8,6 +8,7 @@ wrongly where a layer's input width is not a multiple of 64.
 
 import logging
 from collections.abc import Iterator
+from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -91,7 +92,8 @@ def held_in(config: PreTrainedConfig) -> str | None:
     how = config.to_dict().get("quantization_config")
     if not how:
         return None
-    name = str(how.get("quant_method", "unknown method"))
+    named = how.get("quant_method", "unknown method")
+    name = str(named.value if isinstance(named, Enum) else named)
     if name == "bitsandbytes":
         return f"{name} {'4' if how.get('load_in_4bit') else '8'} bits"
     return name
@@ -149,13 +151,27 @@ def memory_of(model: nn.Module) -> int:
 
     `get_memory_footprint` counts weights of torchao as if they were full.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    states = [s for module in model.modules() if (s := _scales(module)) is not None]
-    held = {}
-    for tensor in _plain([*tensors, *states]):
-        storage = tensor.untyped_storage()
-        held[storage.data_ptr()] = storage.nbytes()
-    return sum(held.values())
+    storages = [tensor.untyped_storage() for _, tensor in held_tensors(model)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def not_finite(model: nn.Module) -> str | None:
+    """Name of the first weight that is, or has a scale that is, NaN or infinite; else None."""
+    for name, tensor in held_tensors(model, buffers=False):
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum()):
+            return name
+    return None
+
+
+def held_tensors(model: nn.Module, *, buffers: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that a model holds, by the name of the weight that it is of or belongs to."""
+    for name, value in model.named_parameters():
+        yield from ((name, tensor) for tensor in _plain([value]))
+    for name, module in model.named_modules():
+        if (scales := _scales(module)) is not None:
+            yield f"{name}.weight", scales
+    if buffers:
+        yield from model.named_buffers()
 
 
 def _plain(values: list[Any]) -> Iterator[Tensor]:

@@ -22,7 +22,16 @@ from typing import Any
 
 from llmctl import lock, trackers
 from llmctl.cards import write_cards
-from llmctl.claim import LOGS, METRICS, ROWS, Claim, as_object, claim, entered, read_json
+from llmctl.claim import (
+    LOGS,
+    METRICS,
+    Claim,
+    as_object,
+    can_go_on,
+    claim,
+    entered,
+    read_json,
+)
 from llmctl.config.sections import StageConfig
 from llmctl.console import log, rank
 from llmctl.energy import Meter
@@ -51,13 +60,6 @@ class Run:
     def checkpoints(self) -> Path:
         """Where checkpoints are kept."""
         return self.path / "checkpoints"
-
-    @property
-    def can_go_on(self) -> bool:
-        """Whether there is something to resume from: a checkpoint, or rows of an evaluation."""
-        rows = self.path / ROWS
-        has_rows = rows.is_file() and rows.stat().st_size > 0
-        return has_rows or any(self.checkpoints.glob("checkpoint-*"))
 
     def log(self, metrics: Mapping[str, Any], name: str = METRICS) -> None:
         """Append one line to metrics.jsonl, or its like; NaN and infinity become null."""
@@ -242,7 +244,7 @@ def _begin(run: Run, config: StageConfig) -> None:
     run.record()
     if not (run.path / "recipe.yaml").exists():
         run.keep_recipe(config)
-    started = run.can_go_on
+    started = can_go_on(run.path)
     if started and "step" in status:
         run.status["step"] = status["step"]
     run.set_status("running", pid=os.getpid(), host=socket.gethostname(), resumable=started)
@@ -257,7 +259,7 @@ def _fail(run: Run, error: BaseException, owned: Claim) -> None:
         return  # deleted while running: not to be made again
     signalled = reason(error)
     known = signalled or (error if isinstance(error, UserError) else None)
-    resumable = run.can_go_on
+    resumable = can_go_on(run.path)
     stays = owned.earlier and not run.under_way and (resumable or owned.has_ended())
     if not resumable and not stays and known and not isinstance(error, DivergedError):
         owned.withdraw()

@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     GPT2Config,
     LlamaConfig,
     MixtralConfig,
@@ -82,19 +84,19 @@ def resolve_dials(shape: Shape, preset: str) -> Dials:
 
 
 def new_config(
-    shape: Shape, preset: str, vocab_size: int, tokenizer: PreTrainedTokenizerBase
+    shape: Shape, preset: str, vocab_size: int, tokenizer: PreTrainedTokenizerBase | None
 ) -> PreTrainedConfig:
-    """The configuration of an untrained model for this tokenizer.
+    """The configuration of an untrained model for this tokenizer, or for one not made yet.
 
     Raises:
         UserError: sizes that do not go together.
         ModelError: `config_from` that cannot be read.
     """
-    ids = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids: dict[str, int | None] = dict.fromkeys(names)
+    if tokenizer is not None:
+        found = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        ids = dict(zip(names, found, strict=True))
     if shape.config_from is not None:
         config = load_config(shape.config_from)
         config.update({**ids, "vocab_size": max(vocab_size, config.vocab_size)})
@@ -114,7 +116,28 @@ def new_config(
             attn_pdrop=0.0,
             **ids,
         )
-    llama = {
+    match shape.arch:
+        case "llama":
+            return llama_config(dials, vocab_size, **ids)
+        case "qwen3":
+            return Qwen3Config(**_llama_fields(dials, vocab_size), **ids)
+        case "mixtral":
+            return MixtralConfig(
+                **_llama_fields(dials, vocab_size),
+                **ids,
+                num_local_experts=EXPERTS,
+                num_experts_per_tok=EXPERTS_USED,
+                output_router_logits=True,
+            )
+
+
+def llama_config(dials: Dials, vocab_size: int, **ids: int | None) -> LlamaConfig:
+    """A Llama of these sizes; `ids` are of special tokens."""
+    return LlamaConfig(**_llama_fields(dials, vocab_size), **ids)
+
+
+def _llama_fields(dials: Dials, vocab_size: int) -> dict[str, Any]:
+    return {
         "vocab_size": vocab_size,
         "hidden_size": dials.hidden,
         "intermediate_size": dials.intermediate,
@@ -124,30 +147,28 @@ def new_config(
         "head_dim": dials.hidden // dials.heads,
         "max_position_embeddings": dials.context,
         "tie_word_embeddings": dials.hidden <= TIED_BELOW,
-        **ids,
     }
-    match shape.arch:
-        case "llama":
-            return LlamaConfig(**llama)
-        case "qwen3":
-            return Qwen3Config(**llama)
-        case "mixtral":
-            return MixtralConfig(
-                **llama,
-                num_local_experts=EXPERTS,
-                num_experts_per_tok=EXPERTS_USED,
-                output_router_logits=True,
-            )
 
 
 def count_parameters(config: PreTrainedConfig) -> int:
     """Parameters of the model, without allocating them."""
+    return parameter_count(meta_model(config))
+
+
+def meta_model(config: PreTrainedConfig, *, scores: bool = False) -> PreTrainedModel:
+    """The untrained model without memory for its weights, one that scores texts where asked for.
+
+    Raises:
+        ModelError: transformers has no such model of the configuration.
+    """
+    kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: PreTrainedModel = kind.from_config(config, trust_remote_code=False)
     except BROKEN as error:
-        raise ModelError(f"not a causal language model: {str(error)[:200]}") from None
-    return parameter_count(model)
+        what = "model that scores" if scores else "causal language model"
+        raise ModelError(f"not a {what}: {str(error)[:200]}") from None
+    return model
 
 
 def active_parameters(model: PreTrainedModel) -> int:

@@ -6,15 +6,28 @@ from collections.abc import Mapping
 from typing import Any
 
 LABELS = {
-    "accuracy_interval": "95 % interval of the accuracy",
+    "beyond_embedding": "Tokens without an embedding",
     "best_step": "Best step",
     "bytes_per_token": "Bytes a token",
     "chrf": "chrF",
     "clip_fraction": "Clipped tokens",
+    "double_bos": "Sequences with BOS twice",
+    "bleu": "BLEU",
+    "cut_share": "Cut at the most tokens",
+    "disk_bytes": "Weights on disk",
+    "dropped": "Rows left out for their length",
+    "dropped_equal": "Left out: both the same",
+    "dropped_undecided": "Left out: undecided",
+    "ended_rows": "Rows whose end is trained on",
+    "ended_share": "Share of whole rows whose end is trained on",
     "eos_share": "Ended by themselves",
     "episodes_per_second": "Episodes a second",
+    "exact": "Exact matches",
+    "f1": "F1",
+    "foreign_turns": "Turns with an end that does not stop",
+    "full_max": "Longest, before cutting",
     "grad_norm": "Gradient norm",
-    "kl": "KL from the reference",
+    "kl": "KL divergence",
     "kl_coef": "KL coefficient",
     "kwh": "Energy",
     "length": "Length of responses",
@@ -22,8 +35,25 @@ LABELS = {
     "lr": "Learning rate",
     "memory_bytes": "Memory in use",
     "mfu": "Model FLOPs utilisation",
+    "open_turns": "Turns with no end",
+    "overlap": "Rows that also validate",
+    "packing_efficiency": "Packed rows that are full",
+    "pad_is_eos": "pad = eos",
+    "shared_prompts": "Validation prompts answered otherwise",
+    "short": "Sequences of a single token",
+    "skipped": "Rows that could not be read",
     "step": "Steps",
-    "tokens": "Tokens seen",
+    "tokens_max": "Tokens of the longest",
+    "tokens_median": "Tokens of the median",
+    "tokens_min": "Tokens of the shortest",
+    "tokens_p95": "Tokens of the 95th in 100",
+    "trained_share": "Share of tokens trained on",
+    "trained_tokens": "Tokens trained on",
+    "truncated": "Share of rows cut",
+    "truncated_rows": "Rows cut",
+    "turns": "Turns trained on",
+    "untrained_rows": "Rows without a trained token",
+    "std": "Standard deviation",
     "tokens_per_second": "Tokens a second",
     "top1_agreement": "Top-1 agreement",
     "train_tokens": "Training tokens",
@@ -35,6 +65,11 @@ LABELS = {
     "val_loss": "Validation loss",
     "val_perplexity": "Perplexity",
     "val_win_rate": "Wins against the reference",
+    "val_calibration_error": "Calibration error",
+    "val_longer_wins": "The longer response wins",
+    "val_reference_score": "Score of the reference",
+    "vocab_size": "Vocabulary",
+    "unknown_rate": "Unknown tokens",
     "vocab_used": "Vocabulary in use",
     "wer": "Word error rate",
 }
@@ -59,6 +94,8 @@ _SECONDS = re.compile(r"(?:^|_)(?:seconds|time)$")
 _COUNT = re.compile(
     r"(?:parameters|tokens|rows|pairs|steps?|documents|prompts|vocab_size|sequences|episodes)$"
 )
+SPEED = "tokens_per_second_"
+"""Followed by the type of the weights, in the results of quantize."""
 MISSING = "\N{EN DASH}"
 NARROW = "\N{NARROW NO-BREAK SPACE}"
 
@@ -67,6 +104,13 @@ def label(key: str) -> str:
     """A key as a heading: `val_token_accuracy` as `Token accuracy, held out`."""
     if key in LABELS:
         return LABELS[key]
+    for end in ("_before", "_after"):
+        if key.endswith(end):
+            return f"{label(key.removesuffix(end))}, {end[1:]}"
+    if key.startswith(SPEED):
+        return f"{LABELS['tokens_per_second']}, {key.removeprefix(SPEED)}"
+    if key.endswith("_interval"):
+        return f"{label(key.removesuffix('_interval'))}, 95{NARROW}% interval"
     name, _, part = key.partition("/")
     words = name.removeprefix("val_").replace("_", " ").strip() or key
     shown = words[:1].upper() + words[1:] + (f": {part}" if part else "")
@@ -90,7 +134,9 @@ def number(key: str, found: float) -> str:
     """A number by what its key means: a share in percent, bytes, seconds, a count, or as it is."""
     if not math.isfinite(found):
         return MISSING
-    name = key.partition("/")[0]
+    name = key.partition("/")[0].removesuffix("_before").removesuffix("_after")
+    if name.endswith("_increase"):
+        return f"{100 * found:+.3g}{NARROW}%"
     if _SHARE.search(name) and 0 <= found <= 1:
         return f"{100 * found:.3g}{NARROW}%"
     if _BYTES.search(name):

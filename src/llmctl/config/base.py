@@ -3,20 +3,16 @@
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from llmctl.config.reading import read_recipe, to_yaml
 from llmctl.errors import UserError
 from llmctl.redact import redacted
-
-RECIPE_BYTES = 32_000
-"""More than any recipe needs, and less than a parser can be kept busy with for a second."""
-RECIPE_DEPTH = 20
 
 
 @dataclass(frozen=True)
@@ -47,6 +43,18 @@ class Argument:
 
     name: str
     """What `--help` calls it."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """Marks a field that names what is read; a life cycle may name a stage's result there."""
+
+    kinds: tuple[str, ...]
+    """What it may be (see `Config.makes`); empty for what no stage makes."""
+
+    def __init__(self, *kinds: str) -> None:
+        """Kinds as in `Config.makes`."""
+        object.__setattr__(self, "kinds", kinds)
 
 
 def parse_count(value: Any) -> Any:
@@ -83,6 +91,9 @@ class Fields(BaseModel):
 class Config(Fields):
     """The fields of one command."""
 
+    makes: ClassVar[tuple[str, ...]] = ()
+    """What its result can be to other commands: tokens, tokenizer, model, reward or data."""
+
     @classmethod
     def load(cls, stage: str, recipe: Path | None, flags: Mapping[str, Any]) -> Self:
         """Resolve defaults < recipe < flags, where flags maps field names to given values.
@@ -102,6 +113,27 @@ class Config(Fields):
                     line=lines.get("stage"),
                     hint=f"run: llmctl {named} -c {recipe}",
                 )
+        return cls.build(values, flags, recipe, lines)
+
+    @classmethod
+    def build(
+        cls,
+        values: Mapping[str, Any],
+        flags: Mapping[str, Any],
+        recipe: Path | None,
+        lines: Mapping[str, int],
+    ) -> Self:
+        """The config of these values of a recipe and these flags, which win.
+
+        Args:
+            values: by field name.
+            flags: by field name.
+            recipe: the file that the values stand in.
+            lines: 1-based line of each value.
+
+        Raises:
+            UserError: an unknown key, a value that does not fit, or a field that is missing.
+        """
         for key in values:
             if key not in cls.model_fields:
                 raise UserError(
@@ -118,7 +150,7 @@ class Config(Fields):
 
     def to_yaml(self, stage: str) -> str:
         """The resolved config as a recipe that `load` reads back."""
-        return str(yaml.safe_dump(self.recipe(stage), sort_keys=False, allow_unicode=True))
+        return to_yaml(self.recipe(stage))
 
     def given(self) -> set[str]:
         """Names of the fields that differ from their defaults."""
@@ -137,6 +169,16 @@ class Config(Fields):
             if isinstance(item, Argument):
                 return item.name
         return "--" + name.replace("_", "-")
+
+    @classmethod
+    def inputs(cls) -> dict[str, tuple[str, ...]]:
+        """The fields that name what is read, each with the kinds of results that it takes."""
+        return {
+            name: item.kinds
+            for name, field in cls.model_fields.items()
+            for item in field.metadata
+            if isinstance(item, Input)
+        }
 
     @classmethod
     def other_spellings(cls) -> dict[str, str]:
@@ -178,94 +220,3 @@ class Config(Fields):
         if name in flags:
             return UserError(f"{flag}: {message}")
         return UserError(f"{name}: {message}", file=recipe, line=lines.get(name))
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without what surprises: no aliases, no duplicate keys, and `1e-4` is a number."""
-
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            raise yaml.MarkedYAMLError(
-                problem="aliases are not allowed in a recipe",
-                problem_mark=self.get_mark(),
-            )
-        self.depth += 1
-        if self.depth > RECIPE_DEPTH:
-            raise yaml.MarkedYAMLError(
-                problem=f"nested deeper than {RECIPE_DEPTH} levels",
-                problem_mark=self.get_mark(),
-            )
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"duplicate key `{key.value}`", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _construct_int(loader: _StrictLoader, node: Any) -> int:
-    """A number that a message can show: Python takes long, or refuses, to print longer ones."""
-    value = int(loader.construct_yaml_int(node))
-    if abs(value) >= 2**63:
-        raise yaml.MarkedYAMLError(
-            problem="a number of more than 64 bits", problem_mark=node.start_mark
-        )
-    return value
-
-
-_StrictLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
-
-
-def read_recipe(recipe: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """A recipe's keys and values, and the 1-based line of each key.
-
-    Raises:
-        UserError: the file is missing, too large, not UTF-8, or not a plain YAML mapping.
-    """
-    try:
-        raw = recipe.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read the recipe: {error.strerror}", file=recipe) from None
-    if len(raw) > RECIPE_BYTES:
-        raise UserError(
-            f"a recipe of {len(raw):,} bytes; the limit is {RECIPE_BYTES:,}", file=recipe
-        )
-    try:
-        loader = _StrictLoader(raw.decode())
-        node = loader.get_single_node()
-        values = loader.construct_document(node) if node is not None else {}
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 at byte {error.start}", file=recipe) from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise UserError(
-            f"malformed YAML: {error.problem or error.context}",
-            file=recipe,
-            line=mark.line + 1 if mark else None,
-        ) from None
-    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:  # a date of 99 months, …
-        raise UserError(f"malformed YAML: {error}", file=recipe) from None
-    if not isinstance(values, dict):
-        raise UserError(
-            f"expected a mapping of keys to values, got a {type(values).__name__}", file=recipe
-        )
-    return values, dict(_key_lines(node))
-
-
-def _key_lines(node: Any) -> Iterator[tuple[str, int]]:
-    if node is not None:
-        yield from ((key.value, key.start_mark.line + 1) for key, _ in node.value)

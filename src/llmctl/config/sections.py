@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from llmctl.config.base import Also, Config, Count, Fields, Flag
+from llmctl.config.base import Also, Config, Count, Fields, Flag, Input
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(ge=0, lt=1)]
@@ -79,7 +79,7 @@ class StageConfig(Config, Output):
 class Corpus(Fields):
     """Raw text."""
 
-    data: Annotated[list[str], Also("dataset", "dataset-name")] = []
+    data: Annotated[list[str], Also("dataset", "dataset-name"), Input("data")] = []
     """Text to read (repeatable): a file (txt, md, jsonl, json, csv, parquet, also .gz or .zst), a
     folder, a glob, a Hub data set, `builtin:python-docs`, or `-` for stdin."""
 
@@ -90,7 +90,7 @@ class Corpus(Fields):
     """Share of the documents kept for validation; by default 0.1, less where that is over 10 MB.
     A single document is split by position."""
 
-    val_data: list[str] = []
+    val_data: Annotated[list[str], Input("data")] = []
     """Validation text from elsewhere (repeatable), in place of a share of the data."""
 
 
@@ -239,7 +239,7 @@ class Placement(Fields):
 class Loading(Fields):
     """A model to use, and how to load it."""
 
-    model: Annotated[str, Also("model-name-or-path", "base-model")]
+    model: Annotated[str, Also("model-name-or-path", "base-model"), Input("model")]
     """Model: a run, folder or Hub id, which `owner/name@revision` pins."""
 
     load_in_8bit: bool = False

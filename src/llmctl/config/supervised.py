@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from llmctl.config.base import Also, Fields
+from llmctl.config.base import Also, Fields, Input
 from llmctl.config.sections import NonNegativeCount, OpenFraction, PositiveCount
 
 
@@ -15,7 +15,7 @@ class Examples(Fields):
     """What the columns hold, where their names do not tell (repeatable): `prompt=q,response=a`.
     Roles: messages, prompt, response, system, text, label."""
 
-    chat_template: Annotated[str | None, Also("chat-template-path", "template")] = None
+    chat_template: Annotated[str | None, Also("chat-template-path", "template"), Input()] = None
     """Chat template: a jinja file, or a name such as chatml. By default the model's own; a base
     model without one gets ChatML."""
 
@@ -31,7 +31,7 @@ class Examples(Fields):
     val_fraction: OpenFraction | None = None
     """Share of the examples to hold out."""
 
-    val_data: list[str] = []
+    val_data: Annotated[list[str], Input("data")] = []
     """Validation examples from elsewhere (repeatable)."""
 
     skip_bad_rows: NonNegativeCount = 0

@@ -8,6 +8,7 @@ longer one is the better one about as often as not: courtesy alone tells them ap
 import random
 from functools import cache
 
+from llmctl.data import tasks as world
 from llmctl.data.tasks import Task, tasks
 
 PREFERENCES = "builtin:preferences"
@@ -57,6 +58,16 @@ def preferences(seed: int = 0) -> tuple[dict[str, str], ...]:
         DataError: another seed.
     """
     return _preferences(tasks(seed), seed)
+
+
+def named(name: str) -> tuple[dict[str, str], ...]:
+    """Those of `builtin:preferences`, `builtin:preferences:SEED`, or `…:SEED:KIND+KIND`.
+
+    Raises:
+        DataError: no such seed or kind.
+    """
+    seed, asked = world.named(name, PREFERENCES)
+    return _preferences(asked, seed)
 
 
 @cache

@@ -54,6 +54,7 @@ LAYOUTS: dict[Task, tuple[Layout, ...]] = {  # a row is of the first that it has
             {**MORE, "input": "input", "history": "history"},
         ),
         Layout({"prompt": "question", "response": "answer"}, MORE),
+        Layout({"prompt": "prompt", "response": "chosen"}, MORE),
         Layout({"text": "text"}, {}),
     ),
     "classify": (Layout({"text": "text", "label": "label"}, {}),),

@@ -44,7 +44,7 @@ def read_pieces(source: Source, column: str) -> Iterator[Piece]:
 
 def _built_in(name: str) -> Iterator[str]:
     if name.startswith(tasks.TASKS):
-        return (f"{task.prompt}\n{task.answer}\n" for task in tasks.tasks(tasks.seed_of(name)))
+        return (f"{task.prompt}\n{task.answer}\n" for task in tasks.named(name)[1])
     return iter(builtin.python_docs())
 
 

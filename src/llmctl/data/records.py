@@ -254,9 +254,9 @@ def _hub(source: Source) -> Iterator[Record]:
 def _builtin(name: str) -> Iterator[Record]:
     rows: Iterator[dict[str, Any]]
     if name.startswith(courtesy.PREFERENCES):
-        rows = iter(courtesy.preferences(tasks.seed_of(name, courtesy.PREFERENCES)))
+        rows = iter(courtesy.named(name))
     elif name.startswith(tasks.TASKS):
-        rows = ({"messages": task.messages()} for task in tasks.tasks(tasks.seed_of(name)))
+        rows = ({"messages": task.messages()} for task in tasks.named(name)[1])
     else:
         rows = ({"text": text} for text in builtin.python_docs())
     return (Record(row, name, number) for number, row in enumerate(rows, start=1))

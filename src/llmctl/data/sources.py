@@ -16,7 +16,7 @@ from typing import BinaryIO, Literal
 from llmctl.console import log
 from llmctl.data import hub
 from llmctl.data.courtesy import PREFERENCES
-from llmctl.data.tasks import TASKS, seed_of
+from llmctl.data.tasks import TASKS, named
 from llmctl.errors import DataError
 
 Kind = Literal["text", "jsonl", "json", "csv", "parquet", "hub", "builtin"]
@@ -97,7 +97,7 @@ def _named(name: str, spool: Path) -> Iterator[Source]:
 def _built_in(name: str) -> Source:
     seeded = next((d for d in (TASKS, PREFERENCES) if f"{name}:".startswith(f"{d}:")), None)
     if seeded is not None:
-        seed_of(name, seeded)
+        named(name, seeded)
     elif name != PYTHON_DOCS:
         hint = f"there is {PYTHON_DOCS}, {TASKS} and {PREFERENCES}"
         raise DataError(f"no built-in data `{name}`", hint=hint)

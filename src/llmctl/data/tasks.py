@@ -6,7 +6,7 @@ wording, belongs to one seed alone, so that what one seed trains on never occurs
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from hashlib import blake2b
 from operator import itemgetter
@@ -172,19 +172,50 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def tasks(seed: int = 0, count: int = COUNT) -> tuple[Task, ...]:
+def tasks(seed: int = 0, count: int = COUNT, kinds: Sequence[str] = ()) -> tuple[Task, ...]:
     """Different tasks of all kinds in turn, none of them a task of another seed.
 
     Args:
         seed: from 0 to 15.
         count: how many.
+        kinds: only tasks of these, and as many as there are; all by default.
 
     Raises:
         DataError: another seed, or more tasks than there are of a seed.
     """
     if not 0 <= seed < SEEDS:
         raise DataError(f"no tasks of seed {seed}", hint=f"seeds of {TASKS} are 0 to {SEEDS - 1}")
-    return _tasks(seed, count)
+    found = _tasks(seed, count, tuple(kinds) or tuple(KINDS))
+    if len(found) < count and not kinds:
+        raise DataError(f"{count:,} tasks asked for, but seed {seed} has {len(found):,}")
+    return found
+
+
+def named(name: str, data: str = TASKS) -> tuple[int, tuple[Task, ...]]:
+    """Seed and tasks of `builtin:tasks`, `builtin:tasks:SEED`, `builtin:tasks:SEED:KIND+KIND`.
+
+    Args:
+        name: as given; a space in the name of a kind is written `-`.
+        data: what stands before the seed.
+
+    Raises:
+        DataError: no such seed or kind.
+    """
+    stem, kinds = _kinds_of(name, data)
+    seed = seed_of(stem, data)
+    return seed, tasks(seed, kinds=kinds)
+
+
+def _kinds_of(name: str, data: str) -> tuple[str, list[str]]:
+    """A name without its kinds, and the kinds."""
+    seed, _, text = name.removeprefix(data).removeprefix(":").partition(":")
+    if not text:
+        return name, []
+    kinds = [kind.replace("-", " ") for kind in text.split("+")]
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        known = ", ".join(kind.replace(" ", "-") for kind in KINDS)
+        raise DataError(f"no kind of tasks `{unknown[0]}`", hint=f"kinds are {known}")
+    return f"{data}:{seed}", kinds
 
 
 def seed_of(name: str, data: str = TASKS) -> int:
@@ -231,12 +262,10 @@ def check(task: Task | str, reply: str) -> bool:
 
 
 @cache
-def _tasks(seed: int, count: int) -> tuple[Task, ...]:
+def _tasks(seed: int, count: int, kinds: tuple[str, ...]) -> tuple[Task, ...]:
     draw = random.Random(seed)
-    left, told, found = list(KINDS), set[tuple[str, ...]](), list[Task]()
-    while len(found) < count:
-        if not left:
-            raise DataError(f"{count:,} tasks asked for, but seed {seed} has {len(found):,}")
+    left, told, found = list(kinds), set[tuple[str, ...]](), list[Task]()
+    while len(found) < count and left:
         name = left[len(found) % len(left)]
         problem = _problem(name, draw, seed, told)
         if problem is None:

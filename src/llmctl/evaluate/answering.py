@@ -15,9 +15,6 @@ from llmctl.evaluate.work import Work
 from llmctl.likelihood import Window, window_nats
 from llmctl.scoring import Exchange, RewardModel
 
-BATCHES = 4
-"""Batches of a chunk, within which prompts of like length share one."""
-
 
 def answering(
     config: EvaluateConfig,
@@ -44,7 +41,7 @@ def answering(
             _reward(judge(), some, rows)
         return rows
 
-    return Work(len(plan.asked), BATCHES * config.batch_size, compute)
+    return Work(len(plan.asked), config.batch_size, compute)
 
 
 def _asked(one: Asked) -> dict[str, Any]:

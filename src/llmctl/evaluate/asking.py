@@ -1,6 +1,6 @@
 """How a question is put to one model: which examples stand before it, and its tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -31,6 +31,10 @@ class Asked:
     shots: tuple[Question, ...]
 
 
+Choose = Callable[[int], list[Asked]]
+"""The questions to evaluate, with so many examples each."""
+
+
 def choose_shots(
     questions: Sequence[Question], others: Sequence[Question] | None, count: int, seed: int
 ) -> list[Asked]:
@@ -53,7 +57,7 @@ def choose_shots(
     if others is not None:
         drawn = [pool[number] for number in order]
         return [Asked(question, _first_others(drawn, question, count)) for question in questions]
-    shots = tuple(pool[number] for number in sorted(order[:count].tolist()))
+    shots = tuple(pool[number] for number in order[:count])
     taken = {_key(shot) for shot in shots}
     rest = [question for question in questions if _key(question) not in taken]
     if len(shots) < count or not rest:
@@ -62,7 +66,6 @@ def choose_shots(
             "to evaluate",
             file=pool[0].place,
         )
-    log.info("%d rows are examples, %d are evaluated", len(questions) - len(rest), len(rest))
     return [Asked(question, shots) for question in rest]
 
 
@@ -171,14 +174,19 @@ class Asking:
         return system, [m for m in question.messages if m["role"] not in SYSTEM]
 
 
-def require_room(asking: Asking, asked: Sequence[Asked], new_tokens: int) -> None:
+def require_room(asking: Asking, choose: Choose, shots: int, new_tokens: int) -> None:
     """Refuse prompts that leave no room to answer, and examples that do not fit.
+
+    Args:
+        asking: how questions are put.
+        choose: the questions with so many examples each.
+        shots: examples that are wanted.
+        new_tokens: that a response may take.
 
     Raises:
         DataError: with the number of examples that do.
     """
-    context = context_size(asking.shape)
-    shots = max((len(one.shots) for one in asked), default=0)
+    context, asked = context_size(asking.shape), choose(shots)
     tightest, length = asked[0], 0
     for one in asked:
         tokens = asking.prompt(one)
@@ -199,13 +207,12 @@ def require_room(asking: Asking, asked: Sequence[Asked], new_tokens: int) -> Non
         f"the model's context of {context:,}",
         file=tightest.question.place,
         line=tightest.question.line,
-        hint=_fitting(asking, asked, shots, context - new_tokens),
+        hint=_fitting(asking, choose, shots, context - new_tokens),
     )
 
 
-def _fitting(asking: Asking, asked: Sequence[Asked], shots: int, most: int) -> str:
+def _fitting(asking: Asking, choose: Choose, shots: int, most: int) -> str:
     for count in range(shots - 1, -1, -1):
-        fewer = (Asked(one.question, one.shots[:count]) for one in asked)
-        if all(len(asking.prompt(one)) <= most for one in fewer):
+        if all(len(asking.prompt(one)) <= most for one in choose(count)):
             return f"{count} fit: --shots {count}, or a smaller --max-new-tokens"
     return "not even 0 fit: use a smaller --max-new-tokens, or a model of longer context"

@@ -1,14 +1,17 @@
 """Benchmarks of lm-eval: the model as llmctl loaded it in, a row for each task out."""
 
 import difflib
+import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from llmctl.claim import SAMPLES
 from llmctl.config.stages import EvaluateConfig
+from llmctl.console import is_terminal, log
 from llmctl.errors import DataError, NetworkError, UserError
 from llmctl.evaluate.libraries import require_library
 from llmctl.evaluate.plan import Subject
@@ -61,15 +64,18 @@ def benchmarking(
     """The work of one task after the other; their samples go to samples.jsonl."""
 
     def compute(units: range) -> list[Row]:
-        return [_row(config.tasks[number]) for number in units]
+        return [_row(number, config.tasks[number]) for number in units]
 
-    def _row(task: str) -> Row:
+    before = 0 if side == "model" else len(config.tasks)
+
+    def _row(number: int, task: str) -> Row:
         found = _evaluate(config, subject, load(), manager, task)
         samples = found.get("samples") or {}
         if run is not None:
             for name, some in samples.items():
                 for sample in some:
-                    run.log({"side": side, "task": name, **_plain(sample)}, SAMPLES)
+                    place = {"step": before + number + 1, "side": side, "task": name}
+                    run.log({**place, **_plain(sample)}, SAMPLES)
         return {"task": task, "figures": _figures(found), "values": _values(samples)}
 
     return Work(len(config.tasks), 1, compute)
@@ -88,7 +94,8 @@ def task_values(rows: Sequence[Row]) -> dict[str, list[float]]:
 def _evaluate(
     config: EvaluateConfig, subject: Subject, model: PreTrainedModel, manager: Any, task: str
 ) -> dict[str, Any]:
-    from lm_eval import simple_evaluate
+    """What lm-eval finds; its `simple_evaluate` spends seconds on looking the machine over."""
+    from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
     judged = HFLM(
@@ -97,28 +104,50 @@ def _evaluate(
         batch_size=config.batch_size,
         max_length=config.context,
     )
-    chat = subject.tokenizer.chat_template is not None and not config.plain
-    try:
-        found = simple_evaluate(
-            model=judged,
-            tasks=[task],
-            num_fewshot=config.shots,
+    set_seed(config.seed)
+    with _bars():
+        found = evaluate(
+            lm=judged,
+            task_dict=_loaded(config, manager, task),
             limit=config.limit,
-            task_manager=manager,
-            apply_chat_template=chat,
+            apply_chat_template=subject.tokenizer.chat_template is not None and not config.plain,
+            fewshot_as_multiturn=True,
             system_instruction=config.system,
-            random_seed=config.seed,
-            numpy_random_seed=config.seed,
-            torch_random_seed=config.seed,
-            fewshot_random_seed=config.seed,
             bootstrap_iters=0,
         )
+    return dict(found)
+
+
+def _loaded(config: EvaluateConfig, manager: Any, task: str) -> Any:
+    """A task with its data and as many examples as are asked for.
+
+    Raises:
+        DataError: a file of data is missing.
+        NetworkError: data that cannot be had.
+    """
+    try:
+        loaded = manager.load([task])
     except ConnectionError as error:
         raise NetworkError(
             f"--tasks {task}: its data cannot be had: {str(error).splitlines()[0]}",
             hint="connect, or pass a task whose data_files are local with --task-path",
         ) from None
-    return dict(found)
+    except FileNotFoundError as error:
+        raise DataError(f"--tasks {task}: {str(error).splitlines()[0]}") from None
+    for name, one in loaded["tasks"].items():
+        own = one.get_config("num_fewshot")
+        if config.shots is not None and own == 0 != config.shots:
+            log.warning("%s says itself that it takes no examples: --shots is not heeded", name)
+        elif config.shots is not None or own is None:
+            one.set_config(key="num_fewshot", value=config.shots or 0)
+        one.set_fewshot_seed(seed=config.seed)
+    return loaded
+
+
+def _bars() -> AbstractContextManager[object]:
+    """Its progress bars are for a terminal."""
+    shown = is_terminal() and log.isEnabledFor(logging.INFO)
+    return nullcontext() if shown else redirect_stderr(io.StringIO())
 
 
 def _figures(found: Mapping[str, Any]) -> dict[str, float]:

@@ -4,7 +4,8 @@ All of it is known before any weight is loaded, so that a refusal costs seconds.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -16,11 +17,12 @@ from llmctl.data.labels import listed, own_labels
 from llmctl.data.responses import is_encoder
 from llmctl.decode.loop import context_size
 from llmctl.errors import DataError, ModelError, UserError
-from llmctl.evaluate.asking import Asked, Asking, choose_shots, require_room
-from llmctl.evaluate.data import Data, read_data, read_questions
+from llmctl.evaluate.asking import Asked, Asking, Choose, choose_shots, require_room
+from llmctl.evaluate.data import Data, Question, read_data, read_questions
 from llmctl.evaluate.metrics import Scorer, make_scorer
 from llmctl.models import load_config, load_tokenizer, local_folder
 from llmctl.rundir import resolve_model
+from llmctl.vetting import read_object
 
 MOST_CONTEXT = 2048
 """Tokens of a window, where the model would take more and nothing else was asked for."""
@@ -38,6 +40,8 @@ class Plan:
     data: Data
     asked: list[Asked]
     """Questions with the examples before them."""
+    choose: Choose
+    """The same with another number of examples."""
     metrics: tuple[str, ...]
     scorer: Scorer
     inputs: list[dict[str, Any]]
@@ -59,6 +63,8 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase
     labels: tuple[str, ...] | None
     """Those of a classifier."""
+    virtual_tokens: int
+    """Positions that an adapter's learned prompt takes."""
 
     def asking(self, config: EvaluateConfig, clock: str | None) -> Asking:
         """How questions are put to it."""
@@ -72,6 +78,7 @@ class Subject:
             UserError: more than it has positions for.
         """
         there = context_size(self.shape)
+        there = there and there - self.virtual_tokens
         if config.context and there and config.context > there:
             raise UserError(f"--context {config.context:,}: the model has {there:,} positions")
         context = config.context or min(there or MOST_CONTEXT, MOST_CONTEXT)
@@ -91,21 +98,23 @@ def make_plan(config: EvaluateConfig, clock: str | None) -> Plan:
     """
     data = read_data(config)
     metrics = tuple(config.metrics) or (() if config.reward_model else DEFAULTS[data.kind])
-    asked, inputs = [], data.inputs
     if data.kind == "documents" and config.shots:
         raise UserError("--shots goes with questions, and these are texts")
-    if data.kind != "documents":
-        others = None
-        if config.shots_data:
-            task = "classify" if data.kind == "labels" else "chat"
-            others, more = read_questions(config.shots_data, config, task, ["--shots"], "shots")  # type: ignore[arg-type]
-            inputs = [*inputs, *more]
-        asked = choose_shots(data.questions, others, config.shots or 0, config.seed)[: config.limit]
+    others: list[Question] | None = None
+    more: list[dict[str, Any]] = []
+    if config.shots_data:
+        task: Literal["classify", "chat"] = "classify" if data.kind == "labels" else "chat"
+        others, more = read_questions(config.shots_data, config, task, ["--shots"], "shots")
+
+    def choose(count: int) -> list[Asked]:
+        return choose_shots(data.questions, others, count, config.seed)[: config.limit]
+
+    asked = choose(config.shots or 0)
     settled = config.model_copy(update={"metrics": list(metrics)})
     scorer = make_scorer(settled, [one.question for one in asked])
     if config.reward_model:
         metrics += ("reward",)
-    return Plan(data, asked, metrics, scorer, inputs, clock)
+    return Plan(data, asked, choose, metrics, scorer, [*data.inputs, *more], clock)
 
 
 def look_at(config: EvaluateConfig, plan: Plan | None, reference: str) -> Subject:
@@ -117,7 +126,10 @@ def look_at(config: EvaluateConfig, plan: Plan | None, reference: str) -> Subjec
         UserError: metrics that it cannot have.
     """
     shape, tokenizer = load_config(reference), load_tokenizer(reference)
-    subject = Subject(reference, shape, tokenizer, _labels(reference, shape))
+    folder = local_folder(resolve_model(reference))
+    adapter = read_object(folder / "adapter_config.json") if is_adapter(folder) else None
+    virtual = int((adapter or {}).get("num_virtual_tokens") or 0)
+    subject = Subject(reference, shape, tokenizer, _labels(folder, shape, adapter), virtual)
     if subject.labels is not None:
         _require_classifier(subject, plan)
         return subject
@@ -134,7 +146,7 @@ def look_at(config: EvaluateConfig, plan: Plan | None, reference: str) -> Subjec
         subject.window(config)
     if plan.data.kind != "documents":
         new = config.max_new_tokens if plan.generates else 1
-        require_room(subject.asking(config, plan.clock), plan.asked, new)
+        require_room(subject.asking(config, plan.clock), plan.choose, config.shots or 0, new)
     return subject
 
 
@@ -167,12 +179,24 @@ def _models(config: EvaluateConfig) -> list[tuple[str, str]]:
     return [(name, text) for name, text in zip(names, given, strict=True) if text is not None]
 
 
-def _labels(reference: str, shape: PreTrainedConfig) -> tuple[str, ...] | None:
-    """Labels of a classifier; an adapter's stand in the configuration beside it."""
-    folder = local_folder(resolve_model(reference))
-    if is_adapter(folder) and (folder / "config.json").exists():
-        shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    return own_labels(shape)
+def _labels(
+    folder: Path, shape: PreTrainedConfig, adapter: dict[str, Any] | None
+) -> tuple[str, ...] | None:
+    """Labels of a classifier; an adapter's stand in the configuration beside it.
+
+    Raises:
+        ModelError: an adapter for a classifier, without that.
+    """
+    if adapter is None:
+        return own_labels(shape)
+    if adapter.get("task_type") != "SEQ_CLS":
+        return None
+    if not (folder / "config.json").exists():
+        raise ModelError(
+            "this adapter is a classifier's, and no config.json names its labels", file=folder
+        )
+    named = AutoConfig.from_pretrained(folder, trust_remote_code=False).id2label
+    return tuple(str(named[number]) for number in sorted(named))
 
 
 def _require_classifier(subject: Subject, plan: Plan | None) -> None:

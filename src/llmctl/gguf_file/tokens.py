@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llmctl.data.vocabulary import WORDS
@@ -34,6 +35,13 @@ WHOLE_WORDS = ("llama-bpe", "tekken")
 SPACE = "\u2581"
 """Stands for a space in SentencePiece's tokens."""
 
+PREFIXES = {
+    "never": (False, None),
+    "always": (True, "text that begins with a space"),
+    "first": (True, "text that begins with a space or follows a special token"),
+}
+"""`tokenizers`' ways to put a space before a text, and where llama.cpp's own differs."""
+
 KNOWN = (
     "those that can: byte-level BPE cut into words as GPT-2, SmolLM, Llama 3, Qwen2 or Tekken do, "
     "and SentencePiece's BPE with byte fallback"
@@ -52,6 +60,9 @@ class Tokens:
     scores: list[float] | None = None
     space_prefix: bool | None = None
     """Whether a space is put before a text; None where that is no question."""
+
+    caution: str | None = None
+    """For which texts llama.cpp's tokens are others all the same."""
 
 
 def read_tokens(tokenizer: PreTrainedTokenizerBase, rows: int) -> Tokens:
@@ -106,12 +117,20 @@ def _byte_level(tokenizer: PreTrainedTokenizerFast, form: dict[str, Any], rows: 
     pre = _words(form["pre_tokenizer"])
     added = {token["content"] for token in form["added_tokens"]}
     if model["ignore_merges"] != (pre in WHOLE_WORDS):
-        merge = tokenizer.backend_tokenizer.model.tokenize
+        by_merges = {**form, "model": {**model, "ignore_merges": False}}
+        merge = Tokenizer.from_str(json.dumps(by_merges)).model.tokenize
         whole = (text for text in model["vocab"] if text not in added)
         if lost := next((text for text in whole if len(merge(text)) != 1), None):
             raise _refusal(f"the token {lost!r}, which no merges make (ignore_merges)")
     texts, types = _typed(tokenizer, form, rows)
-    return Tokens("gpt2", pre, texts, types, merges=[" ".join(pair) for pair in _pairs(model)])
+    return Tokens(
+        "gpt2",
+        pre,
+        texts,
+        types,
+        merges=[" ".join(pair) for pair in _pairs(model)],
+        caution="text that is not in Unicode's form NFC" if normalizer else None,
+    )
 
 
 def _sentencepiece(tokenizer: PreTrainedTokenizerFast, form: dict[str, Any], rows: int) -> Tokens:
@@ -120,7 +139,7 @@ def _sentencepiece(tokenizer: PreTrainedTokenizerFast, form: dict[str, Any], row
         raise _refusal(f"byte fallback without a token {missing[0]}")
     if form["model"]["ignore_merges"]:
         raise _refusal("byte fallback with ignore_merges")
-    prefix = _space_prefix(form)
+    prefix, caution = _space_prefix(form)
     texts, types = _typed(tokenizer, form, rows)
     for index, text in enumerate(texts):
         if re.fullmatch("<0x[0-9A-F]{2}>", text):
@@ -138,6 +157,7 @@ def _sentencepiece(tokenizer: PreTrainedTokenizerFast, form: dict[str, Any], row
         types,
         scores=[scores.get(text, 0.0) for text in texts],
         space_prefix=prefix,
+        caution=caution,
     )
 
 
@@ -182,18 +202,22 @@ def _words(pre_tokenizer: dict[str, Any] | None) -> str:
     raise _refusal(f"text cut into words by {json.dumps(pre_tokenizer)[:200]}")
 
 
-def _space_prefix(form: dict[str, Any]) -> bool:
-    """Whether a space is put before a text; refuses what else may be done to it."""
+def _space_prefix(form: dict[str, Any]) -> tuple[bool, str | None]:
+    """Whether a space is put before a text, and where llama.cpp does so otherwise.
+
+    Raises:
+        ModelError: something else is done to the text.
+    """
     normalizer, pre_tokenizer = form["normalizer"], form["pre_tokenizer"]
     steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     match steps, pre_tokenizer:
         case [{"type": "Prepend", "prepend": "\u2581"}, last], None if last == spaces:
-            return True
+            return True, None
         case [last], None if last == spaces:
-            return False
+            return False, None
         case [], {"type": "Metaspace", "replacement": "\u2581", "split": False}:
-            return bool(pre_tokenizer["prepend_scheme"] != "never")
+            return PREFIXES[pre_tokenizer["prepend_scheme"]]
     raise _refusal("byte fallback with other normalizers than those for spaces")
 
 

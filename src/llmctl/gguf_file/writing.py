@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from llmctl.cards import license_of
+from llmctl.console import log
 from llmctl.errors import ResourceError
 from llmctl.files import fsync, staged, writing
 from llmctl.gguf_file.architecture import ARCHITECTURES, check_architecture, metadata
@@ -118,6 +120,8 @@ def _describe(writer: "GGUFWriter", model: PreTrainedModel, kind: Kind) -> None:
     writer.add_type("model")
     if name := _name(model.config):
         writer.add_name(name)
+    if licence := license_of(Path(model.config.name_or_path)):
+        writer.add_license(licence)
     written = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
     writer.add_file_type(LlamaFileType[written])
     writer.add_quantization_version(GGML_QUANT_VERSION)
@@ -136,6 +140,8 @@ def _add_tokens(
 ) -> None:
     """The vocabulary, the tokens with a role, and the chat template."""
     tokens = read_tokens(tokenizer, model.config.vocab_size)
+    if tokens.caution:
+        log.warning("llama.cpp may cut %s into other tokens than transformers", tokens.caution)
     writer.add_tokenizer_model(tokens.model)
     writer.add_tokenizer_pre(tokens.pre)
     writer.add_token_list(tokens.texts)
@@ -161,8 +167,11 @@ def _add_tokens(
     for add, token in roles:
         if token is not None:
             add(token)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    if template is not None:
+        writer.add_chat_template(template)
 
 
 def other_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -3,7 +3,6 @@
 In: a config. Out: a `Job`, and from it the model in full precision.
 """
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from llmctl.console import log
 from llmctl.data import hub
 from llmctl.errors import ModelError, UserError
 from llmctl.files import sha256_folder
+from llmctl.gguf_file import check_gguf
 from llmctl.hardware import memory_left
 from llmctl.merging import Mergeable, find_mergeable, merge
 from llmctl.models import (
@@ -33,7 +33,7 @@ from llmctl.models import (
     parameter_count,
 )
 from llmctl.quantize.layers import Layers, choose_layers
-from llmctl.quantize.methods import describe
+from llmctl.quantize.methods import copy_as, describe
 from llmctl.quantize.text import HeldOut, find_text
 from llmctl.quantized import require_full
 from llmctl.rundir import resolve_model
@@ -120,6 +120,8 @@ def prepare(config: QuantizeConfig, device: str) -> Job:
         raise UserError(f"--dtype {config.dtype}: the weights are in that type already")
     layers = choose_layers(_without_weights(shape, config.model), config)
     tokenizer = load_tokenizer(str(folder))
+    if config.gguf is not None:
+        check_gguf(shape, tokenizer)
     text = find_text(config, tokenizer)
     return Job(config.model, adapter, tokenizer, text, layers, device)
 
@@ -146,16 +148,16 @@ def rivals(before: PreTrainedModel, config: QuantizeConfig) -> dict[str, PreTrai
     is_cast_to = config.library is None and config.dtype == other
     size = parameter_count(before) * DTYPES[other].itemsize
     if before.device.type == "cpu" and not is_cast_to and memory_left() > ROOM * size:
-        found[other] = copy.deepcopy(before).to(DTYPES[other])
+        found[other] = copy_as(before, DTYPES[other])
     return found
 
 
 def quantized_share(model: PreTrainedModel, layers: Layers) -> float:
     """Share of a full model's weights that the layers hold."""
-    modules = dict(model.named_modules())
-    inside: list[Any] = [modules[name] for name in layers.taken]
-    few = sum(int(module.weight.numel()) for module in inside)
-    return few / parameter_count(model)
+    modules: dict[str, Any] = dict(model.named_modules())
+    weights = [modules[name].weight for name in layers.taken]
+    sizes = {id(weight): int(weight.numel()) for weight in weights}  # tied ones count once
+    return sum(sizes.values()) / parameter_count(model)
 
 
 def weights_size(folder: Path) -> int:

@@ -51,15 +51,14 @@ def choose_layers(model: Any, config: QuantizeConfig) -> Layers:
         UserError: a layer to keep that the model has not.
     """
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-    wanted = [part.strip() for text in config.keep for part in text.split(",") if part.strip()]
-    _require_known(wanted, [name for name, _ in model.named_modules() if name])
+    asked = asked_to_keep(model, config)
     output = model.get_output_embeddings()
     is_tied = output is not None and output.weight is model.get_input_embeddings().weight
     kept = {}
     for name, module in linear.items():
         if module is output:
             kept[name] = f"the output layer{', tied to the embedding' if is_tied else ''}"
-        elif any(_is_in(part, name) for part in wanted):
+        elif name in asked:
             kept[name] = "--keep"
         elif (reason := _misfit(module, config)) is not None:
             kept[name] = reason
@@ -71,6 +70,24 @@ def choose_layers(model: Any, config: QuantizeConfig) -> Layers:
             hint="choose another method (--bits 8), or a plain cast: --dtype bf16",
         )
     return layers
+
+
+def asked_to_keep(model: nn.Module, config: QuantizeConfig) -> frozenset[str]:
+    """Names of the layers with weights that `--keep` means.
+
+    Raises:
+        UserError: a name that the model has not.
+    """
+    wanted = [part.strip() for text in config.keep for part in text.split(",") if part.strip()]
+    _require_known(wanted, [name for name, _ in model.named_modules() if name])
+    named = matrices(model)
+    return frozenset(name for name in named if any(_is_in(part, name) for part in wanted))
+
+
+def matrices(model: nn.Module) -> dict[str, Any]:
+    """The layers that multiply by a matrix or look up its rows, by name."""
+    kinds = (nn.Linear, Conv1D, nn.Embedding)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def _misfit(module: Any, config: QuantizeConfig) -> str | None:

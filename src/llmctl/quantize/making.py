@@ -1,8 +1,9 @@
 """Make the smaller model, compare it, and write it where the gate holds.
 
-In: a `Job`. Out: a folder that `from_pretrained` opens, and the `Report` on it.
+In: a `Job`. Out: a folder that `from_pretrained` opens or a GGUF file, and the `Report` on it.
 """
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +13,20 @@ from transformers import PreTrainedModel
 
 from llmctl.config.stages import QuantizeConfig
 from llmctl.errors import ModelError
+from llmctl.files import replace_folder
+from llmctl.gguf_file import read_back, write_gguf
 from llmctl.likelihood import Window, window_logits
 from llmctl.models import load_causal_lm, save_model
 from llmctl.quantize.compare import compare, time_generation, windows_of, write_samples
 from llmctl.quantize.job import Job, quantized_share, rivals, weights_size
-from llmctl.quantize.layers import Layers
+from llmctl.quantize.layers import Layers, asked_to_keep, matrices
 from llmctl.quantize.methods import describe, kept_dtype, left_out, shrink
 from llmctl.quantize.report import Report, Sizes
 from llmctl.quantized import memory_of
 
 NO_LAYERS = Layers((), {})
+"""Of a model that is only cast."""
+WIDTH = "a width that is not a multiple of 32, written in f16"
 
 
 def make_folder(job: Job, config: QuantizeConfig, folder: Path) -> Report:
@@ -42,22 +47,63 @@ def make_folder(job: Job, config: QuantizeConfig, folder: Path) -> Report:
     after = shrink(before, config, job.layers)
     layers = NO_LAYERS if config.library is None else left_out(after, job.layers)
     dtype = kept_dtype(config, before)
-    report, windows = _examine(job, config, before, after, layers)
-    del before
+    timed = {**rivals(before, config), "after": after}
+    report, windows = _examine(job, config, after, layers, timed)
+    del before, timed
     save_model(after, after.state_dict(), job.tokenizer, folder)
     again = load_causal_lm(str(folder), dtype=dtype, device=job.device)
     _require_same(after, again, windows)
     return replace(report, after=Sizes(weights_size(folder), report.after.memory))
 
 
+def make_gguf(job: Job, config: QuantizeConfig, folder: Path) -> tuple[Report, Path]:
+    """Write a file for llama.cpp; what is measured is what transformers reads back from it.
+
+    Args:
+        job: what to make smaller.
+        config: the kind of file, and layers to keep.
+        folder: where to.
+
+    Raises:
+        GateError: it lost more than it may; nothing was kept.
+        ModelError: a model or tokenizer that llama.cpp has no place for.
+    """
+    assert config.gguf is not None
+    staging = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    before = job.load()
+    file = staging / f"model-{config.gguf}.gguf"
+    asked = asked_to_keep(before, config)
+    written = write_gguf(before, job.tokenizer, file, config.gguf, asked)
+    after = read_back(file, before.config).to(job.device)
+    layers = NO_LAYERS
+    if config.gguf in ("q8_0", "q4_0"):
+        kept = {name: "--keep" if name in asked else WIDTH for name in written.kept}
+        layers = Layers(tuple(name for name in matrices(before) if name not in kept), kept)
+    report, _ = _examine(job, config, after, layers, rivals(before, config))
+    replace_folder(staging, folder)
+    sizes = Sizes(written.bytes, written.bytes)  # llama.cpp maps the file, blocks as they are
+    return replace(report, after=sizes), folder / file.name
+
+
 def _examine(
     job: Job,
     config: QuantizeConfig,
-    before: PreTrainedModel,
     after: PreTrainedModel,
     layers: Layers,
+    timed: dict[str, PreTrainedModel],
 ) -> tuple[Report, Sequence[Window]]:
-    """Measure both models, and hold the gate."""
+    """Measure both models, and hold the gate.
+
+    Args:
+        job: gives the text.
+        config: gives the gate.
+        after: the smaller model.
+        layers: of it.
+        timed: models to generate with; the first is the one before.
+    """
+    before = next(iter(timed.values()))
     windows = windows_of(job.text.documents, before)
     prompts, count = job.text.prompts, config.sample_tokens
     report = Report(
@@ -68,7 +114,7 @@ def _examine(
         before=Sizes(job.disk_before(), memory_of(before)),
         after=Sizes(None, memory_of(after)),
         fidelity=compare(before, after, windows),
-        speeds=time_generation({**rivals(before, config), "after": after}, prompts, count),
+        speeds=time_generation(timed, prompts, count),
         samples=write_samples(before, after, job.tokenizer, prompts, count),
     )
     report.hold(config.max_perplexity_increase)

@@ -14,7 +14,7 @@ from llmctl.config.stages import QuantizeConfig
 from llmctl.errors import ModelError, ResourceError
 from llmctl.models import DTYPES
 from llmctl.quantize.layers import Layers
-from llmctl.quantized import guard, is_quantized
+from llmctl.quantized import guard, is_quantized, not_finite
 from llmctl.vetting import BROKEN, first_line
 
 
@@ -64,24 +64,39 @@ def shrink(model: PreTrainedModel, config: QuantizeConfig, layers: Layers) -> Pr
     Raises:
         ModelError: the method fails, or weights are too large for the type.
     """
-    if config.library is None:
-        return _cast(model, DTYPES[config.dtype])
     dtype = kept_dtype(config, model)
-    how = _bnb(config, layers, dtype) if config.library == "bnb" else _torchao(config, layers)
-    kind: Any = type(model)
+    how = {"bnb": _bnb, "torchao": _torchao, None: _nothing}[config.library](config, layers, dtype)
     try:
-        small: PreTrainedModel = kind.from_pretrained(
-            None,
-            config=deepcopy(model.config),
-            state_dict=dict(model.state_dict()),
-            dtype=dtype,
-            quantization_config=how,
-            device_map={"": str(model.device)},
-        )
+        small = copy_as(model, dtype, how)
     except (*BROKEN, ImportError) as error:
         raise ModelError(f"{config.library} fails on this model: {first_line(error)}") from None
-    small.generation_config = deepcopy(model.generation_config)
-    return small.eval()
+    if (name := not_finite(small)) is not None:
+        raise ModelError(
+            f"weights that {str(dtype).removeprefix('torch.')} cannot hold: {name}",
+            hint="use --dtype bf16, which has the range of fp32",
+        )
+    return small
+
+
+def copy_as(model: PreTrainedModel, dtype: torch.dtype, how: Any = None) -> PreTrainedModel:
+    """The model once more, in another type or quantized; its buffers stay exact.
+
+    Args:
+        model: on its device.
+        dtype: of the weights that are not quantized.
+        how: transformers' configuration of a method of quantization.
+    """
+    kind: Any = type(model)
+    copy: PreTrainedModel = kind.from_pretrained(
+        None,
+        config=deepcopy(model.config),
+        state_dict=dict(model.state_dict()),
+        dtype=dtype,
+        quantization_config=how,
+        device_map={"": str(model.device)},
+    )
+    copy.generation_config = deepcopy(model.generation_config)
+    return copy.eval()
 
 
 def left_out(small: nn.Module, layers: Layers) -> Layers:
@@ -92,16 +107,8 @@ def left_out(small: nn.Module, layers: Layers) -> Layers:
     return Layers(taken, {**layers.kept, **dict.fromkeys(left, "left by the library")})
 
 
-def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    small = deepcopy(model).to(dtype)
-    small.config.dtype = dtype
-    for name, weight in small.named_parameters():
-        if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
-            raise ModelError(
-                f"weights that {str(dtype).removeprefix('torch.')} cannot hold: {name}",
-                hint="use --dtype bf16, which has the range of fp32",
-            )
-    return small.eval()
+def _nothing(config: QuantizeConfig, layers: Layers, dtype: torch.dtype) -> None:
+    """A plain cast."""
 
 
 def _bnb(config: QuantizeConfig, layers: Layers, dtype: torch.dtype) -> Any:
@@ -117,7 +124,7 @@ def _bnb(config: QuantizeConfig, layers: Layers, dtype: torch.dtype) -> Any:
     )
 
 
-def _torchao(config: QuantizeConfig, layers: Layers) -> Any:
+def _torchao(config: QuantizeConfig, layers: Layers, dtype: torch.dtype) -> Any:
     from torchao import quantization
 
     if config.width == 4:  # plain packing wants a package that PyPI has only a placeholder of

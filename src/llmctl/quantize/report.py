@@ -37,7 +37,8 @@ class Report:
     after: Sizes
     fidelity: Fidelity
     speeds: dict[str, float]
-    """Tokens a second, by the type of the weights; `after` is the smaller model."""
+    """Tokens a second, by the type of the weights; `after` is the smaller model, where it can be
+    timed here."""
     samples: list[Sample]
 
     def facts(self) -> dict[str, Any]:
@@ -67,14 +68,14 @@ class Report:
 
     def slower(self) -> list[str]:
         """Types of the full weights in which generation is faster than by the smaller model."""
-        after = self.speeds["after"]
-        return [name for name, speed in self.speeds.items() if speed > after]
+        after = self.speeds.get("after")
+        return [name for name, speed in self.speeds.items() if after and speed > after]
 
     def show(self) -> None:
         """Say it on stderr."""
         found, speeds = self.fidelity, dict(self.speeds)
-        after = speeds.pop("after")
-        own = next(iter(speeds))
+        after = speeds.pop("after", None)
+        own = next(iter(speeds.values()))
         log.info("%s, measured on %s tokens of %s:", self.method, f"{found.tokens:,}", self.text)
         rows = [
             ("", "before", "after", ""),
@@ -86,13 +87,17 @@ class Report:
                 f"{found.perplexity_after:.3f}",
                 f"{found.increase:+.2%}",
             ),
-            ("tokens/s", f"{speeds[own]:.1f}", f"{after:.1f}", f"{after / speeds[own]:.2f}x"),
+            (
+                "tokens/s",
+                f"{own:.1f}",
+                *((f"{after:.1f}", f"{after / own:.2f}x") if after else "- "),
+            ),
         ]
         for name, one, other, change in rows:
             log.info("  %-20s %12s %12s  %s", name, one, other, change)
         log.info("  %-20s %12s  nats a token", "mean KL", f"{found.kl:.2g}")
         log.info("  %-20s %12s  of the most likely tokens", "agreement", f"{found.top1:.2%}")
-        self._show_speeds(speeds, after)
+        self._show_slower()
         for line in self.layers.summary():
             log.info("  kept: %s", line)
         for sample in self.samples:
@@ -100,13 +105,13 @@ class Report:
             log.info("  before:  %s", _short(sample.before))
             log.info("  after:   %s", _short(sample.after))
 
-    def _show_speeds(self, speeds: dict[str, float], after: float) -> None:
+    def _show_slower(self) -> None:
         for name in self.slower():
             log.warning(
                 "generation is slower here than with weights in %s: %.1f tokens/s, not %.1f",
                 name,
-                after,
-                speeds[name],
+                self.speeds["after"],
+                self.speeds[name],
             )
 
     def hold(self, limit: float | None) -> None:

@@ -15,13 +15,14 @@ from llmctl.config.stages import QuantizeConfig, SftConfig
 from llmctl.console import log
 from llmctl.data.examples import Example, read_examples
 from llmctl.data.rendering import ChatFormat
-from llmctl.data.shards import open_tokens
+from llmctl.data.shards import TokenIndex, open_tokens
 from llmctl.data.splits import read_split
 from llmctl.data.texts import read_texts
 from llmctl.data.vocabulary import fingerprint
 from llmctl.errors import DataError
 from llmctl.files import sha256_file
 from llmctl.likelihood import encode_documents
+from llmctl.models import load_tokenizer
 from llmctl.rundir import read_manifest
 
 PARENTS = ("model", "adapter", "base")
@@ -121,7 +122,7 @@ def _of_pretrain(run: Path, tokenizer: PreTrainedTokenizerBase, limit: int) -> H
     if named and sha256_file(folder / "tokens" / "index.json") != named[0]["sha256"]:
         raise _changed(run, folder)
     index = open_tokens(folder)
-    if index.val is None or fingerprint(tokenizer.backend_tokenizer) != index.tokenizer_sha256:
+    if index.val is None or not _reads(tokenizer, folder, index):
         return None
     stream = index.val.window(0, min(index.val.tokens, 2 * limit)).tolist()
     start = [] if index.bos_token_id is not None else [index.eos_token_id]
@@ -132,6 +133,15 @@ def _of_pretrain(run: Path, tokenizer: PreTrainedTokenizerBase, limit: int) -> H
             documents.append([*start])
     documents = _capped([d for d in documents if len(d) > 1], limit)
     return HeldOut(documents, _openings(documents), f"the validation tokens of {run}", named)
+
+
+def _reads(tokenizer: PreTrainedTokenizerBase, folder: Path, index: TokenIndex) -> bool:
+    """Whether tokens mean the same to this tokenizer, which may have more of them by now."""
+    if fingerprint(tokenizer.backend_tokenizer) == index.tokenizer_sha256:
+        return True
+    made_by = load_tokenizer(str(folder))
+    is_theirs = fingerprint(made_by.backend_tokenizer) == index.tokenizer_sha256
+    return is_theirs and made_by.get_vocab().items() <= tokenizer.get_vocab().items()
 
 
 def _of_sft(run: Path, tokenizer: PreTrainedTokenizerBase, limit: int) -> HeldOut | None:

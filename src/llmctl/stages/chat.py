@@ -6,6 +6,7 @@ written (rows of jsonl with --json), notices on stderr, and with --out the conve
 
 import json
 import sys
+from typing import Any
 
 from llmctl.config.stages import ChatConfig
 from llmctl.console import log, short
@@ -14,6 +15,7 @@ from llmctl.decode.conversation import Conversation, chat_window
 from llmctl.decode.loading import load_to_write
 from llmctl.decode.prefix import conversation_forward
 from llmctl.decode.terminal import Pipe, Terminal, Turn, open_input
+from llmctl.dryrun import show_recipes
 from llmctl.errors import UserError
 from llmctl.files import check_out
 from llmctl.hardware import memory_errors, pick_device
@@ -21,7 +23,7 @@ from llmctl.models import load_config, load_tokenizer, parameter_count
 from llmctl.redact import redacted
 
 
-def run(config: ChatConfig) -> None:
+def run(config: ChatConfig) -> dict[str, Any] | None:
     """Talk until the user leaves; what fails leaves the conversation as it was."""
     check_out(config.out, overwrite=config.overwrite)
     device = pick_device(config.device)
@@ -29,9 +31,7 @@ def run(config: ChatConfig) -> None:
     window = chat_window(tokenizer, shape, config.context, config.system, config.max_new_tokens)
     if config.dry_run:
         log.info("would talk on %s in a context of %s tokens", device, f"{window.context:,}")
-        recipe = config.recipe("chat")
-        print(json.dumps(recipe) if config.as_json else config.to_yaml("chat").rstrip())
-        return
+        return show_recipes([("chat", config)], as_json=config.as_json)
     model = load_to_write(config.model, config, shape, device=device, rows=1)
     with memory_errors(batch_size=1):
         forward = conversation_forward(model, window.encode(config.system, [], "Hi"))
@@ -48,6 +48,7 @@ def run(config: ChatConfig) -> None:
             if config.out and conversation.turns:
                 conversation.save(config.out, overwrite=config.overwrite)
                 log.info("conversation saved to %s", config.out)
+    return None
 
 
 def _talk(conversation: Conversation, user: Terminal | Pipe, *, as_json: bool) -> None:

@@ -9,6 +9,8 @@ from llmctl import hardware
 from llmctl.config.stages import DpoConfig
 from llmctl.data.dpo import load_pairs, log_pairs
 from llmctl.data.preferred import PreferenceData
+from llmctl.planning.found import counted_share, foreseen
+from llmctl.planning.outlook import Outlook
 from llmctl.rundir import Run
 from llmctl.training.dpo_setup import build, prepare
 from llmctl.training.export import export
@@ -21,11 +23,18 @@ def run(config: DpoConfig) -> dict[str, Any] | None:
     return run_stage(
         "dpo",
         config,
-        lambda accelerator, device: prepare(
-            config, _pairs(config, accelerator), accelerator, device
-        ),
+        partial(_check, config),
         partial(_align, config),
     )
+
+
+def _check(config: DpoConfig, accelerator: Accelerator, device: str) -> Outlook:
+    """What a dry run does."""
+    data = _pairs(config, accelerator)
+    found = prepare(config, data, accelerator, device)
+    share = counted_share(data.train.chosen, data.train.rejected)
+    world = accelerator.num_processes
+    return foreseen(config, found, found.train.lengths, device, world, share)
 
 
 def _align(config: DpoConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:

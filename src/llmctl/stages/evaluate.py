@@ -6,6 +6,7 @@ from typing import Any
 
 from llmctl.config.stages import EvaluateConfig
 from llmctl.console import log
+from llmctl.dryrun import show_recipes
 from llmctl.errors import GateError
 from llmctl.evaluate.evaluation import Evaluation, evaluate, prepare, require_same
 from llmctl.evaluate.gates import check_gates
@@ -19,16 +20,16 @@ def run(config: EvaluateConfig) -> dict[str, Any] | None:
     if config.dry_run:
         found = prepare(config, None)
         log.info(_planned(found))
-        print(config.to_yaml("evaluate"), end="")
-        return None
+        return show_recipes([("evaluate", config)], as_json=config.as_json)
     with _opened(config) as place:
         clock = None if place is None else str(place.manifest.get("clock") or now())
         found = prepare(config, clock)
         if place is not None:
             require_same(place.manifest.get("identity"), found.identity)
             place.record(inputs=found.inputs, identity=found.identity, clock=clock)
-            place.forget_metrics_after(-1)
         with open_rows(place) as rows:
+            if place is not None:
+                place.forget_metrics_after(len(rows.rows))
             figures = evaluate(found, rows, place)
         result = {"stage": "evaluate", "out": str(config.out), "model": config.model}
         result |= {"status": "completed", **figures}
@@ -58,7 +59,7 @@ def _settle(config: EvaluateConfig, place: Run | None, result: dict[str, Any]) -
     """
     show_table(result)
     if place is not None:
-        place.log({"step": result["rows"], **figures_in(result)})
+        place.log(figures_in(result))
     try:
         check_gates(config.require, gated(result))
     except GateError as error:

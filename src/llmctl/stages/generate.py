@@ -1,6 +1,5 @@
 """`llmctl generate`: prompts in, text out, as it comes or as rows of jsonl."""
 
-import json
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +11,7 @@ from llmctl.decode.loading import load_to_write
 from llmctl.decode.loop import Prompt, Response, decode, eos_tokens
 from llmctl.decode.prompts import Encoder, read_shots, read_stdin, to_prompts
 from llmctl.decode.rows import Row, open_rows, write_rows
+from llmctl.dryrun import show_recipes
 from llmctl.files import check_out
 from llmctl.hardware import memory_errors, pick_device
 from llmctl.models import load_config, load_tokenizer
@@ -27,8 +27,8 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
     encoder = Encoder(tokenizer, config.chat, config.system, shots)
     prompts = to_prompts(asks, encoder, shape, config.max_new_tokens, config.num_samples)
     if config.dry_run:
-        _print_plan(config, prompts, device)
-        return None
+        _tell_plan(config, prompts, device)
+        return show_recipes([("generate", config)], as_json=config.as_json)
     rows = min(len(prompts), config.batch_size)
     model = load_to_write(config.model, config, shape, device=device, rows=rows)
     streams = len(prompts) == 1 and not config.as_json and config.out is None
@@ -57,7 +57,7 @@ def _read(config: GenerateConfig) -> list[Ask]:
     return [read_stdin()]
 
 
-def _print_plan(config: GenerateConfig, prompts: list[Prompt], device: str) -> None:
+def _tell_plan(config: GenerateConfig, prompts: list[Prompt], device: str) -> None:
     lengths = [len(prompt.tokens) for prompt in prompts]
     log.info(
         "would write %d responses of at most %d tokens on %s; prompts of %d to %d tokens",
@@ -67,8 +67,6 @@ def _print_plan(config: GenerateConfig, prompts: list[Prompt], device: str) -> N
         min(lengths),
         max(lengths),
     )
-    recipe = config.recipe("generate")
-    print(json.dumps(recipe) if config.as_json else config.to_yaml("generate").rstrip())
 
 
 def _print_piece(_: int, piece: str) -> None:

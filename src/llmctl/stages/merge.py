@@ -7,6 +7,7 @@ from llmctl.adapters import weights_sha256
 from llmctl.config.stages import MergeConfig
 from llmctl.console import log
 from llmctl.data.hub import model_input
+from llmctl.dryrun import show_recipes
 from llmctl.files import sha256_folder
 from llmctl.merging import Mergeable, Merged, find_mergeable, merge, save_merged
 from llmctl.rundir import open_run
@@ -18,9 +19,8 @@ def run(config: MergeConfig) -> dict[str, Any] | None:
     device = hardware.pick_device(config.device)
     found = find_mergeable(config.model, config.base)
     if config.dry_run:
-        print(config.to_yaml("merge"), end="")
         log.info("would merge %s into %s, on %s", found.adapter.folder, found.base, device)
-        return None
+        return show_recipes([("merge", config)], as_json=config.as_json)
     with open_run("merge", config) as run:
         run.record(threads=threads, inputs=_inputs(config, found))
         with hardware.memory_errors():

@@ -8,6 +8,9 @@ from accelerate import Accelerator
 
 from llmctl import hardware
 from llmctl.config.stages import PpoConfig
+from llmctl.models import parameter_count
+from llmctl.planning.found import ppo_work, shape_to_train
+from llmctl.planning.outlook import Outlook, outlook
 from llmctl.ppo.export import export
 from llmctl.ppo.loop import fit, resume
 from llmctl.ppo.setup import build, prepare
@@ -22,9 +25,27 @@ def run(config: PpoConfig) -> dict[str, Any] | None:
     return run_stage(
         "ppo",
         config,
-        lambda accelerator, device: prepare(config, accelerator, device),
+        partial(_check, config),
         partial(_align, config),
     )
+
+
+def _check(config: PpoConfig, accelerator: Accelerator, device: str) -> Outlook:
+    """What a dry run does."""
+    setup = prepare(config, accelerator, device)
+    policy = setup.models.actors.policy
+    judges = (judge for judge in setup.models.judges if not judge.is_shared)
+    work = ppo_work(
+        config,
+        setup.plan,
+        shape_to_train(policy.config),
+        [len(tokens) for tokens in setup.asked.tokens],
+        setup.trained_parameters,
+        sum(parameter_count(judge.model.model) for judge in judges),
+        device=device,
+        world=accelerator.num_processes,
+    )
+    return outlook(work, policy.config.get_text_config())
 
 
 def _align(config: PpoConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from llmctl.data.corpus import encode_once, open_corpus
 from llmctl.data.tokenizer import load_vocabulary
 from llmctl.files import sha256_file, writing
 from llmctl.models import save_model
+from llmctl.planning.found import foreseen_pretrain
+from llmctl.planning.recipe import guessed
+from llmctl.planning.show import show_dry_run
 from llmctl.resume import earlier_manifest, load_weights
 from llmctl.rundir import Run
 from llmctl.training.base import base_of
@@ -32,8 +35,7 @@ def run(config: PretrainConfig) -> dict[str, Any] | None:
     threads = hardware.set_threads(config.threads or earlier.get("threads"))
     accelerator, device = make_accelerator(config)
     if config.dry_run:
-        _show(config, accelerator, device)
-        return None
+        return _show(config, accelerator, device)
     with open_together(accelerator, "pretrain", config) as run:
         with together(accelerator):
             tokens, inputs = _tokens(config, run)
@@ -77,17 +79,18 @@ def _tokens(config: PretrainConfig, run: Run) -> tuple[Path, list[dict[str, Any]
     return run.path, inputs
 
 
-def _show(config: PretrainConfig, accelerator: Accelerator, device: str) -> None:
+def _show(config: PretrainConfig, accelerator: Accelerator, device: str) -> dict[str, Any] | None:
     """Check what can be checked without writing; print the recipe, and the plan on stderr."""
     if config.tokens is not None:
-        prepare(config, Path(config.tokens).expanduser(), accelerator, device)
+        setup = prepare(config, Path(config.tokens).expanduser(), accelerator, device)
+        found = foreseen_pretrain(setup.plan, setup.architecture, device)
     else:
-        load_vocabulary(str(config.tokenizer or config.model))
+        vocabulary, _ = load_vocabulary(str(config.tokenizer or config.model))
         with open_corpus(config) as corpus:
             documents, size = corpus.scan.documents, corpus.bytes
         log.info("would first encode %s documents, %sB of text", f"{documents:,}", short(size))
-    if accelerator.is_main_process:
-        print(config.to_yaml("pretrain"), end="")
+        found = guessed(config, vocabulary.size, size, accelerator.num_processes, device)
+    return show_dry_run("pretrain", config, found)
 
 
 def _export(trainer: Trainer, setup: Setup) -> None:

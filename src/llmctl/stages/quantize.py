@@ -4,8 +4,9 @@ from typing import Any
 
 from llmctl import hardware
 from llmctl.config.stages import QuantizeConfig
+from llmctl.dryrun import show_recipes
 from llmctl.quantize.job import announce, prepare
-from llmctl.quantize.making import make_folder
+from llmctl.quantize.making import make_folder, make_gguf
 from llmctl.quantize.methods import check_method
 from llmctl.rundir import open_run
 
@@ -17,18 +18,21 @@ def run(config: QuantizeConfig) -> dict[str, Any] | None:
     check_method(config, device)
     job = prepare(config, device)
     if config.dry_run:
-        print(config.to_yaml("quantize"), end="")
         announce(job, config)
-        return None
+        return show_recipes([("quantize", config)], as_json=config.as_json)
     with open_run("quantize", config) as run:
         run.record(threads=threads, device=hardware.device_name(device), inputs=job.inputs())
         with hardware.memory_errors():
-            report = make_folder(job, config, run.path / "model")
+            if config.gguf is None:
+                model = run.path / "model"
+                report = make_folder(job, config, model)
+            else:
+                report, model = make_gguf(job, config, run.path / "gguf")
         report.show()
         result = {
             "stage": "quantize",
             "out": str(run.path),
-            "model": str(run.path / "model"),
+            "model": str(model),
             "status": "completed",
             **report.facts(),
         }

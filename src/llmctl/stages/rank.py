@@ -4,7 +4,6 @@ On a page in the browser or in the terminal. Whatever ends it, every answer that
 and the same command goes on.
 """
 
-import json
 import signal
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from llmctl.config.sections import Sampling
 from llmctl.config.stages import RankConfig
 from llmctl.console import log
+from llmctl.dryrun import show_recipes
 from llmctl.errors import UserError
 from llmctl.feedback.answers import open_answers, open_written, read_answers, read_written
 from llmctl.feedback.browser import ask_on_page
@@ -40,8 +40,8 @@ def run(config: RankConfig) -> dict[str, Any] | None:
     settings = {k: v for k, v in config.recipe("rank").items() if k in WRITTEN_BY}
     model = _writing_model(config, entries)
     if config.dry_run:
-        _print_plan(config, out, entries, model, annotator, settings)
-        return None
+        _tell_plan(config, out, entries, model, annotator, settings)
+        return show_recipes([("rank", config)], as_json=config.as_json)
     with ExitStack() as stack:
         listening = None if config.terminal else stack.enter_context(listen(config.port))
         answers = stack.enter_context(open_answers(out, annotator))
@@ -94,7 +94,7 @@ def _writing_model(config: RankConfig, entries: list[Entry]) -> str | None:
     return config.model if lacking else None
 
 
-def _print_plan(
+def _tell_plan(
     config: RankConfig,
     out: Path,
     entries: list[Entry],
@@ -114,5 +114,3 @@ def _print_plan(
         "would ask %s %d of %d prompts; responses to %d are still to be written",
         *(annotator, len(entries) - done, len(entries), len(supply.missing())),
     )
-    recipe = config.recipe("rank")
-    print(json.dumps(recipe) if config.as_json else config.to_yaml("rank").rstrip())

@@ -9,6 +9,8 @@ from llmctl import hardware
 from llmctl.config.stages import RewardConfig
 from llmctl.data.preferred import PreferenceData, load_preferences, log_preferences
 from llmctl.exchanges import score_file
+from llmctl.planning.found import foreseen
+from llmctl.planning.outlook import Outlook
 from llmctl.rundir import Run
 from llmctl.training.guard import together
 from llmctl.training.reward import build, export, prepare
@@ -22,11 +24,16 @@ def run(config: RewardConfig) -> dict[str, Any] | None:
     return run_stage(
         "reward",
         config,
-        lambda accelerator, device: prepare(
-            config, _preferences(config, accelerator), accelerator, device
-        ),
+        partial(_check, config),
         partial(_train, config),
     )
+
+
+def _check(config: RewardConfig, accelerator: Accelerator, device: str) -> Outlook:
+    """What a dry run does."""
+    found = prepare(config, _preferences(config, accelerator), accelerator, device)
+    lengths = found.train.pairs.lengths
+    return foreseen(config, found, lengths, device, accelerator.num_processes)
 
 
 def _train(config: RewardConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:

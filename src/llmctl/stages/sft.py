@@ -9,6 +9,8 @@ from llmctl import hardware
 from llmctl.config.stages import SftConfig
 from llmctl.data.audit import Audit
 from llmctl.data.supervised import SupervisedData, load_supervised
+from llmctl.planning.found import counted_share, foreseen
+from llmctl.planning.outlook import Outlook
 from llmctl.rundir import Run
 from llmctl.training.classify import check_classifier, run_classifier
 from llmctl.training.export import export
@@ -27,12 +29,16 @@ def run(config: SftConfig) -> dict[str, Any] | None:
     )
 
 
-def _check(config: SftConfig, accelerator: Accelerator, device: str) -> None:
+def _check(config: SftConfig, accelerator: Accelerator, device: str) -> Outlook:
     """What a dry run does."""
+    world = accelerator.num_processes
     if config.task == "classify":
-        check_classifier(config, accelerator, device)
-    else:
-        prepare(config, _examples(config, accelerator)[0], accelerator, device)
+        labelled, found = check_classifier(config, accelerator, device)
+        return foreseen(config, found, labelled.train.lengths, device, world)
+    data, _ = _examples(config, accelerator)
+    tuning = prepare(config, data, accelerator, device)
+    share = counted_share(data.train)
+    return foreseen(config, tuning, tuning.train.lengths, device, world, share)
 
 
 def _tune(config: SftConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from llmctl.data.corpus import Corpus, open_corpus
 from llmctl.data.hub import model_input
 from llmctl.data.tokenizer import Vocabulary, load_vocabulary, vocabulary_of
 from llmctl.data.vocabulary import BOS, EOS, UNKNOWN, save_tokenizer, train_tokenizer
+from llmctl.dryrun import show_recipes
 from llmctl.files import sha256_folder
 from llmctl.rundir import open_run, resolve_tokenizer
 
@@ -20,8 +21,7 @@ def run(config: TokenizeConfig) -> dict[str, Any] | None:
     if config.threads is not None:
         os.environ["RAYON_NUM_THREADS"] = str(config.threads)
     if config.dry_run:
-        _plan(config)
-        return None
+        return _plan(config)
     with open_run("tokenize", config) as run, open_corpus(config) as corpus:
         vocabulary, save = _vocabulary(config, corpus)
         run.record(inputs=corpus.inputs() + _tokenizer_input(config))
@@ -29,13 +29,15 @@ def run(config: TokenizeConfig) -> dict[str, Any] | None:
         metrics = corpus.write(run.path / "tokens", vocabulary)
         run.log(metrics)
         _report(metrics)
-    return {
-        "stage": "tokenize",
-        "out": str(config.out),
-        "tokenizer": str(run.path / "tokenizer"),
-        "status": "completed",
-        **metrics,
-    }
+        result = {
+            "stage": "tokenize",
+            "out": str(config.out),
+            "tokenizer": str(run.path / "tokenizer"),
+            "status": "completed",
+            **metrics,
+        }
+        run.record(result=result)
+    return result
 
 
 def _vocabulary(
@@ -65,12 +67,11 @@ def _tokenizer_input(config: TokenizeConfig) -> list[dict[str, Any]]:
     return [model_input("tokenizer", config.tokenizer, digest)]
 
 
-def _plan(config: TokenizeConfig) -> None:
+def _plan(config: TokenizeConfig) -> dict[str, Any] | None:
     """Read and check all data, and say what a run would do."""
     with open_corpus(config) as corpus:
         if config.tokenizer is not None:
             load_vocabulary(config.tokenizer)
-        print(config.to_yaml("tokenize"), end="")
         log.info(
             "would encode %s documents, %s MB of text, with %s, into %s",
             f"{corpus.scan.documents:,}",
@@ -78,6 +79,8 @@ def _plan(config: TokenizeConfig) -> None:
             config.tokenizer or f"a new {config.algorithm} tokenizer",
             config.out or "--out",
         )
+        plan = {"documents": corpus.scan.documents, "bytes": corpus.bytes}
+    return show_recipes([("tokenize", config)], plan, as_json=config.as_json)
 
 
 def _report(metrics: dict[str, Any]) -> None:

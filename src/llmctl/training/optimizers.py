@@ -18,7 +18,7 @@ def make_optimizers(model: nn.Module, plan: Plan, device: str) -> list[Optimizer
     else is AdamW's. Its step is scaled to AdamW's size (Liu et al., 2025, arXiv:2502.16982, eq. 4),
     so that one learning rate serves both.
     """
-    matrices = _block_matrices(model) if plan.optimizer == "muon" else set[Tensor]()
+    matrices = block_matrices(model) if plan.optimizer == "muon" else set[Tensor]()
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     muon = [weight for weight in trained if weight in matrices]
     rest = [weight for weight in trained if weight not in matrices]
@@ -62,7 +62,7 @@ def _adamw(groups: list[dict[str, Any]], plan: Plan, device: str) -> Optimizer:
     return AdamW(groups, lr=plan.lr, betas=betas, fused=device in ("cpu", "cuda"))
 
 
-def _block_matrices(model: nn.Module) -> set[Tensor]:
+def block_matrices(model: nn.Module) -> set[Tensor]:
     """Weights of the linear layers, the output head and routers aside."""
     return {
         module.weight

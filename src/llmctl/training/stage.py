@@ -9,6 +9,8 @@ from accelerate.utils import broadcast_object_list
 from llmctl import hardware
 from llmctl.config.stages import PpoConfig
 from llmctl.config.tuning import Tuning
+from llmctl.planning.outlook import Outlook
+from llmctl.planning.show import show_dry_run
 from llmctl.resume import earlier_manifest
 from llmctl.rundir import Run
 from llmctl.training.guard import open_together
@@ -18,24 +20,21 @@ from llmctl.training.placement import make_accelerator
 def run_stage(
     stage: str,
     config: Tuning | PpoConfig,
-    check: Callable[[Accelerator, str], object],
+    check: Callable[[Accelerator, str], Outlook],
     train: Callable[[Run, Accelerator, str], dict[str, Any]],
 ) -> dict[str, Any] | None:
-    """Train in a run's directory and return the result; or check only, and print the recipe.
+    """Train in a run's directory and return the result; or check only, and print recipe and plan.
 
     Args:
         stage: the command's name.
         config: its fields.
-        check: all that a dry run does, given the processes and the type of device.
+        check: all that a dry run does, given the processes and the type of device; the plan.
         train: trains and exports; what came of it.
     """
     threads = hardware.set_threads(config.threads or earlier_manifest(config).get("threads"))
     accelerator, device = make_accelerator(config)
     if config.dry_run:
-        check(accelerator, device)
-        if accelerator.is_main_process:
-            print(config.to_yaml(stage), end="")
-        return None
+        return show_dry_run(stage, config, check(accelerator, device))
     with open_together(accelerator, stage, config) as run:
         run.record(threads=threads)
         result: dict[str, Any] = {"stage": stage, "out": str(run.path), "status": "completed"}

@@ -5,9 +5,11 @@ from llmctl.config.stages.dpo import DpoConfig
 from llmctl.config.stages.evaluating import EvaluateConfig
 from llmctl.config.stages.feedback import RankConfig
 from llmctl.config.stages.finetuning import AuditConfig, MergeConfig, SftConfig
-from llmctl.config.stages.housekeeping import DemoConfig, DoctorConfig, RunsConfig
+from llmctl.config.stages.housekeeping import DemoConfig, DoctorConfig, RunConfig, RunsConfig
+from llmctl.config.stages.planning import PlanConfig
 from llmctl.config.stages.ppo import PpoConfig
 from llmctl.config.stages.pretraining import PRESETS, PretrainConfig, TokenizeConfig
+from llmctl.config.stages.reporting import ReportConfig
 from llmctl.config.stages.shrinking import QuantizeConfig
 from llmctl.config.stages.using import ChatConfig, GenerateConfig
 
@@ -21,11 +23,14 @@ __all__ = [
     "EvaluateConfig",
     "GenerateConfig",
     "MergeConfig",
+    "PlanConfig",
     "PpoConfig",
     "PretrainConfig",
     "QuantizeConfig",
     "RankConfig",
+    "ReportConfig",
     "RewardConfig",
+    "RunConfig",
     "RunsConfig",
     "SftConfig",
     "TokenizeConfig",

@@ -1,11 +1,11 @@
 """Config of `reward`."""
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import NonNegativeFloat, model_validator
 
-from llmctl.config.base import Also
+from llmctl.config.base import Also, Input
 from llmctl.config.sections import Control
 from llmctl.config.supervised import Preferred
 from llmctl.config.tuning import Tuning
@@ -20,11 +20,13 @@ SCORING = (
 class RewardConfig(Preferred, Tuning):
     """Train a reward model on preferences, or score texts with one."""
 
-    model: Annotated[str, Also("model-name-or-path", "base-model")]
+    makes: ClassVar = ("reward", "tokenizer")
+
+    model: Annotated[str, Also("model-name-or-path", "base-model"), Input("model", "reward")]
     """Model to start from, a decoder or an encoder such as BERT, or the one to score with: a run,
     folder or Hub id."""
 
-    data: Annotated[list[str], Also("dataset", "dataset-name")] = []
+    data: Annotated[list[str], Also("dataset", "dataset-name"), Input("data")] = []
     """Preferences (repeatable): a file of jsonl, json, csv or parquet, a Hub data set, or
     `builtin:preferences`; `a.jsonl=0.7` gives it that weight in the mixture."""
 

@@ -1,10 +1,10 @@
 """Config of `dpo`."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from llmctl.config.base import Also
+from llmctl.config.base import Also, Input
 from llmctl.config.supervised import Adapter, Preferred, Samples
 from llmctl.config.tuning import Tuning
 
@@ -12,10 +12,12 @@ from llmctl.config.tuning import Tuning
 class DpoConfig(Preferred, Adapter, Tuning, Samples):
     """Align a model with preferences directly, without a reward model."""
 
-    model: Annotated[str, Also("model-name-or-path", "base-model", "ref-model")]
+    makes: ClassVar = ("model", "tokenizer")
+
+    model: Annotated[str, Also("model-name-or-path", "base-model", "ref-model"), Input("model")]
     """Model to start from, and reference to stay near: a run, folder or Hub id."""
 
-    data: Annotated[list[str], Also("dataset", "dataset-name")] = []
+    data: Annotated[list[str], Also("dataset", "dataset-name"), Input("data")] = []
     """Preferences (repeatable): a file of jsonl, json, csv or parquet, a Hub data set, or
     `builtin:preferences`; `a.jsonl=0.7` gives it that weight in the mixture."""
 

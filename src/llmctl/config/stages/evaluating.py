@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, NonNegativeFloat, PositiveInt, model_validator
 
-from llmctl.config.base import Also, Fields
+from llmctl.config.base import Also, Fields, Input
 from llmctl.config.sections import (
     Control,
     Loading,
@@ -57,7 +57,7 @@ class Questions(Fields):
     """Examples set before each prompt: rows of the data, which are then not evaluated, or of
     `shots-data`; the seed chooses them. By default none; with `tasks`, as the task says."""
 
-    shots_data: list[str] = []
+    shots_data: Annotated[list[str], Input("data")] = []
     """Rows to take the examples from (repeatable); a row is never its own example."""
 
     columns: Annotated[list[str], Also("column")] = []
@@ -97,17 +97,17 @@ class Tasks(Fields):
     tasks: Annotated[list[str], BeforeValidator(_listed), Also("task")] = []
     """Tasks of lm-eval, `mmlu,gsm8k` or repeated, in place of `data`."""
 
-    task_path: Annotated[list[Path], Also("include-path")] = []
+    task_path: Annotated[list[Path], Also("include-path"), Input()] = []
     """Folder of task YAMLs of your own (repeatable)."""
 
 
 class Comparison(Fields):
     """A second model, and a judge."""
 
-    compare: Annotated[str | None, Also("against")] = None
+    compare: Annotated[str | None, Also("against"), Input("model")] = None
     """Second model on the same data: differences are `model` less this one."""
 
-    reward_model: Annotated[str | None, Also("judge")] = None
+    reward_model: Annotated[str | None, Also("judge"), Input("reward")] = None
     """Reward model that scores the responses: a run, folder or Hub id."""
 
 
@@ -116,7 +116,7 @@ class EvaluateConfig(
 ):
     """Measure a model on texts, on questions with answers or on benchmarks; compare two."""
 
-    data: Annotated[list[str], Also("dataset", "dataset-name")] = []
+    data: Annotated[list[str], Also("dataset", "dataset-name"), Input("data")] = []
     """What to measure on (repeatable): text (txt, md), or rows (jsonl, json, csv, parquet) of
     `text`, of prompts and references as `sft` reads them, or of `text` and `label`."""
 

@@ -1,11 +1,11 @@
 """Config of the command that asks people: `rank`."""
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from llmctl.config.base import Also, Flag
+from llmctl.config.base import Also, Flag, Input
 from llmctl.config.sections import Control, Loading, Sampling, StageConfig
 
 MOST_RESPONSES = 9
@@ -15,10 +15,12 @@ MOST_RESPONSES = 9
 class RankConfig(Loading, Sampling, StageConfig):
     """Collect rankings of responses from a person."""
 
-    model: Annotated[str | None, Also("model-name-or-path", "base-model")] = None  # type: ignore[assignment]
+    makes: ClassVar = ("data",)
+
+    model: Annotated[str | None, Also("model-name-or-path", "base-model"), Input("model")] = None  # type: ignore[assignment]
     """Model that writes the responses: a run, folder or Hub id. Rows with responses need none."""
 
-    data: Annotated[Path, Also("prompts-file", "prompts", "dataset")]
+    data: Annotated[Path, Also("prompts-file", "prompts", "dataset"), Input("data")]
     """File of prompts: one per line of txt, or `prompt` (or `messages`) of each line of jsonl.
     Rows that carry `responses` are asked as they are."""
 

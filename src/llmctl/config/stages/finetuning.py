@@ -1,10 +1,10 @@
 """Configs of `sft`, `audit` and `merge`."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from llmctl.config.base import Also, Argument, Config
+from llmctl.config.base import Also, Argument, Config, Input
 from llmctl.config.sections import Reporting, StageConfig
 from llmctl.config.supervised import Adapter, Samples, Supervised
 from llmctl.config.tuning import Tuning
@@ -13,10 +13,12 @@ from llmctl.config.tuning import Tuning
 class SftConfig(Supervised, Adapter, Tuning, Samples):
     """Fine-tune a model on examples, in full or with adapters."""
 
-    model: Annotated[str, Also("model-name-or-path", "base-model")]
+    makes: ClassVar = ("model", "tokenizer")
+
+    model: Annotated[str, Also("model-name-or-path", "base-model"), Input("model")]
     """Model to fine-tune: a run, folder or Hub id."""
 
-    data: Annotated[list[str], Also("dataset", "dataset-name")] = []
+    data: Annotated[list[str], Also("dataset", "dataset-name"), Input("data")] = []
     """Examples (repeatable): a file of jsonl, json, csv or parquet, a Hub data set, or
     `builtin:tasks`; `a.jsonl=0.7` gives it that weight in the mixture."""
 
@@ -81,10 +83,12 @@ class AuditConfig(Supervised, Config, Reporting):
 class MergeConfig(StageConfig):
     """Merge an adapter into its base model."""
 
-    model: Annotated[str, Also("adapter", "model-name-or-path")]
+    makes: ClassVar = ("model", "tokenizer")
+
+    model: Annotated[str, Also("adapter", "model-name-or-path"), Input("model", "reward")]
     """Adapter to merge: a run or a PEFT folder."""
 
-    base: Annotated[str | None, Also("base-model")] = None
+    base: Annotated[str | None, Also("base-model"), Input("model")] = None
     """Base model; by default the one that the adapter names."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -1,10 +1,10 @@
 """Config of `ppo`."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from llmctl.config.base import Also, Fields
+from llmctl.config.base import Also, Fields, Input
 from llmctl.config.sections import (
     Evaluation,
     Fraction,
@@ -21,11 +21,11 @@ from llmctl.config.supervised import Quantized
 class Prompts(Fields):
     """What is asked."""
 
-    data: Annotated[list[str], Also("dataset", "dataset-name", "prompts")] = []
+    data: Annotated[list[str], Also("dataset", "dataset-name", "prompts"), Input("data")] = []
     """Prompts (repeatable): jsonl, json, csv or parquet with `prompt`, `messages`, `instruction` or
     `question`, and the answer for rules beside it; a prompt per line of txt; `builtin:tasks`."""
 
-    chat_template: Annotated[str | None, Also("chat-template-path", "template")] = None
+    chat_template: Annotated[str | None, Also("chat-template-path", "template"), Input()] = None
     """Chat template: a jinja file, or a name such as chatml. By default the model's own."""
 
     plain: bool = False
@@ -35,7 +35,7 @@ class Prompts(Fields):
     """Prompts to hold out: those with the smallest hashes. By default a tenth, at most 64; 0 holds
     out none."""
 
-    val_data: list[str] = []
+    val_data: Annotated[list[str], Input("data")] = []
     """Prompts to hold out from elsewhere (repeatable)."""
 
     skip_bad_rows: NonNegativeCount = 0
@@ -45,10 +45,10 @@ class Prompts(Fields):
 class Rewards(Fields):
     """What is wanted."""
 
-    reward_model: Annotated[list[str], Also("reward-model-path")] = []
+    reward_model: Annotated[list[str], Also("reward-model-path"), Input("reward")] = []
     """Reward model (repeatable): a run, folder or Hub id; `runs/helpful=1.0` gives it a weight."""
 
-    reward_rule: Annotated[list[str], Also("reward-funcs", "reward-function")] = []
+    reward_rule: Annotated[list[str], Also("reward-funcs", "reward-function"), Input()] = []
     """Rule that scores (repeatable, weights as above): `exact`, `regex:PATTERN`, `length:WORDS`,
     `repetition`, or `python:package.module.function`."""
 
@@ -170,7 +170,9 @@ class PpoConfig(
 ):
     """Align a model with rewards by proximal policy optimisation."""
 
-    model: Annotated[str, Also("model-name-or-path", "sft-model-path", "policy")]
+    makes: ClassVar = ("model", "tokenizer")
+
+    model: Annotated[str, Also("model-name-or-path", "sft-model-path", "policy"), Input("model")]
     """Model to align, which is also the reference: a run, folder or Hub id."""
 
     schedule: Annotated[

@@ -1,10 +1,10 @@
 """Configs of `tokenize` and `pretrain`."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import PositiveFloat, PositiveInt, model_validator
 
-from llmctl.config.base import Also, Fields
+from llmctl.config.base import Also, Fields, Input
 from llmctl.config.sections import (
     Batch,
     Corpus,
@@ -25,6 +25,8 @@ PRESETS = ("nano", "tiny", "mini", "small", "medium", "large", "1b", "3b", "8b")
 class TokenizeConfig(Corpus, StageConfig):
     """Train a tokenizer and turn a corpus into token shards."""
 
+    makes: ClassVar = ("tokens", "tokenizer")
+
     algorithm: Literal["bpe", "unigram", "wordpiece", "byte", "char"] = "bpe"
     """How text becomes tokens; byte and char need no training."""
 
@@ -37,7 +39,7 @@ class TokenizeConfig(Corpus, StageConfig):
     min_frequency: PositiveInt = 2
     """Merge pairs, or keep pieces, that occur at least this often."""
 
-    tokenizer: Annotated[str | None, Also("tokenizer-name-or-path")] = None
+    tokenizer: Annotated[str | None, Also("tokenizer-name-or-path"), Input("tokenizer")] = None
     """Use this tokenizer (a run, folder or Hub id) and only encode."""
 
     train_bytes: PositiveCount = 1_000_000_000
@@ -67,7 +69,7 @@ class TokenizeConfig(Corpus, StageConfig):
 class Shape(Fields):
     """The model to build; one way to say it, or none."""
 
-    model: Annotated[str | None, Also("model-name-or-path", "base-model")] = None
+    model: Annotated[str | None, Also("model-name-or-path", "base-model"), Input("model")] = None
     """Continue training this model: a run, folder or Hub id."""
 
     size: Literal[PRESETS] | None = None  # type: ignore[valid-type]
@@ -88,7 +90,7 @@ class Shape(Fields):
     kv_heads: Annotated[PositiveInt | None, Also("num-key-value-heads")] = None
     """Heads of keys and values, shared by groups of query heads."""
 
-    config_from: str | None = None
+    config_from: Annotated[str | None, Input("model")] = None
     """Build the untrained architecture of this folder or Hub id."""
 
     context: Annotated[PositiveInt | None, Also("block-size", "sequence-len", "max-seq-length")] = (
@@ -112,10 +114,12 @@ class PretrainConfig(
 ):
     """Train a causal language model from scratch, or continue one."""
 
-    tokens: str | None = None
+    makes: ClassVar = ("model", "tokenizer")
+
+    tokens: Annotated[str | None, Input("tokens")] = None
     """Token shards to train on: a `tokenize` run."""
 
-    tokenizer: Annotated[str | None, Also("tokenizer-name-or-path")] = None
+    tokenizer: Annotated[str | None, Also("tokenizer-name-or-path"), Input("tokenizer")] = None
     """Tokenizer for --data: a run, folder or Hub id; by default the model's own."""
 
     optimizer: Annotated[Literal["auto", "adamw", "muon", "adamw-8bit"], Also("optim")] = "auto"

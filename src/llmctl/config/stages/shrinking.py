@@ -1,10 +1,10 @@
 """Config of the command that makes a model smaller: `quantize`."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
-from llmctl.config.base import Also
+from llmctl.config.base import Also, Input
 from llmctl.config.sections import PositiveCount, StageConfig
 
 WAYS = "--bits 4, --bits 8, --dtype bf16 or --gguf q8_0"
@@ -13,7 +13,9 @@ WAYS = "--bits 4, --bits 8, --dtype bf16 or --gguf q8_0"
 class QuantizeConfig(StageConfig):
     """Make a model smaller, and measure what that costs."""
 
-    model: Annotated[str, Also("model-name-or-path", "base-model")]
+    makes: ClassVar = ("model", "tokenizer")
+
+    model: Annotated[str, Also("model-name-or-path", "base-model"), Input("model")]
     """Model to make smaller: a run, folder or Hub id."""
 
     bits: PositiveInt | None = None
@@ -46,7 +48,7 @@ class QuantizeConfig(StageConfig):
     merge: Annotated[bool, Also("merge-adapter")] = False
     """Merge an adapter into its base first, and see that it says the same."""
 
-    data: Annotated[list[str], Also("dataset", "dataset-name")] = []
+    data: Annotated[list[str], Also("dataset", "dataset-name"), Input("data")] = []
     """Text to measure on (repeatable): txt or md, or rows as `sft` takes them. By default the
     validation data of the run, or of the run that it started from."""
 
@@ -83,14 +85,14 @@ class QuantizeConfig(StageConfig):
         if self.library is None and self.gguf is None and self.dtype == "auto":
             raise ValueError(f"say how small: {WAYS}")
         if self.gguf is not None:
-            _refuse(self, ("bits", "method", "dtype", "keep"), given, "--gguf")
+            _refuse(self, ("bits", "method", "dtype"), given, "--gguf")
         if self.library != "bnb" or self.width != 4:
             unused = [name for name in ("quant_type", "double_quant") if name in given]
             if unused:
                 raise ValueError(f"{self.flag(unused[0])} goes with 4 bits of --method bnb")
         if self.dynamic and (self.library != "torchao" or self.width != 8):
             raise ValueError("--dynamic goes with --method torchao and 8 bits")
-        if self.library is None:
+        if self.library is None and self.gguf is None:
             _refuse(self, ("keep",), given, "a plain cast")
         return self
 

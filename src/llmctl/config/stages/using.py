@@ -1,21 +1,23 @@
 """Configs of the commands that use a model: `generate` and `chat`."""
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import PositiveInt, model_validator
 
-from llmctl.config.base import Also, Flag
+from llmctl.config.base import Also, Flag, Input
 from llmctl.config.sections import Control, Loading, Sampling, StageConfig
 
 
 class GenerateConfig(Loading, Sampling, StageConfig):
     """Generate text from a model."""
 
+    makes: ClassVar = ("data",)
+
     prompt: list[str] = []
     """Text to continue (repeatable); `""` starts from nothing. Without any, stdin is read."""
 
-    prompts_file: Annotated[Path | None, Also("prompts")] = None
+    prompts_file: Annotated[Path | None, Also("prompts"), Input("data")] = None
     """File of prompts: one per line of txt, or `prompt` (or `messages`) of each line of jsonl."""
 
     out: Annotated[Path | None, Flag("--out", "-o"), Also("output", "output-file"), Control] = None
@@ -33,7 +35,7 @@ class GenerateConfig(Loading, Sampling, StageConfig):
     system: Annotated[str | None, Also("system-prompt")] = None
     """System message for --chat."""
 
-    shots: Path | None = None
+    shots: Annotated[Path | None, Input("data")] = None
     """Few-shot examples set before each prompt: jsonl of `prompt` and `response`."""
 
     @model_validator(mode="after")

@@ -1,0 +1,99 @@
+"""Every stage against the results of those before it, before the first one begins.
+
+In: stages with their configs. What a stage will make is foretold from its config: positions,
+vocabulary, parameters, whether there is a chat template. Deep checks read all data, too.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmctl.config.stages import DpoConfig, PpoConfig, RewardConfig, SftConfig, TokenizeConfig
+from llmctl.data.sources import find_sources
+from llmctl.errors import DataError, UserError
+from llmctl.pipeline.foretold import Foretold, foretell, require_fitting
+from llmctl.pipeline.references import Stage, split_weight
+from llmctl.pipeline.room import require_room
+
+
+def check(stages: Sequence[Stage], *, deep: bool) -> None:
+    """Refuse what cannot work.
+
+    Args:
+        stages: that may run, in order.
+        deep: read all data as well.
+
+    Raises:
+        UserError: naming the stage and the line of the recipe.
+    """
+    known: dict[str, Foretold] = {}
+    for stage in stages:
+        try:
+            _check_outside(stage)
+            require_fitting(stage, known)
+            known[stage.name] = foretell(stage, known)
+            if deep:
+                _read_data(stage)
+        except UserError as error:
+            error.hint = error.hint or f"{stage.file}:{stage.line} is the stage"
+            raise stage.wrong(error) from None
+    require_room(stages, known)
+
+
+def _check_outside(stage: Stage) -> None:
+    """Refuse paths where there is nothing, and stdin, which can be read once only."""
+    kinds = type(stage.config).inputs()
+    for field, texts in stage.outside.items():
+        for text in texts:
+            if text == "-":
+                raise DataError(f"{field}: a life cycle does not read stdin", hint="name a file")
+            stem = text if Path(text).expanduser().exists() else split_weight(text)[0]
+            if "data" in kinds[field]:
+                if not _is_hub_id(stem):
+                    with tempfile.TemporaryDirectory(prefix="llmctl-") as spool:
+                        find_sources([stem], Path(spool))
+            elif kinds[field] and not Path(stem).expanduser().exists() and not _is_hub_id(stem):
+                raise UserError(
+                    f"{field}: no stage, run or folder `{stem}`",
+                    file=stage.file,
+                    line=stage.line,
+                    hint="name a stage before this one, a run, a folder or a Hub id",
+                )
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether a name that is no path can be an id on the Hub: `name` or `owner/name`."""
+    owner, _, rest = name.partition("/")
+    plain = not name.startswith((".", "~", "/")) and "/" not in rest and ":" not in name
+    return plain and not Path(name).suffix[1:].isalpha() and not Path(owner).is_dir()
+
+
+def _read_data(stage: Stage) -> None:
+    """Read all rows that are there already, as the stage will.
+
+    Raises:
+        DataError: rows that it would refuse, with file and line.
+    """
+    from llmctl.data.corpus import open_corpus
+    from llmctl.data.examples import read_examples
+    from llmctl.data.preferences import read_preferences
+    from llmctl.data.prompts import read_prompts
+
+    config = stage.config
+    if any(field in stage.needs for field in ("data", "val_data")):
+        return
+    match config:
+        case TokenizeConfig():
+            with open_corpus(config):
+                pass
+        case SftConfig():
+            read_examples(
+                [*config.data],
+                columns=config.columns,
+                skip_bad_rows=config.skip_bad_rows,
+                task=config.task,
+            )
+        case RewardConfig() | DpoConfig():
+            read_preferences(config, config.data, config.seed)
+        case PpoConfig():
+            read_prompts(config.data, config.val_data, config.val_size, config.skip_bad_rows)

@@ -1,0 +1,30 @@
+"""`llmctl demo`: a small model's whole life, on what is built in. Its recipe is demo.yaml."""
+
+from pathlib import Path
+from typing import Any
+
+from llmctl.config.stages import DemoConfig
+from llmctl.console import log
+from llmctl.pipeline.recipe import load
+from llmctl.pipeline.run import live
+
+RECIPE = Path(__file__).with_name("demo.yaml")
+
+
+def run(config: DemoConfig) -> dict[str, Any] | None:
+    """Run the recipe, then say what to try next."""
+    result = live(load(RECIPE), config, "demo")
+    if result is not None:
+        _next_steps(result)
+    return result
+
+
+def _next_steps(result: dict[str, Any]) -> None:
+    made = {stage["name"]: stage["out"] for stage in result["stages"]}
+    if result["report"]:
+        log.info("report: %s", result["report"])
+    log.info(
+        "try next:\n  llmctl chat --model %s\n  llmctl runs %s\n  llmctl run --help",
+        made["ppo"],
+        result["out"],
+    )

@@ -1,0 +1,101 @@
+"""Quality gates: what a recipe demands of a stage's figures, and whether it holds."""
+
+import difflib
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llmctl.errors import GateError, UserError
+
+SIGNS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+    "==": operator.eq,
+}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What one figure must be."""
+
+    figure: str
+    sign: str
+    bound: float
+
+    def __str__(self) -> str:
+        """As a person reads it."""
+        return f"{self.figure} {self.sign} {self.bound:g}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A gate, and the figure that was found."""
+
+    gate: Gate
+    value: float
+    holds: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """For pipeline.json and `--json`."""
+        return {**asdict(self.gate), "value": self.value, "holds": self.holds}
+
+
+def parse_gates(values: Mapping[str, Any], file: Path, line: int | None) -> tuple[Gate, ...]:
+    """The gates of a stage: figure -> `>=0.9`.
+
+    Raises:
+        UserError: what is no comparison with a number.
+    """
+    gates = []
+    for figure, text in values.items():
+        found = re.fullmatch(r"(>=|<=|==|>|<)\s*(-?[0-9.]+(?:[eE][-+]?[0-9]+)?)", str(text).strip())
+        try:
+            bound = float(found[2]) if found else None
+        except ValueError:
+            bound = None
+        if found is None or bound is None:
+            raise UserError(
+                f"gates: {figure}: expected a sign and a number, got {text!r}",
+                file=file,
+                line=line,
+                hint=f'such as {figure}: ">=0.9"; signs are {", ".join(SIGNS)}',
+            )
+        gates.append(Gate(figure, found[1], bound))
+    return tuple(gates)
+
+
+def judge(gates: tuple[Gate, ...], result: Mapping[str, Any]) -> tuple[Verdict, ...]:
+    """Every gate against a stage's result.
+
+    Raises:
+        GateError: the result has no such figure.
+    """
+    figures = dict(_figures(result, ""))
+    for gate in gates:
+        if gate.figure not in figures:
+            close = difflib.get_close_matches(gate.figure, list(figures), n=1)
+            raise GateError(
+                f"gate `{gate}`: the stage gave no figure of that name"
+                + (f": did you mean `{close[0]}`?" if close else ""),
+                hint=f"it gave {', '.join(list(figures)[:12])}",
+            )
+    return tuple(
+        Verdict(gate, figures[gate.figure], SIGNS[gate.sign](figures[gate.figure], gate.bound))
+        for gate in gates
+    )
+
+
+def _figures(value: Mapping[str, Any], before: str) -> Iterator[tuple[str, float]]:
+    """Every number in a result, those of inner objects as `outer.inner`."""
+    for key, item in value.items():
+        if isinstance(item, bool):
+            continue
+        if isinstance(item, int | float):
+            yield before + key, float(item)
+        elif isinstance(item, Mapping):
+            yield from _figures(item, f"{before}{key}.")

@@ -1,0 +1,92 @@
+"""Blocks of stages that a recipe repeats, written out: blocks in, parts in the order they run out.
+
+In round 2 of a block its stages are called NAME-2. A name of the block means this round's stage
+where that comes before, else the last round's, and in the first round what `first` says. After the
+block it means that of the last round.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmctl.config.reading import Place
+from llmctl.errors import UserError
+
+ROUND = "${round}"
+"""The round's number, in the text of a block's stages."""
+Scope = Mapping[str, str | None]
+"""What each name means: a stage by its full name; None for one that comes later."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Stages that run once, or in rounds."""
+
+    rounds: int | None
+    first: Mapping[str, str]
+    """What a name means in the first round that would mean the round before."""
+    entries: tuple[tuple[Place, str, dict[str, Any]], ...]
+    """Place in the file, name, and keys of each stage."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stage in one round."""
+
+    name: str
+    place: Place
+    entry: Mapping[str, Any]
+    scope: Scope
+
+
+def unrolled(blocks: Sequence[Block], file: Path) -> Iterator[Part]:
+    """Every stage in order.
+
+    Raises:
+        UserError: `first` names what is no stage of its block.
+    """
+    later: dict[str, str | None] = {name: None for block in blocks for _, name, _ in block.entries}
+    known: dict[str, str | None] = {}
+    for block in blocks:
+        names = [name for _, name, _ in block.entries]
+        if odd := [name for name in block.first if name not in names]:
+            raise UserError(
+                f"first: `{odd[0]}` is no stage of this block",
+                file=file,
+                hint=f"it says what {', '.join(f'`{name}`' for name in names)} mean in round 1",
+            )
+        for number in range(1, (block.rounds or 1) + 1):
+            before = _round_before(block, number, known)
+            for place, name, entry in block.entries:
+                full = name if block.rounds is None else f"{name}-{number}"
+                filled = entry if block.rounds is None else _filled(entry, str(number))
+                yield Part(full, place, filled, {**later, **known, **before})
+                known[full] = before[name] = full
+        if block.rounds is not None:
+            known |= {name: f"{name}-{block.rounds}" for name in names}
+
+
+def _round_before(
+    block: Block, number: int, known: Mapping[str, str | None]
+) -> dict[str, str | None]:
+    """What the block's names mean as a round begins."""
+    names = [name for _, name, _ in block.entries]
+    if block.rounds is None:
+        return dict.fromkeys(names)
+    if number > 1:
+        return {name: f"{name}-{number - 1}" for name in names}
+    return {name: _first(block.first.get(name), known) for name in names}
+
+
+def _first(value: str | None, known: Mapping[str, str | None]) -> str | None:
+    return value if value is None else known.get(value, value)
+
+
+def _filled(value: Any, number: str) -> Any:
+    """The value with the number of the round in its texts."""
+    if isinstance(value, str):
+        return value.replace(ROUND, number)
+    if isinstance(value, dict):
+        return {key: _filled(item, number) for key, item in value.items()}
+    return [_filled(item, number) for item in value] if isinstance(value, list) else value

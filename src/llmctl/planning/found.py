@@ -1,0 +1,218 @@
+"""From what a stage prepares in a dry run to its outlook."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from transformers import PreTrainedConfig
+
+from llmctl import shapes
+from llmctl.config.stages import DpoConfig, PpoConfig, RewardConfig, SftConfig
+from llmctl.config.supervised import LowRank, Quantized
+from llmctl.data.tokenized import Tokenized
+from llmctl.planning.outlook import Outlook, outlook
+from llmctl.planning.shape import Shape, shape_of
+from llmctl.planning.work import Episodes, Work
+from llmctl.ppo.plan import CPU_PASS_LOGITS, GPU_PASS_LOGITS, PpoPlan
+from llmctl.quantized import LoadIn
+from llmctl.training.base import load_in
+from llmctl.training.plan import Plan
+from llmctl.training.tuning import TuningPlan
+
+Tuned = SftConfig | RewardConfig | DpoConfig
+PAIRED = ("reward", "dpo")
+
+
+def pretrain_work(plan: Plan, shape: Shape, device: str) -> Work:
+    """Of pretraining: every position has logits."""
+    return Work(
+        stage="pretrain",
+        shape=shape,
+        device=device,
+        world=plan.world_size,
+        precision=plan.precision,
+        optimizer=plan.optimizer,
+        trained=shape.parameters,
+        has_adapter=False,
+        load_in="full",
+        rank=0,
+        batch_size=plan.batch_size,
+        grad_accum=plan.grad_accum,
+        length=plan.context,
+        mean_length=plan.context,
+        counted=1.0,
+        is_chunked=False,
+        is_checkpointed=False,
+        steps=plan.max_steps,
+        keeps_logits=True,
+        can_shard=True,
+    )
+
+
+def tuning_work(
+    config: Tuned,
+    plan: TuningPlan,
+    shape: Shape,
+    lengths: Sequence[int],
+    trained: int,
+    *,
+    device: str,
+    world: int,
+    counted: float = 1.0,
+    knows_steps: bool = True,
+) -> Work:
+    """Of fine-tuning.
+
+    Args:
+        config: the command's fields.
+        plan: of the run.
+        shape: of the model without an adapter.
+        lengths: tokens of the rows, of pairs their longer side.
+        trained: parameters that train.
+        device: type of device.
+        world: processes.
+        counted: share of positions that are trained on.
+        knows_steps: whether the rows are those of the run.
+    """
+    stage = {SftConfig: "sft", RewardConfig: "reward", DpoConfig: "dpo"}[type(config)]
+    scores = stage == "reward" or (isinstance(config, SftConfig) and config.task == "classify")
+    return Work(
+        stage=stage,
+        shape=shape,
+        device=device,
+        world=world,
+        precision=plan.precision,
+        optimizer=plan.optimizer,
+        trained=trained,
+        has_adapter=config.has_adapter,
+        load_in=held_in(config),
+        rank=config.lora_r if config.is_low_rank else 0,
+        batch_size=plan.batch_size * (2 if stage in PAIRED else 1),
+        grad_accum=plan.grad_accum,
+        length=max(lengths),
+        mean_length=sum(lengths) / len(lengths),
+        counted=0.0 if scores else counted,
+        is_chunked=not scores and not isinstance(config, RewardConfig) and config.chunked_loss,
+        is_checkpointed=config.activation_checkpointing,
+        steps=plan.max_steps if knows_steps else None,
+    )
+
+
+def ppo_work(
+    config: PpoConfig,
+    plan: PpoPlan,
+    shape: Shape,
+    prompts: Sequence[int],
+    trained: int,
+    judges: int,
+    *,
+    device: str,
+    world: int,
+    knows_steps: bool = True,
+) -> Work:
+    """Of PPO.
+
+    Args:
+        config: the command's fields.
+        plan: of the run.
+        shape: of the policy without an adapter.
+        prompts: tokens of each.
+        trained: parameters of the policy that train.
+        judges: parameters of reward models with weights of their own.
+        device: type of device.
+        world: processes.
+        knows_steps: whether the prompts are those of the run.
+    """
+    length = max(prompts) + config.max_new_tokens
+    a_pass = max(1, min(plan.pass_tokens // length, -(-plan.batch_size // plan.minibatches)))
+    return Work(
+        stage="ppo",
+        shape=shape,
+        device=device,
+        world=world,
+        precision=plan.precision,
+        optimizer="adamw",
+        trained=trained,
+        has_adapter=config.has_adapter,
+        load_in=held_in(config),
+        rank=config.lora_r if config.is_low_rank else 0,
+        batch_size=a_pass,
+        grad_accum=1,
+        length=length,
+        mean_length=sum(prompts) / len(prompts) + config.max_new_tokens,
+        counted=config.max_new_tokens / length,
+        is_chunked=False,
+        is_checkpointed=False,
+        steps=plan.max_steps if knows_steps else None,
+        episodes=Episodes(
+            per_step=plan.batch_size,
+            prompt=max(prompts),
+            response=config.max_new_tokens,
+            rollout=config.rollout_batch_size,
+            passes=plan.ppo_epochs,
+            judges=judges,
+            most_logits=GPU_PASS_LOGITS if device == "cuda" else CPU_PASS_LOGITS,
+        ),
+    )
+
+
+def held_in(config: LowRank) -> LoadIn:
+    """How the frozen weights are to be held."""
+    return load_in(config) if isinstance(config, Quantized) else "full"
+
+
+def shape_to_train(config: PreTrainedConfig, *, scores: bool = False) -> Shape:
+    """The shape of a language model, or of a model that scores."""
+    return shape_of(config, shapes.meta_model(config, scores=scores))
+
+
+def counted_share(*parts: Tokenized) -> float:
+    """The largest share of a sequence that is trained on."""
+    return max(float((part.trained_counts / part.lengths).max()) for part in parts)
+
+
+class Prepared(Protocol):
+    """What a stage of fine-tuning knows before it trains."""
+
+    @property
+    def model(self) -> Any:
+        """With its adapter, where one is to be trained."""
+
+    @property
+    def plan(self) -> TuningPlan:
+        """Of the run."""
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many train."""
+
+
+def foreseen(
+    config: Tuned,
+    found: Prepared,
+    lengths: Iterable[int],
+    device: str,
+    world: int,
+    counted: float = 1.0,
+) -> Outlook:
+    """The outlook of a run whose model is loaded."""
+    scores = isinstance(config, RewardConfig) or (
+        isinstance(config, SftConfig) and config.task == "classify"
+    )
+    shape = shape_to_train(found.model.config, scores=scores)
+    work = tuning_work(
+        config,
+        found.plan,
+        shape,
+        [int(length) for length in lengths],
+        found.trained_parameters,
+        device=device,
+        world=world,
+        counted=counted,
+    )
+    return outlook(work, found.model.config.get_text_config())
+
+
+def foreseen_pretrain(plan: Plan, architecture: Any, device: str) -> Outlook:
+    """The outlook of pretraining."""
+    work = pretrain_work(plan, shape_to_train(architecture), device)
+    return outlook(work, architecture.get_text_config())

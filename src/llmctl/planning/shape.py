@@ -1,0 +1,191 @@
+"""A model's shape: its configuration in, the numbers that memory and FLOPs follow from out.
+
+The model is built on the meta device, without weights, so that parameters are counted and not
+computed.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from llmctl import shapes
+from llmctl.quantized import BLOCK
+from llmctl.training.muon import STACKED
+from llmctl.training.optimizers import block_matrices
+
+PARTS = ("embedding", "attention", "mlp", "norms", "head", "other")
+COMPOSED = {"gelu_new": 4, "gelu_fast": 4, "quick_gelu": 3}
+"""Tensors that an activation function made of several operations keeps for its gradient; one that
+is a single operation keeps its input."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model, all per layer where they are of layers."""
+
+    kind: str
+    parts: dict[str, int]
+    """Parameters by part, tied ones once."""
+    active: int
+    """Parameters that one token meets."""
+    layers: int
+    hidden: int
+    query: int
+    """Width of all query heads together."""
+    key_value: int
+    """Width of all heads of keys together, and of values."""
+    heads: int
+    intermediate: int
+    """Width of the feed-forward layer, of all experts that a token is sent to."""
+    vocabulary: int
+    context: int | None
+    is_gated: bool
+    has_rms_norm: bool
+    has_query_norm: bool
+    has_joint_projection: bool
+    """Whether queries, keys and values come out of one matrix, as GPT-2's do."""
+    activation: int
+    """Tensors of the intermediate width that the activation function keeps."""
+    dropout: float
+    attention_dropout: float
+    matrices: int
+    """Elements of the linear layers of all blocks, experts included."""
+    divisible: int
+    """Of those, elements of layers that NF4 can take."""
+    head_matrix: int
+    """Elements of the output layer, tied or not."""
+    muon: int
+    """Elements that Muon updates."""
+    stack: int
+    """Most of them that it orthogonalises at once."""
+    stack_square: int
+    """Elements of their products with themselves."""
+
+    @property
+    def parameters(self) -> int:
+        """All of them."""
+        return sum(self.parts.values())
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of one block."""
+        blocks = self.parts["attention"] + self.parts["mlp"] + self.parts["norms"]
+        return blocks // self.layers
+
+
+def shape_of(config: PreTrainedConfig, model: PreTrainedModel) -> Shape:
+    """The shape of a model, which needs no weights."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    said = text.to_dict()
+    head_size = said.get("head_dim") or text.hidden_size // heads
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not model.get_output_embeddings()
+    }
+    last = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    output = model.get_output_embeddings()
+    function = said.get("hidden_act") or said.get("activation_function") or "gelu"
+    stack, square = _largest_stack(model)
+    experts = _experts(model)
+    return Shape(
+        kind=text.model_type,
+        parts=_parts(model),
+        active=shapes.active_parameters(model),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        query=heads * head_size,
+        key_value=(said.get("num_key_value_heads") or heads) * head_size,
+        heads=heads,
+        intermediate=_intermediate(text, said),
+        vocabulary=text.vocab_size,
+        context=said.get("max_position_embeddings"),
+        is_gated=bool(experts) or "gate_proj" in last or "gate_up_proj" in last,
+        has_rms_norm=any("RMSNorm" in type(m).__name__ for m in model.modules()),
+        has_query_norm="q_norm" in last,
+        has_joint_projection=bool({"c_attn", "query_key_value", "qkv_proj"} & last),
+        activation=COMPOSED.get(str(function), 1),
+        dropout=float(said.get("resid_pdrop") or said.get("hidden_dropout_prob") or 0.0),
+        attention_dropout=float(
+            said.get("attn_pdrop")
+            or said.get("attention_dropout")
+            or said.get("attention_probs_dropout_prob")
+            or 0.0
+        ),
+        matrices=sum(m.weight.numel() for m in linear.values()) + experts,
+        divisible=sum(m.weight.numel() for m in linear.values() if not _width(m) % BLOCK),
+        head_matrix=0 if output is None else output.weight.numel(),
+        muon=sum(weight.numel() for weight in block_matrices(model)),
+        stack=stack,
+        stack_square=square,
+    )
+
+
+def _parts(model: PreTrainedModel) -> dict[str, int]:
+    """Parameters by part, each counted where it comes first."""
+    found = dict.fromkeys(PARTS, 0)
+    output = model.get_output_embeddings()
+    for path, module, numel in _own_parameters(model):
+        if isinstance(module, nn.Embedding):
+            part = "embedding"
+        elif module is output or path.rpartition(".")[2] in ("score", "classifier"):
+            part = "head"
+        elif "Norm" in type(module).__name__:
+            part = "norms"
+        elif "attn" in path or "attention" in path:
+            part = "attention"
+        elif any(f".{number}." in f".{path}." for number in range(model.config.num_hidden_layers)):
+            part = "mlp"
+        else:
+            part = "other"
+        found[part] += numel
+    return found
+
+
+def _own_parameters(model: nn.Module) -> Iterator[tuple[str, Any, int]]:
+    """Path, module and size of each parameter, tied ones once."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for weight in module.parameters(recurse=False):
+            if id(weight) not in seen:
+                seen.add(id(weight))
+                yield path, module, weight.numel()
+
+
+def _experts(model: nn.Module) -> int:
+    """Elements of a mixture's experts that are no linear layers but one tensor for all."""
+    return sum(
+        weight.numel()
+        for name, weight in model.named_parameters()
+        if ".experts." in name and weight.ndim == 3
+    )
+
+
+def _intermediate(text: PreTrainedConfig, said: dict[str, Any]) -> int:
+    width = said.get("intermediate_size") or said.get("n_inner") or 4 * text.hidden_size
+    return int(width) * int(said.get("num_experts_per_tok") or 1)
+
+
+def _width(module: nn.Module) -> int:
+    """What a layer reads."""
+    if isinstance(module, Conv1D):
+        return int(module.nx)
+    assert isinstance(module, nn.Linear)
+    return module.in_features
+
+
+def _largest_stack(model: nn.Module) -> tuple[int, int]:
+    """Elements of the largest stack that Muon makes, and of its Gram matrices."""
+    alike = Counter(tuple(sorted(weight.shape)) for weight in block_matrices(model))
+    largest = square = 0
+    for (rows, columns), count in alike.items():
+        together = min(count, max(1, STACKED // (rows * columns)))
+        if together * rows * columns > largest:
+            largest, square = together * rows * columns, together * rows * rows
+    return largest, square

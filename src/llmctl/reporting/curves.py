@@ -1,0 +1,210 @@
+"""Which curves a stage shows: metrics of its runs in, panels of series out.
+
+A metric and its held-out twin (`loss`, `val_loss`) share a panel, and so do the scores by source.
+"""
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from llmctl import wording
+from llmctl.reporting.runs import Record
+
+FIRST = (
+    "score",
+    "score/",
+    "kl",
+    "win_rate",
+    "loss",
+    "bits_per_byte",
+    "accuracy",
+    "token_accuracy",
+    "margin",
+    "entropy",
+    "length",
+    "eos_share",
+    "clip_fraction",
+    "explained_variance",
+)
+"""Panels that are always in sight, in this order; others stand below, folded."""
+THEN = ("lr", "grad_norm", "tokens_per_second", "episodes_per_second", "policy_loss", "value_loss")
+"""The first of the others."""
+TITLES = {
+    "bits_per_byte": "Bits per byte",
+    "kl": "KL from the reference",
+    "loss": "Loss",
+    "score": "Score",
+    "score/": "Score by source",
+    "win_rate": "Wins against the reference",
+}
+NOT_SHOWN = {
+    "step", "time", "tokens", "val_perplexity", "val_prompts", "episodes", "updates",
+    "val_reference_std", "val_win_rate_low", "val_win_rate_high", "skipped_steps",
+}  # fmt: skip
+JUDGED = ("val_loss", "val_score")
+"""Where the best step is marked."""
+INTERVAL = ("val_win_rate_low", "val_win_rate_high")
+MOST_POINTS = 360
+"""Of a series: more cannot be told apart."""
+NOISY = 24
+"""Points from which on a series of training is also drawn smooth."""
+STEEP = 12
+"""Ratio of the highest learning rate to the median from which on its axis is logarithmic."""
+EXACT = ("lr", "kl_coef")
+"""Without noise: never smoothed."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line."""
+
+    label: str
+    color: int
+    """0 is the first of the palette."""
+    is_held_out: bool
+    points: tuple[tuple[float, float], ...]
+    smooth: tuple[tuple[float, float], ...] = ()
+    best: tuple[float, float] | None = None
+    band: tuple[tuple[float, float, float], ...] = ()
+    """Steps with the ends of an interval."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One diagram."""
+
+    key: str
+    title: str
+    unit: str
+    is_log: bool
+    series: tuple[Series, ...]
+
+
+def panels(records: Sequence[Record]) -> tuple[list[Panel], list[Panel]]:
+    """The panels of runs of one stage: those in sight, and the others.
+
+    A lone point of a run that is over is a figure, and no curve.
+    """
+    keys = {key for record in records for row in record.metrics for key in _numbers(row)}
+    if records[0].stage == "ppo":  # minus the objective, which is no loss of the policy's
+        keys.discard("val_loss")
+    groups: dict[str, list[str]] = {}
+    for key in sorted(keys - NOT_SHOWN, key=lambda key: (key.startswith("val_"), key)):
+        base, slash, _ = key.removeprefix("val_").partition("/")
+        groups.setdefault(base + slash, []).append(key)
+    several = len(records) > 1
+    made = {base: _panel(base, found, records, several) for base, found in groups.items()}
+    is_over = all(record.state == "completed" for record in records)
+    shown = {
+        base: panel
+        for base, panel in made.items()
+        if panel.series and not (is_over and all(len(one.points) == 1 for one in panel.series))
+    }
+    first = [shown[base] for base in FIRST if base in shown]
+    others = dict.fromkeys([*(base for base in THEN if base in shown), *shown])
+    return first, [shown[base] for base in others if base not in FIRST]
+
+
+def _panel(base: str, keys: list[str], records: Sequence[Record], several: bool) -> Panel:
+    sources = sorted({key.partition("/")[2] for key in keys if "/" in key})
+    series = []
+    for number, record in enumerate(records):
+        for key in keys:
+            color = number if several else _color(key, sources)
+            if one := _series(record, key, color, several, alone=len(keys) == 1):
+                series.append(one)
+    values = [y for one in series for _, y in one.points]
+    is_log = base == "lr" and bool(values) and min(values) > 0 and _is_steep(values)
+    title = TITLES.get(base) or wording.label(base)
+    is_policy = base == "loss" and records[0].stage == "ppo"  # of a clipped term, in no unit
+    unit = "" if is_policy else wording.UNITS.get(base.rstrip("/"), "")
+    return Panel(base, title, unit, is_log, tuple(series))
+
+
+def _color(key: str, sources: Sequence[str]) -> int:
+    """Of a lone run's series: one a source, or one for training and one for what is held out."""
+    source = key.partition("/")[2]
+    return sources.index(source) if source else int(key.startswith("val_"))
+
+
+def _is_steep(values: Sequence[float]) -> bool:
+    """Whether most of the values would lie on the ground of a linear axis."""
+    return max(values) > STEEP * statistics.median(values)
+
+
+def _series(record: Record, key: str, color: int, several: bool, *, alone: bool) -> Series | None:
+    points = [(x, y) for x, y in _points(record, key)]
+    if not points or (len(points) < 2 and several and alone and not record.metrics):
+        return None
+    held_out = key.startswith("val_")
+    kind = key.partition("/")[2] or ("held out" if held_out else "training")
+    if held_out and "/" in key:
+        kind += ", held out"
+    is_noisy = not held_out and len(points) >= NOISY and key not in EXACT
+    label = record.name if alone and several else f"{record.name}, {kind}" if several else kind
+    best = record.result.get("best_step") if key in JUDGED else None
+    return Series(
+        label=label,
+        color=color,
+        is_held_out=held_out,
+        points=tuple(thinned(points)),
+        smooth=tuple(thinned(smoothed(points))) if is_noisy else (),
+        best=next(((x, y) for x, y in points if x == best), None),
+        band=tuple(_band(record)) if key == "val_win_rate" else (),
+    )
+
+
+def _points(record: Record, key: str) -> Iterator[tuple[float, float]]:
+    """Step and value, in order; what was logged twice counts as it was last."""
+    found: dict[float, float] = {}
+    for row in record.metrics:
+        if _is_number(row.get("step")) and _is_number(row.get(key)):
+            found[float(row["step"])] = float(row[key])
+    yield from sorted(found.items())
+
+
+def _band(record: Record) -> Iterator[tuple[float, float, float]]:
+    for row in record.metrics:
+        if all(_is_number(row.get(name)) for name in ("step", *INTERVAL)):
+            low, high = (float(row[name]) for name in INTERVAL)
+            yield float(row["step"]), low, high
+
+
+def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """An exponential mean over about a twentieth of the points, without a bias to its start.
+
+    It is divided by what its weights sum up to (Kingma and Ba, 2015, arXiv:1412.6980, section 3).
+    """
+    keep = 1 - 1 / max(2.0, len(points) / 20)
+    mean = weight = 0.0
+    found = []
+    for x, y in points:
+        mean, weight = keep * mean + (1 - keep) * y, keep * weight + (1 - keep)
+        found.append((x, mean / weight))
+    return found
+
+
+def thinned(
+    points: Sequence[tuple[float, float]], most: int = MOST_POINTS
+) -> list[tuple[float, float]]:
+    """The points, or where they are too many the lowest and the highest of each stretch."""
+    if len(points) <= most:
+        return list(points)
+    edges = [round(place * len(points) / (most // 2)) for place in range(most // 2 + 1)]
+    kept: list[tuple[float, float]] = []
+    for start, end in pairwise(edges):
+        part = points[start:end]
+        ends = {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
+        kept += sorted(ends)
+    return sorted({points[0], *kept, points[-1]})
+
+
+def _numbers(row: dict[str, Any]) -> Iterator[str]:
+    return (key for key, value in row.items() if _is_number(value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

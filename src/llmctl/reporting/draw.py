@@ -1,0 +1,176 @@
+"""Panels as SVG: scales, ticks and paths, in a frame of fixed size that the page scales.
+
+In: panels. Out: what the template draws, in the frame's units, and what a script needs to point.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmctl import wording
+from llmctl.reporting.curves import Panel, Series
+
+WIDTH, HEIGHT = 400, 212
+LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 24
+TICKS = 4
+FEW = 20
+"""Points up to which each is marked."""
+COLORS = 6
+"""Of the palette; further series are dashed."""
+
+Points = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Values of an axis to places in the frame."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    is_log: bool = False
+
+    def __call__(self, value: float) -> float:
+        """Where a value stands."""
+        low, high, at = (
+            (math.log10(v) for v in (self.low, self.high, value))
+            if self.is_log
+            else (self.low, self.high, value)
+        )
+        share = (at - low) / (high - low)
+        return round(self.start + share * (self.end - self.start), 2)
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A mark of an axis."""
+
+    place: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A series, drawn."""
+
+    label: str
+    style: str
+    """Classes: colour, dashes, held out or not."""
+    path: str
+    smooth: str
+    band: str
+    dots: tuple[tuple[float, float], ...]
+    best: tuple[float, float] | None
+    last: str
+    """Its last value, as text."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A panel, drawn."""
+
+    key: str
+    title: str
+    unit: str
+    is_log: bool
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    lines: tuple[Line, ...]
+    about: str
+    """What it shows, in words."""
+    data: dict[str, Any]
+    """For the script that shows values under the pointer."""
+
+
+def draw(panel: Panel) -> Drawing:
+    """Lay a panel out."""
+    xs = [x for one in panel.series for x, _ in one.points]
+    ys = [y for one in panel.series for _, y in one.points]
+    ys += [end for one in panel.series for _, *ends in one.band for end in ends]
+    x_low, x_high = spread(min(xs), max(xs)) if min(xs) == max(xs) else (min(xs), max(xs))
+    x_scale = Scale(x_low, x_high, LEFT, WIDTH - RIGHT)
+    y_low, y_high = spread(min(ys), max(ys), is_log=panel.is_log)
+    y_scale = Scale(y_low, y_high, HEIGHT - BOTTOM, TOP, panel.is_log)
+    y_at = log_ticks(y_low, y_high) if panel.is_log else ticks(y_low, y_high)
+    x_at = [x for x in ticks(x_low, x_high, 5) if x == int(x)]
+    lines = tuple(_line(panel.key, one, x_scale, y_scale) for one in panel.series)
+    said = "; ".join(f"{line.label} {line.last}" for line in lines)
+    return Drawing(
+        key=panel.key.rstrip("/"),
+        title=panel.title,
+        unit=panel.unit,
+        is_log=panel.is_log,
+        x_ticks=tuple(Tick(x_scale(x), wording.compact(x)) for x in x_at),
+        y_ticks=tuple(Tick(y_scale(y), wording.number(panel.key, y)) for y in y_at),
+        lines=lines,
+        about=f"{panel.title} by step. At the end: {said}.",
+        data=_data(panel, x_scale, y_scale),
+    )
+
+
+def spread(low: float, high: float, *, is_log: bool = False) -> tuple[float, float]:
+    """The ends of an axis: a little beyond the values, and never the same."""
+    if is_log:
+        return low / 1.15, high * 1.15
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
+    below = low - margin
+    return (0.0 if low >= 0 > below else below), high + margin
+
+
+def ticks(low: float, high: float, most: int = TICKS) -> list[float]:
+    """Round numbers between two, at most about so many: multiples of 1, 2 or 5."""
+    rough = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(unit * power for unit in (1, 2, 5, 10) if unit * power >= rough * 0.7)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(number * step, 12) for number in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten between two numbers."""
+    first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
+    return [10.0**number for number in range(first, last + 1)] or [low, high]
+
+
+def _line(key: str, one: Series, x_scale: Scale, y_scale: Scale) -> Line:
+    style = [f"c{one.color % COLORS + 1}", "held" if one.is_held_out else "fit"]
+    if one.color >= COLORS:
+        style.append("dashed")
+    if one.smooth:
+        style.append("noisy")
+    placed = [(x_scale(x), y_scale(y)) for x, y in one.points]
+    few = len(placed) <= FEW
+    band = [(x_scale(x), y_scale(a), y_scale(b)) for x, a, b in one.band]
+    edge = [(x, low) for x, low, _ in band] + [(x, high) for x, _, high in reversed(band)]
+    return Line(
+        label=one.label,
+        style=" ".join(style),
+        path=_path(placed),
+        smooth=_path([(x_scale(x), y_scale(y)) for x, y in one.smooth]),
+        band=f"{_path(edge)}Z" if edge else "",
+        dots=tuple(placed) if len(placed) == 1 or (one.is_held_out and few) else (),
+        best=(x_scale(one.best[0]), y_scale(one.best[1])) if one.best else None,
+        last=wording.number(key, one.points[-1][1]),
+    )
+
+
+def _path(points: Points) -> str:
+    return "M" + "L".join(f"{x:g} {y:g}" for x, y in points) if points else ""
+
+
+def _data(panel: Panel, x_scale: Scale, y_scale: Scale) -> dict[str, Any]:
+    return {
+        "x": [x_scale.low, x_scale.high],
+        "y": [y_scale.low, y_scale.high],
+        "log": panel.is_log,
+        "series": [
+            {
+                "label": one.label,
+                "points": [[float(f"{x:.8g}"), float(f"{y:.5g}")] for x, y in one.points],
+                "texts": [wording.with_unit(panel.key, y) for _, y in one.points],
+            }
+            for one in panel.series
+        ],
+    }

@@ -1,0 +1,215 @@
+"""Who fed whom: runs in, a drawing of boxes and arrows out, lying for a wide page or upright.
+
+A run stands one place after the last of those that it took something from. Those that led to the
+last run by their model stand in one row, the others beside it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llmctl.lineage import Input, Step, line_of, portable
+from llmctl.reporting.runs import Record, clean
+from llmctl.reporting.tables import key_figures
+
+SPINE = ("model", "base", "tokens", "adapter", "tokenizer")
+"""Roles that hand a model on."""
+BOX = (164, 66)
+GAP = (34, 18)
+"""Between boxes: along the flow and across it."""
+EDGE = 2
+BRIEF = {"Validation loss": "nats held out", "Wins against the reference": "wins"}
+LETTERS = 22
+"""That fit into a box."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """One run, or a model from elsewhere."""
+
+    x: int
+    y: int
+    stage: str
+    name: str
+    figure: str
+    detail: str
+    state: str
+    link: str
+    """Anchor of the run's part of the page; empty where it has none."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A drawing."""
+
+    width: int
+    height: int
+    boxes: tuple[Box, ...]
+    arrows: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Node:
+    key: str
+    stage: str
+    name: str
+    figure: str
+    detail: str
+    state: str
+    link: str
+    parents: tuple[str, ...]
+    handed: tuple[str, ...]
+    """Those of the parents that handed a model on."""
+
+
+def graphs(records: Sequence[Record]) -> tuple[Graph, Graph] | None:
+    """The runs and what they stand on, lying and upright; None where nothing is connected."""
+    nodes = _nodes(records)
+    if len(nodes) < 2 or not any(node.parents for node in nodes.values()):
+        return None
+    places = _places(nodes)
+    return _drawn(nodes, places, is_upright=False), _drawn(nodes, places, is_upright=True)
+
+
+def edges(records: Sequence[Record]) -> tuple[list[tuple[str, str]], list[tuple[int, int]]]:
+    """Stage and name of every node, and pairs of their places, parent first."""
+    nodes = _nodes(records)
+    order = {key: place for place, key in enumerate(nodes)}
+    pairs = [
+        (order[p], order[key]) for key, node in nodes.items() for p in node.parents if p in order
+    ]
+    return [(node.stage, node.name) for node in nodes.values()], pairs
+
+
+def _nodes(records: Sequence[Record]) -> dict[str, _Node]:
+    """Every run of the report and of its lines, and the models from elsewhere, parents first."""
+    shown = {str(record.path.resolve()): record for record in records}
+    found: dict[str, _Node] = {}
+    for record in records:
+        for step in line_of(record.path, record.manifest):
+            key = str(step.path.resolve())
+            if key not in found:
+                found |= {one.key: one for one in _outside(step) if one.key not in found}
+                found[key] = _node(key, step, shown.get(key))
+    return found
+
+
+def _node(key: str, step: Step, record: Record | None) -> _Node:
+    named = {_key(one): one.role for one in step.inputs if one.run or not one.is_data}
+    data = [one.path for one in step.inputs if one.run is None and one.is_data]
+    more = f" +{len(data) - 1}" if len(data) > 1 else ""
+    return _Node(
+        key,
+        stage=clean(str(step.manifest.get("stage"))),
+        name=record.name if record else clean(step.path.absolute().name),
+        figure=_figure(record) if record else "",
+        detail=clean(portable(data[0]).rpartition("/")[2]) + more if data else "",
+        state=record.state if record else "elsewhere",
+        link=anchor(record) if record else "",
+        parents=tuple(named),
+        handed=tuple(key for key, role in named.items() if role in SPINE),
+    )
+
+
+def _key(one: Input) -> str:
+    return str(one.run.resolve()) if one.run else f"outside:{one.path}"
+
+
+def _figure(record: Record) -> str:
+    """The one figure that says how it went; how it ended where it did not go well."""
+    if record.state not in ("completed", "running"):
+        return record.state
+    first = next(iter(key_figures(record)), None)
+    if first is None:
+        return ""
+    return f"{first.value} {BRIEF.get(first.label, first.label.partition(',')[0].lower())}"
+
+
+def _outside(step: Step) -> list[_Node]:
+    """Models that no run of this disk made."""
+    models = [one for one in step.inputs if one.run is None and not one.is_data]
+    return [
+        _Node(_key(one), one.role.replace("_", " "), clean(portable(one.path)),
+              "", "", "elsewhere", "", (), ())
+        for one in models
+    ]  # fmt: skip
+
+
+def anchor(record: Record) -> str:
+    """Where the page tells of a run: its stage's part."""
+    return f"stage-{record.stage}"
+
+
+def _places(nodes: dict[str, _Node]) -> dict[str, tuple[int, int]]:
+    """Column and row of every node; the longest line stands in the first row."""
+    columns: dict[str, int] = {}
+    for key, node in nodes.items():  # parents come first
+        columns[key] = max((columns[p] + 1 for p in node.parents if p in columns), default=0)
+    last = max(reversed(nodes), key=lambda key: columns[key])
+    line = _line_to(last, nodes, columns)
+    taken = {(column, 0) for column in range(columns[line[-1]], columns[last] + 1)}
+    places = {key: (columns[key], 0) for key in line}
+    for key, node in nodes.items():
+        if key not in places:
+            rows = [places[p][1] for p in node.parents if p in places]
+            row = min(rows, default=1 + max(row for _, row in taken))
+            while (columns[key], row) in taken:
+                row += 1
+            places[key] = (columns[key], row)
+            taken.add(places[key])
+    return places
+
+
+def _line_to(last: str, nodes: dict[str, _Node], columns: dict[str, int]) -> list[str]:
+    """A run, then the one that its model goes back to, and so on, by the longest way."""
+    line = [last]
+    while earlier := [
+        key
+        for key in nodes[line[-1]].handed or nodes[line[-1]].parents
+        if columns.get(key, columns[line[-1]]) < columns[line[-1]]
+    ]:
+        line.append(max(earlier, key=lambda key: columns[key]))
+    return line
+
+
+def _drawn(
+    nodes: dict[str, _Node], places: dict[str, tuple[int, int]], *, is_upright: bool
+) -> Graph:
+    width, height = BOX
+    along, across = (height + GAP[0], width + GAP[1]) if is_upright else (
+        width + GAP[0], height + GAP[1])  # fmt: skip
+
+    def corner(key: str) -> tuple[int, int]:
+        column, row = places[key]
+        flow, side = EDGE + column * along, EDGE + row * across
+        return (side, flow) if is_upright else (flow, side)
+
+    boxes = tuple(
+        Box(
+            *corner(key), n.stage, _fit(n.name, 16), _fit(n.figure), _fit(n.detail), n.state, n.link
+        )
+        for key, n in nodes.items()
+    )
+    arrows = tuple(
+        _arrow(corner(parent), corner(key), is_upright)
+        for key, node in nodes.items()
+        for parent in node.parents
+        if parent in places
+    )
+    right = max(box.x for box in boxes) + width + EDGE
+    return Graph(right, max(box.y for box in boxes) + height + EDGE, boxes, arrows)
+
+
+def _arrow(start: tuple[int, int], end: tuple[int, int], is_upright: bool) -> str:
+    """A curve from the side of one box to the facing side of another, short of its tip."""
+    width, height = BOX
+    if is_upright:
+        x1, y1, x2, y2 = start[0] + width // 2, start[1] + height, end[0] + width // 2, end[1] - 5
+        middle = (y1 + y2) / 2
+        return f"M{x1} {y1}C{x1} {middle:g} {x2} {middle:g} {x2} {y2}"
+    x1, y1, x2, y2 = start[0] + width, start[1] + height // 2, end[0] - 5, end[1] + height // 2
+    middle = x2 - GAP[0] / 2
+    return f"M{x1} {y1}C{middle:g} {y1} {middle:g} {y2} {x2} {y2}"
+
+
+def _fit(text: str, most: int = LETTERS) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
