@@ -16,6 +16,8 @@ from llmctl.pipeline.recipe import load
 from llmctl.pipeline.references import resolve
 
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TOURS = [page for page in PAGES if "<!-- tour -->" in page.read_text()]
 RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name != "accelerate")
 
 
@@ -54,20 +56,37 @@ def test_every_accelerate_configuration_is_valid(path):
     assert loaded.distributed_type.name in {"MULTI_GPU", "FSDP"}
 
 
-def tour():
-    """The shell lines of the README's tour."""
-    text = (ROOT / "README.md").read_text()
+def tour(page):
+    """The shell lines of a page's tour."""
+    text = page.read_text()
     block = text.split("<!-- tour -->\n```sh\n")[1].split("```")[0]
-    lines = [line for line in block.splitlines() if line and not line.startswith("#")]
-    assert len(lines) >= 5
-    return lines
+    return [line for line in block.splitlines() if line and not line.startswith("#")]
+
+
+def test_the_readme_has_a_tour():
+    assert ROOT / "README.md" in TOURS
+    assert len(tour(ROOT / "README.md")) >= 5
+
+
+def test_the_hybrid_configuration_shards_within_a_machine_and_copies_across():
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    path = str(ROOT / "recipes/accelerate/hybrid.yaml")
+    arguments = launch_command_parser().parse_args(["--config_file", path, "-m", "llmctl"])
+    settings, *_ = _validate_launch_command(arguments)
+    assert settings.use_fsdp
+    assert settings.use_parallelism_config
+    assert settings.parallelism_config_dp_replicate_size == settings.num_machines
+    shards = settings.parallelism_config_dp_shard_size
+    assert shards * settings.num_machines == settings.num_processes
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # nine commands, each a process of its own
-def test_the_readme_tour_runs(tmp_path):
+@pytest.mark.parametrize("page", TOURS, ids=lambda p: p.name)
+def test_the_tours_run(page, tmp_path):
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    for line in tour():
+    for line in tour(page):
         ran = subprocess.run(
             line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True
         )
@@ -75,9 +94,7 @@ def test_the_readme_tour_runs(tmp_path):
         assert ran.stdout, line
 
 
-@pytest.mark.parametrize(
-    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name
-)
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
 def test_every_command_shown_is_one_and_its_flags_exist(path):
     for line in re.findall(r"^\s*llmctl (.+)$", path.read_text(), re.MULTILINE):
         command, *words = shlex.split(line, comments=True)
@@ -94,9 +111,7 @@ def test_every_command_shown_is_one_and_its_flags_exist(path):
         assert flags <= known | {"-q"}, line
 
 
-@pytest.mark.parametrize(
-    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name
-)
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
 def test_every_link_leads_somewhere(path):
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
         assert (path.parent / target).exists(), target

@@ -20,10 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from llmctl.data import hub
 from llmctl.errors import ModelError
 from llmctl.files import follow_umask, replace_folder, sha256_file
 from llmctl.quantized import LoadIn, loaded_in
-from llmctl.rundir import resolve_model
 from llmctl.vetting import BROKEN, check_files, first_line, read_object, require_safetensors
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ def read_adapter(folder: Path) -> Adapter:
         rows = _rows(raw.get("trainable_token_indices"), shapes)
     except BROKEN as error:
         raise ModelError(f"the adapter does not load: {first_line(error)}", file=folder) from None
+    if raw.get("revision") and hub.is_hub_id(base) and not Path(base).exists():
+        base = f"{base}@{raw['revision']}"
     how: Any = said.get(BASE_LOADED_IN, "full")
     is_prompt = "num_virtual_tokens" in raw
     return Adapter(folder, base, said.get(BASE_SHA256), how, is_prompt, rows)
@@ -113,7 +115,7 @@ def save_adapter(
     from peft import get_peft_model_state_dict
 
     about = deepcopy(model.peft_config["default"])
-    about.base_model_name_or_path = base_reference(str(base))
+    about.base_model_name_or_path, about.revision = hub.base_reference(str(base))
     about.inference_mode = True
     targets = about.to_dict().get("target_modules")
     if isinstance(targets, list | set):  # a set has another order in every process
@@ -149,12 +151,6 @@ def _sort_metadata(file: Path) -> None:
         assert len(text) <= size, "the same content, in another order"
         opened.seek(8)
         opened.write(text.ljust(size))
-
-
-def base_reference(reference: str) -> str:
-    """A model as an adapter names it: the absolute path of its folder, or its Hub id."""
-    path = Path(resolve_model(reference)).expanduser()
-    return str(path.resolve()) if path.exists() else reference
 
 
 def weights_sha256(folder: Path) -> str:

@@ -24,9 +24,9 @@ SAMPLES = "samples.jsonl"
 LOGS = (METRICS, SAMPLES)
 ROWS = "rows.jsonl"
 OWN_FILES = ("recipe.yaml", "status.json", *LOGS, ROWS, "error.log", MANIFEST)
-OWN_FOLDERS = ("tokenizer", "tokens", "model", "adapter", "value_model", "gguf")
 EVENTS = "tensorboard"
 """A folder of TensorBoard's: logs like the others, no result."""
+OWN_FOLDERS = ("tokenizer", "tokens", "model", "adapter", "value_model", "gguf")
 ASIDE = ".replaced"
 DOOMED = ".replaced.gone"
 

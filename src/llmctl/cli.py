@@ -46,7 +46,10 @@ COMMANDS = {
     "quantize": ("QuantizeConfig", "Make a model smaller, and measure what that costs."),
     "generate": ("GenerateConfig", "Generate text from a model."),
     "chat": ("ChatConfig", "Talk with a model in the terminal."),
-    "report": ("ReportConfig", "Write a page on runs: curves, figures, samples, how to repeat."),
+    "report": (
+        "ReportConfig",
+        "Write a page on runs: curves, figures, samples, how to repeat them.",
+    ),
     "runs": ("RunsConfig", "List runs: how they went, how far they are, how to resume them."),
     "doctor": ("DoctorConfig", "Check the installation and the machine, with a fix for each flaw."),
 }
@@ -81,10 +84,7 @@ HELP = {"help_option_names": ["-h", "--help"]}
 
 
 def build_app(chosen: str | None) -> typer.Typer:
-    """The app, with full options for the chosen command only: the others need just a summary.
-
-    Shell completion needs them all: pass "*".
-    """
+    """The app, with full options for the chosen command only: the others need just a summary."""
     app = typer.Typer(
         help="Train, align, shrink and run language models.",
         epilog=EXIT_CODES,
@@ -106,7 +106,7 @@ def build_app(chosen: str | None) -> typer.Typer:
         pass
 
     for name, (config, summary) in COMMANDS.items():
-        if chosen in (name, "*"):
+        if name == chosen:
             _add_command(app, name, config, summary)
         else:
             app.command(name, help=summary)(_stub)
@@ -189,17 +189,26 @@ def _is_piped() -> bool:
 def main() -> None:
     """Entry point: errors of the user become one to three lines and their exit code."""
     arguments = sys.argv[1:]
-    completing = any(name.endswith("_COMPLETE") for name in os.environ)
-    chosen = "*" if completing else next((a for a in arguments if not a.startswith("-")), None)
+    words = _words_to_complete() or arguments
+    chosen = next((word for word in words if not word.startswith("-")), None)
     sys.excepthook = _print_bug
     with leaving():
         code = _guarded(build_app(chosen), arguments or ["--help"])
     sys.exit(code)
 
 
+def _words_to_complete() -> list[str]:
+    """What stands on the command line whose completion a shell asks for, none where none does."""
+    if "_LLMCTL_COMPLETE" not in os.environ:
+        return []
+    os.environ["COLUMNS"] = "10000"  # each line of a wrapped help text would be a candidate
+    line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")
+    return line.split()[1:]
+
+
 def _guarded(app: typer.Typer, arguments: list[str]) -> int:
     try:  # not app(): it would put a hook of its own in place of ours
-        result = get_command(app).main(arguments, standalone_mode=False)
+        result = get_command(app).main(arguments, "llmctl", standalone_mode=False)
     except UserError as error:
         if "--debug" in arguments:
             print(redact(traceback.format_exc()), end="", file=sys.stderr)

@@ -1,6 +1,5 @@
 """Build, load and save models and tokenizers: plain Hugging Face folders, nothing else."""
 
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from transformers import (
     AutoConfig,
@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from llmctl import attention
 from llmctl.adapters import Adapter, is_adapter, put_adapter, read_adapter, require_base
+from llmctl.data.hub import is_hub_id, split_revision
 from llmctl.errors import ModelError, NetworkError
 from llmctl.files import follow_umask, replace_folder
 from llmctl.quantized import LoadIn, held_in, not_finite, quantization
@@ -56,6 +57,8 @@ attention.put_in_force()
 def local_folder(reference: str) -> Path:
     """The folder of a run, of a path, or of a Hub id, downloaded (safetensors only) if need be.
 
+    A Hub id may name a revision: `owner/name@v1.0`.
+
     Raises:
         ModelError: no such folder, or a name that no Hub repository can have.
         NetworkError: the Hub cannot be reached, does not know it, or wants a login.
@@ -63,13 +66,21 @@ def local_folder(reference: str) -> Path:
     path = Path(reference).expanduser()
     if path.exists():
         return path
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", reference) or reference.startswith("."):
+    if not is_hub_id(reference):
         raise ModelError("no such model folder", file=reference)
+    name, revision = split_revision(reference)
     try:
-        return Path(huggingface_hub.snapshot_download(reference, allow_patterns=SAFE_FILES))
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=SAFE_FILES)
+        )
     except GatedRepoError:
         raise NetworkError(
-            f"`{reference}` on the Hub wants a login", hint="run: hf auth login"
+            f"`{name}` on the Hub wants a login", hint="run: hf auth login"
+        ) from None
+    except RevisionNotFoundError:
+        raise NetworkError(
+            f"the Hub knows no revision `{revision}` of `{name}`",
+            hint="pass a branch, a tag or a commit after the @",
         ) from None
     except (RepositoryNotFoundError, HFValidationError):
         raise NetworkError(

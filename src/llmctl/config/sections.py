@@ -240,7 +240,7 @@ class Loading(Fields):
     """A model to use, and how to load it."""
 
     model: Annotated[str, Also("model-name-or-path", "base-model"), Input("model")]
-    """Model: a run, folder or Hub id."""
+    """Model: a run, folder or Hub id, which `owner/name@revision` pins."""
 
     load_in_8bit: bool = False
     """Load the weights in 8 bits with bitsandbytes."""

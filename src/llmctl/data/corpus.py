@@ -262,7 +262,7 @@ def encode_once(
         inputs = corpus.inputs()
         vocabulary, save_tokenizer = load_vocabulary(tokenizer)
         wanted = {
-            "data": [facts["sha256"] for facts in inputs],
+            "data": [facts["sha256"] or facts.get("revision") for facts in inputs],
             "text_column": config.text_column,
             "val_fraction": config.val_fraction,
             "tokenizer": fingerprint(vocabulary.tokenizer),

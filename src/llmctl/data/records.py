@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import IO, Any, NamedTuple
 
 from llmctl.data import builtin, courtesy, tasks
+from llmctl.data.hub import split_revision
 from llmctl.data.lines import LINE_BYTES, json_type, not_utf8, parse_array, parse_row, read_lines
 from llmctl.data.sources import Source
 from llmctl.errors import DataError, NetworkError
@@ -240,7 +241,8 @@ def _hub(source: Source) -> Iterator[Record]:
 
     name = source.name
     try:
-        rows = load_dataset(name, split="train", streaming=True, revision=source.revision)
+        repository, _ = split_revision(name)
+        rows = load_dataset(repository, split="train", streaming=True, revision=source.revision)
         for number, row in enumerate(rows, start=1):
             yield Record(row, name, number)
     except ConnectionError as error:

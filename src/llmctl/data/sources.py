@@ -5,7 +5,6 @@ it is read. Nothing is read here but stdin and pipes, which are kept in a spool 
 since a corpus is read more than once; a Hub data set is pinned to its commit for the same reason.
 """
 
-import re
 import shutil
 import sys
 from collections import Counter
@@ -90,8 +89,8 @@ def _named(name: str, spool: Path) -> Iterator[Source]:
             "no such file",
             file=name,
             hint=f"pass a file ({KNOWN}), a folder, a glob, "
-            f"a Hub data set as owner/name, {PYTHON_DOCS}, {TASKS}, {PREFERENCES}, "
-            "or - for stdin",
+            "a Hub data set as owner/name or owner/name@revision, "
+            f"{PYTHON_DOCS}, {TASKS}, {PREFERENCES}, or - for stdin",
         )
 
 
@@ -106,10 +105,10 @@ def _built_in(name: str) -> Source:
 
 
 def _is_hub_id(name: str) -> bool:
-    """Whether a name that is no local file can be `owner/name` on the Hub."""
+    """Whether a name that is no local file can be `owner/name`, or a revision of it, on the Hub."""
     owner, _, rest = name.partition("/")
     looks_local = Path(name).suffix in (*KINDS, *PACKED, *REFUSED) or Path(owner).is_dir()
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and bool(rest) and not looks_local
+    return hub.is_hub_id(name) and bool(rest) and not looks_local
 
 
 def _in_folder(folder: Path) -> Iterator[Source]:

@@ -85,7 +85,7 @@ def load_vocabulary(reference: str) -> tuple[Vocabulary, Callable[[Path], None]]
     """
     folder = Path(resolve_tokenizer(reference))
     if not folder.is_dir():
-        if reference.startswith((".", "/", "~")) or reference.count("/") > 1:
+        if reference.startswith((".", "/", "~")) or not hub.is_hub_id(reference):
             raise ModelError("no such tokenizer folder", file=reference)
         folder = hub.download(reference, "model", PATTERNS)
     config = _config(folder)

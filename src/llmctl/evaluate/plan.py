@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from llmctl.adapters import is_adapter, weights_sha256
 from llmctl.config.stages import EvaluateConfig
 from llmctl.config.stages.evaluating import GENERATED
+from llmctl.data import hub
 from llmctl.data.labels import listed, own_labels
 from llmctl.data.responses import is_encoder
 from llmctl.decode.loop import context_size
@@ -157,13 +158,17 @@ def identity(config: EvaluateConfig, inputs: list[dict[str, Any]]) -> dict[str, 
         name: weights_sha256(local_folder(resolve_model(reference)))
         for name, reference in _models(config)
     }
-    return {**recipe, "models": models, "inputs": [facts.get("sha256") for facts in inputs]}
+    return {
+        **recipe,
+        "models": models,
+        "inputs": [f.get("sha256") or f.get("revision") for f in inputs],
+    }
 
 
 def model_inputs(config: EvaluateConfig, found: dict[str, Any]) -> list[dict[str, Any]]:
     """The models, for the manifest."""
     return [
-        {"role": name.replace("_", "-"), "path": reference, "sha256": found["models"][name]}
+        hub.model_input(name.replace("_", "-"), reference, found["models"][name])
         for name, reference in _models(config)
     ]
 
@@ -204,7 +209,7 @@ def _require_classifier(subject: Subject, plan: Plan | None) -> None:
     labels = subject.labels or ()
     if len(labels) == 1:
         raise ModelError(
-            "a reward model scores: it cannot be evaluated as one that writes or classifies",
+            "a reward model: it scores, and neither writes nor classifies",
             file=subject.reference,
             hint="score texts with llmctl reward --score FILE --model …",
         )

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from llmctl.adapters import is_adapter, read_adapter, weights_sha256
 from llmctl.config.stages import PpoConfig
 from llmctl.console import log
+from llmctl.data.hub import model_input
 from llmctl.errors import UserError
 from llmctl.models import find_base, local_folder
 from llmctl.ppo.actors import Actors
@@ -131,7 +132,7 @@ class Judge:
 
     def as_input(self) -> dict[str, Any]:
         """For the manifest."""
-        return {"role": "reward_model", "path": self.model.reference, "sha256": self.sha256}
+        return model_input("reward_model", self.model.reference, self.sha256)
 
 
 def _policy(config: PpoConfig, base: Any) -> tuple[Any, Any]:

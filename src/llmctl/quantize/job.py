@@ -18,6 +18,7 @@ from transformers import (
 from llmctl.adapters import CONFIG, is_adapter, read_adapter, weights_sha256
 from llmctl.config.stages import QuantizeConfig
 from llmctl.console import log
+from llmctl.data import hub
 from llmctl.errors import ModelError, UserError
 from llmctl.files import sha256_folder
 from llmctl.gguf_file import check_gguf
@@ -65,7 +66,7 @@ class Job:
         else:
             folder = local_folder(resolve_model(self.reference))
             found = [("model", self.reference, weights_sha256(folder))]
-        own = [{"role": role, "path": path, "sha256": digest} for role, path, digest in found]
+        own = [hub.model_input(role, path, digest) for role, path, digest in found]
         return [*own, *({**facts, "role": "eval-text"} for facts in self.text.inputs)]
 
     def load(self) -> PreTrainedModel:

@@ -6,6 +6,7 @@ from llmctl import hardware
 from llmctl.adapters import weights_sha256
 from llmctl.config.stages import MergeConfig
 from llmctl.console import log
+from llmctl.data.hub import model_input
 from llmctl.dryrun import show_recipes
 from llmctl.files import sha256_folder
 from llmctl.merging import Mergeable, Merged, find_mergeable, merge, save_merged
@@ -40,8 +41,8 @@ def run(config: MergeConfig) -> dict[str, Any] | None:
 def _inputs(config: MergeConfig, found: Mergeable) -> list[dict[str, Any]]:
     adapter, base = found.adapter, found.base
     return [
-        {"role": "adapter", "path": config.model, "sha256": sha256_folder(adapter.folder)},
-        {"role": "base", "path": config.base or adapter.base, "sha256": weights_sha256(base)},
+        model_input("adapter", config.model, sha256_folder(adapter.folder)),
+        model_input("base", config.base or adapter.base, weights_sha256(base)),
     ]
 
 

@@ -18,7 +18,8 @@ from llmctl.config.stages import (
 from llmctl.errors import UserError
 from llmctl.planning.compute import measure
 from llmctl.planning.outlook import outlook
-from llmctl.planning.recipe import Recipe, pick, plan_recipe, plan_shape
+from llmctl.planning.pretraining import plan_shape
+from llmctl.planning.recipe import Recipe, pick, plan_recipe
 from llmctl.planning.show import lines, show
 
 TRAINING: dict[str, type[Config]] = {
@@ -63,6 +64,13 @@ def _read(path: Path, batch_size: int | None) -> Recipe:
     """
     values, places = read_recipe(path)
     stage = values.get("stage")
+    if "stages" in values:
+        raise UserError(
+            "a recipe of several stages, and plans are of one that trains",
+            file=path,
+            line=places.get("stages"),
+            hint=f"see: llmctl run {path} --dry-run, and the recipe.yaml of each of its runs",
+        )
     if stage not in TRAINING:
         what = f"a recipe of `{stage}`" if stage else "a recipe without `stage`"
         raise UserError(

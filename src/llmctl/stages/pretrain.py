@@ -15,11 +15,11 @@ from llmctl.data.corpus import encode_once, open_corpus
 from llmctl.data.tokenizer import load_vocabulary
 from llmctl.files import sha256_file, writing
 from llmctl.models import save_model
-from llmctl.planning.found import foreseen_pretrain
-from llmctl.planning.recipe import guessed
+from llmctl.planning.pretraining import foreseen_pretrain, guessed
 from llmctl.planning.show import show_dry_run
 from llmctl.resume import earlier_manifest, load_weights
 from llmctl.rundir import Run
+from llmctl.training.base import base_of
 from llmctl.training.guard import open_together, together
 from llmctl.training.loop import fit, resume
 from llmctl.training.placement import make_accelerator
@@ -42,7 +42,8 @@ def run(config: PretrainConfig) -> dict[str, Any] | None:
             setup = prepare(config, tokens, accelerator, device)
         if config.find_batch_size:
             setup = with_largest_batch(config, setup, earlier.get("plan"))
-        run.record(threads=threads, inputs=inputs, **setup.facts())
+        models = [base_of(config.model).as_input()] if config.model else []
+        run.record(threads=threads, inputs=[*inputs, *models], **setup.facts())
         with hardware.memory_errors(setup.plan.batch_size, setup.plan.grad_accum):
             trainer = build(config, setup, run)
             resume(trainer, config)

@@ -8,6 +8,7 @@ from typing import Any
 from llmctl.config.stages import TokenizeConfig
 from llmctl.console import log, short
 from llmctl.data.corpus import Corpus, open_corpus
+from llmctl.data.hub import model_input
 from llmctl.data.tokenizer import Vocabulary, load_vocabulary, vocabulary_of
 from llmctl.data.vocabulary import BOS, EOS, UNKNOWN, save_tokenizer, train_tokenizer
 from llmctl.dryrun import show_recipes
@@ -22,8 +23,8 @@ def run(config: TokenizeConfig) -> dict[str, Any] | None:
     if config.dry_run:
         return _plan(config)
     with open_run("tokenize", config) as run, open_corpus(config) as corpus:
-        run.record(inputs=corpus.inputs() + _tokenizer_input(config))
         vocabulary, save = _vocabulary(config, corpus)
+        run.record(inputs=corpus.inputs() + _tokenizer_input(config))
         save(run.path / "tokenizer")
         metrics = corpus.write(run.path / "tokens", vocabulary)
         run.log(metrics)
@@ -63,7 +64,7 @@ def _tokenizer_input(config: TokenizeConfig) -> list[dict[str, Any]]:
         return []
     folder = Path(resolve_tokenizer(config.tokenizer))
     digest = sha256_folder(folder) if folder.is_dir() else None
-    return [{"role": "tokenizer", "path": config.tokenizer, "sha256": digest}]
+    return [model_input("tokenizer", config.tokenizer, digest)]
 
 
 def _plan(config: TokenizeConfig) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from llmctl.adapters import weights_sha256
 from llmctl.config.stages import DpoConfig, PpoConfig, SftConfig
 from llmctl.config.supervised import Quantized
 from llmctl.config.tuning import Tuning
+from llmctl.data.hub import model_input
 from llmctl.embeddings import grow_embeddings
 from llmctl.errors import ModelError, UserError
 from llmctl.models import load_causal_lm, load_config, local_folder
@@ -44,7 +45,7 @@ class Base:
 
     def as_input(self) -> dict[str, Any]:
         """For the manifest."""
-        return {"role": "model", "path": self.reference, "sha256": self.sha256}
+        return model_input("model", self.reference, self.sha256)
 
 
 class Spoken(Protocol):
