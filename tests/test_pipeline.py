@@ -94,6 +94,7 @@ def test_the_result_is_a_run_of_each_stage(finished):
     assert journal["stages"][1]["result"]["val_loss"] > 0
 
 
+@pytest.mark.slow
 def test_a_stage_in_a_chain_gives_the_weights_that_it_gives_alone(finished, tmp_path):
     recipe = tmp_path / "base.yaml"
     recipe.write_text((finished / "base/recipe.yaml").read_text())
@@ -238,11 +239,23 @@ def wait_for(path, running):
 LONG = CHAIN.replace("max_steps: 20", "max_steps: 80, save_every: 15")
 
 
+@pytest.fixture(scope="session")
+def whole(cli, corpus, tmp_path_factory):
+    """The longer chain, not interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    path = folder / "life.yaml"
+    path.write_text(LONG.replace("CORPUS", str(corpus)).replace("SMALL", SMALL))
+    result = cli("run", path, "-o", folder / "out")
+    assert result.code == 0, result.err
+    return folder / "out"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)], ids=["kill", "terminate"]
 )
 def test_a_stage_that_was_stopped_goes_on_to_the_same_weights(
-    cli, recipe, tmp_path, out, number, code
+    cli, recipe, whole, out, number, code
 ):
     running = process("run", recipe(LONG), "-o", out)  # replaces a stage that had completed
     wait_for(out / "base/checkpoints/checkpoint-15", running)
@@ -254,10 +267,8 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_weights(
     result = cli("run", recipe(LONG), "-o", out)
     assert result.code == 0, result.err
     assert "base (pretrain): goes on where it was" in result.err
-    whole = cli("run", recipe(LONG), "-o", tmp_path / "whole")
-    assert whole.code == 0, whole.err
-    assert weights(out / "base") == weights(tmp_path / "whole/base")
-    assert (out / "say.jsonl").read_bytes() == (tmp_path / "whole/say.jsonl").read_bytes()
+    assert weights(out / "base") == weights(whole / "base")
+    assert (out / "say.jsonl").read_bytes() == (whole / "say.jsonl").read_bytes()
 
 
 def test_a_kill_before_a_stage_replaced_the_old_one_does_not_take_the_old_for_the_new(
@@ -540,6 +551,37 @@ def test_stages_leave_the_process_as_it_was():
     assert torch.get_num_threads() == beginning.threads
     with beginning.again():
         assert draw() == first
+
+
+def test_the_table_shows_how_every_stage_stands(recipe, tmp_path):
+    import io
+
+    from rich.console import Console
+
+    from llmctl.pipeline.recipe import load
+    from llmctl.pipeline.references import resolve
+    from llmctl.pipeline.view import View
+
+    view = View(resolve(load(recipe()), tmp_path))
+    view.end("tok", "unchanged", {"vocab_size": 320})
+    view.begin("base", "starts")
+    view._watch("pretrain", 7, 20, "loss 3.1")
+    written = io.StringIO()
+    Console(file=written, width=100).print(view.table())
+    tok, base, say = written.getvalue().splitlines()
+    assert "vocab_size 320" in tok
+    assert "7/20" in base
+    assert "loss 3.1" in base
+    assert say.split() == ["say", "generate"]
+
+
+def test_progress_is_told_to_who_watches():
+    from llmctl.console import Progress, watched
+
+    told = []
+    with watched(lambda *facts: told.append(facts)), Progress("count", 3) as progress:
+        progress.update(2, "half")
+    assert told == [("count", 0, 3, ""), ("count", 2, 3, "half")]
 
 
 @pytest.mark.slow

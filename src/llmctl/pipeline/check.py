@@ -16,7 +16,7 @@ from llmctl.config.stages import DpoConfig, PpoConfig, RewardConfig, SftConfig
 from llmctl.data.hub import split_revision
 from llmctl.data.sources import find_sources
 from llmctl.errors import DataError, UserError
-from llmctl.pipeline.foretold import Foretold, foretell, require_fitting
+from llmctl.pipeline.foretold import Foretold, foretell, require_fitting, trained
 from llmctl.pipeline.references import Stage, split_weight
 from llmctl.pipeline.room import require_room
 
@@ -42,7 +42,7 @@ def check(stages: Sequence[Stage], *, deep: bool) -> None:
         except UserError as error:
             error.hint = error.hint or f"{stage.file}:{stage.line} is the stage"
             raise stage.wrong(error) from None
-    require_room(stages, known)
+    require_room(stages, {stage.name: trained(stage, known) for stage in stages})
 
 
 def _check_outside(stage: Stage) -> None:

@@ -8,12 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig
 
 from llmctl import shapes
-from llmctl.config.stages import GenerateConfig, PpoConfig, PretrainConfig, TokenizeConfig
+from llmctl.config.stages import GenerateConfig, PretrainConfig, TokenizeConfig
 from llmctl.decode.loop import context_size
 from llmctl.errors import DataError, ModelError, UserError
 from llmctl.models import load_config, load_tokenizer
@@ -31,11 +29,15 @@ class Foretold:
     tokenizer: str | None = None
     """The stage or the reference that it is from."""
     vocab_size: int | None = None
-    context: int | None = None
-    """Positions of the model."""
-    parameters: int | None = None
+    shape: PreTrainedConfig | None = None
+    """The model's configuration."""
     has_template: bool | None = None
     """Whether it can hold a conversation."""
+
+    @property
+    def context(self) -> int | None:
+        """Positions of the model."""
+        return None if self.shape is None else context_size(self.shape)
 
 
 def foretell(stage: Stage, known: Mapping[str, Foretold]) -> Foretold:
@@ -55,6 +57,11 @@ def foretell(stage: Stage, known: Mapping[str, Foretold]) -> Foretold:
             chats = base.has_template if stage.stage in ("pretrain", "merge") else None
             return replace(base, has_template=chats) if made else Foretold()
     return Foretold()
+
+
+def trained(stage: Stage, known: Mapping[str, Foretold]) -> Foretold:
+    """What a stage trains: the model it is given, or the one it makes."""
+    return _of(stage, "model", known) if "model" in stage.spelled else known[stage.name]
 
 
 def require_fitting(stage: Stage, known: Mapping[str, Foretold]) -> None:
@@ -78,9 +85,7 @@ def require_fitting(stage: Stage, known: Mapping[str, Foretold]) -> None:
                 file=stage.file,
                 line=stage.line,
             )
-    talks = isinstance(config, GenerateConfig) and config.chat
-    talks = talks or (isinstance(config, PpoConfig) and not (config.plain or config.chat_template))
-    if talks and base.has_template is False:
+    if isinstance(config, GenerateConfig) and config.chat and base.has_template is False:
         raise ModelError(
             f"`{values['model']}` will have no chat template",
             file=stage.file,
@@ -101,14 +106,15 @@ def require_fitting(stage: Stage, known: Mapping[str, Foretold]) -> None:
 def _untrained(stage: Stage, config: PretrainConfig, known: Mapping[str, Foretold]) -> Foretold:
     """A model from scratch: of the preset or the dials that the config names."""
     made_by = _of(stage, "tokens" if config.tokens else "tokenizer", known)
+    made_by = replace(made_by, has_template=False)
+    if names := stage.needs.get("config_from"):
+        return replace(made_by, shape=known[names[0]].shape)
     if config.size is None and config.config_from is None and config.layers is None:
-        return replace(made_by, context=config.context, has_template=False)
-    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()))
+        return made_by  # the corpus will say
     vocabulary = made_by.vocab_size or VOCABULARY
-    if config.config_from and stage.needs.get("config_from"):
-        return replace(_of(stage, "config_from", known), tokenizer=made_by.tokenizer)
-    shape = shapes.new_config(config, config.size or "nano", vocabulary, plain)
-    return _shaped(shape, made_by)
+    return replace(
+        made_by, shape=shapes.new_config(config, config.size or "nano", vocabulary, None)
+    )
 
 
 def _of(stage: Stage, field: str, known: Mapping[str, Foretold]) -> Foretold:
@@ -125,19 +131,5 @@ def _outside(reference: str) -> Foretold:
     if not folder.is_dir() or (folder / "tokenizer").is_dir():
         return Foretold(tokenizer=reference)
     tokenizer: Any = load_tokenizer(reference)
-    there = Foretold(tokenizer=reference, has_template=tokenizer.chat_template is not None)
-    return _shaped(load_config(reference), there)
-
-
-def _shaped(shape: PreTrainedConfig, there: Foretold) -> Foretold:
-    try:
-        parameters = shapes.count_parameters(shape)
-    except ModelError:  # an encoder, which reward models may start from
-        parameters = None
-    return replace(
-        there,
-        vocab_size=int(shape.get_text_config().vocab_size),
-        context=context_size(shape),
-        parameters=parameters,
-        has_template=there.has_template or False if there.has_template is not None else None,
-    )
+    has_template = tokenizer.chat_template is not None
+    return Foretold(reference, len(tokenizer), load_config(reference), has_template)

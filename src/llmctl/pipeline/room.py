@@ -1,81 +1,90 @@
 """Whether there is memory for each stage, and disk for all of them.
 
-Rules of thumb, on the safe side of refusing too much: what is refused could not have run.
+What is counted is the least that a stage takes, with sequences of one token: what is refused could
+not have run.
 """
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shutil import disk_usage
 
-from llmctl import hardware
+from llmctl import hardware, shapes
 from llmctl.config.sections import Resumable
-from llmctl.config.stages import PpoConfig
+from llmctl.config.stages import (
+    DpoConfig,
+    PlanConfig,
+    PpoConfig,
+    PretrainConfig,
+    RewardConfig,
+    SftConfig,
+)
 from llmctl.config.supervised import LowRank
-from llmctl.console import short
+from llmctl.console import log, short
 from llmctl.errors import ResourceError
 from llmctl.files import no_space
 from llmctl.pipeline.foretold import Foretold
 from llmctl.pipeline.references import Stage
+from llmctl.planning.memory import memory_of
+from llmctl.planning.outlook import device_memory
+from llmctl.planning.recipe import plan_recipe
 
-WEIGHT, TRAINED = 4, 16
-"""Bytes for a parameter in float32: to hold it, and to train it with AdamW (Rajbhandari et al.,
-2020, arXiv:1910.02054: weight, gradient, two moments)."""
-CHECKPOINT = 12
-"""Bytes of a parameter in a checkpoint: the weight and two moments."""
+WEIGHT, CHECKPOINT = 4, 12
+"""Bytes of a parameter in `model/`, and in a checkpoint with AdamW's two moments."""
 
 
-def require_room(stages: Sequence[Stage], known: Mapping[str, Foretold]) -> None:
+def require_room(stages: Sequence[Stage], models: Mapping[str, Foretold]) -> None:
     """Refuse a life cycle that cannot fit.
+
+    Args:
+        stages: in order.
+        models: what each of them trains, by its name.
 
     Raises:
         ResourceError: too little memory or disk, with the numbers.
     """
     for stage in stages:
-        needed = memory_of(stage, known[stage.name])
-        left = hardware.memory_left() if _on_cpu(stage) else None
-        if left is not None and needed > left:
+        needed = least_memory(stage, models[stage.name])
+        on_cpu = _device(stage) == "cpu"
+        left = hardware.memory_left() if on_cpu else device_memory("cuda")
+        log.debug("stage %s: at least %sB of memory", stage.name, short(needed))
+        if needed > left:
             raise stage.wrong(
                 ResourceError(
-                    f"about {short(needed)}B of memory needed at the least, {short(left)}B left",
+                    f"{short(needed)}B of memory needed at the least, {short(left)}B there",
                     file=stage.file,
                     line=stage.line,
-                    hint="a smaller model, or lora with load_in_4bit",
+                    hint="a smaller model, or lora with load_in_4bit; see llmctl plan",
                 )
             )
-    if not stages:
-        return
-    needed = sum(disk_of(stage, known[stage.name]) for stage in stages)
-    out = stages[0].out.absolute()
-    there = next(folder for folder in out.parents if folder.exists())
-    if needed > disk_usage(there).free:
-        raise no_space(Path(there), needed)
+    bytes_needed = sum(disk_of(stage, models[stage.name]) for stage in stages)
+    there = next((p for s in stages for p in s.out.absolute().parents if p.exists()), Path("/"))
+    if bytes_needed > disk_usage(there).free:
+        raise no_space(there, bytes_needed)
 
 
-def memory_of(stage: Stage, model: Foretold) -> int:
-    """Bytes that the weights and what trains them take, activations not counted."""
+def least_memory(stage: Stage, model: Foretold) -> float:
+    """Bytes that a stage takes on a device, as `llmctl plan` counts; 0 where nothing is known."""
     config = stage.config
-    if model.parameters is None or not isinstance(config, Resumable):
-        return 0
-    frozen = isinstance(config, LowRank) and config.has_adapter
-    models = 3 if isinstance(config, PpoConfig) and not frozen else 1  # reference, value model
-    held = WEIGHT * model.parameters * (models - 1)
-    if frozen:
-        bits = dict(config)
-        return model.parameters // (2 if bits.get("load_in_4bit") else 1)
-    return held + TRAINED * model.parameters
+    trains = PretrainConfig | SftConfig | RewardConfig | DpoConfig | PpoConfig
+    if model.shape is None or not isinstance(config, trains):
+        return 0.0
+    with tempfile.TemporaryDirectory(prefix="llmctl-") as folder:
+        model.shape.save_pretrained(folder)
+        asked = PlanConfig(shape=folder, length=1, devices=stage.processes)
+        work, _, _ = plan_recipe(config, asked, _device(stage))
+    return memory_of(work).peak
 
 
 def disk_of(stage: Stage, model: Foretold) -> int:
-    """Bytes that a stage leaves, its checkpoints included."""
+    """Bytes that a stage leaves, its checkpoints included; adapters are small."""
     config = stage.config
-    if model.parameters is None or not isinstance(config, Resumable):
+    if model.shape is None or not isinstance(config, Resumable):
         return 0
     if isinstance(config, LowRank) and config.has_adapter:
         return 0
-    kept = max(2, config.keep) + 1
-    return model.parameters * (WEIGHT + CHECKPOINT * kept)
+    return shapes.count_parameters(model.shape) * (WEIGHT + CHECKPOINT * (max(2, config.keep) + 1))
 
 
-def _on_cpu(stage: Stage) -> bool:
-    device = dict(stage.config).get("device", "cpu")
-    return hardware.pick_device(str(device)) == "cpu"
+def _device(stage: Stage) -> str:
+    return hardware.pick_device(str(dict(stage.config).get("device", "auto")))
