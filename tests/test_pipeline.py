@@ -92,6 +92,7 @@ def test_the_result_is_a_run_of_each_stage(finished):
     assert [stage["state"] for stage in journal["stages"]] == ["completed"] * 3
     assert journal["stages"][1]["inputs"] == ["tok"]
     assert journal["stages"][1]["result"]["val_loss"] > 0
+    assert "<html" in (finished / "report.html").read_text()
 
 
 @pytest.mark.slow
@@ -105,15 +106,15 @@ def test_a_stage_in_a_chain_gives_the_weights_that_it_gives_alone(finished, tmp_
 
 
 def test_the_same_again_does_nothing(cli, recipe, out):
-    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != "pipeline.json"}
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     result = cli("run", recipe(), "-o", out)
     assert result.code == 0, result.err
     assert result.out == f"{out}\n"
     for name in ("tok", "base", "say"):
         assert f"{name}: unchanged" in result.err
-    after = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != "pipeline.json"}
+    after = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     changed = {p.name for p in after if after[p] != before.get(p)}
-    assert changed <= {".llmctl.lock"}
+    assert changed <= {".llmctl.lock", "out", "pipeline.json", "report.html"}
 
 
 def test_a_changed_stage_runs_anew_and_so_do_those_below(cli, recipe, out):

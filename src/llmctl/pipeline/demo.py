@@ -21,10 +21,9 @@ def run(config: DemoConfig) -> dict[str, Any] | None:
 
 def _next_steps(result: dict[str, Any]) -> None:
     made = {stage["name"]: stage["out"] for stage in result["stages"]}
-    if result["report"]:
-        log.info("report: %s", result["report"])
     log.info(
-        "try next:\n  llmctl chat --model %s\n  llmctl runs %s\n  llmctl run --help",
+        "report: %s\ntry next:\n  llmctl chat --model %s\n  llmctl runs %s",
+        result["report"],
         made["ppo"],
         result["out"],
     )
