@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from llmctl.config.stages import DpoConfig, PpoConfig, RewardConfig, SftConfig
+from llmctl.data.hub import split_revision
 from llmctl.data.sources import find_sources
 from llmctl.errors import DataError, UserError
 from llmctl.pipeline.foretold import Foretold, foretell, require_fitting
@@ -66,8 +67,8 @@ def _check_outside(stage: Stage) -> None:
 
 
 def _is_hub_id(name: str) -> bool:
-    """Whether a name that is no path can be an id on the Hub: `name` or `owner/name`."""
-    owner, _, rest = name.partition("/")
+    """Whether a name that is no path can be an id on the Hub, pinned to a revision or not."""
+    owner, _, rest = split_revision(name)[0].partition("/")
     plain = not name.startswith((".", "~", "/")) and "/" not in rest and ":" not in name
     return plain and not Path(name).suffix[1:].isalpha() and not Path(owner).is_dir()
 
