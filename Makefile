@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 .PHONY: demo test torture quick check docs clean
 
 demo: $(STAMP)
-	$(BIN)/llmctl demo --overwrite
+	$(BIN)/llmctl demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

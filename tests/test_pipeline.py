@@ -503,6 +503,20 @@ def test_a_dry_run_reads_the_data_of_stages_whose_model_is_still_to_be_made(cli,
     assert f"{data}:2: stage `sft`: this row is" in result.err or "no column" in result.err
 
 
+def test_a_dry_run_tries_stages_that_depend_on_no_other(cli, base, tmp_path):
+    template = tmp_path / "broken.jinja"
+    template.write_text("{% for %}")
+    path = tmp_path / "life.yaml"
+    path.write_text(
+        f"stages:\n  - {{stage: sft, model: '{base}', data: ['builtin:tasks'], "
+        f"chat_template: '{template}'}}\n"
+    )
+    result = cli("run", path, "-o", tmp_path / "out", "--dry-run")
+    assert result.code == 4, result.err
+    assert "stage `sft`: " in result.err
+    assert str(template) in result.err
+
+
 def test_stages_leave_the_process_as_it_was():
     import numpy
     import torch

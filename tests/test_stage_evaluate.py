@@ -17,6 +17,8 @@ from llmctl.evaluate.asking import Asking, choose_shots
 from llmctl.evaluate.data import Question
 from llmctl.evaluate.figures import figures_of
 from llmctl.evaluate.metrics import Scorer, extract, find_label
+from llmctl.evaluate.rows import Held
+from llmctl.evaluate.work import Work, carry_out
 from llmctl.feedback.journal import Journal
 from llmctl.models import load_causal_lm, load_config, load_tokenizer
 from llmctl.training.classifier import class_counts, macro_f1
@@ -566,7 +568,7 @@ def test_a_run_that_was_stopped_ends_the_same(
     cli, figures, roomy, base, pairs, tmp_path, after, monkeypatch
 ):
     run = ("--data", pairs, "--metrics", "exact,rouge", "--temperature", 1.0, *SHORT)
-    run = (*run, "--compare", base, "--plain", "--batch-size", 1)
+    run = (*run, "--compare", base, "--plain", "--batch-size", 4)
     whole = figures(roomy, *run, "-o", tmp_path / "whole")
     append, count = Journal.append, 0
 
@@ -592,6 +594,21 @@ def test_a_run_that_was_stopped_ends_the_same(
     finished = cli("evaluate", "--model", roomy, *run, "-o", tmp_path / "part", "--resume")
     assert finished.code == 0
     assert "already complete" in finished.err
+
+
+def test_a_chunk_is_always_the_same_units():
+    """What shares a batch may change a last bit: a chunk that was cut off is computed whole."""
+    held, asked = Held(), list[range]()
+
+    def compute(units):
+        asked.append(units)
+        return [{"number": number} for number in units]
+
+    for number in range(6):
+        held.append({"side": "model", "row": number, "number": number})
+    rows = carry_out(Work(11, 4, compute), "model", held, "")
+    assert asked == [range(4, 8), range(8, 11)]
+    assert [row["number"] for row in rows] == [row["row"] for row in rows] == list(range(11))
 
 
 def test_a_run_is_not_resumed_as_another(cli, roomy, pairs, tmp_path):

@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import sentences
 from safetensors.torch import load_file, save_file
-from test_adapters import make_base
+from test_adapters import make_base, make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llmctl.config.stages import QuantizeConfig
-from llmctl.errors import GateError, ModelError
+from llmctl.errors import DataError, GateError, ModelError
 from llmctl.likelihood import make_windows
 from llmctl.models import load_causal_lm
 from llmctl.quantize import making, text
@@ -361,6 +361,15 @@ def test_an_adapter_is_merged_when_asked(cli, tuned, tmp_path):
     inputs = json.loads((tmp_path / "out" / "manifest.json").read_text())["inputs"]
     assert {"adapter", "base", "eval-text"} == {facts["role"] for facts in inputs}
     assert "chat_template" in {p.stem for p in (tmp_path / "out" / "model").iterdir()}
+
+
+def test_a_tokenizer_that_grew_still_reads_the_tokens(wide):
+    tokenizer = text.load_tokenizer(str(wide))
+    known = find(wide, tokenizer).documents
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|new|>"]})
+    assert find(wide, tokenizer).documents == known
+    with pytest.raises(DataError, match="no text to measure on"):
+        find(wide, make_tokenizer())
 
 
 def find(reference, tokenizer, **values):

@@ -46,7 +46,10 @@ COMMANDS = {
     "quantize": ("QuantizeConfig", "Make a model smaller, and measure what that costs."),
     "generate": ("GenerateConfig", "Generate text from a model."),
     "chat": ("ChatConfig", "Talk with a model in the terminal."),
-    "report": ("ReportConfig", "Write a page on runs: curves, figures, samples, how to repeat."),
+    "report": (
+        "ReportConfig",
+        "Write a page on runs: curves, figures, samples, how to repeat them.",
+    ),
     "runs": ("RunsConfig", "List runs: how they went, how far they are, how to resume them."),
     "doctor": ("DoctorConfig", "Check the installation and the machine, with a fix for each flaw."),
 }

@@ -1,14 +1,18 @@
 """Every stage against the results of those before it, before the first one begins.
 
 In: stages with their configs. What a stage will make is foretold from its config: positions,
-vocabulary, parameters, whether there is a chat template. Deep checks read all data, too.
+vocabulary, parameters, whether there is a chat template. Deep checks read all data, too, and do the
+dry run of stages that depend on no other.
 """
 
+import contextlib
+import io
 import tempfile
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
-from llmctl.config.stages import DpoConfig, PpoConfig, RewardConfig, SftConfig, TokenizeConfig
+from llmctl.config.stages import DpoConfig, PpoConfig, RewardConfig, SftConfig
 from llmctl.data.hub import split_revision
 from llmctl.data.sources import find_sources
 from llmctl.errors import DataError, UserError
@@ -22,7 +26,7 @@ def check(stages: Sequence[Stage], *, deep: bool) -> None:
 
     Args:
         stages: that may run, in order.
-        deep: read all data as well.
+        deep: read all data as well, and dry-run stages that depend on no other.
 
     Raises:
         UserError: naming the stage and the line of the recipe.
@@ -34,7 +38,7 @@ def check(stages: Sequence[Stage], *, deep: bool) -> None:
             require_fitting(stage, known)
             known[stage.name] = foretell(stage, known)
             if deep:
-                _read_data(stage)
+                _read_data(stage) if stage.inputs else _try(stage)
         except UserError as error:
             error.hint = error.hint or f"{stage.file}:{stage.line} is the stage"
             raise stage.wrong(error) from None
@@ -69,13 +73,21 @@ def _is_hub_id(name: str) -> bool:
     return plain and not Path(name).suffix[1:].isalpha() and not Path(owner).is_dir()
 
 
+def _try(stage: Stage) -> None:
+    """All that the stage's own dry run checks: nothing that it reads is still to be made."""
+    from llmctl.pipeline.isolation import Beginning
+
+    config = stage.config.model_copy(update={"dry_run": True})
+    with Beginning().again(), contextlib.redirect_stdout(io.StringIO()):
+        import_module(f"llmctl.stages.{stage.stage}").run(config)
+
+
 def _read_data(stage: Stage) -> None:
     """Read all rows that are there already, as the stage will.
 
     Raises:
         DataError: rows that it would refuse, with file and line.
     """
-    from llmctl.data.corpus import open_corpus
     from llmctl.data.examples import read_examples
     from llmctl.data.preferences import read_preferences
     from llmctl.data.prompts import read_prompts
@@ -84,9 +96,6 @@ def _read_data(stage: Stage) -> None:
     if any(field in stage.needs for field in ("data", "val_data")):
         return
     match config:
-        case TokenizeConfig():
-            with open_corpus(config):
-                pass
         case SftConfig():
             read_examples(
                 [*config.data],

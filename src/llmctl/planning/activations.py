@@ -103,8 +103,10 @@ def _attention(work: Work, size: int) -> float:
     kept = (2 * shape.query + 2 * shape.key_value) * size + shape.heads * FULL
     if shape.has_query_norm:
         kept += (shape.query + shape.key_value) * (FULL + (0 if work.has_adapter else size))
+    if work.has_adapter and work.precision == "bf16":
+        kept += shape.query * HALF  # PEFT casts the output up, and autocast down again
     if shape.attention_dropout and work.device == "cpu":
-        kept += 3 * shape.heads * work.length * size
+        kept += 3 * shape.heads * work.length * FULL
     return kept
 
 

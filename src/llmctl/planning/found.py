@@ -1,6 +1,7 @@
 """From what a stage prepares in a dry run to its outlook."""
 
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from typing import Any, Protocol
 
 from transformers import PreTrainedConfig
@@ -15,37 +16,10 @@ from llmctl.planning.work import Episodes, Work
 from llmctl.ppo.plan import CPU_PASS_LOGITS, GPU_PASS_LOGITS, PpoPlan
 from llmctl.quantized import LoadIn
 from llmctl.training.base import load_in
-from llmctl.training.plan import Plan
 from llmctl.training.tuning import TuningPlan
 
 Tuned = SftConfig | RewardConfig | DpoConfig
 PAIRED = ("reward", "dpo")
-
-
-def pretrain_work(plan: Plan, shape: Shape, device: str) -> Work:
-    """Of pretraining: every position has logits."""
-    return Work(
-        stage="pretrain",
-        shape=shape,
-        device=device,
-        world=plan.world_size,
-        precision=plan.precision,
-        optimizer=plan.optimizer,
-        trained=shape.parameters,
-        has_adapter=False,
-        load_in="full",
-        rank=0,
-        batch_size=plan.batch_size,
-        grad_accum=plan.grad_accum,
-        length=plan.context,
-        mean_length=plan.context,
-        counted=1.0,
-        is_chunked=False,
-        is_checkpointed=False,
-        steps=plan.max_steps,
-        keeps_logits=True,
-        can_shard=True,
-    )
 
 
 def tuning_work(
@@ -74,7 +48,7 @@ def tuning_work(
         knows_steps: whether the rows are those of the run.
     """
     stage = {SftConfig: "sft", RewardConfig: "reward", DpoConfig: "dpo"}[type(config)]
-    scores = stage == "reward" or (isinstance(config, SftConfig) and config.task == "classify")
+    has_logits = not scores(config)
     return Work(
         stage=stage,
         shape=shape,
@@ -90,8 +64,8 @@ def tuning_work(
         grad_accum=plan.grad_accum,
         length=max(lengths),
         mean_length=sum(lengths) / len(lengths),
-        counted=0.0 if scores else counted,
-        is_chunked=not scores and not isinstance(config, RewardConfig) and config.chunked_loss,
+        counted=counted if has_logits else 0.0,
+        is_chunked=has_logits and not isinstance(config, RewardConfig) and config.chunked_loss,
         is_checkpointed=config.activation_checkpointing,
         steps=plan.max_steps if knows_steps else None,
     )
@@ -155,14 +129,24 @@ def ppo_work(
     )
 
 
+def scores(config: Tuned) -> bool:
+    """Whether a model is trained that gives numbers for a text, and no logits."""
+    return isinstance(config, RewardConfig) or (
+        isinstance(config, SftConfig) and config.task == "classify"
+    )
+
+
 def held_in(config: LowRank) -> LoadIn:
     """How the frozen weights are to be held."""
     return load_in(config) if isinstance(config, Quantized) else "full"
 
 
-def shape_to_train(config: PreTrainedConfig, *, scores: bool = False) -> Shape:
-    """The shape of a language model, or of a model that scores."""
-    return shape_of(config, shapes.meta_model(config, scores=scores))
+def shape_to_train(config: PreTrainedConfig, *, labels: int = 0) -> Shape:
+    """The shape of a language model, or of a classifier of so many numbers."""
+    if labels:
+        config = deepcopy(config)
+        config.num_labels = labels
+    return shape_of(config, shapes.meta_model(config, scores=bool(labels)))
 
 
 def counted_share(*parts: Tokenized) -> float:
@@ -195,10 +179,8 @@ def foreseen(
     counted: float = 1.0,
 ) -> Outlook:
     """The outlook of a run whose model is loaded."""
-    scores = isinstance(config, RewardConfig) or (
-        isinstance(config, SftConfig) and config.task == "classify"
-    )
-    shape = shape_to_train(found.model.config, scores=scores)
+    labels = found.model.config.num_labels if scores(config) else 0
+    shape = shape_to_train(found.model.config, labels=labels)
     work = tuning_work(
         config,
         found.plan,
@@ -210,9 +192,3 @@ def foreseen(
         counted=counted,
     )
     return outlook(work, found.model.config.get_text_config())
-
-
-def foreseen_pretrain(plan: Plan, architecture: Any, device: str) -> Outlook:
-    """The outlook of pretraining."""
-    work = pretrain_work(plan, shape_to_train(architecture), device)
-    return outlook(work, architecture.get_text_config())

@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
 from transformers import PreTrainedConfig
 
@@ -23,40 +21,32 @@ from llmctl.data.labelled import load_labelled
 from llmctl.data.preferred import load_preferences
 from llmctl.data.prompts import read_prompts
 from llmctl.data.supervised import load_supervised
+from llmctl.decode.loop import context_size
 from llmctl.errors import UserError
 from llmctl.models import load_config, load_tokenizer, parameter_count
 from llmctl.planning.found import (
     Tuned,
     counted_share,
     ppo_work,
-    pretrain_work,
+    scores,
     shape_to_train,
     tuning_work,
 )
-from llmctl.planning.known import VOCABULARY, config_of
-from llmctl.planning.outlook import Outlook, outlook
-from llmctl.planning.work import Work
+from llmctl.planning.known import config_of
+from llmctl.planning.pretraining import LONGEST, Planned, plan_pretrain
 from llmctl.ppo.plan import make_ppo_plan
 from llmctl.ppo.prompts import PromptFormat, encode_prompts
 from llmctl.ppo.rewards import weighted
 from llmctl.training.adapters import adapt, trainable_parameters
-from llmctl.training.plan import COMPUTE_OPTIMAL, make_plan, preset_for
 from llmctl.training.sequences import Rows
-from llmctl.training.setup import LONGEST_CONTEXT, prepare
 from llmctl.training.tuning import make_tuning_plan
 
-LONGEST = 2048
-"""Tokens of an example where neither the recipe nor its data says (`sft`'s own limit)."""
 PROMPT = 512
 """Tokens of a prompt likewise."""
 ROWS = 1000
 """Stands for rows whose number nothing says; steps are then not known either."""
 
-BYTES = 4
-"""Of text that make a token, about."""
-
 Recipe = PretrainConfig | Tuned | PpoConfig
-Planned = tuple[Work, PreTrainedConfig, tuple[str, ...]]
 
 
 def plan_recipe(recipe: Recipe, asked: PlanConfig, device: str) -> Planned:
@@ -73,7 +63,7 @@ def plan_recipe(recipe: Recipe, asked: PlanConfig, device: str) -> Planned:
         recipe = recipe.model_copy(update={"precision": "fp32"})
     match recipe:
         case PretrainConfig():
-            work, config, notes = _plan_pretrain(recipe, asked, device)
+            work, config, notes = plan_pretrain(recipe, asked, device)
         case PpoConfig():
             work, config, notes = _plan_ppo(recipe, asked, device)
         case _:
@@ -83,116 +73,19 @@ def plan_recipe(recipe: Recipe, asked: PlanConfig, device: str) -> Planned:
     return work, config, notes
 
 
-def plan_shape(asked: PlanConfig, device: str) -> Planned:
-    """The work of pretraining a shape, in full and with AdamW.
-
-    Raises:
-        UserError: an unknown shape.
-    """
-    assert asked.shape is not None
-    config = config_of(asked.shape)
-    recipe = PretrainConfig(
-        tokens=asked.shape,
-        optimizer="adamw",
-        precision="fp32",
-        batch_size=asked.batch_size or 1,
-        grad_accum=1,
-        tokens_budget=asked.tokens,
-    )
-    work, notes = _guess(recipe, asked, config, device)
-    return replace(work, precision="bf16"), config, notes
-
-
-def _plan_pretrain(recipe: PretrainConfig, asked: PlanConfig, device: str) -> Planned:
-    folder = Path(recipe.tokens or "").expanduser()
-    if asked.shape is None and recipe.tokens and (folder / "tokens").is_dir():
-        setup = prepare(recipe, folder, Accelerator(cpu=device == "cpu"), device)
-        work = pretrain_work(setup.plan, shape_to_train(setup.architecture), device)
-        return replace(work, world=asked.devices), setup.architecture, ()
-    notes: tuple[str, ...] = ()
-    if asked.shape is not None:
-        config = config_of(asked.shape)
-    elif recipe.model or recipe.config_from:
-        config = load_config(str(recipe.model or recipe.config_from))
-    else:
-        preset = preset_for(asked.tokens or VOCABULARY**2, device)
-        config = shapes.new_config(recipe, preset, VOCABULARY, None)
-        notes = (f"{recipe.tokens or 'the data'} is not read: a vocabulary of {VOCABULARY:,}",)
-    work, more = _guess(recipe, asked, config, device)
-    return work, config, (*notes, *more)
-
-
-def guessed(
-    recipe: PretrainConfig, vocabulary: int, text_bytes: int, world: int, device: str
-) -> Outlook:
-    """The outlook of pretraining on text that is not encoded yet.
-
-    Args:
-        recipe: the command's fields.
-        vocabulary: tokens of its tokenizer.
-        text_bytes: size of the text.
-        world: processes.
-        device: type of device.
-    """
-    tokens = text_bytes // BYTES
-    if recipe.model:
-        config = load_config(recipe.model)
-    else:
-        config = shapes.new_config(recipe, preset_for(tokens, device), vocabulary, None)
-    asked = PlanConfig(shape="corpus", devices=world)
-    work, _ = _guess(recipe, asked, config, device, train_tokens=tokens)
-    note = f"{BYTES} bytes of text are taken for a token"
-    return outlook(work, config.get_text_config(), notes=(note,))
-
-
-def _guess(
-    recipe: PretrainConfig,
-    asked: PlanConfig,
-    config: PreTrainedConfig,
-    device: str,
-    train_tokens: int | None = None,
-) -> tuple[Work, tuple[str, ...]]:
-    """Pretraining on tokens that are not at hand, of which there may be so many."""
-    shape = shape_to_train(config)
-    context = asked.length or recipe.context or min(shape.context or LONGEST, LONGEST_CONTEXT)
-    given = asked.tokens or recipe.tokens_budget
-    tokens = given or COMPUTE_OPTIMAL * shape.parameters
-    plan = make_plan(
-        recipe,
-        parameters=shape.parameters,
-        train_tokens=train_tokens or tokens,
-        context=context,
-        world_size=asked.devices,
-        device=device,
-        sharded=False,
-    )
-    steps = plan.max_steps
-    if train_tokens is None and recipe.max_steps is None and recipe.epochs is None:
-        steps = max(1, round(tokens / plan.tokens_per_step))
-    work = pretrain_work(replace(plan, max_steps=steps), shape, device)
-    if asked.batch_size is not None:
-        work = replace(work, batch_size=asked.batch_size)
-    assumed = f"{COMPUTE_OPTIMAL} tokens for each parameter, since --tokens says nothing"
-    says = train_tokens or given or recipe.max_steps or recipe.epochs or recipe.tokens_per_parameter
-    return work, () if says else (assumed,)
-
-
 def _plan_tuning(recipe: Tuned, asked: PlanConfig, device: str) -> Planned:
     notes: tuple[str, ...] = ()
     config = load_config(recipe.model) if asked.shape is None else config_of(asked.shape)
-    scores = isinstance(recipe, RewardConfig) or (
-        isinstance(recipe, SftConfig) and recipe.task == "classify"
-    )
-    shape = shape_to_train(config, scores=scores)
     share, knows = 1.0, asked.rows is not None or recipe.max_steps is not None
     if asked.shape is None and asked.length is None:
-        lengths, share = _lengths(recipe)
+        lengths, share, config.num_labels = _lengths(recipe)
         knows = True
     else:
-        limit = recipe.max_length or min(shape.context or LONGEST, LONGEST)
+        limit = recipe.max_length or min(context_size(config) or LONGEST, LONGEST)
         lengths = [asked.length or limit] * (asked.rows or ROWS)
         notes = (f"the data is not read: every sequence has {lengths[0]:,} tokens",)
-    trained = _trained(recipe, config, shape.parameters, scores=scores)
+    shape = shape_to_train(config, labels=config.num_labels if scores(recipe) else 0)
+    trained = _trained(recipe, config, shape.parameters, labelled=scores(recipe))
     plan = make_tuning_plan(
         recipe,
         parameters=shape.parameters,
@@ -215,28 +108,29 @@ def _plan_tuning(recipe: Tuned, asked: PlanConfig, device: str) -> Planned:
     return work, config, notes
 
 
-def _lengths(recipe: Tuned) -> tuple[list[int], float]:
-    """Tokens of each row, and the largest share of one that counts."""
+def _lengths(recipe: Tuned) -> tuple[list[int], float, int]:
+    """Tokens of each row, the largest share of one that counts, and how many labels there are."""
     if isinstance(recipe, RewardConfig):
-        return load_preferences(recipe, None).train.lengths.tolist(), 0.0
+        return load_preferences(recipe, None).train.lengths.tolist(), 0.0, 1
     if isinstance(recipe, DpoConfig):
         pairs = load_pairs(recipe, None).train
-        return pairs.lengths.tolist(), counted_share(pairs.chosen, pairs.rejected)
+        return pairs.lengths.tolist(), counted_share(pairs.chosen, pairs.rejected), 1
     if recipe.task == "classify":
-        return load_labelled(recipe).train.lengths.tolist(), 0.0
-    data = load_supervised(recipe, recipe.prompt_tuning or 0, None)
-    rows = Rows(data.train, 0, data.max_length if recipe.packing else None)
-    return rows.lengths, counted_share(data.train)
+        data = load_labelled(recipe)
+        return data.train.lengths.tolist(), 0.0, len(data.labels)
+    examples = load_supervised(recipe, recipe.prompt_tuning or 0, None)
+    rows = Rows(examples.train, 0, examples.max_length if recipe.packing else None)
+    return rows.lengths, counted_share(examples.train), 1
 
 
 def _trained(
-    recipe: Tuned | PpoConfig, config: PreTrainedConfig, parameters: int, *, scores: bool
+    recipe: Tuned | PpoConfig, config: PreTrainedConfig, parameters: int, *, labelled: bool = False
 ) -> int:
     """Parameters that train: all, or those of the adapter, which is put on a model of no weight."""
     if not recipe.has_adapter:
         return parameters
-    model = shapes.meta_model(config, scores=scores)
-    adapted: PeftModel = adapt(model, recipe, task="classify" if scores else "chat")
+    model = shapes.meta_model(config, scores=labelled)
+    adapted: PeftModel = adapt(model, recipe, task="classify" if labelled else "chat")
     return trainable_parameters(adapted)[0]
 
 
@@ -265,7 +159,7 @@ def _plan_ppo(recipe: PpoConfig, asked: PlanConfig, device: str) -> Planned:
             plan,
             shape,
             prompts,
-            _trained(recipe, config, shape.parameters, scores=False),
+            _trained(recipe, config, shape.parameters),
             judges,
             device=device,
             world=asked.devices,

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmctl import shapes
+from llmctl.decode.loop import context_size
 from llmctl.quantized import BLOCK
 from llmctl.training.muon import STACKED
 from llmctl.training.optimizers import block_matrices
@@ -105,7 +106,7 @@ def shape_of(config: PreTrainedConfig, model: PreTrainedModel) -> Shape:
         heads=heads,
         intermediate=_intermediate(text, said),
         vocabulary=text.vocab_size,
-        context=said.get("max_position_embeddings"),
+        context=context_size(config),
         is_gated=bool(experts) or "gate_proj" in last or "gate_up_proj" in last,
         has_rms_norm=any("RMSNorm" in type(m).__name__ for m in model.modules()),
         has_query_norm="q_norm" in last,

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmctl.config.stages import QuantizeConfig
@@ -50,9 +51,11 @@ def make_folder(job: Job, config: QuantizeConfig, folder: Path) -> Report:
     timed = {**rivals(before, config), "after": after}
     report, windows = _examine(job, config, after, layers, timed)
     del before, timed
+    probe = [min(windows, key=lambda window: len(window.tokens))]
+    measured, _ = window_logits(after, probe)  # before saving, which may change a live model
     save_model(after, after.state_dict(), job.tokenizer, folder)
     again = load_causal_lm(str(folder), dtype=dtype, device=job.device)
-    _require_same(after, again, windows)
+    _require_same(measured, window_logits(again, probe)[0])
     return replace(report, after=Sizes(weights_size(folder), report.after.memory))
 
 
@@ -121,19 +124,19 @@ def _examine(
     return report, windows
 
 
-def _require_same(
-    measured: PreTrainedModel, written: PreTrainedModel, windows: Sequence[Window]
-) -> None:
+def _require_same(measured: Tensor, written: Tensor) -> None:
     """Refuse a folder that opens as another model than the one that the report is about.
 
+    Args:
+        measured: its logits.
+        written: those of what was read back.
+
     Raises:
-        ModelError: with the largest difference of a logit.
+        ModelError: with the largest difference.
     """
-    shortest = min(windows, key=lambda window: len(window.tokens))
-    (one, _), (other, _) = (window_logits(model, [shortest]) for model in (measured, written))
-    if not torch.equal(one, other):
+    if not torch.equal(measured, written):
         raise ModelError(
             "the model that was written gives other logits than the one that was measured (by up "
-            f"to {float((one - other).abs().max()):.3g}): it was not kept",
+            f"to {float((measured - written).abs().max()):.3g}): it was not kept",
             hint="try another --method, and report it with the versions in `llmctl --version`",
         )

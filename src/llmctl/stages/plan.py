@@ -18,7 +18,8 @@ from llmctl.config.stages import (
 from llmctl.errors import UserError
 from llmctl.planning.compute import measure
 from llmctl.planning.outlook import outlook
-from llmctl.planning.recipe import Recipe, pick, plan_recipe, plan_shape
+from llmctl.planning.pretraining import plan_shape
+from llmctl.planning.recipe import Recipe, pick, plan_recipe
 from llmctl.planning.show import lines, show
 
 TRAINING: dict[str, type[Config]] = {

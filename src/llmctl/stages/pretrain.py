@@ -15,8 +15,7 @@ from llmctl.data.corpus import encode_once, open_corpus
 from llmctl.data.tokenizer import load_vocabulary
 from llmctl.files import sha256_file, writing
 from llmctl.models import save_model
-from llmctl.planning.found import foreseen_pretrain
-from llmctl.planning.recipe import guessed
+from llmctl.planning.pretraining import foreseen_pretrain, guessed
 from llmctl.planning.show import show_dry_run
 from llmctl.resume import earlier_manifest, load_weights
 from llmctl.rundir import Run
