@@ -448,6 +448,20 @@ def test_documents_of_several_parts_are_drawn_whole():
     assert len(other) == 2
 
 
+def test_losses_by_the_token_are_compared_of_one_tokenizer_only(
+    cli, figures, roomy, corpus, texts, tmp_path
+):
+    shape = ("--layers", 1, "--hidden", 16, "--heads", 1, "--context", 32, "--batch-size", 2)
+    made = cli("tokenize", "--data", corpus, "--vocab-size", 280, "-o", tmp_path / "tok")
+    assert made.code == 0, made.err
+    other = ("--tokens", tmp_path / "tok", *shape, "--max-steps", 1, "--threads", 1)
+    made = cli("pretrain", *other, "-o", tmp_path / "other")
+    assert made.code == 0, made.err
+    found = figures(roomy, "--data", texts, "--compare", tmp_path / "other", "--threads", 1)
+    assert found["tokens"] != found["compare"]["tokens"]
+    assert set(found["differences"]) == {"bits_per_byte"}
+
+
 def test_a_reward_model_judges(cli, figures, roomy, base, pairs, tmp_path):
     steps = ("--max-steps", 3, "--batch-size", 2, "--val-size", 0, "--threads", 1)
     trained = cli(

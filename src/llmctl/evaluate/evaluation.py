@@ -166,6 +166,8 @@ def _compared(
             }
         }
     names = quotients_of(plan.metrics)
+    if "loss" in names and [row["tokens"] for row in ours] != [row["tokens"] for row in theirs]:
+        names.remove("loss")  # by the token of different tokenizers: not to be compared
     apart = differences(*paired(ours, theirs), names, config.seed)
     wins = win_rate(ours, theirs) if config.reward_model else {}
     return {"differences": apart, **wins}

@@ -209,7 +209,7 @@ def _require_classifier(subject: Subject, plan: Plan | None) -> None:
     labels = subject.labels or ()
     if len(labels) == 1:
         raise ModelError(
-            "a reward model scores: it cannot be evaluated as one that writes or classifies",
+            "a reward model: it scores, and neither writes nor classifies",
             file=subject.reference,
             hint="score texts with llmctl reward --score FILE --model …",
         )

@@ -6,6 +6,7 @@ layer of GPT in 16 bits); the terms are those of transformers' modules, whose op
 their inputs.
 """
 
+from llmctl.attention import SHORT
 from llmctl.planning.shape import Shape
 from llmctl.planning.work import Work
 
@@ -101,13 +102,26 @@ def _attention(work: Work, size: int) -> float:
     """
     shape = work.shape
     kept = (2 * shape.query + 2 * shape.key_value) * size + shape.heads * FULL
+    if _is_exact(work):  # and the output is cast for the matrix that reads it
+        kept += (2 * shape.query + 2 * shape.key_value) * (FULL - size) + shape.query * HALF
+    elif work.has_adapter and work.precision == "bf16":
+        kept += shape.query * HALF  # PEFT casts the output up, and autocast down again
     if shape.has_query_norm:
         kept += (shape.query + shape.key_value) * (FULL + (0 if work.has_adapter else size))
-    if work.has_adapter and work.precision == "bf16":
-        kept += shape.query * HALF  # PEFT casts the output up, and autocast down again
     if shape.attention_dropout and work.device == "cpu":
         kept += 3 * shape.heads * work.length * FULL
+        kept -= shape.query * FULL if _is_exact(work) else 0  # no kernel that keeps its output
     return kept
+
+
+def _is_exact(work: Work) -> bool:
+    """Whether `llmctl.attention` computes in float32 what comes in bf16.
+
+    Queries that autocast's rotary angles, which are float32, have turned do not come in bf16.
+    """
+    turned = work.shape.has_rotary and work.precision == "bf16"
+    short = work.length * work.shape.head_size <= SHORT
+    return work.device == "cpu" and work.is_half and short and not turned
 
 
 def _feed_forward(shape: Shape, size: int, work: Work) -> float:

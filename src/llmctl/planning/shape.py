@@ -48,6 +48,8 @@ class Shape:
     is_gated: bool
     has_rms_norm: bool
     has_query_norm: bool
+    has_rotary: bool
+    """Whether positions turn queries and keys."""
     has_joint_projection: bool
     """Whether queries, keys and values come out of one matrix, as GPT-2's do."""
     activation: int
@@ -66,6 +68,11 @@ class Shape:
     """Most of them that it orthogonalises at once."""
     stack_square: int
     """Elements of their products with themselves."""
+
+    @property
+    def head_size(self) -> int:
+        """Width of one head."""
+        return self.query // self.heads
 
     @property
     def parameters(self) -> int:
@@ -110,6 +117,7 @@ def shape_of(config: PreTrainedConfig, model: PreTrainedModel) -> Shape:
         is_gated=bool(experts) or "gate_proj" in last or "gate_up_proj" in last,
         has_rms_norm=any("RMSNorm" in type(m).__name__ for m in model.modules()),
         has_query_norm="q_norm" in last,
+        has_rotary="rotary_emb" in last,
         has_joint_projection=bool({"c_attn", "query_key_value", "qkv_proj"} & last),
         activation=COMPOSED.get(str(function), 1),
         dropout=float(said.get("resid_pdrop") or said.get("hidden_dropout_prob") or 0.0),

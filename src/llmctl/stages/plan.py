@@ -64,6 +64,13 @@ def _read(path: Path, batch_size: int | None) -> Recipe:
     """
     values, places = read_recipe(path)
     stage = values.get("stage")
+    if "stages" in values:
+        raise UserError(
+            "a recipe of several stages, and plans are of one that trains",
+            file=path,
+            line=places.get("stages"),
+            hint=f"see: llmctl run {path} --dry-run, and the recipe.yaml of each of its runs",
+        )
     if stage not in TRAINING:
         what = f"a recipe of `{stage}`" if stage else "a recipe without `stage`"
         raise UserError(
