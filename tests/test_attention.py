@@ -6,8 +6,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-import llmctl.attention
-import llmctl.models
+import llmctl.models  # noqa: F401 (puts it in force)
 from llmctl.attention import attend
 
 
@@ -35,8 +34,23 @@ def test_values_and_gradients_are_float32s(masked):
         torch.testing.assert_close(mine.grad.float(), theirs.grad, rtol=0.03, atol=0.03)
 
 
+@pytest.fixture
+def computed(monkeypatch):
+    """Types in which torch is asked for attention, autocast's rounding included."""
+    seen = []
+    plain = functional.scaled_dot_product_attention
+
+    def watched(query, *rest, **options):
+        rounded = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+        seen.append(rounded or query.dtype)
+        return plain(query, *rest, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", watched)
+    return seen
+
+
 @pytest.mark.parametrize(
-    ("length", "dtype", "computed"),
+    ("length", "dtype", "expected"),
     [
         (12, torch.bfloat16, torch.float32),
         (1, torch.bfloat16, torch.bfloat16),
@@ -44,36 +58,24 @@ def test_values_and_gradients_are_float32s(masked):
         (12, torch.float32, torch.float32),
     ],
 )
-def test_only_short_sequences_in_bf16_are_computed_otherwise(length, dtype, computed, monkeypatch):
-    seen = []
-
-    def watched(query, *rest, **options):
-        seen.append(query.dtype)
-        return torch.zeros_like(query)
-
-    monkeypatch.setattr(functional, "scaled_dot_product_attention", watched)
-    attend(Layer(), *inputs(length, dtype), None)
-    assert seen == [computed]
+def test_only_short_sequences_in_bf16_are_computed_otherwise(length, dtype, expected, computed):
+    mixed, _ = attend(Layer(), *inputs(length, dtype), None)
+    assert computed == [expected]
+    assert mixed.dtype is dtype
 
 
-def test_models_use_it_under_autocast(monkeypatch):
+@pytest.mark.parametrize("length", [8, 2048])
+def test_a_llama_under_autocast_uses_it(length, computed):
     shape = LlamaConfig(
         vocab_size=32,
-        hidden_size=32,
+        hidden_size=64,
         intermediate_size=64,
         num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
+        max_position_embeddings=2048,
     )
     model = AutoModelForCausalLM.from_config(shape)
-    seen = []
-    plain = llmctl.attention.sdpa_attention_forward
-
-    def watched(module, query, *rest, **options):
-        seen.append(query.dtype)
-        return plain(module, query, *rest, **options)
-
-    monkeypatch.setattr(llmctl.attention, "sdpa_attention_forward", watched)
     with torch.autocast("cpu", torch.bfloat16):
-        model(input_ids=torch.arange(8)[None]).logits.sum().backward()
-    assert seen == [torch.float32]
+        model(input_ids=torch.arange(length)[None] % 32).logits.sum().backward()
+    assert computed == [torch.float32 if length == 8 else torch.bfloat16]

@@ -211,7 +211,7 @@ def test_a_path_with_an_at_sign_is_a_path(cli, base, corpus, tmp_path):
         find_sources([str(place / "none@v1.jsonl")], tmp_path)
 
 
-def test_a_life_cycle_takes_a_pinned_id(cli, tmp_path):
+def test_a_life_cycle_takes_a_pinned_id(cli, online, tmp_path):
     recipe = tmp_path / "life.yaml"
     stage = "{name: sft, stage: sft, model: org/small@refs/pr/1, data: ['builtin:tasks']}"
     recipe.write_text(f"stages:\n  - {stage}\n")

@@ -322,7 +322,7 @@ def _job(name, model, rows, lora):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("size", ["5M", "14M", "42M"])

@@ -34,11 +34,9 @@ def attend(
         options: passed on.
 
     Returns:
-        (B, L, heads, head_size) in the type of the query.
+        (B, L, heads, head_size), in bfloat16 where that was asked for.
     """
-    length, size = query.shape[2:]
-    halves = query.device.type == "cpu" and query.dtype is torch.bfloat16
-    if not halves or length == 1 or length * size > SHORT:
+    if not in_float32(query):
         mixed, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return mixed, None
     if attention_mask is not None and attention_mask.is_floating_point():
@@ -46,7 +44,19 @@ def attend(
     with torch.autocast("cpu", enabled=False):
         exact = (part.float() for part in (query, key, value))
         mixed, _ = sdpa_attention_forward(module, *exact, attention_mask, **options)
-    return mixed.to(query.dtype), None
+    return mixed.bfloat16(), None
+
+
+def in_float32(query: Tensor) -> bool:
+    """Whether attention to (B, heads, L, head_size) would be in bfloat16, and slow.
+
+    Under autocast a query that rotary angles turned is still in float32, and SDPA would round it.
+    """
+    if query.device.type != "cpu":
+        return False
+    rounded = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+    length, size = query.shape[2:]
+    return torch.bfloat16 in (query.dtype, rounded) and 1 < length <= SHORT // size
 
 
 def put_in_force() -> None:

@@ -115,13 +115,9 @@ def _attention(work: Work, size: int) -> float:
 
 
 def _is_exact(work: Work) -> bool:
-    """Whether `llmctl.attention` computes in float32 what comes in bf16.
-
-    Queries that autocast's rotary angles, which are float32, have turned do not come in bf16.
-    """
-    turned = work.shape.has_rotary and work.precision == "bf16"
+    """Whether `llmctl.attention` computes in float32 what would be in bf16."""
     short = work.length * work.shape.head_size <= SHORT
-    return work.device == "cpu" and work.is_half and short and not turned
+    return work.device == "cpu" and work.is_half and short
 
 
 def _feed_forward(shape: Shape, size: int, work: Work) -> float:
