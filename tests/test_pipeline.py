@@ -312,6 +312,17 @@ def test_runs_that_are_not_of_the_life_cycle_are_not_replaced(cli, recipe, base,
     assert cli("run", recipe(), "-o", tmp_path / "out", "--overwrite").code == 0
 
 
+def test_two_at_once_in_one_directory_are_refused(cli, recipe, out):
+    from llmctl.lock import locked
+
+    before = (out / "pipeline.json").read_bytes()
+    with locked(out):
+        result = cli("run", recipe(), "-o", out)
+    assert result.code == 3
+    assert "in use by another run" in result.err
+    assert (out / "pipeline.json").read_bytes() == before
+
+
 def test_a_recipe_of_one_stage_is_a_life_cycle_of_one(cli, corpus, tmp_path):
     path = tmp_path / "tok.yaml"
     path.write_text(f"stage: tokenize\ndata: ['{corpus}']\nvocab_size: 300\nout: {tmp_path}/made\n")
