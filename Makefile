@@ -10,14 +10,16 @@ export HF_HUB_OFFLINE ?= 1
 demo: $(STAMP)
 	$(BIN)/llmctl demo
 
+# the torture tests kill what they start at chosen moments, and get the machine to themselves
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal --ignore tests/torture
+	$(BIN)/python -m pytest tests/torture
 
 torture: $(STAMP)
 	TORTURE=long $(BIN)/python -m pytest tests/torture
 
 quick: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not slow"
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -9,7 +9,17 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "llmctl"
 FLOORS = [  # a module imports from floors below its own, and from its own package or floor
-    {"errors", "console", "files", "provenance", "redact", "stopping", "energy", "wording"},
+    {
+        "errors",
+        "extras",
+        "console",
+        "files",
+        "provenance",
+        "redact",
+        "stopping",
+        "energy",
+        "wording",
+    },
     {"config"},
     {
         "rundir",

@@ -67,6 +67,7 @@ SHAPES = [
         (ASKED, SAID, ASKED, SAID),
     ),
     ({"question": "Hi", "answer": "Hello."}, (ASKED, SAID)),
+    ({"prompt": "Hi", "chosen": "Hello.", "rejected": "Go away."}, (ASKED, SAID)),
 ]
 
 

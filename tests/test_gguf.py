@@ -1,6 +1,5 @@
 """GGUF files: another reader finds in them the same weights, the same tokens, the same facts."""
 
-import importlib.util
 import json
 import math
 
@@ -610,7 +609,7 @@ def test_tokenizers_with_byte_fallback_that_llama_cpp_would_run_otherwise(change
 
 
 def test_the_extra_is_named_where_it_is_missing(monkeypatch, own):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("llmctl.extras.find_spec", lambda name: None)
     with pytest.raises(ResourceError, match=r'pip install "llmctl\[gguf\]"'):
         check_gguf(CONFIGS["llama"](), own)
 

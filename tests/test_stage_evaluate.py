@@ -716,7 +716,7 @@ def test_refusals(cli, roomy, texts, pairs, tmp_path, monkeypatch, arguments, co
 
 
 def test_a_library_that_is_missing_is_named_with_its_extra(cli, roomy, pairs, monkeypatch):
-    monkeypatch.setattr("llmctl.evaluate.libraries.find_spec", lambda name: None)
+    monkeypatch.setattr("llmctl.extras.find_spec", lambda name: None)
     result = cli("evaluate", "--model", roomy, "--data", pairs, "--metrics", "exact,rouge")
     assert result.code == 5
     assert "needs rouge-score" in result.err

@@ -546,7 +546,7 @@ def test_bad_input(cli, wide, tmp_path, name):
 
 
 def test_a_method_without_its_library(cli, wide, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmctl.quantized.find_spec", lambda name: None)
+    monkeypatch.setattr("llmctl.extras.find_spec", lambda name: None)
     result = cli("quantize", "--model", wide, "--method", "torchao", "-o", tmp_path / "out")
     assert result.code == 5, result.err
     assert 'pip install "llmctl[torchao]"' in result.err

@@ -2,9 +2,10 @@ from collections import Counter
 
 import pytest
 
+from llmctl.data import courtesy
 from llmctl.data.readers import read_pieces
 from llmctl.data.sources import find_sources
-from llmctl.data.tasks import KINDS, SEEDS, Task, check, seed_of, solve, tasks
+from llmctl.data.tasks import KINDS, SEEDS, Task, check, named, seed_of, solve, tasks
 from llmctl.errors import DataError
 
 BY_HAND = [
@@ -108,3 +109,29 @@ def test_tasks_are_documents_too(tmp_path):
     assert len(pieces) == 2000
     first = tasks(2)[0]
     assert pieces[0].text == f"{first.prompt}\n{first.answer}\n"
+
+
+def test_kinds_in_a_name_choose_tasks_that_no_other_seed_has():
+    seed, found = named("builtin:tasks:4:reverse-letters+pick")
+    assert seed == 4
+    assert {task.kind for task in found} == {"reverse letters", "pick"}
+    _, other = named("builtin:tasks:5:reverse-letters+pick")
+    assert not {task.prompt for task in found} & {task.prompt for task in other}
+    assert named("builtin:tasks:4") == (4, tasks(4))
+
+
+def test_a_kind_with_few_tasks_gives_those_there_are():
+    _, found = named("builtin:tasks:0:subtract")
+    assert 100 < len(found) < 1000
+
+
+def test_an_unknown_kind_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no kind of tasks `juggle`") as caught:
+        find_sources(["builtin:tasks:0:juggle"], tmp_path)
+    assert "reverse-letters" in caught.value.hint
+
+
+def test_preferences_have_kinds_too():
+    asked = {task.prompt for task in named("builtin:tasks:2:copy")[1]}
+    rows = courtesy.named("builtin:preferences:2:copy")
+    assert {row["prompt"] for row in rows} == asked

@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import SMALL
 
-from llmctl import trackers
+from llmctl import extras, trackers
 from llmctl.config.stages import PpoConfig, PretrainConfig
 from llmctl.errors import UserError
 
@@ -189,15 +189,14 @@ def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(cli, tokens, tmp_
 
 @pytest.mark.parametrize("flags", [(), ("--dry-run",)])
 def test_a_missing_library_is_refused_before_the_start(cli, tokens, tmp_path, monkeypatch, flags):
-    find = trackers.find_spec
-    monkeypatch.setattr(
-        trackers, "find_spec", lambda name: None if name == "trackio" else find(name)
-    )
+    find = extras.find_spec
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "trackio" else find(name))
     out = tmp_path / "run"
     result = cli("sft", "--model", "x", "--data", "y", "--report-to", "trackio", *flags, "-o", out)
     assert result.code == 5
     assert result.err == (
-        'error: --report-to trackio: trackio is not installed\nrun: pip install "llmctl[trackio]"\n'
+        "error: --report-to trackio needs trackio, which is not installed\n"
+        'run: pip install "llmctl[trackio]"\n'
     )
     assert not out.exists()
 

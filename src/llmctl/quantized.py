@@ -9,7 +9,6 @@ wrongly where a layer's input width is not a multiple of 64.
 import logging
 from collections.abc import Iterator
 from enum import Enum
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llmctl.errors import ModelError, ResourceError
+from llmctl.errors import ModelError
+from llmctl.extras import require_extra
 
 LoadIn = Literal["full", "8bit", "4bit"]
 BLOCK = 64
@@ -79,8 +79,8 @@ def guard(library: str) -> None:
         ResourceError: torchao is not installed.
     """
     name = library.split()[0]
-    if name == "torchao" and find_spec("torchao") is None:
-        raise ResourceError("torchao is not installed", hint='run: pip install "llmctl[torchao]"')
+    if name == "torchao":
+        require_extra("torchao", "torchao", "a model in its numbers")
     if name == "bitsandbytes":
         import bitsandbytes.nn.modules as bitsandbytes_modules
 

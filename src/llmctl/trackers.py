@@ -14,14 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llmctl.claim import EVENTS
 from llmctl.config.sections import StageConfig
 from llmctl.console import log
-from llmctl.errors import ResourceError
+from llmctl.extras import require_extra
 
 PROJECT = "llmctl"
 OFF = ("1", "ON", "YES", "TRUE")
@@ -96,11 +95,7 @@ def asked_for(config: StageConfig, stage: str, path: Path | None) -> Tracking | 
     """
     names: list[str] = dict(config).get("report_to", [])
     for name in names:
-        if find_spec(name) is None:
-            raise ResourceError(
-                f"--report-to {name}: {name} is not installed",
-                hint=f'run: pip install "llmctl[{name}]"',
-            )
+        require_extra(name, name, f"--report-to {name}")
     return Tracking(names, path, config.recipe(stage)) if names and path else None
 
 

@@ -13,10 +13,10 @@ from llmctl.claim import SAMPLES
 from llmctl.config.stages import EvaluateConfig
 from llmctl.console import is_terminal, log
 from llmctl.errors import DataError, NetworkError, UserError
-from llmctl.evaluate.libraries import require_library
 from llmctl.evaluate.plan import Subject
 from llmctl.evaluate.rows import Row
 from llmctl.evaluate.work import Work
+from llmctl.extras import require_extra
 from llmctl.rundir import Run
 
 SKIPPED = ("alias", "sample_len", "sample_count", "name")
@@ -32,7 +32,7 @@ def find_tasks(config: EvaluateConfig) -> Any:
         UserError: no such task.
         ResourceError: lm-eval is not installed.
     """
-    require_library("lm_eval", "lm-eval", "--tasks")
+    require_extra("lm_eval", "lm-eval", "--tasks")
     for folder in config.task_path:
         if not folder.is_dir():
             raise DataError("no such folder of tasks", file=folder)

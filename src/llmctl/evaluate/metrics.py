@@ -12,7 +12,7 @@ from typing import Any
 from llmctl.config.stages import EvaluateConfig
 from llmctl.errors import DataError
 from llmctl.evaluate.data import Question
-from llmctl.evaluate.libraries import require_library
+from llmctl.extras import require_extra
 from llmctl.ppo.rules import plain
 
 LIBRARIES = {
@@ -35,7 +35,7 @@ def require_libraries(metrics: Sequence[str]) -> None:
     """
     for name in metrics:
         if name in LIBRARIES:
-            require_library(LIBRARIES[name], "evaluate", f"--metrics {name}")
+            require_extra(LIBRARIES[name], "evaluate", f"--metrics {name}")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Write a GGUF file: refuse first what cannot be written, then write it whole or not at all."""
 
-import importlib.util
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from llmctl.cards import license_of
 from llmctl.console import log
-from llmctl.errors import ResourceError
+from llmctl.extras import require_extra
 from llmctl.files import fsync, staged, writing
 from llmctl.gguf_file.architecture import ARCHITECTURES, check_architecture, metadata
 from llmctl.gguf_file.tokens import frame, read_tokens
@@ -44,10 +43,7 @@ def check_gguf(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> 
         ModelError: naming what is in the way, and what can be written.
         ResourceError: the `gguf` package is not installed.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise ResourceError(
-            "writing GGUF files takes the package gguf", hint='run: pip install "llmctl[gguf]"'
-        )
+    require_extra("gguf", "gguf", "writing GGUF files")
     check_architecture(config)
     read_tokens(tokenizer, config.vocab_size)
     frame(tokenizer)
