@@ -13,6 +13,11 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
+worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+if worker and hasattr(os, "sched_setaffinity"):
+    # a core for each: threads of commands that all take all cores wait for one another
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 # a shell's background job ignores Ctrl-C, and so would every process that the tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

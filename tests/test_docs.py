@@ -98,8 +98,7 @@ def test_the_tours_run(page, tmp_path):
 def test_every_command_shown_is_one_and_its_flags_exist(path):
     for line in re.findall(r"^\s*llmctl (.+)$", path.read_text(), re.MULTILINE):
         command, *words = shlex.split(line, comments=True)
-        if command not in COMMANDS:
-            continue
+        assert command in COMMANDS or command.startswith("--"), line
         config = getattr(stages, COMMANDS[command][0])
         known = {config.flag(name) for name in config.model_fields} | {
             "--config",
@@ -109,6 +108,15 @@ def test_every_command_shown_is_one_and_its_flags_exist(path):
         }
         flags = {word for word in words if word.startswith("-") and len(word) > 1}
         assert flags <= known | {"-q"}, line
+
+
+def test_the_readme_says_which_commands_lack_a_flag(cli):
+    text = " ".join((ROOT / "README.md").read_text().split())
+    helps = {name: cli(name, "--help").out for name in COMMANDS}
+    for shown, flag in (("-c recipe.yaml", "--config"), ("--dry-run", "--dry-run")):
+        said = re.search(rf"`{shown}`(?: is a flag)? of all but (.*?)(?:\.|, `--)", text)
+        lacking = {name for name, printed in helps.items() if flag not in printed}
+        assert set(re.findall(r"`(\w+)`", said[1])) == lacking, flag
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)

@@ -201,6 +201,9 @@ def test_a_gate_that_fails_ends_the_run_and_one_that_is_loosened_goes_on(cli, re
         assert report["error"]["code"] == 8
         assert report["stages"][1]["gates"][0]["holds"] is False
         assert report["stages"][2]["state"] == "waiting"
+        assert report["stage"] == "run"
+        assert f"report: {out / 'report.html'}" in result.err
+        assert "Of 1 gates, 1 did not hold." in (out / "report.html").read_text()
     found = run_json(cli, recipe(gated.replace("BOUND", "50")), "-o", out)
     assert found["base"] == "unchanged"
     assert (out / "base/manifest.json").read_bytes() == before
@@ -431,6 +434,11 @@ BAD = {
         "stages:\n  - {stage: tokenize, data: [none.txt]}",
         "stage `tokenize`: no such file",
     ),
+    "tokens of the Hub": (
+        f"stages:\n  - {STEP}\n  - {{stage: pretrain, tokens: toc, size: nano}}",
+        ":3: stage `pretrain`: tokens: no stage, run or folder `toc`\n"
+        "name a stage before this one, a run, a folder\n",
+    ),
     "the wrong kind": (
         f"stages:\n  - {STEP}\n  - {{stage: sft, model: tok, data: ['builtin:tasks']}}",
         ":3: stage `sft`: model takes a language model, and `tok` (tokenize) gives token shards or",
@@ -480,7 +488,7 @@ BAD = {
     "positions": (
         f"stages:\n  - {STEP}\n  - {{name: base, stage: pretrain, tokens: tok, size: nano}}\n"
         "  - {stage: sft, model: base, data: ['builtin:tasks'], max_length: 999}",
-        ":4: stage `sft`: --max-length 999: `OUT/base` has 256 positions",
+        ":4: stage `sft`: --max-length 999: `OUT/base` has 256 positions\n",
     ),
     "no template": (
         f"stages:\n  - {STEP}\n  - {{name: base, stage: pretrain, tokens: tok, size: nano}}\n"
@@ -503,6 +511,35 @@ def test_a_bad_recipe_is_refused_with_its_line(cli, recipe, tmp_path, name, monk
     assert result.code == code, result.err
     assert message.replace("OUT", str(tmp_path / "out")) in result.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_slip_in_the_name_of_a_stage_is_told(cli, recipe, tmp_path):
+    text = f"stages:\n  - {STEP}\n  - {{stage: pretrain, tokens: toc, size: nano}}"
+    warned = "`toc` is no stage: did you mean `tok`?"
+    assert warned in cli("run", recipe(text), "-o", tmp_path / "out").err
+    assert "no stage" not in cli("run", recipe(), "-o", tmp_path / "out", "--dry-run").err
+
+
+def test_a_bad_recipe_is_refused_before_the_heavy_libraries_load(recipe, tmp_path):
+    code = (
+        "import sys; sys.argv[0] = 'llmctl'\n"
+        "import atexit; atexit.register(lambda: print(*sys.modules, file=sys.stderr))\n"
+        "from llmctl.cli import main; main()"
+    )
+    path = recipe("stages:\n  - {stage: tokenize, data: [CORPUS], vocab: 3}")
+    command = [sys.executable, "-c", code, "run", str(path), "-o", str(tmp_path / "o")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ran.returncode, "unknown key `vocab`" in ran.stderr) == (2, True)
+    assert not set(ran.stderr.split()) & {"torch", "transformers", "accelerate", "datasets"}
+
+
+def test_a_foreign_page_is_refused_before_the_first_stage(cli, recipe, out):
+    (out / "report.html").write_text("my own page")
+    journal = (out / "pipeline.json").read_bytes()
+    result = cli("run", recipe(), "-o", out)
+    assert (result.code, "report.html" in result.err) == (3, True)
+    assert (out / "report.html").read_text() == "my own page"
+    assert (out / "pipeline.json").read_bytes() == journal, "nothing was begun"
 
 
 def test_bad_calls_are_refused(cli, recipe, tmp_path, monkeypatch):

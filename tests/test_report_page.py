@@ -41,9 +41,10 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(cli, tmp_path_factory):
-    """A whole life, two runs side by side, and a run with bad intentions."""
+    """A whole life, two of them, two runs side by side, and a run with bad intentions."""
     folder = tmp_path_factory.mktemp("pages")
     life = make_life(folder / "life")
+    lives = [life, make_life(folder / "other")]
     sides = [
         make_run(
             folder / name,
@@ -64,7 +65,12 @@ def served(cli, tmp_path_factory):
         status={"error": HOSTILE + "w" * 400, "exit_code": 1},
         state="failed",
     )
-    for name, runs in (("life", [life]), ("sides", sides), ("hostile", [hostile])):
+    for name, runs in (
+        ("life", [life]),
+        ("lives", lives),
+        ("sides", sides),
+        ("hostile", [hostile]),
+    ):
         result = cli("report", *runs, "-o", folder / f"{name}.html")
         assert result.code == 0, result.err
     found = Served(folder)
@@ -209,18 +215,31 @@ def test_a_keyboard_reaches_the_charts(page):
     assert browser.js("document.activeElement.ariaPressed") == "false"
 
 
-def test_boxes_lead_to_their_stages_and_hold_their_texts(page):
-    browser = page("life")
+@pytest.mark.parametrize(("name", "count"), [("life", 5), ("lives", 10)])
+def test_boxes_lead_to_their_stages_and_hold_their_texts(page, name, count):
+    browser = page(name)
     for width, kind in ((1280, "lying"), (390, "upright")):
         browser.resize(width, 844)
         boxes = f"[...document.querySelectorAll('.{kind} .box')]"
-        assert browser.js(f"{boxes}.filter(e => e.getBoundingClientRect().width > 0).length") == 5
+        assert (
+            browser.js(f"{boxes}.filter(e => e.getBoundingClientRect().width > 0).length") == count
+        )
         outside = (
             f"{boxes}.filter(e => e.getBBox().width > e.querySelector('rect').width.baseVal.value)"
         )
         assert browser.js(f"{outside}.map(e => e.textContent)") == []
     browser.click(".upright a")
     assert browser.js("location.hash") == "#stage-tokenize"
+
+
+def test_what_had_to_hold_is_seen_whole_on_a_phone(page):
+    browser = page("lives")
+    browser.resize(390, 844)
+    last = "[...document.querySelectorAll('.verdicts td:last-child')]"
+    assert browser.js(f"{last}.length") == 4
+    assert browser.js(f"{last}.every(e => e.getBoundingClientRect().right <= 390)")
+    edge = "document.querySelector('.switch').getBoundingClientRect().right"
+    assert browser.js(edge) == 390, "no link shows beside it"
 
 
 def test_no_label_lies_on_another(page):

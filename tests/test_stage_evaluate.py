@@ -341,6 +341,20 @@ def test_examples_that_do_not_fit_are_refused_with_how_many_do(cli, roomy, pairs
     assert json.loads((tmp_path / "run/manifest.json").read_text())["inputs"][-1]["role"] == "shots"
 
 
+def test_examples_are_not_cut_off_for_perplexity(cli, roomy, pairs):
+    """A window that holds the question alone would measure it without its examples."""
+    asked = ("evaluate", "--model", roomy, "--data", pairs, "--shots", 2, "--threads", 1)
+    whole = cli(*asked)
+    assert whole.code == 0, whole.err
+    refused = cli(*asked, "--context", 60)
+    assert refused.code == 3
+    assert "--shots 2 do not fit" in refused.err
+    assert "0 fit: --shots 0, or a larger --context" in refused.err
+    length = int(re.search(r"takes (\d+) tokens", refused.err)[1])
+    assert "\n1 fit: --shots 1" in cli(*asked, "--context", length - 1).err
+    assert cli(*asked, "--context", length).code == 0
+
+
 # Labels
 
 
@@ -662,6 +676,15 @@ def test_a_run_is_not_resumed_as_another(cli, roomy, pairs, tmp_path):
         (("--data", "a.txt", "--context", 500), 2, "the model has 128 positions"),
         (("--data", "a.txt", "--context", 8, "--stride", 9), 2, "more than --context 8"),
         (("--data", "a.txt", "--shots", 2), 2, "--shots goes with questions"),
+        (("--data", "pairs.jsonl", "--answer-regex", "x"), 2, "goes with --metrics exact, acc"),
+        (("--data", "pairs.jsonl", "--labels", "a"), 2, "goes with --metrics accuracy, f1"),
+        (("--data", "pairs.jsonl", "--stride", 4), 2, "--stride goes with texts"),
+        (("--data", "pairs.jsonl", "--no-end"), 2, "--no-end goes with texts"),
+        (
+            ("--data", "pairs.jsonl", "--metrics", "exact", "--context", 9),
+            2,
+            "--context goes with --metrics perplexity",
+        ),
         (("--data", "none.txt"), 3, "no such file"),
         (("--data", "blank.txt"), 3, "no text in it"),
         (("--data", "blank.jsonl"), 3, "no rows in it"),

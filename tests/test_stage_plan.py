@@ -215,3 +215,10 @@ def test_a_recipe_whose_model_is_missing(cli, tmp_path):
     result = cli("plan", recipe)
     assert result.code == 4
     assert "no such model folder" in result.err
+
+
+def test_more_tokens_than_positions_are_noted(cli):
+    asked = ("plan", "--shape", "gpt2-124m", "--json", "--length")
+    notes = [json.loads(cli(*asked, length).out)["notes"] for length in (1024, 1025)]
+    assert not any("positions" in note for note in notes[0])
+    assert "the model has 1,024 positions, fewer than --length" in notes[1]

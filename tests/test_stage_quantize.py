@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from llmctl.likelihood import make_windows
 from llmctl.models import load_causal_lm
 from llmctl.quantize import making, text
 from llmctl.quantize.compare import Fidelity, compare
-from llmctl.quantize.layers import Layers, choose_layers
+from llmctl.quantize.layers import Layers, asked_to_keep, choose_layers
 from llmctl.quantize.report import Report, Sizes
 from llmctl.quantized import is_quantized, memory_of, not_finite
 
@@ -244,6 +245,29 @@ def report(increase=0.2, **speeds):
     return Report("x", "y", Layers((), {}), 0.5, sizes, sizes, fidelity, speeds, [])
 
 
+def test_either_name_of_a_tied_matrix_keeps_it():
+    model = tiny()
+    both = {"lm_head", "model.embed_tokens"}
+    for name in both:
+        config = QuantizeConfig(model="x", gguf="q8_0", keep=[name])
+        assert asked_to_keep(model, config) == both
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("bitsandbytes, 4 bits (nf4)", "more bits (--bits 8), or the layers"),
+        ("bitsandbytes, 8 bits (LLM.int8)", "keep the layers"),
+        ("GGUF q4_0", "more bits (--gguf q8_0), or the layers"),
+    ],
+)
+def test_a_gate_names_what_is_left_to_try(method, more):
+    failed = replace(report(0.2, fp32=1.0, after=1.0), method=method, layers=Layers(("q",), {}))
+    with pytest.raises(GateError) as caught:
+        failed.hold(0.05)
+    assert more in caught.value.hint
+
+
 def test_the_gate_is_relative_and_takes_no_nan():
     report(0.049).hold(0.05)
     report(9.0).hold(None)
@@ -463,6 +487,7 @@ USAGE = {
     ("--method", "torchao", "--no-double-quant"): "--double-quant goes with 4 bits",
     ("--bits", 8, "--dynamic"): "--dynamic goes with --method torchao",
     ("--dtype", "bf16", "--keep", "lm_head"): "--keep does not go with a plain cast",
+    ("--gguf", "f16", "--keep", "lm_head"): "--keep does not go with --gguf f16",
     ("--dtype", "fp32"): "in that type already",
     ("--bits", 8, "--keep", "q_prj"): "did you mean q_proj",
 }

@@ -83,7 +83,7 @@ def test_a_folder_of_runs_stands_in_order_with_its_graph(cli, life, tmp_path):
     assert "Question 1? step 10 mumble step 60 An answer." in text
     assert "Once response upon a time …" in text
     assert "Calibration % right by % sure; error 0.05" in text
-    assert "Wins against the reference >= 75 % 80 % ✓ holds" in text
+    assert "Wins against the reference \N{GREATER-THAN OR EQUAL TO} 75 % 80 % ✓ holds" in text
     assert "✗ does not hold" in text
     records, _ = read_records([life])
     assert [record.stage for record in records] == ["tokenize", "pretrain", "sft", "reward", "ppo"]
@@ -129,6 +129,27 @@ def test_runs_side_by_side_say_what_differs(cli, tmp_path):
     assert "Q? a, step 30 from a b, step 30 from b" in text
     for label in ("a, training", "a, held out", "b, training", "b, held out"):
         assert label in text
+
+
+def test_several_life_cycles_are_told_apart(cli, tmp_path):
+    lives = [make_life(tmp_path / name) for name in ("x", "y")]
+    page = page_of(cli, tmp_path, *lives)
+    text = text_of(page)
+    assert text.startswith("x, y x, y 10 runs, all completed in 5 min 10 s. Of 4 gates, 2 did not")
+    assert "x/ppo Wins against the reference \N{GREATER-THAN OR EQUAL TO} 75" in text
+    assert "y/ppo" in text
+    assert "x/texts.jsonl" in text
+    assert "y/texts.jsonl" in text
+    assert page.count('<tr class="broken">') == 2
+
+
+def test_a_command_that_made_several_runs_is_told_once(cli, tmp_path):
+    for name in ("a", "b"):
+        make_run(tmp_path / name, "sft", command=["llmctl", "run", "life.yaml"])
+    text = text_of(page_of(cli, tmp_path, tmp_path / "a", tmp_path / "b"))
+    assert f"# {tmp_path / 'a'} # {tmp_path / 'b'} llmctl run life.yaml" in text
+    md = cli("report", tmp_path / "a", tmp_path / "b", "--format", "md").out
+    assert md.count("llmctl run life.yaml") == 1
 
 
 def test_runs_of_one_name_are_told_apart(cli, tmp_path):
@@ -266,7 +287,9 @@ def test_markdown_is_a_summary_for_ci(cli, life):
     result = cli("report", life, "--format", "md")
     assert result.code == 0, result.err
     md = result.out
-    assert md.startswith("# life\n\n5 runs, all completed in 2 min 35 s.\n")
+    assert md.startswith(
+        "# life\n\n5 runs, all completed in 2 min 35 s. Of 2 gates, 1 did not hold.\n"
+    )
     assert "| sft | sft | ✅ completed | Validation loss 2.1, Token accuracy, held out 51.2 %" in (
         md.replace(wording.NARROW, " "))  # fmt: skip
     assert "```mermaid\nflowchart LR\n" in md

@@ -367,5 +367,6 @@ def test_a_jobs_own_limit_counts_and_cached_files_do_not(
     (tmp_path / "memory.stat").write_text(cached)
     monkeypatch.setattr(hardware, "_memory_cgroups", lambda: [tmp_path])
     assert hardware.memory_left() == 600
+    assert hardware.memory_total() == 1000
     (tmp_path / limit).write_text("max\n")
     assert hardware.memory_left() > 10**6

@@ -179,6 +179,20 @@ def release_memory(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+def memory_total() -> int:
+    """Bytes of the machine's memory, or of what the process's cgroups grant of it."""
+    total = int(psutil.virtual_memory().total)
+    for folder in _memory_cgroups():
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            try:
+                most = (folder / name).read_text().strip()
+            except OSError:
+                continue
+            if most.isdigit():
+                total = min(total, int(most))
+    return total
+
+
 def memory_left() -> int:
     """Bytes of the machine's memory that this process could still take, by its cgroups as well."""
     left = int(psutil.virtual_memory().available)

@@ -134,7 +134,7 @@ class Asking:
 
         What follows the reference's end is left out.
         """
-        end = max((k + 1 for k, counts in enumerate(encoded.trained) if counts), default=0)
+        end = _end(encoded)
         whole = Encoded(encoded.tokens[:end], encoded.trained[:end], encoded.ends)
         return self._format.shortened(whole, end - most) if end > most else whole
 
@@ -207,12 +207,50 @@ def require_room(asking: Asking, choose: Choose, shots: int, new_tokens: int) ->
         f"the model's context of {context:,}",
         file=tightest.question.place,
         line=tightest.question.line,
-        hint=_fitting(asking, choose, shots, context - new_tokens),
+        hint=_fitting(
+            choose,
+            shots,
+            lambda one: len(asking.prompt(one)) + new_tokens <= context,
+            "a smaller --max-new-tokens",
+        ),
     )
 
 
-def _fitting(asking: Asking, choose: Choose, shots: int, most: int) -> str:
+def require_whole(asking: Asking, choose: Choose, shots: int, context: int) -> None:
+    """Refuse examples that would be cut off where references are read after them.
+
+    Args:
+        asking: how questions are put.
+        choose: the questions with so many examples each.
+        shots: examples that are wanted.
+        context: tokens that are read at a time.
+
+    Raises:
+        DataError: with the number of examples that fit.
+    """
+
+    def length(one: Asked) -> int:
+        return _end(asking.reply(one)) - 1  # the last token is predicted, and not read
+
+    longest = max(choose(shots), key=length)
+    if length(longest) <= context:
+        return
+    raise DataError(
+        f"--shots {shots} do not fit: with its reference the question takes "
+        f"{length(longest):,} tokens, and {context:,} are read at a time",
+        file=longest.question.place,
+        line=longest.question.line,
+        hint=_fitting(choose, shots, lambda one: length(one) <= context, "a larger --context"),
+    )
+
+
+def _end(encoded: Encoded) -> int:
+    """Tokens up to the last that counts."""
+    return max((k + 1 for k, counts in enumerate(encoded.trained) if counts), default=0)
+
+
+def _fitting(choose: Choose, shots: int, fits: Callable[[Asked], bool], other: str) -> str:
     for count in range(shots - 1, -1, -1):
-        if all(len(asking.prompt(one)) <= most for one in choose(count)):
-            return f"{count} fit: --shots {count}, or a smaller --max-new-tokens"
-    return "not even 0 fit: use a smaller --max-new-tokens, or a model of longer context"
+        if all(map(fits, choose(count))):
+            return f"{count} fit: --shots {count}, or {other}"
+    return f"not even 0 fit: use {other}, or a model of longer context"

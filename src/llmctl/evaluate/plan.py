@@ -17,9 +17,9 @@ from llmctl.data.labels import listed, own_labels
 from llmctl.data.responses import is_encoder
 from llmctl.decode.loop import context_size
 from llmctl.errors import DataError, ModelError, UserError
-from llmctl.evaluate.asking import Asked, Asking, Choose, choose_shots, require_room
-from llmctl.evaluate.data import Data, Question, read_data, read_questions
-from llmctl.evaluate.metrics import Scorer, make_scorer
+from llmctl.evaluate.asking import Asked, Asking, Choose, choose_shots, require_room, require_whole
+from llmctl.evaluate.data import Data, Kind, Question, read_data, read_questions
+from llmctl.evaluate.metrics import OF_ANSWERS, Scorer, make_scorer
 from llmctl.models import load_config, load_tokenizer, local_folder
 from llmctl.rundir import resolve_model
 from llmctl.vetting import read_object
@@ -98,8 +98,7 @@ def make_plan(config: EvaluateConfig, clock: str | None) -> Plan:
     """
     data = read_data(config)
     metrics = tuple(config.metrics) or (() if config.reward_model else DEFAULTS[data.kind])
-    if data.kind == "documents" and config.shots:
-        raise UserError("--shots goes with questions, and these are texts")
+    _require_used(config, data.kind, metrics)
     others: list[Question] | None = None
     more: list[dict[str, Any]] = []
     if config.shots_data:
@@ -115,6 +114,28 @@ def make_plan(config: EvaluateConfig, clock: str | None) -> Plan:
     if config.reward_model:
         metrics += ("reward",)
     return Plan(data, asked, choose, metrics, scorer, [*data.inputs, *more], clock)
+
+
+def _require_used(config: EvaluateConfig, kind: Kind, metrics: tuple[str, ...]) -> None:
+    """Refuse what was given and would change nothing.
+
+    Raises:
+        UserError: naming what it goes with.
+    """
+    given = config.given()
+    if kind == "documents" and config.shots:
+        raise UserError("--shots goes with questions, and these are texts")
+    for name, flag in (("stride", "--stride"), ("end", "--no-end")):
+        if name in given and kind != "documents":
+            raise UserError(f"{flag} goes with texts, and these are {kind}")
+    needs = {
+        "context": ("perplexity",),
+        "answer_regex": OF_ANSWERS,
+        "labels": ("accuracy", "f1"),
+    }
+    for name, wanted in needs.items():
+        if name in given and not set(wanted) & set(metrics):
+            raise UserError(f"{config.flag(name)} goes with --metrics {listed(list(wanted))}")
 
 
 def look_at(config: EvaluateConfig, plan: Plan | None, reference: str) -> Subject:
@@ -145,8 +166,12 @@ def look_at(config: EvaluateConfig, plan: Plan | None, reference: str) -> Subjec
     if "perplexity" in plan.metrics:
         subject.window(config)
     if plan.data.kind != "documents":
-        new = config.max_new_tokens if plan.generates else 1
-        require_room(subject.asking(config, plan.clock), plan.choose, config.shots or 0, new)
+        asking, shots = subject.asking(config, plan.clock), config.shots or 0
+        if plan.generates or not shots:
+            new = config.max_new_tokens if plan.generates else 1
+            require_room(asking, plan.choose, shots, new)
+        if shots and "perplexity" in plan.metrics:
+            require_whole(asking, plan.choose, shots, subject.window(config)[0])
     return subject
 
 

@@ -40,7 +40,8 @@ def check(stages: Sequence[Stage], *, deep: bool) -> None:
             if deep:
                 _read_data(stage) if stage.inputs else _try(stage)
         except UserError as error:
-            error.hint = error.hint or f"{stage.file}:{stage.line} is the stage"
+            if error.file != str(stage.file):
+                error.hint = error.hint or f"{stage.file}:{stage.line} is the stage"
             raise stage.wrong(error) from None
     require_room(stages, {stage.name: trained(stage, known) for stage in stages})
 
@@ -57,13 +58,19 @@ def _check_outside(stage: Stage) -> None:
                 if not _is_hub_id(stem):
                     with tempfile.TemporaryDirectory(prefix="llmctl-") as spool:
                         find_sources([stem], Path(spool))
-            elif kinds[field] and not Path(stem).expanduser().exists() and not _is_hub_id(stem):
+            elif kinds[field] and not _may_be_there(stem, kinds[field]):
                 raise UserError(
                     f"{field}: no stage, run or folder `{stem}`",
                     file=stage.file,
                     line=stage.line,
-                    hint="name a stage before this one, a run, a folder or a Hub id",
+                    hint="name a stage before this one, a run, a folder"
+                    + ("" if kinds[field] == ("tokens",) else " or a Hub id"),
                 )
+
+
+def _may_be_there(name: str, kinds: tuple[str, ...]) -> bool:
+    """Whether it is on this machine, or can be on the Hub, where there are no token shards."""
+    return Path(name).expanduser().exists() or (kinds != ("tokens",) and _is_hub_id(name))
 
 
 def _is_hub_id(name: str) -> bool:

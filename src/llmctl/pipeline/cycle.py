@@ -11,6 +11,7 @@ from typing import Any
 from llmctl import lock
 from llmctl.claim import entered
 from llmctl.config.stages.housekeeping import Stages
+from llmctl.console import log
 from llmctl.errors import GateError, OutputError, UserError
 from llmctl.files import sha256_file, writing
 from llmctl.pipeline.address import address_of
@@ -25,7 +26,7 @@ from llmctl.pipeline.journal import (
     todo,
 )
 from llmctl.pipeline.launching import launch
-from llmctl.pipeline.page import write_page
+from llmctl.pipeline.page import require_page, write_page
 from llmctl.pipeline.references import Stage
 from llmctl.pipeline.view import View, show_gates
 from llmctl.rundir import read_manifest
@@ -42,9 +43,12 @@ HOW: dict[Todo, str] = {
 class Cycle:
     """The stages of a recipe in a directory, and which of them are wanted."""
 
-    def __init__(self, stages: tuple[Stage, ...], out: Path, recipe: Path, config: Stages) -> None:
+    def __init__(
+        self, stages: tuple[Stage, ...], out: Path, recipe: Path, config: Stages, command: str
+    ) -> None:
         """Nothing is read or written yet."""
         self.stages, self.out, self.recipe, self.config = stages, out, recipe, config
+        self.command = command
         self.addresses: dict[str, str] = {}
 
     def todos(self, journal: Journal) -> Iterator[tuple[Stage, Todo | None]]:
@@ -87,6 +91,7 @@ class Cycle:
             UserError: as the first stage that failed raised it.
         """
         read_journal(self.out)  # refuses a directory that is one run
+        require_page(self.out)
         with writing(self.out), entered(self.out), lock.locked(self.out):
             journal = open_journal(self.out, self.recipe, self.stages)
             view = View(self.stages)
@@ -96,6 +101,8 @@ class Cycle:
             except BaseException as error:
                 self._note_end(journal, error)
                 show_gates(view.rows)
+                if isinstance(error, GateError):
+                    log.info("report: %s", write_page(self.out))
                 if isinstance(error, UserError):
                     error.report = self._result(journal, view)
                 raise
@@ -192,7 +199,8 @@ class Cycle:
             entry = {"name": stage.name, "stage": stage.stage, "state": row.state}
             figures = known.get("result") or {}
             stages.append({**entry, "out": str(stage.out), **told, "result": figures})
-        return {"out": str(self.out), "status": journal.facts.get("state"), "stages": stages}
+        state = journal.facts.get("state")
+        return {"stage": self.command, "out": str(self.out), "status": state, "stages": stages}
 
 
 def _carry_out(stage: Stage, what: Todo) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Which fields name what is read, and what a stage's result can be to others, is s
 classes: `Input` beside a field, and `makes`. A name of a stage wins over a file of that name.
 """
 
+import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -165,6 +166,7 @@ class _Names:
         text = expanded(value, where=key, file=self.file, line=line)
         stem, weight = split_weight(text)
         if not kinds or stem not in self.step.scope:
+            self._warn_of_slip(stem)
             return self._outside(key, text)
         name = self.step.scope[stem]
         if name is None:
@@ -201,6 +203,12 @@ class _Names:
                 file=self.file,
                 line=line,
             )
+
+    def _warn_of_slip(self, name: str) -> None:
+        """Say where a name is nearly a stage's: a model of it would be looked for on the Hub."""
+        close = difflib.get_close_matches(name, list(self.step.scope), n=1)
+        if close and "/" not in name and not Path(name).exists():
+            log.warning("`%s` is no stage: did you mean `%s`?", name, close[0])
 
     def _warn_of_file(self, name: str, found: Stage) -> None:
         there = Path(name)

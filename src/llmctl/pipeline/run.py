@@ -7,7 +7,6 @@ from typing import Any
 from llmctl.config.stages import RunConfig
 from llmctl.config.stages.housekeeping import Stages
 from llmctl.errors import UserError
-from llmctl.pipeline.check import check
 from llmctl.pipeline.cycle import Cycle
 from llmctl.pipeline.plan import print_plan
 from llmctl.pipeline.recipe import Recipe, load
@@ -43,12 +42,14 @@ def live(recipe: Recipe, config: Stages, command: str) -> dict[str, Any] | None:
     for flag, name in (("--from", config.from_stage), ("--only", config.only)):
         if name is not None and name not in names:
             raise UserError(f"{flag} {name}: no such stage", hint=f"stages are {', '.join(names)}")
-    cycle = Cycle(stages, out, recipe.file, config)
+    cycle = Cycle(stages, out, recipe.file, config, command)
+    from llmctl.pipeline.check import check  # transformers, which a recipe refused needs not
+
     check(cycle.to_check(), deep=config.dry_run)
     if config.dry_run:
         print_plan(cycle, as_json=config.as_json)
         return None
-    return {"stage": command, **cycle.run()}
+    return cycle.run()
 
 
 def _out_of(recipe: Recipe) -> Path:

@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import psutil
 import torch
 
+from llmctl import hardware
 from llmctl.planning import scaling
 from llmctl.planning.compute import Rate, flops_per_step, flops_per_token, rate_of
 from llmctl.planning.memory import Memory, cache_bytes, memory_of
@@ -134,10 +134,10 @@ def outlook(
 
 
 def device_memory(device: str) -> float:
-    """Bytes of a GPU here, else of this machine."""
+    """Bytes of a GPU here, else of this machine that its cgroups grant."""
     if device == "cuda" and torch.cuda.is_available():
         return float(torch.cuda.mem_get_info()[1])
-    return float(psutil.virtual_memory().total)
+    return float(hardware.memory_total())
 
 
 def laws(work: Work) -> dict[str, Any]:

@@ -157,4 +157,7 @@ def _guess(
     work = pretrain_work(replace(plan, max_steps=steps), shape, device)
     assumed = f"{COMPUTE_OPTIMAL} tokens for each parameter, since --tokens says nothing"
     says = train_tokens or given or recipe.max_steps or recipe.epochs or recipe.tokens_per_parameter
-    return work, () if says else (assumed,)
+    notes = () if says else (assumed,)
+    if asked.length and shape.context and asked.length > shape.context:
+        notes = (*notes, f"the model has {shape.context:,} positions, fewer than --length")
+    return work, notes

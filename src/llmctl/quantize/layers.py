@@ -73,7 +73,7 @@ def choose_layers(model: Any, config: QuantizeConfig) -> Layers:
 
 
 def asked_to_keep(model: nn.Module, config: QuantizeConfig) -> frozenset[str]:
-    """Names of the layers with weights that `--keep` means.
+    """Names of the layers with weights that `--keep` means; of tied ones either means both.
 
     Raises:
         UserError: a name that the model has not.
@@ -81,7 +81,8 @@ def asked_to_keep(model: nn.Module, config: QuantizeConfig) -> frozenset[str]:
     wanted = [part.strip() for text in config.keep for part in text.split(",") if part.strip()]
     _require_known(wanted, [name for name, _ in model.named_modules() if name])
     named = matrices(model)
-    return frozenset(name for name in named if any(_is_in(part, name) for part in wanted))
+    meant = {id(m.weight) for n, m in named.items() if any(_is_in(part, n) for part in wanted)}
+    return frozenset(name for name, module in named.items() if id(module.weight) in meant)
 
 
 def matrices(model: nn.Module) -> dict[str, Any]:

@@ -83,7 +83,11 @@ def make_gguf(job: Job, config: QuantizeConfig, folder: Path) -> tuple[Report, P
     layers = NO_LAYERS
     if config.gguf in ("q8_0", "q4_0"):
         kept = {name: "--keep" if name in asked else WIDTH for name in written.kept}
-        layers = Layers(tuple(name for name in matrices(before) if name not in kept), kept)
+        named = matrices(before)
+        held = {id(named[name].weight) for name in kept}  # a tied one has another name, too
+        layers = Layers(
+            tuple(n for n, module in named.items() if id(module.weight) not in held), kept
+        )
     report, _ = _examine(job, config, after, layers, rivals(before, config))
     replace_folder(staging, folder)
     sizes = Sizes(written.bytes, written.bytes)  # llama.cpp maps the file, blocks as they are

@@ -12,6 +12,8 @@ from llmctl.quantize.layers import Layers
 
 SHOWN = 160
 """Characters of a sample in the log."""
+MORE_BITS = {"4 bits": "--bits 8", "q4_0": "--gguf q8_0", "q8_0": "--gguf bf16"}
+"""What is nearer to the model, by what a method's name says."""
 
 
 @dataclass(frozen=True)
@@ -124,11 +126,13 @@ class Report:
         if limit is None or found.increase <= limit:
             return
         self.show()
+        fewest = next((few for few in MORE_BITS if few in self.method), None)
+        more = f"more bits ({MORE_BITS[fewest]}), or " if fewest else ""
         error = GateError(
             f"perplexity grew by {found.increase:.2%}, from {found.perplexity_before:.3f} to "
             f"{found.perplexity_after:.3f}; --max-perplexity-increase {limit:g} allows "
             f"{limit:.2%}: nothing was written",
-            hint="keep more bits (--bits 8), or the layers that matter (--keep)",
+            hint=f"keep {more}the layers that matter (--keep)" if self.layers.taken else None,
         )
         error.report = self.facts()
         raise error

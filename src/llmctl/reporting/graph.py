@@ -185,7 +185,13 @@ def _drawn(
 
     boxes = tuple(
         Box(
-            *corner(key), n.stage, _fit(n.name, 16), _fit(n.figure), _fit(n.detail), n.state, n.link
+            *corner(key),
+            n.stage,
+            _fit(n.name, _room(n.stage)),
+            _fit(n.figure),
+            _fit(n.detail),
+            n.state,
+            n.link,
         )
         for key, n in nodes.items()
     )
@@ -209,6 +215,11 @@ def _arrow(start: tuple[int, int], end: tuple[int, int], is_upright: bool) -> st
     x1, y1, x2, y2 = start[0] + width, start[1] + height // 2, end[0] - 5, end[1] + height // 2
     middle = x2 - GAP[0] / 2
     return f"M{x1} {y1}C{middle:g} {y1} {middle:g} {y2} {x2} {y2}"
+
+
+def _room(stage: str) -> int:
+    """Letters of a name that fit beside the stage's in bold, wide ones at that."""
+    return min(16, int((BOX[0] - 28 - 7.9 * len(stage)) / 7))
 
 
 def _fit(text: str, most: int = LETTERS) -> str:

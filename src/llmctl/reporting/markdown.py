@@ -21,7 +21,7 @@ MOST_SAMPLES = 3
 
 def summary(records: Sequence[Record], notes: Sequence[str], beside: Beside, title: str) -> str:
     """The text of the summary."""
-    parts = [f"# {escaped(title)}", escaped(lede(records)), _overview(records)]
+    parts = [f"# {escaped(title)}", escaped(lede(records, beside.gates)), _overview(records)]
     parts += [f"> {escaped(note)}" for note in notes]
     gates = tables.gates_table(beside.gates)
     parts += [f"**{gates.title}**", _table(gates)] if gates else []
@@ -110,7 +110,7 @@ def _samples(samples: Samples) -> str:
 
 def _commands(records: Sequence[Record]) -> str:
     words = ([str(word) for word in record.manifest.get("command") or []] for record in records)
-    lines = [shlex.join(line) for line in words]
+    lines = list(dict.fromkeys(shlex.join(line) for line in words))
     fence = "`" * max(
         3, 1 + max((len(run) for run in re.findall("`+", "\n".join(lines))), default=0)
     )

@@ -7,7 +7,7 @@ import base64
 import hashlib
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def page(
         title=title,
         generator=GENERATOR,
         version=__version__,
-        lede=lede(records),
+        lede=lede(records, beside.gates),
         notes=notes,
         stages=shown,
         graphs=graphs(records),
@@ -101,6 +101,7 @@ def page(
         frame=(WIDTH, HEIGHT, LEFT, RIGHT),
         generated=[generated_samples(name, rows) for name, rows in beside.generated],
         gates=tables.gates_table(beside.gates),
+        repeats=repeats(shown),
         inputs=origins.inputs_table(records),
         machine=origins.machine_table(records),
         has_noise=any(line.smooth for chart in drawn for line in chart.lines),
@@ -119,16 +120,31 @@ def stages_of(records: Sequence[Record]) -> list[Stage]:
     return [_stage(name, found) for name, found in groups.items()]
 
 
-def lede(records: Sequence[Record]) -> str:
-    """What the page is on, in one sentence."""
+def lede(records: Sequence[Record], gates: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """What the page is on, in one sentence, and whether what had to hold does."""
     states = [record.state for record in records]
     time = sum(record.seconds or 0 for record in records)
     spent = f" in {wording.seconds(time)}" if time else ""
     if len(records) == 1:
-        return f"One run of llmctl {records[0].stage}, {states[0]}{spent}."
+        return f"One run of llmctl {records[0].stage}, {states[0]}{spent}.{_of_gates(gates)}"
     how = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
     all_done = states.count("completed") == len(states)
-    return f"{len(records)} runs, {'all completed' if all_done else how}{spent}."
+    ended = "all completed" if all_done else how
+    return f"{len(records)} runs, {ended}{spent}.{_of_gates(gates)}"
+
+
+def _of_gates(gates: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """How many of the gates fail, as a sentence; nothing where none does."""
+    failed = sum(gate.get("holds") is not True for _, gate in gates)
+    return f" Of {len(gates)} gates, {failed} did not hold." if failed else ""
+
+
+def repeats(shown: Sequence[Stage]) -> list[tuple[tuple[str, ...], list[str]]]:
+    """Every command once, in pieces, with the paths of the runs that it made."""
+    made: dict[tuple[str, ...], list[str]] = {}
+    for run in (run for stage in shown for run in stage.runs):
+        made.setdefault(run.command, []).append(run.path)
+    return list(made.items())
 
 
 def policy(style: str, script: str) -> str:

@@ -89,7 +89,7 @@ def read_records(named: Sequence[Path]) -> tuple[list[Record], list[str]]:
                 )
             else:
                 notes.append(f"{place.name} is left out: its records are damaged")
-    names = _names([Path(summary.path) for summary in found.values()])
+    names = names_of([Path(summary.path) for summary in found.values()])
     records = [_read(s, name) for s, name in zip(found.values(), names, strict=True)]
     if not records:
         raise DataError("all of its runs are damaged", file=named[0])
@@ -108,12 +108,20 @@ class Beside:
 
 def read_beside(named: Sequence[Path]) -> Beside:
     """Read what lies in the named folders and is no run."""
+    several = len(named) > 1
+    files = [file for path in named for file in sorted(path.glob("*.jsonl"))]
+    texts = zip(names_of(files) if several else (file.name for file in files), files, strict=True)
     generated = []
-    for file in (file for path in named for file in sorted(path.glob("*.jsonl"))):
+    for name, file in texts:
         rows, _ = _lines(file, MOST_ROWS)
         if rows and all({"prompt", "response", "finish_reason"} <= row.keys() for row in rows):
-            generated.append((clean(file.name), rows))
-    return Beside(generated, [gate for path in named for gate in _gates(path / PIPELINE)])
+            generated.append((clean(name), rows))
+    gates = [
+        (clean(f"{folder}/{stage}") if several else stage, gate)
+        for folder, path in zip(names_of(named), named, strict=True)
+        for stage, gate in _gates(path / PIPELINE)
+    ]
+    return Beside(generated, gates)
 
 
 def _gates(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -215,7 +223,7 @@ def _alarms(metrics: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _names(paths: Sequence[Path]) -> Iterator[str]:
+def names_of(paths: Sequence[Path]) -> Iterator[str]:
     """The last part of each path, with its parent where two are the same."""
     count = Counter(path.absolute().name for path in paths)
     for path in paths:

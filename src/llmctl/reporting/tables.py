@@ -26,6 +26,7 @@ KEY_FIGURES = {
     "evaluate": ("exact", "accuracy", "f1", "perplexity", "bits_per_byte", "rouge1", "bleu", "wer"),
     "dpo": ("val_accuracy", "val_loss", "val_margin", "trained_parameters", "tokens"),
 }
+SIGNS = {">=": "\N{GREATER-THAN OR EQUAL TO}", "<=": "\N{LESS-THAN OR EQUAL TO}"}
 MOST_KEY_FIGURES = 5
 MOST_ROWS = 60
 LONG = 1200
@@ -140,12 +141,13 @@ def gates_table(gates: Sequence[tuple[str, Mapping[str, Any]]]) -> Table | None:
     rows = tuple(
         (
             stage,
-            f"{wording.label(str(gate.get('figure')))} {gate.get('sign')} "
+            f"{wording.label(str(gate.get('figure')))} {SIGNS.get(sign, sign)} "
             f"{wording.value(str(gate.get('figure')), gate.get('bound'))}",
             wording.value(str(gate.get("figure")), gate.get("value")),
             "✓ holds" if gate.get("holds") is True else "✗ does not hold",
         )
         for stage, gate in gates
+        for sign in [str(gate.get("sign"))]
     )
     heads = ("stage", "must hold", "found", "")
     return Table("What had to hold", heads, rows, is_text=True) if rows else None

@@ -9,7 +9,7 @@ from llmctl.files import check_out, replace_file, writing
 from llmctl.redact import redact
 from llmctl.reporting.markdown import summary
 from llmctl.reporting.page import GENERATOR, page
-from llmctl.reporting.runs import Record, read_beside, read_records
+from llmctl.reporting.runs import Record, names_of, read_beside, read_records
 
 PAGE = Path("report.html")
 HEAD_BYTES = 4000
@@ -19,9 +19,9 @@ HEAD_BYTES = 4000
 def run(config: ReportConfig) -> dict[str, Any] | None:
     """Write the page; Markdown without a file is the result itself."""
     out = config.out or (PAGE if config.kind == "html" else None)
-    check_out(out, overwrite=config.overwrite or _is_ours(out))
+    check_out(out, overwrite=config.overwrite or is_ours(out))
     records, notes = read_records(config.runs)
-    title = redact(config.title or _title(config.runs, records))
+    title = redact(config.title or _title(config.runs))
     beside = read_beside(config.runs)
     if config.kind == "html":
         text = page(records, notes, beside, title)
@@ -40,15 +40,15 @@ def run(config: ReportConfig) -> dict[str, Any] | None:
     )
 
 
-def _title(named: list[Path], records: list[Record]) -> str:
+def _title(named: list[Path]) -> str:
     if len(named) == 1:
         return named[0].absolute().name
-    names = [record.name for record in records]
+    names = list(names_of(named))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
 
-def _is_ours(out: Path | None) -> bool:
+def is_ours(out: Path | None) -> bool:
     """Whether the file is an earlier report, which may be replaced."""
     if out is None or not out.is_file():
         return False

@@ -92,6 +92,8 @@ class QuantizeConfig(StageConfig):
                 raise ValueError(f"{self.flag(unused[0])} goes with 4 bits of --method bnb")
         if self.dynamic and (self.library != "torchao" or self.width != 8):
             raise ValueError("--dynamic goes with --method torchao and 8 bits")
+        if self.gguf in ("f16", "bf16"):
+            _refuse(self, ("keep",), given, f"--gguf {self.gguf}, which has no blocks")
         if self.library is None and self.gguf is None:
             _refuse(self, ("keep",), given, "a plain cast")
         return self
