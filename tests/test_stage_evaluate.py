@@ -673,6 +673,7 @@ def test_a_run_is_not_resumed_as_another(cli, roomy, pairs, tmp_path):
         (("--data", "pairs.jsonl", "--shots-data", "x"), 2, "--shots-data goes with --shots"),
         (("--data", "a.txt", "--task-path", "x"), 2, "--task-path goes with --tasks"),
         (("--tasks", "x", "--metrics", "exact"), 2, "--metrics goes with --data"),
+        (("--tasks", "x", "--temperature", 1), 2, "--temperature goes with --data"),
         (("--data", "a.txt", "--context", 500), 2, "the model has 128 positions"),
         (("--data", "a.txt", "--context", 8, "--stride", 9), 2, "more than --context 8"),
         (("--data", "a.txt", "--shots", 2), 2, "--shots goes with questions"),

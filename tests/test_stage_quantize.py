@@ -469,6 +469,24 @@ def test_gguf(cli, wide, tmp_path, kind):
     assert "holds no model" in refused.err
 
 
+def test_a_gguf_file_that_says_something_else_is_refused(cli, wide, tmp_path, monkeypatch):
+    from llmctl.quantize import making
+
+    def spoiled(path, config, read=making.read_back):
+        model = read(path, config)
+        with torch.no_grad():
+            weight = model.model.layers[0].mlp.down_proj.weight
+            weight.copy_(weight.flip(0) * 50)
+        return model
+
+    monkeypatch.setattr(making, "read_back", spoiled)
+    out = tmp_path / "out"
+    result = cli("quantize", "--model", wide, "--gguf", "f16", *QUICK, "-o", out)
+    assert result.code == 4, result.err
+    assert "what was read back from the file says something else: mean KL" in result.err
+    assert not (out / "gguf").exists()
+
+
 def test_the_gate_of_a_gguf_file(cli, wide, tmp_path):
     out = tmp_path / "out"
     flags = ("--gguf", "q4_0", "--max-perplexity-increase", 0)

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmctl.errors import ModelError
 
+MOST_NATS = 700
+"""A token: e to more than this is no float."""
 BATCH_TOKENS = 1 << 14
 """Tokens of one forward pass at most, but for a single window."""
 BATCH_LOGITS = 1 << 26
@@ -55,7 +57,7 @@ class Likelihood:
     @property
     def perplexity(self) -> float:
         """The exponential of the loss."""
-        return math.exp(min(self.loss, 700))
+        return math.exp(min(self.loss, MOST_NATS))
 
     @property
     def bits_per_byte(self) -> float:

@@ -16,7 +16,7 @@ from llmctl.config.sections import Sampling
 from llmctl.console import Progress
 from llmctl.decode.loop import Prompt, choose_forward, context_size, decode, eos_tokens
 from llmctl.errors import DataError, ModelError
-from llmctl.likelihood import Window, batched, make_windows, window_logits
+from llmctl.likelihood import MOST_NATS, Window, batched, make_windows, window_logits
 
 LONGEST = 1024
 """Tokens of a window at most, where the model would take more."""
@@ -85,9 +85,10 @@ def compare(before: PreTrainedModel, after: PreTrainedModel, windows: Sequence[W
             same += int((logits.argmax(-1) == others.argmax(-1)).sum())
             total += len(targets)
             progress.update(total)
-    return Fidelity(
-        total, exp(nats_before / total), exp(nats_after / total), divergence / total, same / total
+    perplexity_before, perplexity_after = (
+        exp(min(nats / total, MOST_NATS)) for nats in (nats_before, nats_after)
     )
+    return Fidelity(total, perplexity_before, perplexity_after, divergence / total, same / total)
 
 
 def _nats(logits: Tensor, targets: Tensor) -> float:

@@ -3,6 +3,7 @@
 In: a `Job`. Out: a folder that `from_pretrained` opens or a GGUF file, and the `Report` on it.
 """
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -59,6 +60,10 @@ def make_folder(job: Job, config: QuantizeConfig, folder: Path) -> Report:
     return replace(report, after=Sizes(weights_size(folder), report.after.memory))
 
 
+MOST_KL = {"f16": 0.01, "bf16": 0.05, "q8_0": 0.2}
+"""Nats a token that rounding to these types cannot explain; some ten times what was measured."""
+
+
 def make_gguf(job: Job, config: QuantizeConfig, folder: Path) -> tuple[Report, Path]:
     """Write a file for llama.cpp; what is measured is what transformers reads back from it.
 
@@ -89,6 +94,12 @@ def make_gguf(job: Job, config: QuantizeConfig, folder: Path) -> tuple[Report, P
             tuple(n for n, module in named.items() if id(module.weight) not in held), kept
         )
     report, _ = _examine(job, config, after, layers, rivals(before, config))
+    apart = report.fidelity.kl
+    if apart > MOST_KL.get(config.gguf, math.inf):
+        raise ModelError(
+            f"what was read back from the file says something else: mean KL {apart:.3g}",
+            hint="this is a fault of llmctl's; please report the model's architecture",
+        )
     replace_folder(staging, folder)
     sizes = Sizes(written.bytes, written.bytes)  # llama.cpp maps the file, blocks as they are
     return replace(report, after=sizes), folder / file.name

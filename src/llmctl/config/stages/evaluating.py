@@ -159,7 +159,11 @@ class EvaluateConfig(
             raise ValueError("--shots-data goes with --shots")
         if self.task_path and not self.tasks:
             raise ValueError("--task-path goes with --tasks")
-        clash = ("metrics", "answer_regex", "labels", "columns", "shots_data", "reward_model")
+        clash = (
+            *("metrics", "answer_regex", "labels", "columns", "shots_data", "reward_model"),
+            *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+            *("greedy", "stop", "text_column", "stride", "end", "skip_bad_rows"),
+        )
         if self.tasks and (given := [name for name in clash if name in self.given()]):
             raise ValueError(f"{self.flag(given[0])} goes with --data")
         if self.stride and self.context and self.stride > self.context:
