@@ -266,6 +266,7 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_weights(
     running.send_signal(number)
     _, err = running.communicate()
     assert running.returncode == code, err
+    assert number == signal.SIGKILL or "the same command goes on" in err
     state = json.loads((out / "pipeline.json").read_text())["stages"][1]["state"]
     assert state == ("running" if number == signal.SIGKILL else "preempted")
     result = cli("run", recipe(LONG), "-o", out)

@@ -14,7 +14,7 @@ from typing import Any
 
 from llmctl.config.sections import StageConfig
 from llmctl.console import log
-from llmctl.errors import UserError
+from llmctl.errors import Interrupted, Terminated, UserError
 from llmctl.pipeline.gates import Gate, parse_gates
 from llmctl.pipeline.recipe import Recipe, Step
 
@@ -66,6 +66,8 @@ class Stage:
     def wrong(self, error: UserError) -> UserError:
         """The error, saying which stage it is about."""
         error.message = f"stage `{self.name}`: {error.message}"
+        if isinstance(error, Interrupted | Terminated):
+            error.hint = "the same command goes on"
         return error
 
 
