@@ -313,7 +313,8 @@ def test_runs_that_are_not_of_the_life_cycle_are_not_replaced(cli, recipe, base,
     result = cli("run", recipe(), "-o", tmp_path / "out/base")
     assert result.code == 3
     assert "this is the directory of one run" in result.err
-    assert cli("run", recipe(), "-o", tmp_path / "out", "--overwrite").code == 0
+    result = cli("run", recipe(), "-o", tmp_path / "out", "--overwrite")
+    assert result.code == 0, result.err
 
 
 def test_two_at_once_in_one_directory_are_refused(cli, recipe, out):
