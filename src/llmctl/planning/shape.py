@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmctl import shapes
 from llmctl.decode.loop import context_size
-from llmctl.quantized import BLOCK
+from llmctl.quantized import BLOCK, input_width
 from llmctl.training.muon import STACKED
 from llmctl.training.optimizers import block_matrices
 
@@ -128,7 +128,7 @@ def shape_of(config: PreTrainedConfig, model: PreTrainedModel) -> Shape:
             or 0.0
         ),
         matrices=sum(m.weight.numel() for m in linear.values()) + experts,
-        divisible=sum(m.weight.numel() for m in linear.values() if not _width(m) % BLOCK),
+        divisible=sum(m.weight.numel() for m in linear.values() if not input_width(m) % BLOCK),
         head_matrix=0 if output is None else output.weight.numel(),
         muon=sum(weight.numel() for weight in block_matrices(model)),
         stack=stack,
@@ -179,14 +179,6 @@ def _experts(model: nn.Module) -> int:
 def _intermediate(text: PreTrainedConfig, said: dict[str, Any]) -> int:
     width = said.get("intermediate_size") or said.get("n_inner") or 4 * text.hidden_size
     return int(width) * int(said.get("num_experts_per_tok") or 1)
-
-
-def _width(module: nn.Module) -> int:
-    """What a layer reads."""
-    if isinstance(module, Conv1D):
-        return int(module.nx)
-    assert isinstance(module, nn.Linear)
-    return module.in_features
 
 
 def _largest_stack(model: nn.Module) -> tuple[int, int]:
