@@ -343,7 +343,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
         ("a.json", b"[ ]\n"),
         ("a.csv", b""),
         ("a.csv", b"prompt,response\n"),
-        ("a.jsonl.gz", gzip.compress(b"")),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0)),
     ],
 )
 def test_an_empty_file_is_refused(tmp_path, name, raw):
