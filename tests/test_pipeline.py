@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from llmctl.pipeline.figures import FIGURES, require_given
+from llmctl.pipeline.gates import Gate, figures
+from llmctl.pipeline.recipe import stage_names
+
 SMALL = "layers: 2, hidden: 32, heads: 2, context: 32, batch_size: 8"
 CHAIN = """
 defaults: {threads: 1}
@@ -209,11 +213,31 @@ def test_a_gate_that_fails_ends_the_run_and_one_that_is_loosened_goes_on(cli, re
     assert (out / "base/manifest.json").read_bytes() == before
 
 
-def test_a_gate_on_a_figure_that_there_is_not_is_told(cli, recipe, out):
+def test_a_gate_on_a_figure_that_no_such_stage_gives_is_refused_at_once(cli, recipe, tmp_path):
     gated = CHAIN.replace("max_steps: 20", 'max_steps: 20, gates: {val_los: "<9"}')
+    result = cli("run", recipe(gated), "-o", tmp_path / "out")
+    assert result.code == 2
+    assert "gates: `pretrain` gives no figure `val_los`: did you mean `val_loss`?" in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gate_on_a_figure_that_this_run_did_not_give_is_told(cli, recipe, out):
+    gated = CHAIN.replace("max_steps: 20", 'max_steps: 20, gates: {mfu: ">0"}')
     result = cli("run", recipe(gated), "-o", out)
     assert result.code == 8
-    assert "did you mean `val_loss`?" in result.err
+    assert "gate `mfu > 0`: the stage gave no figure of that name" in result.err
+
+
+def test_every_figure_of_a_result_can_be_gated(finished):
+    """What a stage gives and `pipeline.figures` does not know could never be demanded."""
+    seen = set()
+    for entry in json.loads((finished / "pipeline.json").read_text())["stages"]:
+        for name, value in figures(entry["result"]):
+            seen.add(entry["stage"])
+            gate = Gate(name, ">=", value)
+            require_given([gate], entry["stage"], Path("a.yaml"), None)
+    assert seen == {"tokenize", "pretrain", "generate"}
+    assert set(FIGURES) == set(stage_names())
 
 
 def test_the_exit_code_is_that_of_the_stage_that_failed(cli, recipe, out):
@@ -545,7 +569,8 @@ def test_a_foreign_page_is_refused_before_the_first_stage(cli, recipe, out):
 
 
 def test_bad_calls_are_refused(cli, recipe, tmp_path, monkeypatch):
-    assert "RECIPE is required" in cli("run").err
+    assert "give one RECIPE" in cli("run").err
+    assert "give one RECIPE" in cli("run", "a.yaml", "-c", "b.yaml").err
     result = cli("run", tmp_path / "none.yaml")
     assert (result.code, "cannot read the recipe" in result.err) == (2, True)
     result = cli("run", recipe(), "--from", "bas", "-o", tmp_path / "o")

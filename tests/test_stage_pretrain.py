@@ -14,7 +14,9 @@ import torch
 from conftest import SMALL
 from safetensors.torch import load_file
 
+from llmctl.data.shards import open_tokens
 from llmctl.files import sha256_file
+from llmctl.models import load_tokenizer
 
 STEPS = ("--max-steps", 12, "--save-every", 4, "--eval-every", 6, "--threads", 1)
 
@@ -23,8 +25,8 @@ def digest(run):
     return sha256_file(run / "model" / "model.safetensors")
 
 
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def metrics(run, name="metrics.jsonl"):
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
 
 
 def spawn(*arguments, launcher=("-m", "llmctl"), **options):
@@ -122,6 +124,47 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(cli, tokens, tmp
     assert digest(tmp_path / "a") == digest(tmp_path / "b") != digest(tmp_path / "c")
 
 
+def test_it_continues_the_same_beginnings_before_and_after(base, tokens):
+    rows = metrics(base, "samples.jsonl")
+    evaluated = [row["step"] for row in metrics(base) if "val_loss" in row]
+    assert sorted({row["step"] for row in rows}) == [0, *evaluated]
+    prompts = {row["prompt"] for row in rows}
+    assert len(prompts) == 4
+    assert len(rows) == 4 * 11
+    tokenizer = load_tokenizer(str(tokens))
+    split = open_tokens(tokens / "tokens").val
+    text = tokenizer.decode(split.window(0, split.tokens))
+    assert all(prompt in text for prompt in prompts)
+    begins = [text.index(prompt) for prompt in prompts]
+    assert all(text[:at].endswith(tokenizer.bos_token) for at in begins)
+    before, after = ([r["response"] for r in rows if r["step"] == step] for step in (0, 60))
+    assert before != after
+
+
+def test_samples_are_what_generate_says(cli, tokens, tmp_path):
+    """Prompts of several lengths are padded, and training's attention has no mask."""
+    prompts = ("A", "The old man sees a song. The")
+    asked = [word for prompt in prompts for word in ("--sample-prompt", prompt)]
+    flags = (*SMALL, "--max-steps", 40, "--eval-every", 40, "--threads", 1, "-o", tmp_path)
+    assert cli("pretrain", "--tokens", tokens, *flags, *asked, "--sample-tokens", 8).code == 0
+    said = [row["response"] for row in metrics(tmp_path, "samples.jsonl")][2:]
+    for prompt, response in zip(prompts, said, strict=True):
+        more = ("--greedy", "--max-new-tokens", 8, "--json")
+        row = json.loads(cli("generate", "--model", tmp_path, "--prompt", prompt, *more).out)
+        assert row["response"] == response
+
+
+def test_prompts_of_ones_own_are_continued_also_without_validation(cli, corpus, tmp_path):
+    tok, out = tmp_path / "tok", tmp_path / "run"
+    flags = ("--data", corpus, "--vocab-size", 300, "--val-fraction", 0, "-o", tok)
+    assert cli("tokenize", *flags).code == 0
+    flags = (*SMALL, "--max-steps", 2, "--eval-every", 1, "--threads", 1, "-o", out)
+    said = ("--sample-prompt", "The cat", "--sample-tokens", 3)
+    assert cli("pretrain", "--tokens", tok, *flags, *said).code == 0
+    rows = metrics(out, "samples.jsonl")
+    assert [(row["step"], row["prompt"]) for row in rows] == [(n, "The cat") for n in range(3)]
+
+
 def test_evaluating_and_saving_more_often_changes_nothing(cli, tokens, tmp_path):
     weights = []
     for every in (3, 12):
@@ -139,6 +182,8 @@ def test_evaluating_and_saving_more_often_changes_nothing(cli, tokens, tmp_path)
             every,
             "--eval-every",
             every,
+            "--samples",
+            every // 12,
             "-o",
             out,
         )
@@ -188,6 +233,7 @@ def test_resume_from_every_checkpoint_ends_in_the_same_bits(cli, tokens, tmp_pat
         assert cli(*run, again, "--resume").code == 0
         assert digest(again) == digest(whole)
         assert [r["step"] for r in metrics(again)] == [r["step"] for r in metrics(whole)]
+        assert metrics(again, "samples.jsonl") == metrics(whole, "samples.jsonl")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -276,7 +322,8 @@ def test_training_attends_causally_without_a_mask(base, tokens, tmp_path, monkey
 
     monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
     out = tmp_path / "run"
-    assert cli("pretrain", "--tokens", tokens, *SMALL, *STEPS, "-o", out).code == 0
+    run = ("pretrain", "--tokens", tokens, *SMALL, *STEPS, "--samples", 0, "-o", out)
+    assert cli(*run).code == 0
     assert seen == {(True, True)}
     assert "sdpa_causal" not in (out / "model" / "config.json").read_text()
 

@@ -146,9 +146,8 @@ def test_validation_loss_is_the_mean_over_all_trained_tokens(tuned, chats):
 
 def test_samples_are_kept(tuned):
     rows = metrics(tuned, "samples.jsonl")
-    assert {row["step"] for row in rows} == {
-        row["step"] for row in metrics(tuned) if "val_loss" in row
-    }
+    evaluated = {row["step"] for row in metrics(tuned) if "val_loss" in row}
+    assert {row["step"] for row in rows} == {0, *evaluated}
     assert len({row["prompt"] for row in rows}) == 2
     assert rows[-1]["finish_reason"] == "eos"
 

@@ -14,6 +14,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 SHORT = 16_384
 """Tokens times head size up to which float32 is the faster: measured from 32 to 128 a head."""
 
+CAUSAL = "sdpa_causal"
+"""Attention of windows without padding: it never gets a mask."""
+
 
 def attend(
     module: nn.Module,

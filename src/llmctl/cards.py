@@ -165,6 +165,7 @@ def _made(line: list[Step]) -> str:
     """The command, then every run before it and every file that went in."""
     command = [portable(str(word)) for word in line[-1].manifest.get("command") or []]
     parts = [f"```sh\n{shlex.join(command)}\n```"] if command else []
+    parts.append("The run's `recipe.yaml` holds every setting as it was resolved.")
     rows = [_step_row(step) for step in line]
     parts.append(_table(("stage", "run", "inputs"), rows))
     revision = (line[-1].manifest.get("git") or {}).get("commit")

@@ -42,11 +42,20 @@ LABELS = {
     "shared_prompts": "Validation prompts answered otherwise",
     "short": "Sequences of a single token",
     "skipped": "Rows that could not be read",
+    "slower": "Generates more slowly than with weights in",
     "step": "Steps",
     "tokens_max": "Tokens of the longest",
     "tokens_median": "Tokens of the median",
     "tokens_min": "Tokens of the shortest",
     "tokens_p95": "Tokens of the 95th in 100",
+    "negative_kl": "the KL stays below zero",
+    "exploding_kl": "the KL explodes",
+    "longer_and_better": "scores and lengths rise together",
+    "collapsed_entropy": "the entropy collapses",
+    "falling_eos": "fewer and fewer responses end by themselves",
+    "useless_values": "the value model explains less than a constant would",
+    "clipping": "the policy is clipped at more than 4 tokens of 10",
+    "flat_scores": "every response has the same score",
     "trained_share": "Share of tokens trained on",
     "trained_tokens": "Tokens trained on",
     "truncated": "Share of rows cut",
@@ -194,7 +203,12 @@ def energy(kwh: float) -> str:
 
 
 def figures(result: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Keys and values of a result that are figures: no paths, no states, no tables."""
+    """Keys and values of a result that are figures: no paths, no states, no tables.
+
+    PPO's `val_loss` is none of them: it is a score and a KL, which are there, in one number.
+    """
+    if "val_win_rate" in result:
+        result = {key: value for key, value in result.items() if key != "val_loss"}
     plain = {k: v for k, v in result.items() if isinstance(v, int | float) or _is_interval(v)}
     return [(key, found) for key, found in plain.items() if not isinstance(found, bool)]
 

@@ -176,7 +176,8 @@ class Samples(Fields):
     """What the model writes while it learns."""
 
     samples: NonNegativeCount = 4
-    """Validation prompts to answer at every evaluation, into samples.jsonl; 0 answers none."""
+    """Validation prompts, or beginnings of its texts, to answer before the first step and at every
+    evaluation, into samples.jsonl; 0 answers none."""
 
     sample_prompt: Annotated[list[str], Also("sample-prompts")] = []
     """Prompt to answer instead (repeatable)."""

@@ -55,9 +55,8 @@ def _check_outside(stage: Stage) -> None:
                 raise DataError(f"{field}: a life cycle does not read stdin", hint="name a file")
             stem = text if Path(text).expanduser().exists() else split_weight(text)[0]
             if "data" in kinds[field]:
-                if not _is_hub_id(stem):
-                    with tempfile.TemporaryDirectory(prefix="llmctl-") as spool:
-                        find_sources([stem], Path(spool))
+                with tempfile.TemporaryDirectory(prefix="llmctl-") as spool:
+                    find_sources([stem], Path(spool))
             elif kinds[field] and not _may_be_there(stem, kinds[field]):
                 raise UserError(
                     f"{field}: no stage, run or folder `{stem}`",

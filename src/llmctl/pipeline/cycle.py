@@ -76,6 +76,14 @@ class Cycle:
                 anew.add(stage.name)
             yield stage, todo(stage, address, known, anew=forced)
 
+    def has_work(self) -> bool:
+        """Whether any stage is to run: what is complete needs no check.
+
+        Raises:
+            OutputError: as `todos`.
+        """
+        return any(what not in (None, "skip") for _, what in self.todos(read_journal(self.out)))
+
     def to_check(self) -> tuple[Stage, ...]:
         """The stages that may run."""
         if self.config.only:

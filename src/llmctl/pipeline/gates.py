@@ -75,27 +75,27 @@ def judge(gates: tuple[Gate, ...], result: Mapping[str, Any]) -> tuple[Verdict, 
     Raises:
         GateError: the result has no such figure.
     """
-    figures = dict(_figures(result, ""))
+    found = dict(figures(result))
     for gate in gates:
-        if gate.figure not in figures:
-            close = difflib.get_close_matches(gate.figure, list(figures), n=1)
+        if gate.figure not in found:
+            close = difflib.get_close_matches(gate.figure, list(found), n=1)
             raise GateError(
                 f"gate `{gate}`: the stage gave no figure of that name"
                 + (f": did you mean `{close[0]}`?" if close else ""),
-                hint=f"it gave {', '.join(list(figures)[:12])}",
+                hint=f"it gave {', '.join(list(found)[:12])}",
             )
     return tuple(
-        Verdict(gate, figures[gate.figure], SIGNS[gate.sign](figures[gate.figure], gate.bound))
+        Verdict(gate, found[gate.figure], SIGNS[gate.sign](found[gate.figure], gate.bound))
         for gate in gates
     )
 
 
-def _figures(value: Mapping[str, Any], before: str) -> Iterator[tuple[str, float]]:
-    """Every number in a result, those of inner objects as `outer.inner`."""
+def figures(value: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of a result, those of inner objects as `outer.inner`."""
     for key, item in value.items():
         if isinstance(item, bool):
             continue
         if isinstance(item, int | float):
             yield before + key, float(item)
         elif isinstance(item, Mapping):
-            yield from _figures(item, f"{before}{key}.")
+            yield from figures(item, f"{before}{key}.")

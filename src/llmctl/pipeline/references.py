@@ -15,6 +15,7 @@ from typing import Any
 from llmctl.config.sections import StageConfig
 from llmctl.console import log
 from llmctl.errors import Interrupted, Terminated, UserError
+from llmctl.pipeline.figures import require_given
 from llmctl.pipeline.gates import Gate, parse_gates
 from llmctl.pipeline.recipe import Recipe, Step
 
@@ -143,6 +144,7 @@ def _resolve(
         error.file, error.line = str(file), error.line or step.line
         raise
     gates = parse_gates(step.gates, file, step.line)
+    require_given(gates, step.stage, file, step.line)
     needs = {key: tuple(found) for key, found in names.needs.items()}
     outside = {key: tuple(found) for key, found in names.outside.items()}
     spelled = {key: tuple(found) for key, found in names.spelled.items()}

@@ -15,8 +15,7 @@ from llmctl.pipeline.references import expanded, resolve
 
 def run(config: RunConfig) -> dict[str, Any] | None:
     """Run what has changed, and say how every stage stands; None after a dry run."""
-    assert config.recipe_file is not None
-    return live(load(config.recipe_file), config, "run")
+    return live(load(config.recipe_path), config, "run")
 
 
 def live(recipe: Recipe, config: Stages, command: str) -> dict[str, Any] | None:
@@ -43,9 +42,10 @@ def live(recipe: Recipe, config: Stages, command: str) -> dict[str, Any] | None:
         if name is not None and name not in names:
             raise UserError(f"{flag} {name}: no such stage", hint=f"stages are {', '.join(names)}")
     cycle = Cycle(stages, out, recipe.file, config, command)
-    from llmctl.pipeline.check import check  # transformers, which a recipe refused needs not
+    if config.dry_run or cycle.has_work():
+        from llmctl.pipeline.check import check  # transformers, not needed where nothing is to do
 
-    check(cycle.to_check(), deep=config.dry_run)
+        check(cycle.to_check(), deep=config.dry_run)
     if config.dry_run:
         print_plan(cycle, as_json=config.as_json)
         return None

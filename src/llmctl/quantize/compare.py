@@ -118,7 +118,7 @@ def write_samples(
         found = decode(model, asked, greedy, eos=eos, tokenizer=tokenizer)
         ordered = sorted(found, key=lambda response: response.index)
         texts.append([response.text for response in ordered])
-    spoken = [tokenizer.decode(prompt.tokens, skip_special_tokens=True) for prompt in asked]
+    spoken = [tokenizer.decode(prompt.tokens) for prompt in asked]
     return [Sample(*parts) for parts in zip(spoken, *texts, strict=True)]
 
 

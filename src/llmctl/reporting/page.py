@@ -102,6 +102,7 @@ def page(
         generated=[generated_samples(name, rows) for name, rows in beside.generated],
         gates=tables.gates_table(beside.gates),
         repeats=repeats(shown),
+        again=again(records[0]),
         inputs=origins.inputs_table(records),
         machine=origins.machine_table(records),
         has_noise=any(line.smooth for chart in drawn for line in chart.lines),
@@ -209,6 +210,12 @@ def _run(number: int, record: Record) -> Run:
         tables=tuple(tables.nested_tables(record)),
         folds_tables=record.stage == "tokenize",
     )
+
+
+def again(record: Record) -> tuple[str, ...]:
+    """The command that makes a run again elsewhere, from its resolved recipe, in pieces."""
+    recipe, out = (shlex.quote(f"{record.path}{end}") for end in ("/recipe.yaml", "-again"))
+    return ("llmctl", record.stage, f"-c {recipe}", f"-o {out}")
 
 
 def _words(record: Record) -> Iterator[str]:

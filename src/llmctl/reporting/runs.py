@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from llmctl import wording
 from llmctl.claim import METRICS, SAMPLES, as_object, read_json
 from llmctl.config.reading import read_recipe
 from llmctl.console import SEEN
@@ -217,7 +218,7 @@ def _alarms(metrics: Sequence[dict[str, Any]]) -> list[str]:
         for name in found if isinstance(found, list) else []:
             rang.setdefault(str(name), []).append(row.get("step"))
     return [
-        f"alarm at step {steps[0]}: {name}"
+        f"alarm at step {steps[0]}: {wording.label(name)}"
         + (f", and {len(steps) - 1} more times" if len(steps) > 1 else "")
         for name, steps in rang.items()
     ]

@@ -52,11 +52,11 @@ def samples_of(record: Record) -> Iterator[Samples]:
         last = best if best in steps else steps[-1] if steps else None
         compares = any("before" in row for row in rows)
         found = list(_compared(rows, last) if compares else _grown(rows, steps, last))
-        yield Samples("Before and now", tuple(found[:MOST]), len(found[MOST:]))
+        yield Samples("Texts before and after", tuple(found[:MOST]), len(found[MOST:]))
     twice = [row for row in record.result.get("samples") or [] if isinstance(row, dict)]
     if twice:
         both = [Sample(_prompt(row), tuple(_both(row))) for row in twice]
-        yield Samples("Before and after", tuple(both[:MOST]), len(both[MOST:]))
+        yield Samples("Texts before and after", tuple(both[:MOST]), len(both[MOST:]))
     judged: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in record.rows:
         if "response" in row:
@@ -112,7 +112,7 @@ def _grown(
     by_prompt: dict[str, list[Said]] = {}
     for step in wanted:
         for row in (row for row in rows if row.get("step") == step):
-            label = "response" if step is None else f"step {step:,}"
+            label = "response" if step is None else f"step {step:,}" if step else "before"
             ended = row.get("finish_reason") != "length"
             said = Said(label, cut(str(row.get("response", ""))), ended=ended)
             by_prompt.setdefault(cut(row["prompt"]), []).append(said)

@@ -5,7 +5,6 @@ it: the base below the adapter where there is one, else log-probabilities that a
 anything is trained or restored. Either way there is no second model.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -54,8 +53,6 @@ class Material:
     tokenizer: PreTrainedTokenizerBase
     train: PairRows
     val: PairRows | None
-    after_evaluation: Callable[[int], None]
-    """Called on every rank with the step, the model in eval mode."""
 
 
 class Compared(NamedTuple):
@@ -257,7 +254,6 @@ class PreferenceTrainer(Tuned, DPOTrainer):
                 weights = batch["weights"].double()
                 sums += torch.stack([(found.losses * weights).sum(), weights.sum(), *found.sums])
             loss, weight, *means, pairs = self.accelerator.reduce(sums, "sum").tolist()
-            self._material.after_evaluation(self.job.progressed.step)
         model.train(was_training)
         named = zip(self.measured, means, strict=True)
         result = {"val_loss": loss / weight, **{f"val_{k}": v / pairs for k, v in named}}

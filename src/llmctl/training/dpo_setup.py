@@ -104,12 +104,13 @@ def build(config: DpoConfig, data: PreferenceData, found: Prepared, run: Run) ->
         "chunked_loss": config.chunked_loss,
         "load_in": load_in(config),
     }
-    terms = Terms(run, rhythm_of(config, found.plan), identity, config.group_by_length)
     trained = [pair.chosen for pair in data.preferences.train]
     asks = asks_of(config, data.written.chat, trained, asked(data))
     sampler = Sampler(config, asks, data.tokenizer, found.model, found.stops, run)
+    rhythm = rhythm_of(config, found.plan)
+    terms = Terms(run, rhythm, identity, config.group_by_length, sampler.write)
     return PreferenceTrainer(
-        Material(found.model, data.tokenizer, found.train, found.val, sampler.write),
+        Material(found.model, data.tokenizer, found.train, found.val),
         found.plan,
         make_arguments(config, found.plan, hardware.pick_device(config.device)),
         terms,

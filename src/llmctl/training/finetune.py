@@ -125,11 +125,12 @@ def build(config: SftConfig, data: SupervisedData, tuning: Tuning, run: Run) -> 
         "chunked_loss": config.chunked_loss,
         "load_in": load_in(config),
     }
-    terms = Terms(run, rhythm_of(config, tuning.plan), identity, config.group_by_length)
     asks = asks_of(config, data.format, data.train_examples, data.val_examples)
     sampler = Sampler(config, asks, data.tokenizer, tuning.model, tuning.stops, run)
+    rhythm = rhythm_of(config, tuning.plan)
+    terms = Terms(run, rhythm, identity, config.group_by_length, sampler.write)
     return SupervisedTrainer(
-        Material(tuning.model, data.tokenizer, tuning.train, tuning.val, sampler.write),
+        Material(tuning.model, data.tokenizer, tuning.train, tuning.val),
         tuning.plan,
         make_arguments(config, tuning.plan, hardware.pick_device(config.device)),
         terms,

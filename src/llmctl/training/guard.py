@@ -149,7 +149,8 @@ def finish_step(job: Job, meter: Meter, verdict: Verdict) -> None:
     if done.step % rhythm.log_every == 0 or last:
         meter.log(verdict.loss, verdict.grad_norm)
     improved = False
-    if job.evaluate is not None and (done.step % rhythm.eval_every == 0 or last):
+    due = done.step % rhythm.eval_every == 0 or last
+    if due and job.evaluate is not None:
         with meter.paused():
             found = job.evaluate()
             improved = meter.log_evaluation(found)
@@ -157,6 +158,9 @@ def finish_step(job: Job, meter: Meter, verdict: Verdict) -> None:
             error = DivergedError(f"step {done.step:,}: val_loss {found['val_loss']:g}")
             error.told = job.rank > 0
             raise error
+    if due:
+        with meter.paused():
+            job.sample(done.step)
     if improved or last or verdict.signal or done.step % rhythm.save_every == 0:
         with meter.paused():
             save(job, meter)

@@ -77,6 +77,8 @@ class Job:
     """Measure `val_loss` and more, leaving no trace; collective. None without validation data."""
     lr: Callable[[], float]
     """Learning rate of the step just done."""
+    sample: Callable[[int], None] = lambda step: None
+    """Write down what the model says at a step, leaving no trace; called on every rank."""
     extras: Callable[[], dict[str, Any]] = dict
     """Further metrics since the last call."""
     progressed: Progressed = field(default_factory=Progressed)

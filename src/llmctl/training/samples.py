@@ -1,28 +1,40 @@
-"""What a model says while it learns: the same prompts, answered at every evaluation."""
+"""What a model says as it learns: the same prompts, answered before the first step and at every
+evaluation.
+"""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
+from llmctl.attention import CAUSAL
 from llmctl.claim import SAMPLES
 from llmctl.config.sections import Sampling
 from llmctl.config.supervised import Samples
 from llmctl.console import log
 from llmctl.data.examples import Example
 from llmctl.data.rendering import ChatFormat
+from llmctl.data.shards import TokenSplit
 from llmctl.decode.forward import HuggingFaceForward
 from llmctl.decode.loop import Prompt, decode, room
 from llmctl.decode.prompts import encode_text
 from llmctl.errors import ModelError
 from llmctl.rundir import Run
+from llmctl.training.state import generators_kept
 
+BEGINNING = 16
+"""Tokens of a text that a model is given to continue."""
+FAR = 4096
+"""Tokens among which the beginning of a text is looked for."""
 Ask = tuple[str, list[int]]
 """A prompt, as text and as tokens."""
 
 
 class Sampler:
-    """Answers the same prompts at every evaluation, into samples.jsonl."""
+    """Answers the same prompts into samples.jsonl."""
 
     def __init__(
         self,
@@ -42,11 +54,15 @@ class Sampler:
         """Answer on the main process; greedy, so that only the model changes."""
         if not (self.run.is_main and self.asks):
             return
+        was_training = self.model.training
+        self.model.eval()
         try:
-            self._answer(step)
+            with generators_kept(), _as_generating(self.model):
+                self._answer(step)
         except ModelError as error:
             log.warning("no samples: %s", error.message)
             self.asks = []
+        self.model.train(was_training)
 
     def _answer(self, step: int) -> None:
         responses = decode(
@@ -64,6 +80,35 @@ class Sampler:
                 "finish_reason": response.finish_reason,
             }
             self.run.log({"step": step, **shown}, SAMPLES)
+
+
+@contextmanager
+def _as_generating(model: Any) -> Iterator[None]:
+    """Attention that minds padding, and nothing compiled anew for the shapes of decoding."""
+    attention = model.config._attn_implementation
+    if attention == CAUSAL:
+        model.set_attn_implementation("sdpa")
+    is_compiled = getattr(model, "_compiled_call_impl", None) is not None
+    try:
+        with torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
+            yield
+    finally:
+        if attention == CAUSAL:
+            model.set_attn_implementation(attention)
+
+
+def beginnings(config: Samples, tokenizer: PreTrainedTokenizerBase, split: TokenSplit) -> list[Ask]:
+    """What a model continues: what the user gave, else beginnings of texts all over the split."""
+    if config.sample_prompt:
+        return [(text, encode_text(tokenizer, text)) for text in config.sample_prompt]
+    eos, asks = tokenizer.eos_token_id, []
+    for number in range(config.samples):
+        start = split.tokens * number // config.samples
+        near = split.window(start, min(FAR, split.tokens - start))
+        ends = np.flatnonzero(near[:-BEGINNING] == eos)
+        tokens = near[ends[0] + 1 if len(ends) and start else 0 :][:BEGINNING].tolist()
+        asks.append((tokenizer.decode(tokens, skip_special_tokens=True), tokens))
+    return list({text: (text, tokens) for text, tokens in asks}.values())
 
 
 def asks_of(

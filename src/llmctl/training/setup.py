@@ -11,7 +11,7 @@ from accelerate.utils import set_seed
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedTokenizerBase
 
 from llmctl import hardware, shapes
-from llmctl.attention import attend
+from llmctl.attention import CAUSAL, attend
 from llmctl.config.stages import PretrainConfig
 from llmctl.console import log, short
 from llmctl.data.shards import TokenIndex, open_tokens
@@ -28,6 +28,7 @@ from llmctl.training.optimizers import make_optimizers
 from llmctl.training.placement import is_sharded
 from llmctl.training.plan import Plan, make_plan, preset_for
 from llmctl.training.probe import agreed_batch, largest_batch
+from llmctl.training.samples import Sampler, beginnings
 from llmctl.training.state import architecture, capture
 from llmctl.training.trainer import Trainer
 
@@ -115,6 +116,10 @@ def build(config: PretrainConfig, setup: Setup, run: Run) -> Trainer:
         model.compile()
     placed, *wrapped = accelerator.prepare(model, *make_optimizers(model, plan, device))
     optimizers = [optimizer.optimizer for optimizer in wrapped]
+    split = setup.index.val or setup.index.train
+    asks = [] if is_sharded(accelerator) else beginnings(config, setup.tokenizer, split)
+    stops = [] if setup.tokenizer.eos_token_id is None else [int(setup.tokenizer.eos_token_id)]
+    sampler = Sampler(config, asks, setup.tokenizer, model, stops, run)
     job = Job(
         title="pretrain",
         run=run,
@@ -126,6 +131,7 @@ def build(config: PretrainConfig, setup: Setup, run: Run) -> Trainer:
         capture=lambda: capture(placed, optimizers, job.progressed, rank=job.rank),
         evaluate=None if setup.index.val is None else lambda: evaluate(trainer),
         lr=lambda: plan.lr_at(job.progressed.step - 1),
+        sample=sampler.write,
     )
     trainer = Trainer(placed, optimizers, plan, train, setup.index.val, job)
     return trainer
@@ -227,8 +233,8 @@ def _attend_causally(model: Any) -> None:
     shape = model.config.to_dict()
     windowed = shape.get("sliding_window") is not None and shape.get("use_sliding_window", True)
     if model.config._attn_implementation == "sdpa" and not windowed:
-        AttentionInterface.register("sdpa_causal", attend)
-        model.set_attn_implementation("sdpa_causal")
+        AttentionInterface.register(CAUSAL, attend)
+        model.set_attn_implementation(CAUSAL)
 
 
 def _architecture(

@@ -5,7 +5,6 @@ loss is that of the tokens that count (`head.py`), and validation is a mean over
 Trainer's is a mean over batches.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +33,6 @@ class Material:
     tokenizer: PreTrainedTokenizerBase
     train: Rows
     val: Rows | None
-    after_evaluation: Callable[[int], None]
-    """Called on every rank with the step, the model in eval mode."""
 
 
 class SupervisedTrainer(Tuned, SFTTrainer):
@@ -107,7 +104,6 @@ class SupervisedTrainer(Tuned, SFTTrainer):
                     found = counted_loss(model, self._head, batch, chunked=self._chunked)
                 sums += torch.stack([found.loss, found.correct, found.tokens]).double()
             loss, correct, tokens = self.accelerator.reduce(sums, "sum").tolist()
-            self._material.after_evaluation(self.job.progressed.step)
         model.train(was_training)
         return {"val_loss": loss / tokens, "val_token_accuracy": correct / tokens}
 

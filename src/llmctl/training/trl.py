@@ -6,7 +6,7 @@ is off: its checkpoints are neither atomic nor verified, its resume is exact for
 it reports NaN as 0.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,8 @@ class Terms:
     identity: dict[str, Any]
     """What decides the weights beside optimizer and shape: data, the base's weights, packing."""
     group_by_length: bool = False
+    sample: Callable[[int], None] = lambda step: None
+    """As of a job."""
 
 
 class Reliable(Trainer):  # type: ignore[misc]
@@ -91,6 +93,7 @@ class Reliable(Trainer):  # type: ignore[misc]
             capture=self._capture,
             evaluate=None if self.eval_dataset is None else self._measure,
             lr=lambda: self._lr,
+            sample=terms.sample,
             extras=self._extras,
         )
 
@@ -114,6 +117,9 @@ class Reliable(Trainer):  # type: ignore[misc]
             Progress(self.job.title, self.job.rhythm.max_steps) as self._progress,
         ):
             self._progress.start_at(self.job.progressed.step)
+            if self.job.progressed.step == 0:
+                with self._meter.paused():
+                    self.job.sample(0)
             if not is_over(self.job):
                 self.train()
             elif self._content is not None:

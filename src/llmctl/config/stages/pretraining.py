@@ -18,6 +18,7 @@ from llmctl.config.sections import (
     Resumable,
     StageConfig,
 )
+from llmctl.config.supervised import Samples
 
 PRESETS = ("nano", "tiny", "mini", "small", "medium", "large", "1b", "3b", "8b")
 
@@ -110,7 +111,7 @@ class TokenLength(Length):
 
 
 class PretrainConfig(
-    Corpus, Shape, TokenLength, Batch, Optimizer, Evaluation, Placement, Resumable
+    Corpus, Shape, TokenLength, Batch, Optimizer, Evaluation, Samples, Placement, Resumable
 ):
     """Train a causal language model from scratch, or continue one."""
 
