@@ -120,15 +120,16 @@ class Cycle:
         return {**self._result(journal, view), "report": page}
 
     def _run_all(self, journal: Journal, view: View) -> None:
-        from llmctl.pipeline.isolation import Beginning  # torch, which a refused recipe needs not
-
-        beginning = Beginning()
+        beginning = None
         for stage, what in self.todos(journal):
             if what is None:
                 view.end(stage.name, "left", {})
             elif what == "skip":
                 self._skip(stage, journal, view)
             else:
+                from llmctl.pipeline.isolation import Beginning  # torch, for stages that run
+
+                beginning = beginning or Beginning()
                 with beginning.again():
                     self._run_one(stage, what, journal, view)
 
