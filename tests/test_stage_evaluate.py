@@ -1,9 +1,14 @@
 """`llmctl evaluate`: its figures by definition, its rows, comparing, resuming, and refusals."""
 
+import contextlib
 import json
 import math
+import os
+import pty
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -130,6 +135,22 @@ def test_stdout_is_the_path_or_the_figures(cli, roomy, texts, tmp_path):
     assert "stage: evaluate" in planned.out
     assert "3 rows (documents)" in planned.err
     assert not (tmp_path / "none").exists()
+
+
+def test_a_terminal_shows_the_figures_once(roomy, texts):
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "llmctl", "evaluate", "--model", roomy, "--data", texts]
+    child = subprocess.Popen(
+        command, stdout=slave, stderr=slave, env={**os.environ, "TERM": "vt100"}
+    )
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while block := os.read(master, 4096):
+            shown += block
+    assert child.wait() == 0
+    os.close(master)
+    assert shown.count(b"bits_per_byte") == 1
 
 
 def test_perplexity_of_answers_is_that_of_their_tokens(figures, roomy, pairs):

@@ -161,6 +161,21 @@ def test_a_recipe_for_another_model(cli, tmp_path):
     assert (run["steps"], run["length"], run["tokens"]) == (300, 128, 300 * 8 * 128)
 
 
+@pytest.mark.parametrize(
+    ("stage", "words", "message"),
+    [
+        ("sft", ("--rows", 9), "--rows: the data is read"),
+        ("sft", ("--tokens", "1M"), "--tokens is of pretraining"),
+        ("pretrain", ("--rows", 9), "--rows is of examples"),
+    ],
+)
+def test_flags_that_would_change_nothing_are_refused(cli, tmp_path, stage, words, message):
+    rest = {"model": "m", "data": ["d"]} if stage == "sft" else {"tokens": "absent"}
+    result = cli("plan", recipe_of(tmp_path, stage, **rest), *words)
+    assert result.code == 2
+    assert message in result.err
+
+
 def test_a_recipe_whose_tokens_are_not_there_yet(cli, tmp_path):
     recipe = recipe_of(tmp_path, "pretrain", tokens="absent", size="small", arch="gpt2")
     found = planned(cli, "plan", recipe, "--json", "--tokens", "2.5B")
@@ -221,4 +236,4 @@ def test_more_tokens_than_positions_are_noted(cli):
     asked = ("plan", "--shape", "gpt2-124m", "--json", "--length")
     notes = [json.loads(cli(*asked, length).out)["notes"] for length in (1024, 1025)]
     assert not any("positions" in note for note in notes[0])
-    assert "the model has 1,024 positions, fewer than --length" in notes[1]
+    assert "the model has 1,024 positions, fewer than the 1,025 of a sequence" in notes[1]

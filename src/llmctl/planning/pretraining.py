@@ -13,7 +13,7 @@ from llmctl.models import load_config
 from llmctl.planning.found import shape_to_train
 from llmctl.planning.known import VOCABULARY, config_of
 from llmctl.planning.outlook import Outlook, outlook
-from llmctl.planning.shape import Shape
+from llmctl.planning.shape import Shape, too_long
 from llmctl.planning.work import Work
 from llmctl.training.plan import COMPUTE_OPTIMAL, Plan, make_plan, preset_for
 from llmctl.training.setup import LONGEST_CONTEXT, prepare
@@ -158,6 +158,4 @@ def _guess(
     assumed = f"{COMPUTE_OPTIMAL} tokens for each parameter, since --tokens says nothing"
     says = train_tokens or given or recipe.max_steps or recipe.epochs or recipe.tokens_per_parameter
     notes = () if says else (assumed,)
-    if asked.length and shape.context and asked.length > shape.context:
-        notes = (*notes, f"the model has {shape.context:,} positions, fewer than --length")
-    return work, notes
+    return work, (*notes, *too_long(shape, asked.length or 0))

@@ -34,6 +34,7 @@ from llmctl.planning.found import (
 )
 from llmctl.planning.known import config_of
 from llmctl.planning.pretraining import LONGEST, Planned, plan_pretrain
+from llmctl.planning.shape import too_long
 from llmctl.ppo.plan import make_ppo_plan
 from llmctl.ppo.prompts import PromptFormat, encode_prompts
 from llmctl.ppo.rewards import weighted
@@ -85,6 +86,7 @@ def _plan_tuning(recipe: Tuned, asked: PlanConfig, device: str) -> Planned:
         lengths = [asked.length or limit] * (asked.rows or ROWS)
         notes = (f"the data is not read: every sequence has {lengths[0]:,} tokens",)
     shape = shape_to_train(config, labels=config.num_labels if scores(recipe) else 0)
+    notes = (*notes, *too_long(shape, asked.length or 0))
     trained = _trained(recipe, config, shape.parameters, labelled=scores(recipe))
     plan = make_tuning_plan(
         recipe,
@@ -143,6 +145,7 @@ def _plan_ppo(recipe: PpoConfig, asked: PlanConfig, device: str) -> Planned:
     else:
         prompts = [asked.length or PROMPT] * (asked.rows or ROWS)
         notes = (f"the data is not read: every prompt has {prompts[0]:,} tokens",)
+        notes = (*notes, *too_long(shape, prompts[0] + recipe.max_new_tokens))
     plan = make_ppo_plan(
         recipe,
         parameters=shape.parameters,

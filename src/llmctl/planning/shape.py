@@ -136,6 +136,13 @@ def shape_of(config: PreTrainedConfig, model: PreTrainedModel) -> Shape:
     )
 
 
+def too_long(shape: Shape, length: int) -> tuple[str, ...]:
+    """A note where sequences of so many tokens, 0 for unknown, are more than the model can hold."""
+    if shape.context is None or length <= shape.context:
+        return ()
+    return (f"the model has {shape.context:,} positions, fewer than the {length:,} of a sequence",)
+
+
 def _parts(model: PreTrainedModel) -> dict[str, int]:
     """Parameters by part, each counted where it comes first."""
     found = dict.fromkeys(PARTS, 0)

@@ -78,7 +78,8 @@ class Report:
         found, speeds = self.fidelity, dict(self.speeds)
         after = speeds.pop("after", None)
         own = next(iter(speeds.values()))
-        log.info("%s, measured on %s tokens of %s:", self.method, f"{found.tokens:,}", self.text)
+        unit = "token" if found.tokens == 1 else "tokens"
+        log.info("%s, measured on %s %s of %s:", self.method, f"{found.tokens:,}", unit, self.text)
         rows = [
             ("", "before", "after", ""),
             ("weights on disk", *_bytes(self.before.disk, self.after.disk)),

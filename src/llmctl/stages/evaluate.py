@@ -1,11 +1,13 @@
 """`llmctl evaluate`: a model, or two, and data in; rows, figures and what holds of them out."""
 
+import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from llmctl.config.stages import EvaluateConfig
-from llmctl.console import log
+from llmctl.console import is_terminal, log
 from llmctl.dryrun import show_recipes
 from llmctl.errors import GateError
 from llmctl.evaluate.evaluation import Evaluation, evaluate, prepare, require_same
@@ -36,6 +38,8 @@ def run(config: EvaluateConfig) -> dict[str, Any] | None:
         _settle(config, place, result)
     if config.out is not None or config.as_json:
         return result if config.out is not None else _without(result, "out")
+    if is_terminal() and sys.stdout.isatty() and log.isEnabledFor(logging.INFO):
+        return None  # the table is in sight
     for name, value in figures_in(result).items():
         print(name, f"{value:.6g}" if isinstance(value, float) else value)
     return None

@@ -38,6 +38,7 @@ def run(config: PlanConfig) -> dict[str, Any] | None:
         work, model, notes = plan_shape(config, device)
     else:
         recipe = _read(config.file, config.batch_size)
+        _require_used(config, recipe)
         device = pick(recipe.device if config.device == "auto" else config.device, config)
         hardware.set_threads(recipe.threads)
         work, model, notes = plan_recipe(recipe, config, device)
@@ -54,6 +55,28 @@ def run(config: PlanConfig) -> dict[str, Any] | None:
         return {"stage": "plan", **found.as_json(), "of": work.stage}
     show(lines(found), sys.stdout)
     return None
+
+
+def _require_used(config: PlanConfig, recipe: Recipe) -> None:
+    """Refuse flags that would change nothing in this plan.
+
+    Raises:
+        UserError: such a flag.
+    """
+    pretrains = isinstance(recipe, PretrainConfig)
+    if config.tokens and not pretrains:
+        raise UserError(
+            "--tokens is of pretraining", hint="--rows says how many examples there are"
+        )
+    if config.rows and pretrains:
+        raise UserError(
+            "--rows is of examples", hint="--tokens says how much there is to pretrain on"
+        )
+    if config.rows and config.shape is None and config.length is None:
+        raise UserError(
+            "--rows: the data is read, and has rows of its own",
+            hint="with --length it is not read",
+        )
 
 
 def _read(path: Path, batch_size: int | None) -> Recipe:
