@@ -38,6 +38,7 @@ FLOORS = [  # a module imports from floors below its own, and from its own packa
         "headed",
         "launch",
         "likelihood",
+        "low_rank",
         "models",
         "embeddings",
         "adapters",

@@ -192,6 +192,8 @@ def put_adapter(model: PreTrainedModel, adapter: Adapter, kind: Kind = "CAUSAL_L
         set_peft_model_state_dict,
     )
 
+    from llmctl.low_rank import fuse  # peft
+
     folder = adapter.folder
     _grow(model, adapter)
     try:
@@ -225,7 +227,7 @@ def put_adapter(model: PreTrainedModel, adapter: Adapter, kind: Kind = "CAUSAL_L
         )
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return adapted.eval()
+    return fuse(adapted.eval())
 
 
 def _grow(model: PreTrainedModel, adapter: Adapter) -> None:

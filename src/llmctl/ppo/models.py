@@ -22,6 +22,7 @@ from llmctl.config.stages import PpoConfig
 from llmctl.console import log
 from llmctl.data.hub import model_input
 from llmctl.errors import UserError
+from llmctl.low_rank import fuse
 from llmctl.models import find_base, local_folder
 from llmctl.ppo.actors import Actors
 from llmctl.ppo.rewards import Source, named_apart, rule_source, weighted
@@ -214,7 +215,7 @@ def _value_model(config: PpoConfig, base: Any, origin: RewardModel | None) -> An
         return adapt(classifier_on(base), config, task="classify")
     about = deepcopy(origin.model.peft_config["default"])
     about.inference_mode, about.trainable_token_indices = False, None  # the policy's tokens only
-    value_model = get_peft_model(classifier_on(base), about)
+    value_model = fuse(get_peft_model(classifier_on(base), about))
     learned = dict(origin.model.named_parameters())
     with torch.no_grad():
         for name, weight in value_model.named_parameters():

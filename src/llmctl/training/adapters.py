@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmctl.config.supervised import Adapter, LowRank
 from llmctl.errors import ModelError, UserError
+from llmctl.low_rank import fuse
 from llmctl.quantized import HEADS, loaded_in
 
 ALL_LINEAR = "all-linear"
@@ -69,7 +70,7 @@ def adapt(
         if weight.requires_grad:
             weight.data = weight.data.float()  # small updates vanish in bf16
     assert isinstance(adapted, PeftModel)
-    return adapted
+    return fuse(adapted)
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
