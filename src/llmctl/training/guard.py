@@ -237,7 +237,7 @@ def find_checkpoint(job: Job, config: Checkpoints, needed: int) -> Content | Non
             _require_room(job, needed)
     path, has_best = broadcast_object_list(chosen)
     if path is None:
-        job.run.forget_metrics_after(0)
+        job.run.forget_metrics_after(-1)  # samples of step 0, too
         return None
     with together(job.accelerator), writing(path):
         content = load(path, job.rank)
