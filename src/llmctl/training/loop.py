@@ -48,9 +48,7 @@ def fit(trainer: Trainer) -> dict[str, Any]:
     tokens = plan.tokens_per_step // job.world
     with stop_flag() as flag, Progress(job.title, plan.max_steps) as progress:
         progress.start_at(done.step)
-        if done.step == 0:
-            with meter.paused():
-                job.sample(0)
+        meter.sample_before()
         batch = to_device(trainer, done.step)
         if job.world > 1:
             lay_out_buckets(trainer, batch)

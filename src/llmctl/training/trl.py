@@ -117,9 +117,7 @@ class Reliable(Trainer):  # type: ignore[misc]
             Progress(self.job.title, self.job.rhythm.max_steps) as self._progress,
         ):
             self._progress.start_at(self.job.progressed.step)
-            if self.job.progressed.step == 0:
-                with self._meter.paused():
-                    self.job.sample(0)
+            self._meter.sample_before()
             if not is_over(self.job):
                 self.train()
             elif self._content is not None:
