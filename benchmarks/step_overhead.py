@@ -21,7 +21,7 @@ from llmctl.config.stages import PretrainConfig, TokenizeConfig
 from llmctl.data.shards import open_tokens
 from llmctl.models import load_tokenizer
 from llmctl.stages import pretrain, tokenize
-from llmctl.training.batches import Batches
+from llmctl.training.batches import Windows
 
 CASES = {  # name -> dials, sequences, context, steps
     "0.8M": ({"size": "nano"}, 12, 64, 200),
@@ -37,11 +37,12 @@ def bare(config: PretrainConfig, steps: int) -> float:
     model = shapes.new_model(shapes.new_config(config, "nano", index.vocab_size, tokenizer))
     assert config.context is not None
     assert config.batch_size is not None
-    batches = Batches(index.train, config.context, config.seed)
+    windows = Windows(index.train, config.context, config.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
     started = time.perf_counter()
     for step in range(steps):
-        inputs, targets = batches.batch(step * config.batch_size, config.batch_size)
+        batch = windows.batch(step * config.batch_size, config.batch_size)
+        inputs, targets = batch["input_ids"], batch["targets"]
         loss = model(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False).loss
         loss.backward()
         clip_grad_norm_(model.parameters(), 1.0)

@@ -330,9 +330,9 @@ def test_a_complete_run_says_how_it_is_extended(tmp_path, monkeypatch):
 @pytest.mark.parametrize("after", [5, 7])
 def test_the_command_shown_resumes_what_was_changed(cli, tokens, tmp_path, monkeypatch, after):
     """Also where no checkpoint was saved since the change, and the newest is from before it."""
-    from llmctl.training import guard
+    from llmctl.training import fault_tolerance
 
-    out, save, last = tmp_path / "run", guard.save, []
+    out, save, last = tmp_path / "run", fault_tolerance.save, []
     flags = ("--max-steps", 8, "--save-every", 2, "--threads", 1, "-o", out)
 
     def dying(job, meter):
@@ -341,7 +341,7 @@ def test_the_command_shown_resumes_what_was_changed(cli, tokens, tmp_path, monke
         save(job, meter)
 
     with monkeypatch.context() as patch:
-        patch.setattr(guard, "save", dying)
+        patch.setattr(fault_tolerance, "save", dying)
         for number, changes in ((4, ()), (after, ("--lr", 0.123, "--resume-allow", "lr"))):
             last.append(number)
             with pytest.raises(ZeroDivisionError):

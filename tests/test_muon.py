@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.optim import Muon
 
-from llmctl.training.muon import BatchedMuon, orthogonalise
+from llmctl.training.optimizers import BatchedMuon, orthogonalise
 
 SHAPES = [(16, 16), (16, 16), (48, 16), (16, 48), (24, 16)]
 
@@ -43,7 +43,7 @@ def test_a_weight_without_gradient_stays():
 
 @pytest.mark.parametrize("limit", [1, 16 * 16, 2**26])
 def test_stack_size_changes_nothing(limit, monkeypatch):
-    monkeypatch.setattr("llmctl.training.muon.STACKED", limit)
+    monkeypatch.setattr("llmctl.training.optimizers.STACKED", limit)
     torch.manual_seed(1)
     weights = [torch.nn.Parameter(torch.randn(16, 16)) for _ in range(3)]
     expected = [torch.nn.Parameter(w.detach().clone()) for w in weights]

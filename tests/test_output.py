@@ -270,7 +270,7 @@ def test_plain_progress_prints_now_and_then(monkeypatch, capsys):
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(console, "is_terminal", lambda: False)
     console.set_up()
-    with console.Progress("work", 10) as progress:
+    with console.ProgressBar("work", 10) as progress:
         for done in range(1, 11):
             progress.update(done, f"loss {done}")
     lines = capsys.readouterr().err.splitlines()

@@ -109,7 +109,7 @@ def test_rows_that_a_reward_model_adds_are_not_the_policys(cli, roomy, judges, t
     from llmctl.config.stages import PpoConfig
     from llmctl.models import load_tokenizer
     from llmctl.ppo.models import load_models
-    from llmctl.training.base import base_of
+    from llmctl.training.base_model import base_of
 
     folder = tmp_path / "bare"
     folder.mkdir()

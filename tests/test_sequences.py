@@ -18,9 +18,9 @@ from transformers import (
 from llmctl.data.packing import pack
 from llmctl.data.tokenized import Encoded, collect
 from llmctl.errors import ModelError, UserError
-from llmctl.training.head import counted_loss, output_layer, require_chunkable
-from llmctl.training.selftest import require_isolated
-from llmctl.training.sequences import Rows, on_device
+from llmctl.training.batches import Sequences, on_device
+from llmctl.training.model_checks import require_isolated
+from llmctl.training.token_loss import require_chunkable, token_loss_of
 
 SIZE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -128,47 +128,45 @@ def test_packing_finds_the_fullest_bin():
 @pytest.mark.parametrize("size", [None, 24])
 def test_loss_is_that_of_each_sequence_alone(make, size):
     model, data = make(), sequences(4, 11, 7, 2, 9)
-    rows = Rows(data, pad=0, size=size)
+    rows = Sequences(data, pad=0, size=size)
     batch = rows.batch(range(len(rows)))
-    assert int(batch.pop("tokens")) == 33
-    found = counted_loss(model, output_layer(model), batch, chunked=False)
+    assert batch["tokens"] == 33
+    found = token_loss_of(model, chunked=False)(model, batch)
     loss, right, count = by_definition(model, data)
-    assert float(found.loss.detach()) == pytest.approx(loss, rel=1e-5)
-    assert (int(found.correct), int(found.tokens)) == (right, count)
+    assert float(found.losses.sum().detach()) == pytest.approx(loss, rel=1e-5)
+    assert (int(found.correct), batch["weight"]) == (right, count)
 
 
 @pytest.mark.parametrize("size", [None, 24])
 def test_chunked_loss_has_the_same_value_and_gradients(size, monkeypatch):
-    monkeypatch.setattr("llmctl.training.head.CHUNK_LOGITS", 120)  # three positions
-    model, rows = llama(), Rows(sequences(4, 11, 7), pad=0, size=size)
+    monkeypatch.setattr("llmctl.training.token_loss.CHUNK_LOGITS", 120)  # three positions
+    model, rows = llama(), Sequences(sequences(4, 11, 7), pad=0, size=size)
     batch = rows.batch(range(len(rows)))
-    batch.pop("tokens")
     gradients = []
     for chunked in (False, True):
         model.zero_grad()
-        found = counted_loss(model, output_layer(model), batch, chunked=chunked)
-        found.loss.backward()
+        found = token_loss_of(model, chunked=chunked)(model, batch)
+        found.losses.sum().backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
-        gradients[-1]["loss"] = found.loss.detach()
+        gradients[-1]["loss"] = found.losses.sum().detach()
         gradients[-1]["correct"] = found.correct
     for name, whole in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], whole, rtol=1e-5, atol=1e-6)
 
 
 def test_chunking_a_model_that_changes_its_logits_is_refused():
-    rows = Rows(sequences(9), pad=0)
+    rows = Sequences(sequences(9), pad=0)
     batch = rows.batch([0])
-    batch.pop("tokens")
     model = llama()
-    require_chunkable(model, model.lm_head, batch)
+    require_chunkable(model, token_loss_of(model, chunked=True), batch)
     capped = gemma2()
     with pytest.raises(UserError, match="changes its logits"):
-        require_chunkable(capped, capped.lm_head, batch)
+        require_chunkable(capped, token_loss_of(capped, chunked=True), batch)
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_packed_sequences_are_seen_to_be_apart(make):
-    rows = Rows(sequences(6, 7, 8), pad=0, size=30)
+    rows = Sequences(sequences(6, 7, 8), pad=0, size=30)
     assert require_isolated(make(), rows, 40) < 1e-5
 
 
@@ -181,24 +179,25 @@ def test_a_model_that_leaks_is_refused():
         def forward(self, input_ids, position_ids, use_cache):
             return self.inner(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
 
-    rows = Rows(sequences(6, 7, 8), pad=0, size=30)
+    rows = Sequences(sequences(6, 7, 8), pad=0, size=30)
     with pytest.raises(ModelError, match="leaks"):
         require_isolated(Leaking(), rows, 40)
 
 
 def test_nothing_looks_at_padding():
-    model, rows = llama(), Rows(sequences(4, 11), pad=0)
-    other = Rows(rows.data, pad=7)
+    model, rows = llama(), Sequences(sequences(4, 11), pad=0)
+    other = Sequences(rows.data, pad=7)
     losses = []
     for some in (rows, other):
         batch = some.batch([0, 1])
-        batch.pop("tokens")
-        losses.append(float(counted_loss(model, model.lm_head, batch, chunked=False).loss.detach()))
+        losses.append(
+            float(token_loss_of(model, chunked=False)(model, batch).losses.sum().detach())
+        )
     assert losses[0] == losses[1]
 
 
 def test_labels_start_no_sequence():
-    rows = Rows(sequences(4, 5, 6), pad=0, size=20)
+    rows = Sequences(sequences(4, 5, 6), pad=0, size=20)
     batch = rows.batch([0])
     starts = batch["position_ids"][0] == 0
     assert int(starts.sum()) == 3
@@ -206,16 +205,15 @@ def test_labels_start_no_sequence():
 
 
 def test_micro_batches_add_up_to_the_batch():
-    model, rows = llama(), Rows(sequences(4, 11, 7, 2, 9, 3), pad=0)
-    head = model.lm_head
+    model, rows = llama(), Sequences(sequences(4, 11, 7, 2, 9, 3), pad=0)
+    token_loss = token_loss_of(model, chunked=False)
 
     def gradient(parts):
         model.zero_grad()
         total = sum(int((rows.batch(p)["labels"] != -100).sum()) for p in parts)
         for part in parts:
             batch = rows.batch(part)
-            batch.pop("tokens")
-            (counted_loss(model, head, batch, chunked=False).loss / total).backward()
+            (token_loss(model, batch).losses.sum() / total).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     whole = gradient([[0, 1, 2, 3, 4, 5]])
@@ -226,13 +224,12 @@ def test_micro_batches_add_up_to_the_batch():
 
 def test_cross_entropy_is_the_reference():
     model, data = llama(), sequences(8)
-    batch = Rows(data, pad=0).batch([0])
-    batch.pop("tokens")
+    batch = Sequences(data, pad=0).batch([0])
     logits = model(input_ids=batch["input_ids"]).logits
     expected = cross_entropy(
         logits[0, :-1], batch["labels"][0, 1:], ignore_index=-100, reduction="sum"
     )
-    found = counted_loss(model, model.lm_head, batch, chunked=False).loss
+    found = token_loss_of(model, chunked=False)(model, batch).losses.sum()
     torch.testing.assert_close(found, expected)
 
 
@@ -249,8 +246,8 @@ def test_the_experts_are_kept_in_balance():
         router_aux_loss_coef=0.5,
     )
     model = MixtralForCausalLM(shape).eval()
-    batch = Rows(sequences(9), pad=0).batch([0])
-    found = counted_loss(model, model.lm_head, on_device(batch, model.device), chunked=False)
+    batch = Sequences(sequences(9), pad=0).batch([0])
+    found = token_loss_of(model, chunked=False)(model, on_device(batch, model.device))
     whole = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
-    ours = found.loss / found.tokens + 0.5 * found.balance
+    ours = found.losses.sum() / batch["weight"] + found.balance
     torch.testing.assert_close(ours, whole)

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from llmctl.decode.prompts import Encoder
-from llmctl.training import sft as supervised
+from llmctl.training.sft import SupervisedTokens
+from llmctl.training.token_loss import TokenLoss
 
 WHO = ["cat", "dog", "friend", "teacher", "bird", "old man"]
 PLACES = ["the river", "a red ball", "the house", "many stars", "a song", "the garden"]
@@ -67,13 +68,13 @@ def sft(cli, tmp_path):
 @pytest.fixture
 def seen(monkeypatch):
     """The batches that the loss is computed on."""
-    found, real = [], supervised.counted_loss
+    found, real = [], TokenLoss.__call__
 
-    def watched(model, head, inputs, **how):
-        found.append(inputs)
-        return real(model, head, inputs, **how)
+    def watched(self, model, batch):
+        found.append(batch)
+        return real(self, model, batch)
 
-    monkeypatch.setattr(supervised, "counted_loss", watched)
+    monkeypatch.setattr(TokenLoss, "__call__", watched)
     return found
 
 
@@ -567,13 +568,14 @@ def test_answers_in_a_batch_are_those_alone(cli, sft, base, chats, copied, tmp_p
 @pytest.mark.parametrize("more", [(), ("--lora",)], ids=str)
 def test_a_loss_that_is_nan_ends_the_run(sft, base, chats, monkeypatch, tmp_path, more):
     """20: NaN is logged as 0, and every later step writes it into the weights."""
-    real, calls = supervised.SupervisedTrainer.compute_loss, []
+    real, calls = SupervisedTokens.loss, []
 
-    def broken(*args, **how):
+    def broken(*args):
         calls.append(1)
-        return real(*args, **how) * (torch.nan if len(calls) == 2 else 1)
+        loss = real(*args)
+        return loss._replace(total=loss.total * (torch.nan if len(calls) == 2 else 1))
 
-    monkeypatch.setattr(supervised.SupervisedTrainer, "compute_loss", broken)
+    monkeypatch.setattr(SupervisedTokens, "loss", broken)
     how = ("--max-steps", 4, "--eval-every", 4, "--save-every", 4)
     refused(sft(base, chats, *how, *more), 7, "step 2: loss nan")
     assert not (tmp_path / "run/model").exists()

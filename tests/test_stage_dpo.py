@@ -32,8 +32,8 @@ from llmctl.data.dpo import load_pairs
 from llmctl.data.templates import read_template
 from llmctl.files import sha256_file
 from llmctl.training import dpo
-from llmctl.training.dpo_loss import Objective, PairRows, is_displaced, log_probabilities
-from llmctl.training.head import output_layer
+from llmctl.training.dpo import ComparedPairs, DpoLoss, is_displaced, log_probabilities
+from llmctl.training.token_loss import token_loss_of
 
 SPECIALS = ["[PAD]", "[UNK]", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
@@ -137,7 +137,7 @@ def digest(run):
 @pytest.mark.parametrize(("margin", "loss"), [(0, 0.693147), (1, 0.313262), (2, 0.126928)])
 def test_published_losses(margin, loss):
     """Of torchtune: tests/torchtune/rlhf/loss/test_dpo_loss.py."""
-    found = Objective("sigmoid", 1.0).losses(torch.tensor([float(margin)]), torch.zeros(1))
+    found = DpoLoss("sigmoid", 1.0).losses(torch.tensor([float(margin)]), torch.zeros(1))
     assert float(found) == pytest.approx(loss, abs=1e-6)
 
 
@@ -152,9 +152,9 @@ def test_losses_are_those_of_the_papers():
         right, flipped = (math.log1p(math.exp(-sign * margin)) for sign in (1, -1))
         means = [gain / length for gain, length in zip(gains, lengths, strict=True)]
         wanted = {
-            Objective("sigmoid", beta): right,
-            Objective("sigmoid", beta, wrong): (1 - wrong) * right + wrong * flipped,
-            Objective("ipo", beta): (means[0] - means[1] - 1 / (2 * beta)) ** 2,
+            DpoLoss("sigmoid", beta): right,
+            DpoLoss("sigmoid", beta, wrong): (1 - wrong) * right + wrong * flipped,
+            DpoLoss("ipo", beta): (means[0] - means[1] - 1 / (2 * beta)) ** 2,
         }
         for objective, loss in wanted.items():
             rewards = objective.rewards(
@@ -178,12 +178,12 @@ def test_log_probabilities_are_of_the_response_alone_whatever_pads_it(base, pair
     """By definition, from all logits of each sequence by itself; the padding is poisoned."""
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     data = load_pairs(settings(base, pairs, val_size=0))
-    found = []
+    found, token_loss = [], token_loss_of(model, chunked=False)
     for pad in (0, 40):
-        batch = PairRows(data.train, pad).batch([3, 0, 11])
+        batch = ComparedPairs(data.train, pad).batch([3, 0, 11])
         assert (batch["input_ids"] == pad).any()
         with torch.no_grad():
-            found.append(log_probabilities(model, output_layer(model), batch, chunked=False)[0])
+            found.append(log_probabilities(model, token_loss, batch)[0])
     torch.testing.assert_close(*found, rtol=0, atol=0)
     sides = [data.train.chosen] * 3 + [data.train.rejected] * 3
     for ours, side, number in zip(found[0], sides, [3, 0, 11] * 2, strict=True):
@@ -390,7 +390,7 @@ def test_resuming_another_run_is_refused_with_the_difference(cli, base, pairs, t
     (tmp_path / "run/status.json").write_text('{"state": "running"}')
     for more, named in (
         (("--beta", 0.3), "beta"),
-        (("--loss", "ipo"), "loss_type"),
+        (("--loss", "ipo"), "loss"),
         (("--label-smoothing", 0.1), "label_smoothing"),
         (("--val-size", 30), "data"),
     ):
@@ -470,7 +470,7 @@ def test_an_adapter_and_its_merged_model_agree_and_the_copy_is_gone(cli, base, p
 
 
 def test_an_adapter_beside_a_quantized_base_is_trained_in_float32(cli, base, pairs, tmp_path):
-    """DPOTrainer makes it bf16, in which small updates vanish."""
+    """In bf16, as TRL has it there, small updates would vanish."""
     torch.manual_seed(0)
     wide = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
     tokenizer = AutoTokenizer.from_pretrained(base)

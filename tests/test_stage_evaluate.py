@@ -26,7 +26,7 @@ from llmctl.evaluate.rows import Held
 from llmctl.evaluate.work import Work, carry_out
 from llmctl.feedback.journal import Journal
 from llmctl.models import load_causal_lm, load_config, load_tokenizer
-from llmctl.training.classifier import class_counts, macro_f1
+from llmctl.training.classify import class_counts, macro_f1
 
 TEXTS = ["The cat sees the river.", "A dog likes many stars. My friend finds a song.", "The house"]
 PAIRS = [

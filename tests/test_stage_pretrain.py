@@ -335,7 +335,7 @@ def test_memory_that_runs_out_is_said_as_such(cli, tokens, tmp_path, monkeypatch
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(loop, "accumulate_gradients", fail)
+    monkeypatch.setattr(loop, "accumulate", fail)
     result = cli("pretrain", "--tokens", tokens, *SMALL, *STEPS, "-o", tmp_path / "run")
     assert result.code == 5
     assert "try --batch-size 4 --grad-accum 2" in result.err

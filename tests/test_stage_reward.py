@@ -28,7 +28,7 @@ from llmctl.errors import ModelError
 from llmctl.models import load_tokenizer
 from llmctl.scoring import Exchange, load_reward_model
 from llmctl.training import reward
-from llmctl.training.pairwise import preference_loss
+from llmctl.training.reward import preference_loss
 from llmctl.training.reward_report import Scored, calibration_error, reliability, report, spearman
 
 QUICK = {"batch_size": 8, "threads": 1, "precision": "fp32", "seed": 3, "val_size": 24}
@@ -420,7 +420,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(train, llama, data, tmp_path):
 
 def test_the_wilson_interval_by_definition():
     """The ends are where the share lies 1.96 standard errors of the end itself away."""
-    from llmctl.training.intervals import CONFIDENCE, wilson
+    from llmctl.training.reward_report import CONFIDENCE, wilson
 
     for right, count in ((120, 150), (50, 100), (3, 7)):
         for end in wilson(right, count):

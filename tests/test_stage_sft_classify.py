@@ -31,7 +31,7 @@ from llmctl.data.labelled import PAD, fit_tokenizer, load_labelled
 from llmctl.errors import DataError, ModelError, UserError
 from llmctl.headed import load_classifier, require_padding_unseen, require_positions
 from llmctl.models import load_tokenizer
-from llmctl.training.classifier import class_counts, macro_f1
+from llmctl.training.classify import class_counts, macro_f1
 
 FILLER = ["the", "a", "cat", "dog", "house", "river", "sees", "likes", "and", "very", "often"]
 COLORS = ("red", "blue", "green")

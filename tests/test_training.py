@@ -10,9 +10,9 @@ import torch
 from llmctl import shapes
 from llmctl.config.stages import PretrainConfig
 from llmctl.errors import DataError, ResourceError, UserError
-from llmctl.training.batches import IGNORED, Batches, validation_batches
+from llmctl.training.batches import Order, Windows, validation_shares, validation_windows
+from llmctl.training.hyperparameters import default_lr, for_pretraining, preset_for
 from llmctl.training.optimizers import make_optimizers
-from llmctl.training.plan import default_lr, make_plan, preset_for
 
 IDS = type("Ids", (), {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2})
 
@@ -32,7 +32,7 @@ def plan(**flags):
     facts = {"parameters": 10**6, "train_tokens": 10**6, "context": 64, "world_size": 1}
     options = {"max_steps": "100", **flags}
     config = PretrainConfig(tokens="t", **options)
-    return make_plan(config, **facts, device="cpu", sharded=False)
+    return for_pretraining(config, **facts, device="cpu", sharded=False)
 
 
 # --- learning rate
@@ -94,10 +94,10 @@ def test_batch_tokens_are_reached_by_accumulation():
 
 
 def test_larger_models_learn_more_slowly_and_continued_ones_more_gently():
-    rates = [default_lr(n, "adamw", continued=False) for n in (10**6, 10**8, 10**10)]
+    rates = [default_lr(n, "pretrain") for n in (10**6, 10**8, 10**10)]
     assert rates == sorted(rates, reverse=True)
-    assert default_lr(124_000_000, "adamw", continued=False) == 6e-4
-    assert default_lr(124_000_000, "adamw", continued=True) == 6e-5
+    assert default_lr(124_000_000, "pretrain") == 6e-4
+    assert default_lr(124_000_000, "pretrain", continued=True) == 6e-5
 
 
 def test_presets_grow_with_the_corpus_but_not_past_a_cpu():
@@ -116,7 +116,7 @@ def test_what_does_not_run_here_is_refused():
         plan(optimizer="adamw-8bit")
     config = PretrainConfig(tokens="t", optimizer="muon")
     with pytest.raises(UserError, match="does not run under FSDP"):
-        make_plan(
+        for_pretraining(
             config,
             parameters=1,
             train_tokens=1,
@@ -131,37 +131,38 @@ def test_what_does_not_run_here_is_refused():
 
 
 def test_an_epoch_visits_every_window_once():
-    batches = Batches(Counting(1000), context=10, seed=1)
-    starts = batches.starts(0, batches.windows)
-    assert len(set(starts.tolist())) == batches.windows
+    windows = Windows(Counting(1000), context=10, seed=1)
+    starts = windows.starts(0, windows.windows)
+    assert len(set(starts.tolist())) == windows.windows
     assert set(np.diff(np.sort(starts)).tolist()) == {10}
 
 
 def test_epochs_differ_and_seeds_differ_but_nothing_else_does():
-    batches = Batches(Counting(1000), context=10, seed=1)
-    first, second = (batches.starts(e * batches.windows, batches.windows) for e in (0, 1))
+    windows = Windows(Counting(1000), context=10, seed=1)
+    first, second = (windows.starts(e * windows.windows, windows.windows) for e in (0, 1))
     assert first.tolist() != second.tolist()
-    assert first.tolist() != Batches(Counting(1000), 10, seed=2).starts(0, len(first)).tolist()
-    assert first.tolist() == Batches(Counting(1000), 10, seed=1).starts(0, len(first)).tolist()
+    assert first.tolist() != Windows(Counting(1000), 10, seed=2).starts(0, len(first)).tolist()
+    assert first.tolist() == Windows(Counting(1000), 10, seed=1).starts(0, len(first)).tolist()
 
 
 def test_a_batch_across_an_epoch_is_its_two_parts():
-    batches = Batches(Counting(1000), context=10, seed=1)
-    whole = batches.starts(batches.windows - 3, 6).tolist()
-    assert whole[:3] == batches.starts(batches.windows - 3, 3).tolist()
-    assert whole[3:] == batches.starts(batches.windows, 3).tolist()
+    windows = Windows(Counting(1000), context=10, seed=1)
+    whole = windows.starts(windows.windows - 3, 6).tolist()
+    assert whole[:3] == windows.starts(windows.windows - 3, 3).tolist()
+    assert whole[3:] == windows.starts(windows.windows, 3).tolist()
 
 
 def test_targets_are_the_next_tokens():
-    inputs, targets = Batches(Counting(1000), context=10, seed=1).batch(0, 4)
-    assert torch.equal(inputs + 1, targets)
-    assert targets.is_contiguous()
+    batch = Windows(Counting(1000), context=10, seed=1).batch(0, 4)
+    assert torch.equal(batch["input_ids"] + 1, batch["targets"])
+    assert batch["targets"].is_contiguous()
+    assert batch["weight"] == batch["tokens"] == 40
 
 
 def test_a_corpus_of_exactly_one_window_trains_and_a_shorter_one_is_refused():
-    assert Batches(Counting(11), context=10, seed=1).starts(0, 3).tolist() == [0, 0, 0]
+    assert Windows(Counting(11), context=10, seed=1).starts(0, 3).tolist() == [0, 0, 0]
     with pytest.raises(DataError, match="10 training tokens, fewer than one sequence of 11"):
-        Batches(Counting(10), context=10, seed=1)
+        Windows(Counting(10), context=10, seed=1)
 
 
 @pytest.mark.parametrize("tokens", [11, 100, 101, 109, 111])
@@ -169,22 +170,71 @@ def test_a_corpus_of_exactly_one_window_trains_and_a_shorter_one_is_refused():
 def test_validation_visits_every_target_once(tokens, world):
     seen, rounds = [], set()
     for rank in range(world):
-        pairs = list(validation_batches(Counting(tokens), 10, 4, 0, rank, world))
-        rounds.add(len(pairs))
-        for inputs, targets in pairs:
-            counted = targets[targets != IGNORED]
-            assert torch.equal(inputs[targets != IGNORED] + 1, counted)
-            seen += counted.tolist()
+        batches = list(validation_windows(Counting(tokens), 10, 4, 0, rank, world))
+        rounds.add(len(batches))
+        for batch in (batch for batch, counts in batches if counts):
+            assert torch.equal(batch["input_ids"] + 1, batch["targets"])
+            seen += batch["targets"].flatten().tolist()
     assert sorted(seen) == list(range(1, tokens))
     assert len(rounds) == 1, "every rank takes part in as many forward passes"
 
 
 def test_validation_limit_spreads_over_the_split():
-    pairs = list(validation_batches(Counting(10_001), 10, 8, 100))
-    targets = torch.cat([targets.flatten() for _, targets in pairs])
+    batches = validation_windows(Counting(10_001), 10, 8, 100)
+    targets = torch.cat([batch["targets"].flatten() for batch, _ in batches])
     assert len(targets) == 100
     assert targets.min() < 20
     assert targets.max() > 9980
+
+
+def order(size=10, **how):
+    return Order(size, **{"batch_size": 4, "seed": 1, **how})
+
+
+def test_every_example_once_an_epoch_whatever_the_split():
+    whole = order()
+    seen = [i for n in range(5) for i in whole.batch(n)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:]
+    for accum, world in ((2, 1), (1, 2), (2, 2)):
+        ranks = [
+            order(batch_size=4 // (accum * world), grad_accum=accum, rank=rank, world=world)
+            for rank in range(world)
+        ]
+        for step in range(5):
+            parts = [rank.batch(step * accum + number) for number in range(accum) for rank in ranks]
+            assert [i for part in parts for i in part] == whole.batch(step) == whole.step(step)
+
+
+@pytest.mark.parametrize("size", [64, 61])
+def test_grouping_puts_alike_lengths_into_a_step(size):
+    lengths = [(i * 37) % 101 for i in range(size)]
+    grouped, mixed = order(size, lengths=lengths), order(size)
+    batches, plain = ([some.batch(n) for n in range(2 * size // 4)] for some in (grouped, mixed))
+    seen = [i for batch in batches for i in batch]
+    assert sorted(seen[:size]) == list(range(size))
+    assert sorted(seen[size : 2 * size]) == sorted(set(seen[size : 2 * size]))
+
+    def spread(numbers):
+        return max(lengths[i] for i in numbers) - min(lengths[i] for i in numbers)
+
+    assert sum(map(spread, batches)) < sum(map(spread, plain)) / 4
+
+
+def test_no_examples_are_refused():
+    with pytest.raises(DataError, match="no training examples"):
+        order(0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 12])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_rank_validates_as_many_batches_and_each_row_counts_once(size, world):
+    lengths = [(i * 37) % 101 for i in range(size)]
+    shares = [validation_shares(lengths, 2, rank, world) for rank in range(world)]
+    counted = [i for share in shares for numbers, counts in share if counts for i in numbers]
+    assert sorted(counted) == list(range(size))
+    assert len({len(share) for share in shares}) == 1
+    assert all(numbers for share in shares for numbers, _ in share)
 
 
 # --- architectures and optimizers

@@ -101,6 +101,7 @@ def save_adapter(
     base: str | Path,
     base_sha256: str,
     generation_config: GenerationConfig | None,
+    tensors: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a folder that AutoPeftModelForCausalLM opens, whole or not at all.
 
@@ -111,6 +112,7 @@ def save_adapter(
         base: the model under it, a run, folder or Hub id; recorded as what PEFT can open.
         base_sha256: of that model's weights, see `weights_sha256`.
         generation_config: says which tokens end a response.
+        tensors: the weights to write, by their names in the model; None for those that it holds.
     """
     from peft import get_peft_model_state_dict
 
@@ -120,8 +122,8 @@ def save_adapter(
     targets = about.to_dict().get("target_modules")
     if isinstance(targets, list | set):  # a set has another order in every process
         about.target_modules = sorted(targets)
-    found = get_peft_model_state_dict(model, save_embedding_layers=False)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+    found = get_peft_model_state_dict(model, tensors, save_embedding_layers=False)
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
     metadata = {"format": "pt", BASE_SHA256: base_sha256}
     if (held := loaded_in(model.get_base_model())) != "full":
         metadata[BASE_LOADED_IN] = held
@@ -129,7 +131,7 @@ def save_adapter(
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     about.save_pretrained(str(staging))
-    save_file(tensors, staging / WEIGHTS, metadata=metadata)
+    save_file(whole, staging / WEIGHTS, metadata=metadata)
     _sort_metadata(staging / WEIGHTS)
     tokenizer.save_pretrained(staging)
     if generation_config is not None:

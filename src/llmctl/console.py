@@ -74,7 +74,7 @@ def watched(onlooker: Onlooker) -> Iterator[None]:
         _onlooker.reset(token)
 
 
-class Progress:
+class ProgressBar:
     """A bar with time left on a terminal; a plain line every few seconds elsewhere."""
 
     def __init__(self, title: str, total: int, unit: str = "step") -> None:

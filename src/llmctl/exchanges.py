@@ -12,7 +12,7 @@ from typing import Any
 
 from llmctl import hardware
 from llmctl.config.stages import RewardConfig
-from llmctl.console import Progress
+from llmctl.console import ProgressBar
 from llmctl.data.conversations import Message, conversation, from_json
 from llmctl.data.layouts import PAIR_LAYOUTS, layout_of
 from llmctl.data.preference_rows import sides_of
@@ -52,7 +52,7 @@ def score_file(config: RewardConfig) -> dict[str, Any] | None:
     total = 0.0
     with (
         open_rows(config.out, as_json=True) as emit,
-        Progress("score", len(records), "row") as progress,
+        ProgressBar("score", len(records), "row") as progress,
         hardware.memory_errors(config.batch_size),
     ):
         for start in range(0, len(records), AT_ONCE):

@@ -41,6 +41,7 @@ from llmctl.vetting import (
     check_size,
     first_line,
     read_object,
+    require_causal_config,
     require_safetensors,
 )
 
@@ -161,6 +162,7 @@ def load_causal_lm(
         model = load_causal_lm(str(under), dtype=dtype, device=device, load_in=load_in)
         return put_adapter(model, adapter)
     config = load_config(str(folder))
+    require_causal_config(config, folder)
     require_safetensors(folder)
     check_shards(folder, config)
     if held_in(config) is not None:

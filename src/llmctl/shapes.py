@@ -20,7 +20,7 @@ from transformers import (
 from llmctl.config.stages.pretraining import Shape
 from llmctl.errors import ModelError, UserError
 from llmctl.models import load_config, parameter_count
-from llmctl.vetting import BROKEN
+from llmctl.vetting import BROKEN, require_causal_config
 
 EXPERTS, EXPERTS_USED = 8, 2  # Mixtral's (Jiang et al., 2024, arXiv:2401.04088)
 TIED_BELOW = 2048
@@ -99,6 +99,7 @@ def new_config(
         ids = dict(zip(names, found, strict=True))
     if shape.config_from is not None:
         config = load_config(shape.config_from)
+        require_causal_config(config, shape.config_from)
         config.update({**ids, "vocab_size": max(vocab_size, config.vocab_size)})
         return config
     dials = resolve_dials(shape, preset)
@@ -197,15 +198,18 @@ def new_model(config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def flops_per_token(parameters: int, config: PreTrainedConfig, context: int) -> float:
-    """Training FLOPs for a token: 6 N + 12 L H T.
-
-    Chowdhery et al., 2022, arXiv:2204.02311, appendix B.
+def flops_per_token(
+    parameters: int, config: PreTrainedConfig, context: int, trained: float | None = None
+) -> float:
+    """Training FLOPs for a token: 6 N + 12 L H T (Chowdhery et al., 2022, arXiv:2204.02311,
+    appendix B), where all weights train; of frozen ones 4 N.
 
     Args:
         parameters: all that a token meets, N.
         config: gives layers L and width H.
         context: tokens per sequence, T.
+        trained: those of them that train; None for all.
     """
     attention = 12.0 * config.num_hidden_layers * config.hidden_size * context
-    return float(6.0 * parameters + attention)
+    products = 4.0 * parameters + 2.0 * (parameters if trained is None else trained)
+    return float(products + attention)

@@ -157,6 +157,13 @@ class Batch(Fields):
     makes up for what does not, so that a step keeps its size."""
 
 
+class Compiled(Fields):
+    """Trade a slow start for speed."""
+
+    compile: Annotated[bool, Also("torch-compile")] = False
+    """Compile the model with torch.compile; pays on a GPU."""
+
+
 class Length(Fields):
     """How long to train: steps or epochs."""
 

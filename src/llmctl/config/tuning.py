@@ -7,6 +7,7 @@ from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from llmctl.config.base import Also
 from llmctl.config.sections import (
     Batch,
+    Compiled,
     Evaluation,
     Fraction,
     Length,
@@ -18,7 +19,7 @@ from llmctl.config.sections import (
 from llmctl.config.supervised import LowRank, Memory
 
 
-class Tuning(LowRank, Length, Batch, Optimizer, Memory, Evaluation, Placement, Resumable):
+class Tuning(LowRank, Length, Batch, Optimizer, Memory, Evaluation, Placement, Compiled, Resumable):
     """How to train it further."""
 
     group_by_length: bool = False

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from llmctl.config.sections import Corpus as CorpusConfig
-from llmctl.console import Progress, log
+from llmctl.console import ProgressBar, log
 from llmctl.data.encoding import Cutter, Mismatch, encoder
 from llmctl.data.readers import read_pieces
 from llmctl.data.scan import PROGRESS_BYTES, Plan, Scan, hash_text, plan_split, read_documents, scan
@@ -54,7 +54,7 @@ class Corpus:
         """About `train_bytes` of the text: of every so many pieces in a row, one at random."""
         stride = max(1.0, self.scan.bytes / train_bytes)
         draw = random.Random(0)
-        with Progress("train the tokenizer", min(self.scan.bytes, train_bytes), "B") as progress:
+        with ProgressBar("train the tokenizer", min(self.scan.bytes, train_bytes), "B") as progress:
             taken, drawn, wanted = 0, 0, 0
             for number, text in enumerate(_pieces(self.sources, self.column)):
                 if number == wanted:
@@ -98,7 +98,7 @@ class Corpus:
                 for name in (("train", "val") if has_val else ("train",))
             )
             val = rest[0] if rest else None
-            progress = stack.enter_context(Progress("encode", self.bytes, "B"))
+            progress = stack.enter_context(ProgressBar("encode", self.bytes, "B"))
             self._route(train, val, progress)
         seconds = time.monotonic() - started
         _check_sizes(train, val, self.bytes)
@@ -117,7 +117,7 @@ class Corpus:
         documents = self.scan.documents + (self.val_scan.documents if self.val_scan else 0)
         return {"documents": documents, **_metrics([train, *rest], vocabulary, seconds)}
 
-    def _route(self, train: SplitWriter, val: SplitWriter | None, progress: Progress) -> None:
+    def _route(self, train: SplitWriter, val: SplitWriter | None, progress: ProgressBar) -> None:
         """Send every document to its side."""
         long_hashes = iter(self.scan.long_hashes)
         side, is_within, done, shown, characters = train, False, 0, 0, 0

@@ -8,11 +8,12 @@ from llmctl.data.examples import Example
 from llmctl.data.pairs import encode_pairs
 from llmctl.data.preferences import read_preferences
 from llmctl.data.preferred import PreferenceData, log_preferences
-from llmctl.data.responses import ResponseFormat, is_encoder
+from llmctl.data.responses import ResponseFormat
 from llmctl.data.supervised import require_template, resolve_max_length
 from llmctl.data.templates import choose_template
-from llmctl.errors import DataError, ModelError
+from llmctl.errors import DataError
 from llmctl.models import load_config, load_tokenizer
+from llmctl.vetting import require_causal_config
 
 
 def load_pairs(config: DpoConfig, clock: str | None = None) -> PreferenceData:
@@ -28,12 +29,7 @@ def load_pairs(config: DpoConfig, clock: str | None = None) -> PreferenceData:
         UserError: more positions asked for than the model has.
     """
     shape, tokenizer = load_config(config.model), load_tokenizer(config.model)
-    if is_encoder(shape):
-        raise ModelError(
-            f"{shape.model_type} reads a text from both sides: it is no causal language model",
-            file=config.model,
-            hint="use a decoder; an encoder can become a reward model (llmctl reward)",
-        )
+    require_causal_config(shape, config.model)
     max_length = resolve_max_length(config.max_length, shape)
     found = read_preferences(config, config.data, config.seed)
     chats = any(pair.shared for pair in (*found.train, *found.val))

@@ -8,22 +8,14 @@ joins: `[CLS] prompt [SEP] response [SEP]`.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import (
-    MODEL_FOR_MASKED_LM_MAPPING,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from llmctl.data.examples import Example
 from llmctl.data.rendering import ChatFormat
 from llmctl.data.special import encode_text, shared
 from llmctl.data.templates import choose_template
 from llmctl.data.tokenized import Encoded
-
-
-def is_encoder(shape: PreTrainedConfig) -> bool:
-    """Whether a model of this architecture reads a text from both sides, as BERT does."""
-    return type(shape) in MODEL_FOR_MASKED_LM_MAPPING
+from llmctl.vetting import is_encoder
 
 
 def prepare_template(

@@ -12,7 +12,7 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.console import Progress
+from llmctl.console import ProgressBar
 from llmctl.data.encoding import PIECE_CHARACTERS
 from llmctl.data.readers import Piece, read_pieces
 from llmctl.data.sources import Source
@@ -66,7 +66,7 @@ def scan(
     hashes = array("Q")
     long_hashes: list[int] = []
     digest, documents, size, characters, shown, opening, is_blank = None, 0, 0, 0, 0, "", True
-    with Progress("check the data", sum(source.size for source in sources), "B") as progress:
+    with ProgressBar("check the data", sum(source.size for source in sources), "B") as progress:
         for text, place, line, is_last in read_documents(sources, column):
             raw = text.encode()
             size += len(raw)

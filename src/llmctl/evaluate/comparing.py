@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.evaluate.figures import QUOTIENTS, Row
-from llmctl.training.intervals import wilson
+from llmctl.training.reward_report import wilson
 
 RESAMPLES = 10_000
 AT_ONCE = 1 << 22

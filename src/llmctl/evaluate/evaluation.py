@@ -26,7 +26,7 @@ from llmctl.models import parse_dtype
 from llmctl.quantized import loaded_in
 from llmctl.rundir import Run
 from llmctl.scoring import RewardModel, load_reward_model
-from llmctl.training.selftest import require_causal
+from llmctl.training.model_checks import require_causal
 
 READ_AT_ONCE = 64
 """Sequences that count when threads are chosen for reading, which is done many at a time."""

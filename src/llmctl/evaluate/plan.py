@@ -14,7 +14,6 @@ from llmctl.config.stages import EvaluateConfig
 from llmctl.config.stages.evaluating import GENERATED
 from llmctl.data import hub
 from llmctl.data.labels import listed, own_labels
-from llmctl.data.responses import is_encoder
 from llmctl.decode.loop import context_size
 from llmctl.errors import DataError, ModelError, UserError
 from llmctl.evaluate.asking import Asked, Asking, Choose, choose_shots, require_room, require_whole
@@ -22,7 +21,7 @@ from llmctl.evaluate.data import Data, Kind, Question, read_data, read_questions
 from llmctl.evaluate.metrics import OF_ANSWERS, Scorer, make_scorer
 from llmctl.models import load_config, load_tokenizer, local_folder
 from llmctl.rundir import resolve_model
-from llmctl.vetting import read_object
+from llmctl.vetting import is_encoder, read_object
 
 MOST_CONTEXT = 2048
 """Tokens of a window, where the model would take more and nothing else was asked for."""

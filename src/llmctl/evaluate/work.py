@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmctl.console import Progress
+from llmctl.console import ProgressBar
 from llmctl.evaluate.rows import Row, Rows
 
 
@@ -33,7 +33,7 @@ def carry_out(work: Work, side: str, rows: Rows, title: str) -> list[dict[str, A
         title: of the progress.
     """
     done = sum(row["side"] == side for row in rows.rows)
-    with Progress(title, work.units, "row") as progress:
+    with ProgressBar(title, work.units, "row") as progress:
         progress.start_at(done)
         for start in range(done - done % work.chunk, work.units, work.chunk):
             chunk = range(start, min(start + work.chunk, work.units))

@@ -68,7 +68,7 @@ def logit_bytes(work: Work) -> float:
     if work.episodes is not None:
         logits = min(logits, work.episodes.most_logits)
     if work.is_chunked:
-        from llmctl.training.head import CHUNK_LOGITS
+        from llmctl.training.token_loss import CHUNK_LOGITS
 
         logits = min(logits, CHUNK_LOGITS)
     return 3 * logits * FULL + positions * work.shape.hidden * FULL

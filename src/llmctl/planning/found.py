@@ -1,8 +1,7 @@
 """From what a stage prepares in a dry run to its outlook."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
-from typing import Any, Protocol
 
 from transformers import PreTrainedConfig
 
@@ -13,10 +12,10 @@ from llmctl.data.tokenized import Tokenized
 from llmctl.planning.outlook import Outlook, outlook
 from llmctl.planning.shape import Shape, shape_of
 from llmctl.planning.work import Episodes, Work
-from llmctl.ppo.plan import CPU_PASS_LOGITS, GPU_PASS_LOGITS, PpoPlan
+from llmctl.ppo.hyperparameters import CPU_PASS_LOGITS, GPU_PASS_LOGITS
 from llmctl.quantized import LoadIn
-from llmctl.training.base import load_in
-from llmctl.training.tuning import TuningPlan
+from llmctl.training.base_model import Prepared, load_in
+from llmctl.training.hyperparameters import Hyperparameters, method_of
 
 Tuned = SftConfig | RewardConfig | DpoConfig
 PAIRED = ("reward", "dpo")
@@ -24,7 +23,7 @@ PAIRED = ("reward", "dpo")
 
 def tuning_work(
     config: Tuned,
-    plan: TuningPlan,
+    values: Hyperparameters,
     shape: Shape,
     lengths: Sequence[int],
     trained: int,
@@ -38,7 +37,7 @@ def tuning_work(
 
     Args:
         config: the command's fields.
-        plan: of the run.
+        values: hyperparameters of the run.
         shape: of the model without an adapter.
         lengths: tokens of the rows, of pairs their longer side.
         trained: parameters that train.
@@ -47,33 +46,34 @@ def tuning_work(
         counted: share of positions that are trained on.
         knows_steps: whether the rows are those of the run.
     """
-    stage = {SftConfig: "sft", RewardConfig: "reward", DpoConfig: "dpo"}[type(config)]
+    stage = method_of(config)
     has_logits = not scores(config)
     return Work(
         stage=stage,
         shape=shape,
         device=device,
         world=world,
-        precision=plan.precision,
-        optimizer=plan.optimizer,
+        precision=values.precision,
+        optimizer=values.optimizer,
         trained=trained,
         has_adapter=config.has_adapter,
         load_in=held_in(config),
         rank=config.lora_r if config.is_low_rank else 0,
-        batch_size=plan.batch_size * (2 if stage in PAIRED else 1),
-        grad_accum=plan.grad_accum,
+        batch_size=values.batch_size * (2 if stage in PAIRED else 1),
+        grad_accum=values.grad_accum,
         length=max(lengths),
         mean_length=sum(lengths) / len(lengths),
         counted=counted if has_logits else 0.0,
         is_chunked=has_logits and not isinstance(config, RewardConfig) and config.chunked_loss,
         is_checkpointed=config.activation_checkpointing,
-        steps=plan.max_steps if knows_steps else None,
+        steps=values.max_steps if knows_steps else None,
+        can_shard=held_in(config) == "full",
     )
 
 
 def ppo_work(
     config: PpoConfig,
-    plan: PpoPlan,
+    values: Hyperparameters,
     shape: Shape,
     prompts: Sequence[int],
     trained: int,
@@ -87,7 +87,7 @@ def ppo_work(
 
     Args:
         config: the command's fields.
-        plan: of the run.
+        values: hyperparameters of the run.
         shape: of the policy without an adapter.
         prompts: tokens of each.
         trained: parameters of the policy that train.
@@ -96,14 +96,16 @@ def ppo_work(
         world: processes.
         knows_steps: whether the prompts are those of the run.
     """
+    ppo = values.ppo
+    assert ppo is not None
     length = max(prompts) + config.max_new_tokens
-    a_pass = max(1, min(plan.pass_tokens // length, -(-plan.batch_size // plan.minibatches)))
+    a_pass = max(1, min(ppo.pass_tokens // length, -(-values.batch_size // ppo.minibatches)))
     return Work(
         stage="ppo",
         shape=shape,
         device=device,
         world=world,
-        precision=plan.precision,
+        precision=values.precision,
         optimizer="adamw",
         trained=trained,
         has_adapter=config.has_adapter,
@@ -116,13 +118,13 @@ def ppo_work(
         counted=config.max_new_tokens / length,
         is_chunked=False,
         is_checkpointed=False,
-        steps=plan.max_steps if knows_steps else None,
+        steps=values.max_steps if knows_steps else None,
         episodes=Episodes(
-            per_step=plan.batch_size,
+            per_step=values.batch_size,
             prompt=max(prompts),
             response=config.max_new_tokens,
             rollout=config.rollout_batch_size,
-            passes=plan.ppo_epochs,
+            passes=ppo.ppo_epochs,
             judges=judges,
             most_logits=GPU_PASS_LOGITS if device == "cuda" else CPU_PASS_LOGITS,
         ),
@@ -154,41 +156,24 @@ def counted_share(*parts: Tokenized) -> float:
     return max(float((part.trained_counts / part.lengths).max()) for part in parts)
 
 
-class Prepared(Protocol):
-    """What a stage of fine-tuning knows before it trains."""
-
-    @property
-    def model(self) -> Any:
-        """With its adapter, where one is to be trained."""
-
-    @property
-    def plan(self) -> TuningPlan:
-        """Of the run."""
-
-    @property
-    def trained_parameters(self) -> int:
-        """How many train."""
-
-
 def foreseen(
     config: Tuned,
-    found: Prepared,
-    lengths: Iterable[int],
+    prepared: Prepared,
     device: str,
     world: int,
     counted: float = 1.0,
 ) -> Outlook:
     """The outlook of a run whose model is loaded."""
-    labels = found.model.config.num_labels if scores(config) else 0
-    shape = shape_to_train(found.model.config, labels=labels)
+    labels = prepared.model.config.num_labels if scores(config) else 0
+    shape = shape_to_train(prepared.model.config, labels=labels)
     work = tuning_work(
         config,
-        found.plan,
+        prepared.hyperparameters,
         shape,
-        [int(length) for length in lengths],
-        found.trained_parameters,
+        prepared.train.lengths,
+        prepared.trained_parameters,
         device=device,
         world=world,
         counted=counted,
     )
-    return outlook(work, found.model.config.get_text_config())
+    return outlook(work, prepared.model.config.get_text_config())

@@ -15,8 +15,13 @@ from llmctl.planning.known import VOCABULARY, config_of
 from llmctl.planning.outlook import Outlook, outlook
 from llmctl.planning.shape import Shape, too_long
 from llmctl.planning.work import Work
-from llmctl.training.plan import COMPUTE_OPTIMAL, Plan, make_plan, preset_for
-from llmctl.training.setup import LONGEST_CONTEXT, prepare
+from llmctl.training.hyperparameters import (
+    COMPUTE_OPTIMAL,
+    Hyperparameters,
+    for_pretraining,
+    preset_for,
+)
+from llmctl.training.pretrain import LONGEST_CONTEXT, prepare
 
 LONGEST = 2048
 """Tokens of a sequence where nothing says (`sft`'s own limit)."""
@@ -26,35 +31,36 @@ BYTES = 4
 Planned = tuple[Work, PreTrainedConfig, tuple[str, ...]]
 
 
-def pretrain_work(plan: Plan, shape: Shape, device: str) -> Work:
+def pretrain_work(values: Hyperparameters, shape: Shape, device: str) -> Work:
     """Of pretraining: every position has logits."""
+    assert values.context is not None
     return Work(
         stage="pretrain",
         shape=shape,
         device=device,
-        world=plan.world_size,
-        precision=plan.precision,
-        optimizer=plan.optimizer,
+        world=values.world_size,
+        precision=values.precision,
+        optimizer=values.optimizer,
         trained=shape.parameters,
         has_adapter=False,
         load_in="full",
         rank=0,
-        batch_size=plan.batch_size,
-        grad_accum=plan.grad_accum,
-        length=plan.context,
-        mean_length=plan.context,
+        batch_size=values.batch_size,
+        grad_accum=values.grad_accum,
+        length=values.context,
+        mean_length=values.context,
         counted=1.0,
         is_chunked=False,
         is_checkpointed=False,
-        steps=plan.max_steps,
+        steps=values.max_steps,
         keeps_logits=True,
         can_shard=True,
     )
 
 
-def foreseen_pretrain(plan: Plan, architecture: Any, device: str) -> Outlook:
+def foreseen_pretrain(values: Hyperparameters, architecture: Any, device: str) -> Outlook:
     """The outlook of pretraining."""
-    work = pretrain_work(plan, shape_to_train(architecture), device)
+    work = pretrain_work(values, shape_to_train(architecture), device)
     return outlook(work, architecture.get_text_config())
 
 
@@ -83,16 +89,18 @@ def plan_pretrain(recipe: PretrainConfig, asked: PlanConfig, device: str) -> Pla
     folder = Path(recipe.tokens or "").expanduser()
     if asked.shape is None and recipe.tokens and (folder / "tokens").is_dir():
         setup = prepare(recipe, folder, Accelerator(cpu=device == "cpu"), device)
-        plan = make_plan(
+        context = setup.hyperparameters.context
+        assert context is not None
+        values = for_pretraining(
             recipe,
             parameters=setup.parameters,
             train_tokens=setup.index.train.tokens,
-            context=setup.plan.context,
+            context=context,
             world_size=asked.devices,
             device=device,
             sharded=False,
         )
-        work = pretrain_work(plan, shape_to_train(setup.architecture), device)
+        work = pretrain_work(values, shape_to_train(setup.architecture), device)
         return work, setup.architecture, ()
     notes: tuple[str, ...] = ()
     if asked.shape is not None:
@@ -142,7 +150,7 @@ def _guess(
     context = asked.length or recipe.context or min(shape.context or LONGEST, LONGEST_CONTEXT)
     given = asked.tokens or recipe.tokens_budget
     tokens = given or COMPUTE_OPTIMAL * shape.parameters
-    plan = make_plan(
+    values = for_pretraining(
         recipe,
         parameters=shape.parameters,
         train_tokens=train_tokens or tokens,
@@ -151,10 +159,10 @@ def _guess(
         device=device,
         sharded=False,
     )
-    steps = plan.max_steps
+    steps = values.max_steps
     if train_tokens is None and recipe.max_steps is None and recipe.epochs is None:
-        steps = max(1, round(tokens / plan.tokens_per_step))
-    work = pretrain_work(replace(plan, max_steps=steps), shape, device)
+        steps = max(1, round(tokens / values.tokens_per_step))
+    work = pretrain_work(replace(values, max_steps=steps), shape, device)
     assumed = f"{COMPUTE_OPTIMAL} tokens for each parameter, since --tokens says nothing"
     says = train_tokens or given or recipe.max_steps or recipe.epochs or recipe.tokens_per_parameter
     notes = () if says else (assumed,)

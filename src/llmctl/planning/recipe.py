@@ -14,7 +14,6 @@ from llmctl.config.stages import (
     PpoConfig,
     PretrainConfig,
     RewardConfig,
-    SftConfig,
 )
 from llmctl.data.dpo import load_pairs
 from llmctl.data.labelled import load_labelled
@@ -35,12 +34,12 @@ from llmctl.planning.found import (
 from llmctl.planning.known import config_of
 from llmctl.planning.pretraining import LONGEST, Planned, plan_pretrain
 from llmctl.planning.shape import too_long
-from llmctl.ppo.plan import make_ppo_plan
+from llmctl.ppo.hyperparameters import for_ppo
 from llmctl.ppo.prompts import PromptFormat, encode_prompts
 from llmctl.ppo.rewards import weighted
 from llmctl.training.adapters import adapt, trainable_parameters
-from llmctl.training.sequences import Rows
-from llmctl.training.tuning import make_tuning_plan
+from llmctl.training.batches import Sequences
+from llmctl.training.hyperparameters import for_finetuning
 
 PROMPT = 512
 """Tokens of a prompt likewise."""
@@ -88,17 +87,16 @@ def _plan_tuning(recipe: Tuned, asked: PlanConfig, device: str) -> Planned:
     shape = shape_to_train(config, labels=config.num_labels if scores(recipe) else 0)
     notes = (*notes, *too_long(shape, asked.length or 0))
     trained = _trained(recipe, config, shape.parameters, labelled=scores(recipe))
-    plan = make_tuning_plan(
+    values = for_finetuning(
         recipe,
         parameters=shape.parameters,
         rows=len(lengths),
-        world=asked.devices,
+        world_size=asked.devices,
         device=device,
-        **({} if isinstance(recipe, SftConfig) else {"epochs": 1}),
     )
     work = tuning_work(
         recipe,
-        plan,
+        values,
         shape,
         lengths,
         trained,
@@ -121,7 +119,7 @@ def _lengths(recipe: Tuned) -> tuple[list[int], float, int]:
         data = load_labelled(recipe)
         return data.train.lengths.tolist(), 0.0, len(data.labels)
     examples = load_supervised(recipe, recipe.prompt_tuning or 0, None)
-    rows = Rows(examples.train, 0, examples.max_length if recipe.packing else None)
+    rows = Sequences(examples.train, 0, examples.max_length if recipe.packing else None)
     return rows.lengths, counted_share(examples.train), 1
 
 
@@ -146,11 +144,11 @@ def _plan_ppo(recipe: PpoConfig, asked: PlanConfig, device: str) -> Planned:
         prompts = [asked.length or PROMPT] * (asked.rows or ROWS)
         notes = (f"the data is not read: every prompt has {prompts[0]:,} tokens",)
         notes = (*notes, *too_long(shape, prompts[0] + recipe.max_new_tokens))
-    plan = make_ppo_plan(
+    values = for_ppo(
         recipe,
         parameters=shape.parameters,
         prompts=len(prompts),
-        world=asked.devices,
+        world_size=asked.devices,
         device=device,
     )
     judges = _judges(recipe, shape.parameters, asked)
@@ -159,7 +157,7 @@ def _plan_ppo(recipe: PpoConfig, asked: PlanConfig, device: str) -> Planned:
     return (
         ppo_work(
             recipe,
-            plan,
+            values,
             shape,
             prompts,
             _trained(recipe, config, shape.parameters),

@@ -16,8 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from llmctl import shapes
 from llmctl.decode.loop import context_size
 from llmctl.quantized import BLOCK, input_width
-from llmctl.training.muon import STACKED
-from llmctl.training.optimizers import block_matrices
+from llmctl.training.optimizers import STACKED, block_matrices
 
 PARTS = ("embedding", "attention", "mlp", "norms", "head", "other")
 COMPOSED = {"gelu_new": 4, "gelu_fast": 4, "quick_gelu": 3}

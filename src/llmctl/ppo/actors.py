@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llmctl.ppo.episodes import Pass
-from llmctl.training.head import handed, output_layer
+from llmctl.training.token_loss import handed, output_layer
 
 
 class Actors(nn.Module):

@@ -20,7 +20,7 @@ from llmctl.ppo.rewards import Raw, Scored
 from llmctl.ppo.rollout import Halted, Rollout
 from llmctl.ppo.rules import Told
 from llmctl.ppo.trainer import Asked, PpoTrainer
-from llmctl.training.guard import together
+from llmctl.training.fault_tolerance import together
 from llmctl.training.signals import StopFlag
 
 FORWARD_ONLY = 4
@@ -34,12 +34,13 @@ def collect(trainer: PpoTrainer, flag: StopFlag) -> Episodes | None:
         DataError: a reward that fails, or gives what is no number.
     """
     begun = time.perf_counter()
-    step, job, plan = trainer.job.progressed.step, trainer.job, trainer.plan
-    first = (step * job.world + job.rank) * plan.batch_size
+    step, state = trainer.state.progress.step, trainer.state
+    values = trainer.hyperparameters
+    first = (step * state.world + state.rank) * values.batch_size
     prompts = [n for n in trainer.order.batch(step) for _ in range(trainer.config.num_samples)]
-    numbers = list(range(first, first + plan.batch_size))
+    numbers = list(range(first, first + values.batch_size))
     found: tuple[Rollout, Raw] | None = None
-    with together(job.accelerator):
+    with together(state.accelerator):
         try:
             rollout = sample(trainer, trainer.asked, prompts, numbers, flag)
             raw = trainer.rewards.raw(tell(trainer.asked, prompts, rollout), rollout.ended)
@@ -58,7 +59,7 @@ def collect(trainer: PpoTrainer, flag: StopFlag) -> Episodes | None:
 
 def stopped(trainer: PpoTrainer, flag: StopFlag) -> int:
     """The signal that any rank received, 0 without one. Collective."""
-    if trainer.job.world == 1:
+    if trainer.state.world == 1:
         return flag.received
     return int(trainer.gathered([flag.received]).max())
 
@@ -113,7 +114,7 @@ def weigh(trainer: PpoTrainer, rollout: Rollout, scored: Scored) -> Episodes:
     device = actors.device
     return Episodes(
         rollout.sequences,
-        trainer.job.rank * trainer.plan.batch_size,
+        trainer.state.rank * trainer.hyperparameters.batch_size,
         mask,
         *(part.to(device) for part in (log_probs, values, advantages, returns, sampled)),
     )
@@ -124,7 +125,7 @@ def all_passes(trainer: PpoTrainer, rollout: Rollout, mask: Tensor, factor: int)
     return passes(
         rollout.sequences,
         range(len(rollout.sequences)),
-        most_tokens=factor * trainer.plan.pass_tokens,
+        most_tokens=factor * trainer.ppo.pass_tokens,
         most_chosen=factor * trainer.most_chosen,
         mask=mask,
         device=trainer.actors.device,

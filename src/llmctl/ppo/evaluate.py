@@ -12,8 +12,8 @@ from llmctl.ppo.collect import all_passes, sample, tell
 from llmctl.ppo.rewards import Raw, Scored
 from llmctl.ppo.rollout import Rollout
 from llmctl.ppo.trainer import PpoTrainer
-from llmctl.training.guard import together
-from llmctl.training.intervals import wilson
+from llmctl.training.fault_tolerance import together
+from llmctl.training.reward_report import wilson
 from llmctl.training.signals import StopFlag
 
 NUMBERS = 1 << 40
@@ -54,7 +54,7 @@ class Judge:
         """
         trainer, reference = self.trainer, self._reference
         assert reference is not None
-        with together(trainer.job.accelerator):
+        with together(trainer.state.accelerator):
             found = self._answers(StopFlag())
         kl = self._kl(found.rollout)
         scored, before = self._scored(found), self._scored(reference)  # on today's scale, both
@@ -85,8 +85,8 @@ class Judge:
 
     def _answers(self, flag: StopFlag, *, of_reference: bool = False) -> Answers:
         trainer = self.trainer
-        asked, job = trainer.held_out, trainer.job
-        mine = list(range(len(asked)))[job.rank :: job.world]
+        asked, state = trainer.held_out, trainer.state
+        mine = list(range(len(asked)))[state.rank :: state.world]
         noise = [NUMBERS + number for number in mine]
         rollout = sample(trainer, asked, mine, noise, flag, of_reference=of_reference)
         raw = trainer.rewards.raw(tell(asked, mine, rollout), rollout.ended)
@@ -111,11 +111,11 @@ class Judge:
         assert reference is not None
         for place, number in enumerate(found.numbers[: trainer.config.samples]):
             row: dict[str, Any] = {
-                "step": trainer.job.progressed.step,
+                "step": trainer.state.progress.step,
                 "prompt": trainer.held_out.rows[number].text,
                 "before": reference.rollout.texts[place],
                 "now": found.rollout.texts[place],
                 "score_before": float(theirs[place]),
                 "score": float(ours[place]),
             }
-            trainer.job.run.log(row, SAMPLES)
+            trainer.state.run.log(row, SAMPLES)

@@ -9,7 +9,7 @@ from llmctl.models import save_model, write_folder
 from llmctl.ppo.setup import Setup
 from llmctl.ppo.trainer import PpoTrainer
 from llmctl.training.export import put_best, write_adapter
-from llmctl.training.guard import together
+from llmctl.training.fault_tolerance import together
 
 
 def export(config: PpoConfig, trainer: PpoTrainer, setup: Setup) -> dict[str, Any]:
@@ -19,10 +19,10 @@ def export(config: PpoConfig, trainer: PpoTrainer, setup: Setup) -> dict[str, An
         ModelError: an adapter and its merged model do not agree.
         ResourceError: the disk is full.
     """
-    job, run = trainer.job, trainer.job.run
-    with together(job.accelerator), writing(run.path):
-        put_best(job, trainer.actors)
-        if job.rank != 0:
+    state, run = trainer.state, trainer.state.run
+    put_best(state, trainer.actors)
+    with together(state.accelerator), writing(run.path):
+        if state.rank != 0:
             return {}
         policy, value_model = trainer.actors.policy, setup.models.value_model
         if not config.has_adapter:
@@ -40,4 +40,4 @@ def export(config: PpoConfig, trainer: PpoTrainer, setup: Setup) -> dict[str, An
             generation_config=None,
         )
         value_model.config.save_pretrained(run.path / "value_model")
-        return write_adapter(policy, setup.tokenizer, job, setup.base, merges=config.merge)
+        return write_adapter(policy, None, setup.tokenizer, state, setup.base, merges=config.merge)

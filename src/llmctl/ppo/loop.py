@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from llmctl.config.sections import Checkpoints
-from llmctl.console import Progress
+from llmctl.console import ProgressBar
 from llmctl.ppo.advantages import adapt_kl_coef
 from llmctl.ppo.checks import EXACT, check
 from llmctl.ppo.collect import collect, sample, stopped, tell
@@ -22,10 +22,9 @@ from llmctl.ppo.rewards import Raw
 from llmctl.ppo.rollout import Halted
 from llmctl.ppo.trainer import PpoTrainer
 from llmctl.ppo.update import update
-from llmctl.training.guard import find_checkpoint, finish_step, is_over, save, together
+from llmctl.training.fault_tolerance import find_checkpoint, finish_step, is_over, save, together
 from llmctl.training.meter import Meter
 from llmctl.training.optimizers import set_lr
-from llmctl.training.schedule import lr_at
 from llmctl.training.signals import StopFlag, stop_flag
 from llmctl.training.state import checkpoint_bytes, restore, set_generators
 
@@ -45,16 +44,19 @@ def fit(trainer: PpoTrainer, judge: Judge) -> dict[str, Any]:
         ModelError: a self-check before the first update failed.
         Interrupted, Terminated: a signal came; the run is saved.
     """
-    job = trainer.job
-    done, meter = job.progressed, Meter(job)
-    with stop_flag() as flag, Progress(job.title, trainer.plan.max_steps) as progress:
-        progress.start_at(done.step)
-        if not is_over(job):
+    state = trainer.state
+    done, meter = state.progress, Meter(state)
+    with (
+        stop_flag() as flag,
+        ProgressBar(state.title, trainer.hyperparameters.max_steps) as progress_bar,
+    ):
+        progress_bar.start_at(done.step)
+        if not is_over(state):
             begin(trainer, judge, flag, meter)
-        while not is_over(job):
-            begun, rate = time.perf_counter(), lr_at(trainer.plan, done.step)
+        while not is_over(state):
+            begun, rate = time.perf_counter(), trainer.hyperparameters.lr_at(done.step)
             set_lr(trainer.optimizers[:1], rate)
-            set_lr(trainer.optimizers[1:], rate * trainer.plan.value_lr / trainer.plan.lr)
+            set_lr(trainer.optimizers[1:], rate * trainer.ppo.value_lr / trainer.hyperparameters.lr)
             episodes = collect(trainer, flag)
             if episodes is None:
                 leave(trainer, flag, meter)
@@ -62,8 +64,8 @@ def fit(trainer: PpoTrainer, judge: Judge) -> dict[str, Any]:
                 first_checks(trainer, episodes)
             verdict = update(trainer, episodes, flag)
             complete(trainer, time.perf_counter() - begun)
-            finish_step(job, meter, verdict)
-            progress.update(done.step, _shown(trainer))
+            finish_step(state, meter, verdict)
+            progress_bar.update(done.step, _shown(trainer))
     last = done.last_log
     shown = {k: v for k, v in last.items() if k in FINAL or k.startswith("score/")}
     return {**meter.final(), **shown}
@@ -72,7 +74,7 @@ def fit(trainer: PpoTrainer, judge: Judge) -> dict[str, Any]:
 def resume(trainer: PpoTrainer, config: Checkpoints) -> None:
     """Put the trainer in the state of the checkpoint that the call asks for, if it asks for one."""
     size = checkpoint_bytes(trainer.actors, trainer.optimizers)
-    content = find_checkpoint(trainer.job, config, size)
+    content = find_checkpoint(trainer.state, config, size)
     if content is not None:
         restore(trainer.actors, trainer.optimizers, content)
         set_generators(content.rng)
@@ -103,7 +105,7 @@ def attempt(
         Interrupted, Terminated: a signal came.
     """
     found: Found | None = None
-    with together(trainer.job.accelerator), suppress(Halted):
+    with together(trainer.state.accelerator), suppress(Halted):
         found = work()
     if stopped(trainer, flag):
         leave(trainer, flag, meter)
@@ -117,9 +119,9 @@ def reference_scores(trainer: PpoTrainer, flag: StopFlag) -> Raw:
         Halted: a signal came.
         DataError: a reward that fails.
     """
-    asked, job = trainer.asked, trainer.job
-    wanted = max(job.world, min(REFERENCE_EPISODES, 2 * len(asked)))
-    mine = range(job.rank, wanted, job.world)
+    asked, state = trainer.asked, trainer.state
+    wanted = max(state.world, min(REFERENCE_EPISODES, 2 * len(asked)))
+    mine = range(state.rank, wanted, state.world)
     prompts = [number % len(asked) for number in mine]
     noise = [2 * NUMBERS + number for number in mine]
     rollout = sample(trainer, asked, prompts, noise, flag, of_reference=True)
@@ -133,7 +135,7 @@ def measure(trainer: PpoTrainer, raw: Raw) -> None:
         scale, weight = trainer.value_source.scale, trainer.value_source.weight
         factor = weight / scale.deviation_used
         trainer.actors.scale = (factor, -factor * scale.mean)
-        trainer.job.run.record(value_scale=trainer.actors.scale)
+        trainer.state.run.record(value_scale=trainer.actors.scale)
 
 
 def first_checks(trainer: PpoTrainer, episodes: Episodes) -> None:
@@ -142,27 +144,27 @@ def first_checks(trainer: PpoTrainer, episodes: Episodes) -> None:
     Raises:
         ModelError: a check failed.
     """
-    job, precision = trainer.job, trainer.plan.precision
-    with together(job.accelerator):
+    state, precision = trainer.state, trainer.hyperparameters.precision
+    with together(state.accelerator):
         found = check(trainer.actors, episodes, set(trainer.sampler.eos), precision)
     worst = float(trainer.gathered([found.sampling]).max())
     trainer.exact = worst <= EXACT[precision]
-    job.run.record(**found.facts, keeps_sampled_log_probs=trainer.exact)
+    state.run.record(**found.facts, keeps_sampled_log_probs=trainer.exact)
 
 
 def complete(trainer: PpoTrainer, seconds: float) -> None:
     """The rest of a step's metrics, its alarms, and the next step's penalty."""
-    config, job, latest = trainer.config, trainer.job, trainer.latest
+    config, state, latest = trainer.config, trainer.state, trainer.latest
     episodes = latest.pop("step_episodes")
     latest.pop("response_tokens")
     latest["kl_coef"] = trainer.kl_coef
-    latest["episodes"] = (job.progressed.step + 1) * episodes
+    latest["episodes"] = (state.progress.step + 1) * episodes
     latest["episodes_per_second"] = round(episodes / seconds, 3)
     if config.kl_target is not None:
         trainer.kl_coef = adapt_kl_coef(
             trainer.kl_coef, latest["kl"], config.kl_target, episodes, config.kl_horizon
         )
-    latest["alarms"] = trainer.alarms.look(job.progressed.step + 1, latest)
+    latest["alarms"] = trainer.alarms.look(state.progress.step + 1, latest)
 
 
 def leave(trainer: PpoTrainer, flag: StopFlag, meter: Meter) -> NoReturn:
@@ -171,20 +173,20 @@ def leave(trainer: PpoTrainer, flag: StopFlag, meter: Meter) -> NoReturn:
     Raises:
         Interrupted, Terminated: always.
     """
-    job = trainer.job
+    state = trainer.state
     signal = stopped(trainer, flag)
     with torch.no_grad():
-        save(job, meter)
-    raise StopFlag.error(signal, job.progressed.step)
+        save(state, meter)
+    raise StopFlag.error(signal, state.progress.step)
 
 
 def _shown(trainer: PpoTrainer) -> str:
     """The text of the progress line."""
-    last = trainer.job.progressed.last_log
+    last = trainer.state.progress.last_log
     if not last:
         return ""
     text = f"score {last['score']:.3f}  kl {last['kl']:.2f}  entropy {last['entropy']:.2f}"
     text += f"  {last['length']:.0f} tokens  {last['episodes_per_second']:.1f} episodes/s"
-    if "val_win_rate" in trainer.job.progressed.last_eval:
-        text += f"  wins {trainer.job.progressed.last_eval['val_win_rate']:.0%}"
+    if "val_win_rate" in trainer.state.progress.last_eval:
+        text += f"  wins {trainer.state.progress.last_eval['val_win_rate']:.0%}"
     return text

@@ -31,7 +31,7 @@ from llmctl.ppo.sharing import classifier_on, language_model_on
 from llmctl.rundir import resolve_model
 from llmctl.scoring import Exchange, RewardModel, load_reward_model
 from llmctl.training.adapters import adapt
-from llmctl.training.base import load_base
+from llmctl.training.base_model import load_base
 
 SCORE = "score"
 """The head of every classifier that transformers makes of a decoder."""

@@ -1,6 +1,6 @@
 """From a config to a trainer that is ready to fit, and to a judge of what it becomes."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
@@ -19,22 +19,21 @@ from llmctl.errors import DataError, ResourceError, UserError
 from llmctl.models import load_config, load_tokenizer
 from llmctl.ppo.actors import Actors
 from llmctl.ppo.evaluate import Judge
+from llmctl.ppo.hyperparameters import for_ppo, ppo_identity
 from llmctl.ppo.models import Models, load_models
-from llmctl.ppo.plan import PpoPlan, make_ppo_plan
 from llmctl.ppo.prompts import PromptFormat, encode_prompts
 from llmctl.ppo.rewards import Rewards
 from llmctl.ppo.rollout import Sampler
 from llmctl.ppo.trainer import Asked, PpoTrainer
 from llmctl.rundir import Run
 from llmctl.training.adapters import trainable_parameters
-from llmctl.training.base import Base, base_of, require_whole
-from llmctl.training.job import Job
+from llmctl.training.base_model import Base, base_of, to_pure_bf16
+from llmctl.training.batches import Order
+from llmctl.training.distributed import autocast, is_sharded
+from llmctl.training.hyperparameters import Hyperparameters
 from llmctl.training.optimizers import decay_groups
-from llmctl.training.order import Order
-from llmctl.training.placement import autocast
-from llmctl.training.schedule import lr_at
+from llmctl.training.run_state import RunState, intervals_of
 from llmctl.training.state import architecture, capture
-from llmctl.training.tuning import rhythm_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Setup:
     stops: set[int]
     """Tokens that end a response."""
     models: Models
-    plan: PpoPlan
+    hyperparameters: Hyperparameters
     base: Base
     parameters: int
     trained_parameters: int
@@ -60,7 +59,7 @@ class Setup:
             "inputs": [self.base.as_input(), *judges, *self.prompts.inputs],
             "device": hardware.device_name(device),
             "parameters": self.parameters,
-            "plan": asdict(self.plan),
+            "plan": self.hyperparameters.as_json(),
             "prompts": len(self.asked),
             "held_out": [row.name for row in self.held_out.rows],
         }
@@ -69,14 +68,18 @@ class Setup:
 def prepare(
     config: PpoConfig, accelerator: Accelerator, device: str, clock: str | None = None
 ) -> Setup:
-    """Read the prompts, load the models, make the plan.
+    """Read the prompts, load the models, fill in the hyperparameters.
 
     Raises:
         DataError: prompts that are missing, empty or too long.
         ModelError: a model that does not load, or no reward model.
         UserError: settings that do not go together.
     """
-    require_whole(accelerator, "ppo")
+    if is_sharded(accelerator):
+        raise UserError(
+            "FSDP is in force, and ppo has not been made to work under it",
+            hint="use DDP (recipes/accelerate/ddp.yaml)",
+        )
     if device == "mps":
         raise ResourceError("ppo has not been made to work on mps", hint="use --device cpu")
     prompts = read_prompts(config.data, config.val_data, config.val_size, config.skip_bad_rows)
@@ -95,22 +98,23 @@ def prepare(
     base = base_of(config.model)
     models = load_models(config, tokenizer, base.sha256, device)
     trained, parameters = trainable_parameters(models.actors.policy)
-    plan = make_ppo_plan(
+    values = for_ppo(
         config,
         parameters=parameters,
         prompts=len(asked),
-        world=accelerator.num_processes,
+        world_size=accelerator.num_processes,
         device=device,
     )
-    models.compute_in(lambda: autocast(plan, device))
-    if plan.precision == "pure-bf16":
-        to_bf16(models, plan.lr)
-    elif plan.precision == "bf16" and config.has_adapter:
+    models.compute_in(lambda: autocast(values.precision, device))
+    if values.precision == "pure-bf16":
+        for model in (models.actors, models.actors.reference):
+            to_pure_bf16(model, values.lr)
+    elif values.precision == "bf16" and config.has_adapter:
         hold_in_bf16(models.actors.reference)
     stops = set() if config.ignore_eos else set(eos_tokens(models.actors.policy, tokenizer))
     stops |= set() if config.ignore_eos else written.stops
     found = Setup(
-        *(tokenizer, prompts, asked, held_out, stops, models, plan),
+        *(tokenizer, prompts, asked, held_out, stops, models, values),
         *(base, parameters, trained),
     )
     if accelerator.is_main_process:
@@ -122,35 +126,34 @@ def build(
     config: PpoConfig, setup: Setup, run: Run, accelerator: Accelerator, device: str, threads: int
 ) -> tuple[PpoTrainer, Judge]:
     """Put the trainer together, and what compares it with the reference."""
-    plan, actors = setup.plan, setup.models.actors
-    optimizers = make_optimizers(actors, config, plan, device)
+    values, actors = setup.hyperparameters, setup.models.actors
+    optimizers = make_optimizers(actors, config, values, device)
     rank, world = accelerator.process_index, accelerator.num_processes
     order = Order(
         len(setup.asked),
-        batch_size=plan.batch_size // config.num_samples,
+        batch_size=values.batch_size // config.num_samples,
         rank=rank,
         world=world,
-        steps=plan.max_steps,
         seed=config.seed,
     )
-    job = Job(
+    state = RunState(
         title="ppo",
         run=run,
         accelerator=accelerator,
         device=device,
         identity=_identity(config, setup, world),
-        rhythm=rhythm_of(config, plan),
+        intervals=intervals_of(config, values),
         flops_per_token=None,
         capture=lambda: capture(
-            actors, optimizers, job.progressed, {"ppo": trainer.state()}, rank=rank
+            actors, optimizers, state.progress, {"ppo": trainer.extra_state()}, rank=rank
         ),
         evaluate=(lambda: judge.evaluate()) if len(setup.held_out) else None,
-        lr=lambda: lr_at(plan, job.progressed.step - 1),
-        extras=lambda: trainer.latest,
+        lr=lambda: values.lr_at(state.progress.step - 1),
+        metrics=lambda: trainer.latest,
     )
     trainer = PpoTrainer(
         config=config,
-        plan=plan,
+        hyperparameters=values,
         actors=actors,
         optimizers=optimizers,
         rewards=_rewards(config, setup),
@@ -158,7 +161,7 @@ def build(
         asked=setup.asked,
         held_out=setup.held_out,
         order=order,
-        job=job,
+        state=state,
         threads=threads,
         kl_coef=config.kl_coef,
         value_source=setup.models.value_source,
@@ -190,9 +193,10 @@ def _sampler(config: PpoConfig, setup: Setup) -> Sampler:
 
 
 def make_optimizers(
-    actors: Actors, config: PpoConfig, plan: PpoPlan, device: str
+    actors: Actors, config: PpoConfig, values: Hyperparameters, device: str
 ) -> list[Optimizer]:
     """AdamW over the policy, and another over the value model."""
+    assert values.ppo is not None
     policy = [weight for weight in actors.policy.parameters() if weight.requires_grad]
     value = [*actors.value.parameters(), *actors.value_head.parameters()]
     return [
@@ -202,20 +206,8 @@ def make_optimizers(
             betas=(config.beta1, config.beta2),
             fused=device in ("cpu", "cuda"),
         )
-        for weights, lr in ((policy, plan.lr), (value, plan.value_lr))
+        for weights, lr in ((policy, values.lr), (value, values.ppo.value_lr))
     ]
-
-
-def to_bf16(models: Models, lr: float) -> None:
-    """Give all that trains, and the reference, weights in bf16, and say what that means."""
-    log.warning(
-        "pure bf16 weights: updates smaller than 1/256 of a weight vanish, and at a learning rate "
-        "of %g most of them are",
-        lr,
-    )
-    for model in (models.actors, models.actors.reference):
-        for weight in model.parameters():  # buffers such as rotary frequencies stay exact
-            weight.data = weight.data.to(torch.bfloat16)
 
 
 def hold_in_bf16(model: Any) -> None:
@@ -233,7 +225,7 @@ def _identity(config: PpoConfig, setup: Setup, world: int) -> dict[str, Any]:
     """What a run must share with this one to resume from it."""
     numbers = [(row.digest(), row.answer) for row in (*setup.asked.rows, *setup.held_out.rows)]
     return {
-        **setup.plan.identity(config),
+        **ppo_identity(config, setup.hyperparameters),
         "data": sha256(repr((numbers, len(setup.held_out))).encode()).hexdigest(),
         "model": setup.base.sha256,
         "reward_model": [
@@ -246,7 +238,8 @@ def _identity(config: PpoConfig, setup: Setup, world: int) -> dict[str, Any]:
 
 
 def _announce(config: PpoConfig, setup: Setup) -> None:
-    plan = setup.plan
+    values = setup.hyperparameters
+    assert values.ppo is not None
     log.info(
         "%s parameters, %s of them trained; %s prompts, %s held out; rewards: %s",
         short(setup.parameters),
@@ -259,13 +252,13 @@ def _announce(config: PpoConfig, setup: Setup) -> None:
     log.info(
         "%s steps of %s episodes, %d passes in %d minibatches; peak learning rate %g, %s, %s; "
         "the value model starts from %s",
-        f"{plan.max_steps:,}",
-        f"{plan.batch_size:,}",
-        plan.ppo_epochs,
-        plan.minibatches,
-        plan.lr,
-        plan.schedule,
-        plan.precision,
+        f"{values.max_steps:,}",
+        f"{values.batch_size:,}",
+        values.ppo.ppo_epochs,
+        values.ppo.minibatches,
+        values.lr,
+        values.schedule,
+        values.precision,
         "the policy" if origin is None else f"the reward model {origin.name}",
     )
     if config.reward_rule and not config.reward_model:

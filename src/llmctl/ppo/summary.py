@@ -4,18 +4,18 @@ from typing import Any
 
 from llmctl.claim import SAMPLES, as_object
 from llmctl.console import log
-from llmctl.training.job import Job
+from llmctl.training.run_state import RunState
 
 WIDTH = 72
 """Characters of a text that are shown."""
 
 
-def log_summary(job: Job) -> None:
+def log_summary(state: RunState) -> None:
     """Say what the kept model, that of the best step, does on the held-out prompts."""
-    found = job.progressed.best_eval
-    if job.rank != 0 or not found:
+    found = state.progress.best_eval
+    if state.rank != 0 or not found:
         return
-    log.info("on %d held-out prompts, step %s:", found["val_prompts"], job.progressed.best_step)
+    log.info("on %d held-out prompts, step %s:", found["val_prompts"], state.progress.best_step)
     low, high = found["val_win_rate_low"], found["val_win_rate_high"]
     rows = [
         ("wins against the reference", found["val_win_rate"], f"({low:.3f} to {high:.3f}, 95 %)"),
@@ -25,7 +25,7 @@ def log_summary(job: Job) -> None:
     ]
     for name, value, more in rows:
         log.info("  %-28s %8.3f  %s", name, value, more)
-    for row in _samples(job):
+    for row in _samples(state):
         log.info("  prompt: %s", _short(row["prompt"]))
         log.info("    before %6.2f: %s", row["score_before"], _short(row["before"]))
         log.info("    now    %6.2f: %s", row["score"], _short(row["now"]))
@@ -36,12 +36,12 @@ def _beside(found: dict[str, float]) -> str:
     return f"the reference's is {mean:.3f} ± {deviation:.3f}"
 
 
-def _samples(job: Job) -> list[dict[str, Any]]:
+def _samples(state: RunState) -> list[dict[str, Any]]:
     """Rows of the kept step."""
-    file = job.run.path / SAMPLES
+    file = state.run.path / SAMPLES
     lines = file.read_bytes().splitlines() if file.exists() else []
     rows = [dict(as_object(line)) for line in lines]
-    return [row for row in rows if row.get("step") == job.progressed.best_step]
+    return [row for row in rows if row.get("step") == state.progress.best_step]
 
 
 def _short(text: str) -> str:

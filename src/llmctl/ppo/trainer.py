@@ -14,12 +14,13 @@ from llmctl.decode.loop import best_threads
 from llmctl.models import parameter_count
 from llmctl.ppo.actors import Actors
 from llmctl.ppo.alarms import Alarms
-from llmctl.ppo.plan import CPU_PASS_LOGITS, GPU_PASS_LOGITS, PpoPlan
+from llmctl.ppo.hyperparameters import CPU_PASS_LOGITS, GPU_PASS_LOGITS
 from llmctl.ppo.rewards import Rewards, Source
 from llmctl.ppo.rollout import Sampler
 from llmctl.ppo.rules import Told
-from llmctl.training.job import Job
-from llmctl.training.order import Order
+from llmctl.training.batches import Order
+from llmctl.training.hyperparameters import Hyperparameters, PpoHyperparameters
+from llmctl.training.run_state import RunState
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class PpoTrainer:
     """The models, the rewards and the prompts, and the job that they are for."""
 
     config: PpoConfig
-    plan: PpoPlan
+    hyperparameters: Hyperparameters
     actors: Actors
     optimizers: list[Optimizer]
     rewards: Rewards
@@ -54,7 +55,7 @@ class PpoTrainer:
     asked: Asked
     held_out: Asked
     order: Order
-    job: Job
+    state: RunState
     threads: int
     """Of training; sampling takes fewer where a model is small."""
     kl_coef: float
@@ -67,11 +68,17 @@ class PpoTrainer:
     latest: dict[str, Any] = field(default_factory=dict)
     """Metrics of the step just done."""
 
+    @property
+    def ppo(self) -> PpoHyperparameters:
+        """The hyperparameters that only PPO has."""
+        assert self.hyperparameters.ppo is not None
+        return self.hyperparameters.ppo
+
     def total(self, found: Tensor) -> Tensor:
         """The sum of a tensor over all processes."""
-        if self.job.world == 1:
+        if self.state.world == 1:
             return found
-        summed = self.job.accelerator.reduce(found.to(self.actors.device), "sum")
+        summed = self.state.accelerator.reduce(found.to(self.actors.device), "sum")
         return summed.to(found.device)  # type: ignore[no-any-return]
 
     @property
@@ -87,7 +94,7 @@ class PpoTrainer:
         parameters = parameter_count(self.actors.policy)
         return best_threads(parameters, min(rows, self.sampler.batch_size), self.threads)
 
-    def state(self) -> dict[str, Any]:
+    def extra_state(self) -> dict[str, Any]:
         """What decides how the run goes on, beside weights and moments; JSON."""
         return {
             "kl_coef": self.kl_coef,
@@ -98,7 +105,7 @@ class PpoTrainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Put back what `state` took."""
+        """Put back what `extra_state` took."""
         self.kl_coef, self.exact = state["kl_coef"], state["exact"]
         self.rewards.restore(state["rewards"])
         self.alarms.restore(state["alarms"])
@@ -108,7 +115,7 @@ class PpoTrainer:
     def gathered(self, numbers: Sequence[float]) -> Tensor:
         """This rank's numbers, followed by those of the others in order."""
         mine = torch.tensor(list(numbers))
-        if self.job.world == 1:
+        if self.state.world == 1:
             return mine
-        found = self.job.accelerator.gather(mine.to(self.actors.device))
+        found = self.state.accelerator.gather(mine.to(self.actors.device))
         return found.cpu()  # type: ignore[no-any-return]

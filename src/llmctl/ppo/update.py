@@ -18,7 +18,8 @@ from llmctl.ppo.actors import entropy_of
 from llmctl.ppo.episodes import Episodes, Pass, passes
 from llmctl.ppo.loss import policy_loss, value_loss
 from llmctl.ppo.trainer import PpoTrainer
-from llmctl.training.guard import Verdict, accept, agree
+from llmctl.training.fault_tolerance import Verdict
+from llmctl.training.loop import update as update_weights
 from llmctl.training.signals import StopFlag
 
 SUMS = ("policy_loss", "value_loss", "clipped", "value_clipped", "policy_kl")
@@ -64,10 +65,10 @@ def update(trainer: PpoTrainer, episodes: Episodes, flag: StopFlag) -> Verdict:
 
 def minibatches(trainer: PpoTrainer, count: int) -> Iterator[Sequence[int]]:
     """Numbers, among the episodes of all processes, of each minibatch in order."""
-    step, plan = trainer.job.progressed.step, trainer.plan
-    for epoch in range(plan.ppo_epochs):
+    step = trainer.state.progress.step
+    for epoch in range(trainer.ppo.ppo_epochs):
         order = np.random.default_rng((trainer.config.seed, step, epoch)).permutation(count)
-        yield from (part.tolist() for part in np.array_split(order, plan.minibatches))
+        yield from (part.tolist() for part in np.array_split(order, trainer.ppo.minibatches))
 
 
 def accumulate(
@@ -89,7 +90,7 @@ def accumulate(
     for batch in passes(
         episodes.sequences,
         mine,
-        most_tokens=trainer.plan.pass_tokens,
+        most_tokens=trainer.ppo.pass_tokens,
         most_chosen=trainer.most_chosen,
         mask=episodes.mask,
         device=actors.device,
@@ -135,21 +136,22 @@ def _losses(
 
 def _step(trainer: PpoTrainer, loss: Tensor, flag: StopFlag) -> Verdict:
     """Add the gradients of all ranks up, clip them, and update where all is finite."""
-    job = trainer.job
+    state = trainer.state
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     weights = [weight for group in groups for weight in group["params"]]
-    if job.world > 1:
+    if state.world > 1:
         _add_up(trainer, weights)
         loss = trainer.total(loss[None])[0]
-    limit = trainer.config.max_grad_norm or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(weights, limit)
-    verdict = agree(job, loss, norm, 0, flag)
-    accepted = accept(job, verdict, lambda: f"episodes of step {job.progressed.step + 1:,}")
-    for optimizer in trainer.optimizers:
-        if accepted:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return verdict
+    return update_weights(
+        state,
+        trainer.optimizers,
+        weights,
+        loss,
+        0,
+        flag,
+        max_grad_norm=trainer.config.max_grad_norm,
+        name=lambda: f"episodes of step {state.progress.step + 1:,}",
+    )
 
 
 def _add_up(trainer: PpoTrainer, weights: Sequence[Tensor]) -> None:

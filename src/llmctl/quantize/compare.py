@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmctl.config.sections import Sampling
-from llmctl.console import Progress
+from llmctl.console import ProgressBar
 from llmctl.decode.loop import Prompt, choose_forward, context_size, decode, eos_tokens
 from llmctl.errors import DataError, ModelError
 from llmctl.likelihood import MOST_NATS, Window, batched, make_windows, window_logits
@@ -72,7 +72,7 @@ def compare(before: PreTrainedModel, after: PreTrainedModel, windows: Sequence[W
     """
     nats_before = nats_after = divergence = same = 0.0
     total = 0
-    with Progress("measure", sum(window.scored for window in windows), "token") as progress:
+    with ProgressBar("measure", sum(window.scored for window in windows), "token") as progress:
         for batch in batched(before, windows):
             logits, targets = window_logits(before, batch)
             others, _ = window_logits(after, batch)

@@ -10,50 +10,45 @@ from llmctl.config.stages import DpoConfig
 from llmctl.data.dpo import load_pairs, log_pairs
 from llmctl.data.preferred import PreferenceData
 from llmctl.planning.found import counted_share, foreseen
-from llmctl.planning.outlook import Outlook
+from llmctl.planning.show import show_dry_run
 from llmctl.rundir import Run
-from llmctl.training.dpo_setup import build, prepare
+from llmctl.training.dpo import build_dpo, prepare_dpo
 from llmctl.training.export import export
-from llmctl.training.guard import together
+from llmctl.training.fault_tolerance import together
+from llmctl.training.loop import train
 from llmctl.training.stage import clock_of, run_stage
 
 
 def run(config: DpoConfig) -> dict[str, Any] | None:
     """Align and return the final metrics."""
-    return run_stage(
-        "dpo",
-        config,
-        partial(_check, config),
-        partial(_align, config),
-    )
+    return run_stage("dpo", config, partial(_show, config), partial(_align, config))
 
 
-def _check(config: DpoConfig, accelerator: Accelerator, device: str) -> Outlook:
-    """What a dry run does."""
+def _show(config: DpoConfig, accelerator: Accelerator, device: str) -> dict[str, Any] | None:
+    """Do what a dry run does."""
     data = _pairs(config, accelerator)
-    found = prepare(config, data, accelerator, device)
+    prepared = prepare_dpo(config, data, accelerator, device)
     share = counted_share(data.train.chosen, data.train.rejected)
-    world = accelerator.num_processes
-    return foreseen(config, found, found.train.lengths, device, world, share)
+    outlook = foreseen(config, prepared, device, accelerator.num_processes, share)
+    return show_dry_run("dpo", config, outlook)
 
 
 def _align(config: DpoConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:
-    """Train, export; what came of it."""
+    """Load, prepare, train, export; return what came of it."""
     clock = clock_of(config, run)
     with together(accelerator):
         data = _pairs(config, accelerator, clock)
     with together(accelerator):
-        found = prepare(config, data, accelerator, device)
-    run.record(**found.facts(data, device))
-    with hardware.memory_errors(found.plan.batch_size, found.plan.grad_accum):
-        trainer = build(config, data, found, run)
-        metrics = trainer.fit(config)
-    sizes = {"parameters": found.parameters, "trained_parameters": found.trained_parameters}
-    return {**export(config, trainer, found.base, data.tokenizer), **sizes, **metrics}
+        prepared = prepare_dpo(config, data, accelerator, device)
+    run.record(**prepared.facts(data.inputs, device, audit=data.facts(), held_out=data.held_out))
+    with hardware.memory_errors(*prepared.batch):
+        trainer = build_dpo(config, data, prepared, run, accelerator, device)
+        metrics = train(trainer, config)
+    return {**export(config, trainer, prepared, data.tokenizer), **prepared.sizes, **metrics}
 
 
 def _pairs(config: DpoConfig, accelerator: Accelerator, clock: str | None = None) -> PreferenceData:
-    """The pairs, found to be sound."""
+    """Load the pairs, and say what there is."""
     data = load_pairs(config, clock)
     if accelerator.is_main_process:
         log_pairs(data)

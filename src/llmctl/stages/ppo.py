@@ -10,34 +10,30 @@ from llmctl import hardware
 from llmctl.config.stages import PpoConfig
 from llmctl.models import parameter_count
 from llmctl.planning.found import ppo_work, shape_to_train
-from llmctl.planning.outlook import Outlook, outlook
+from llmctl.planning.outlook import outlook
+from llmctl.planning.show import show_dry_run
 from llmctl.ppo.export import export
 from llmctl.ppo.loop import fit, resume
 from llmctl.ppo.setup import build, prepare
 from llmctl.ppo.summary import log_summary
 from llmctl.rundir import Run
-from llmctl.training.guard import together
+from llmctl.training.fault_tolerance import together
 from llmctl.training.stage import clock_of, run_stage
 
 
 def run(config: PpoConfig) -> dict[str, Any] | None:
     """Train and return the final metrics."""
-    return run_stage(
-        "ppo",
-        config,
-        partial(_check, config),
-        partial(_align, config),
-    )
+    return run_stage("ppo", config, partial(_show, config), partial(_align, config))
 
 
-def _check(config: PpoConfig, accelerator: Accelerator, device: str) -> Outlook:
-    """What a dry run does."""
+def _show(config: PpoConfig, accelerator: Accelerator, device: str) -> dict[str, Any] | None:
+    """Do what a dry run does."""
     setup = prepare(config, accelerator, device)
     policy = setup.models.actors.policy
     judges = (judge for judge in setup.models.judges if not judge.is_shared)
     work = ppo_work(
         config,
-        setup.plan,
+        setup.hyperparameters,
         shape_to_train(policy.config),
         [len(tokens) for tokens in setup.asked.tokens],
         setup.trained_parameters,
@@ -45,20 +41,20 @@ def _check(config: PpoConfig, accelerator: Accelerator, device: str) -> Outlook:
         device=device,
         world=accelerator.num_processes,
     )
-    return outlook(work, policy.config.get_text_config())
+    return show_dry_run("ppo", config, outlook(work, policy.config.get_text_config()))
 
 
 def _align(config: PpoConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:
-    """Train, export; what came of it."""
+    """Prepare, train, export; return what came of it."""
     clock = clock_of(config, run)
     with together(accelerator):
         setup = prepare(config, accelerator, device, clock)
     run.record(**setup.facts(device))
-    with hardware.memory_errors(setup.plan.batch_size):
+    with hardware.memory_errors(setup.hyperparameters.batch_size):
         trainer, judge = build(config, setup, run, accelerator, device, torch.get_num_threads())
         resume(trainer, config)
         run.keep_recipe(config)
         metrics = fit(trainer, judge)
-    log_summary(trainer.job)
+    log_summary(trainer.state)
     sizes = {"parameters": setup.parameters, "trained_parameters": setup.trained_parameters}
     return {**export(config, trainer, setup), **sizes, **metrics}

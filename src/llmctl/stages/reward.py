@@ -10,10 +10,12 @@ from llmctl.config.stages import RewardConfig
 from llmctl.data.preferred import PreferenceData, load_preferences, log_preferences
 from llmctl.exchanges import score_file
 from llmctl.planning.found import foreseen
-from llmctl.planning.outlook import Outlook
+from llmctl.planning.show import show_dry_run
 from llmctl.rundir import Run
-from llmctl.training.guard import together
-from llmctl.training.reward import build, export, prepare
+from llmctl.training.export import export
+from llmctl.training.fault_tolerance import together
+from llmctl.training.loop import train
+from llmctl.training.reward import build_reward, check_of, prepare_reward
 from llmctl.training.stage import clock_of, run_stage
 
 
@@ -21,40 +23,37 @@ def run(config: RewardConfig) -> dict[str, Any] | None:
     """Train and return the final metrics, or score a file."""
     if config.score is not None:
         return score_file(config)
-    return run_stage(
-        "reward",
-        config,
-        partial(_check, config),
-        partial(_train, config),
-    )
+    return run_stage("reward", config, partial(_show, config), partial(_train, config))
 
 
-def _check(config: RewardConfig, accelerator: Accelerator, device: str) -> Outlook:
-    """What a dry run does."""
-    found = prepare(config, _preferences(config, accelerator), accelerator, device)
-    lengths = found.train.pairs.lengths
-    return foreseen(config, found, lengths, device, accelerator.num_processes)
+def _show(config: RewardConfig, accelerator: Accelerator, device: str) -> dict[str, Any] | None:
+    """Do what a dry run does."""
+    data = _pairs(config, accelerator)
+    prepared = prepare_reward(config, data, accelerator, device)
+    outlook = foreseen(config, prepared, device, accelerator.num_processes)
+    return show_dry_run("reward", config, outlook)
 
 
 def _train(config: RewardConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:
-    """Train, export, judge; what came of it."""
+    """Load, prepare, train, export; return what came of it."""
     clock = clock_of(config, run)
     with together(accelerator):
-        data = _preferences(config, accelerator, clock)
+        data = _pairs(config, accelerator, clock)
     with together(accelerator):
-        found = prepare(config, data, accelerator, device)
-    run.record(**found.facts(data, device))
-    with hardware.memory_errors(found.plan.batch_size, found.plan.grad_accum):
-        trainer = build(config, data, found, run)
-        metrics = trainer.fit(config)
-    sizes = {"parameters": found.parameters, "trained_parameters": found.trained_parameters}
-    return {**metrics, **sizes, **export(config, trainer, found, data)}
+        prepared = prepare_reward(config, data, accelerator, device)
+    run.record(**prepared.facts(data.inputs, device, audit=data.facts(), held_out=data.held_out))
+    with hardware.memory_errors(*prepared.batch):
+        trainer = build_reward(config, data, prepared, run, accelerator, device)
+        metrics = train(trainer, config)
+    check = check_of(prepared, run, device)
+    written = export(config, trainer, prepared, data.tokenizer, check)
+    return {**metrics, **prepared.sizes, **written}
 
 
-def _preferences(
+def _pairs(
     config: RewardConfig, accelerator: Accelerator, clock: str | None = None
 ) -> PreferenceData:
-    """The pairs, and a word on them."""
+    """Load the pairs, and say what there is."""
     data = load_preferences(config, clock)
     if accelerator.is_main_process:
         log_preferences(data)

@@ -8,59 +8,99 @@ from accelerate import Accelerator
 from llmctl import hardware
 from llmctl.config.stages import SftConfig
 from llmctl.data.audit import Audit
+from llmctl.data.labelled import load_labelled, log_labelled
 from llmctl.data.supervised import SupervisedData, load_supervised
 from llmctl.planning.found import counted_share, foreseen
-from llmctl.planning.outlook import Outlook
+from llmctl.planning.show import show_dry_run
 from llmctl.rundir import Run
-from llmctl.training.classify import check_classifier, run_classifier
+from llmctl.training.classify import build_classification, prepare_classification
 from llmctl.training.export import export
-from llmctl.training.finetune import audited, build, prepare
-from llmctl.training.guard import together
+from llmctl.training.fault_tolerance import together
+from llmctl.training.loop import train
+from llmctl.training.sft import audited, build_sft, prepare_sft
 from llmctl.training.stage import clock_of, run_stage
 
 
 def run(config: SftConfig) -> dict[str, Any] | None:
     """Fine-tune and return the final metrics."""
+    is_chat = config.task == "chat"
     return run_stage(
         "sft",
         config,
-        partial(_check, config),
-        partial(_tune, config),
+        partial(_show if is_chat else _show_classification, config),
+        partial(_tune if is_chat else _classify, config),
     )
 
 
-def _check(config: SftConfig, accelerator: Accelerator, device: str) -> Outlook:
-    """What a dry run does."""
-    world = accelerator.num_processes
-    if config.task == "classify":
-        labelled, found = check_classifier(config, accelerator, device)
-        return foreseen(config, found, labelled.train.lengths, device, world)
+def _show(config: SftConfig, accelerator: Accelerator, device: str) -> dict[str, Any] | None:
+    """Do what a dry run does."""
     data, _ = _examples(config, accelerator)
-    tuning = prepare(config, data, accelerator, device)
+    prepared = prepare_sft(config, data, accelerator, device)
     share = counted_share(data.train)
-    return foreseen(config, tuning, tuning.train.lengths, device, world, share)
+    world = accelerator.num_processes
+    return show_dry_run("sft", config, foreseen(config, prepared, device, world, share))
 
 
 def _tune(config: SftConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:
-    """Train, export; what came of it."""
-    if config.task == "classify":
-        return run_classifier(config, run, accelerator, device)
+    """Load, prepare, train, export; return what came of it."""
     clock = clock_of(config, run)
     with together(accelerator):
         data, report = _examples(config, accelerator, clock)
     with together(accelerator):
-        tuning = prepare(config, data, accelerator, device)
-    run.record(**tuning.facts(data, report, device))
-    with hardware.memory_errors(tuning.plan.batch_size, tuning.plan.grad_accum):
-        trainer = build(config, data, tuning, run)
-        metrics = trainer.fit(config)
-    sizes = {"parameters": tuning.parameters, "trained_parameters": tuning.trained_parameters}
-    return {**export(config, trainer, tuning.base, data.tokenizer), **sizes, **metrics}
+        prepared = prepare_sft(config, data, accelerator, device)
+    run.record(
+        **prepared.facts(
+            data.inputs,
+            device,
+            rows=len(prepared.train),
+            audit=report.as_json(),
+            held_out=[example.name for example in data.val_examples],
+        )
+    )
+    with hardware.memory_errors(*prepared.batch):
+        trainer = build_sft(config, data, prepared, run, accelerator, device)
+        metrics = train(trainer, config)
+    return {**export(config, trainer, prepared, data.tokenizer), **prepared.sizes, **metrics}
+
+
+def _show_classification(
+    config: SftConfig, accelerator: Accelerator, device: str
+) -> dict[str, Any] | None:
+    """Do what a dry run with `--task classify` does."""
+    data = load_labelled(config)
+    if accelerator.is_main_process:
+        log_labelled(data)
+    prepared = prepare_classification(config, data, accelerator, device)
+    outlook = foreseen(config, prepared, device, accelerator.num_processes)
+    return show_dry_run("sft", config, outlook)
+
+
+def _classify(config: SftConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:
+    """Load, prepare, train, export a classifier; return what came of it."""
+    with together(accelerator):
+        data = load_labelled(config)
+        if accelerator.is_main_process:
+            log_labelled(data)
+    with together(accelerator):
+        prepared = prepare_classification(config, data, accelerator, device)
+    run.record(
+        **prepared.facts(
+            data.split.inputs,
+            device,
+            labels=list(data.labels),
+            audit=data.facts(),
+            held_out=[example.name for example in data.split.val],
+        )
+    )
+    with hardware.memory_errors(*prepared.batch):
+        trainer = build_classification(config, data, prepared, run, accelerator, device)
+        metrics = train(trainer, config)
+    return {**prepared.sizes, **export(config, trainer, prepared, data.tokenizer), **metrics}
 
 
 def _examples(
     config: SftConfig, accelerator: Accelerator, clock: str | None = None
 ) -> tuple[SupervisedData, Audit]:
-    """The examples, found to be sound, and the report on them."""
+    """Load the examples, found to be sound, and the report on them."""
     data = load_supervised(config, config.prompt_tuning or 0, clock)
     return audited(config, data, is_main=accelerator.is_main_process)

@@ -1,163 +1,174 @@
-"""`llmctl sft --task classify`: labelled texts and any model in, a classifier or an adapter out."""
+"""Sequence classification: labelled texts and any model in, a trainer out."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from transformers import TrainingArguments
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from llmctl import hardware
-from llmctl.adapters import save_adapter
 from llmctl.config.stages import SftConfig
-from llmctl.console import log
-from llmctl.data.labelled import Labelled, load_labelled, log_labelled
-from llmctl.embeddings import grow_embeddings
-from llmctl.files import writing
-from llmctl.headed import load_classifier, require_padding_unseen, require_positions
-from llmctl.merging import merge_model
-from llmctl.models import write_folder
-from llmctl.quantized import HEADS
+from llmctl.data.labelled import Labelled, Texts
 from llmctl.rundir import Run
-from llmctl.training.adapters import adapt
-from llmctl.training.base import Base, base_of, require_whole
-from llmctl.training.classifier import Batches, Classifier
-from llmctl.training.export import best_weights
-from llmctl.training.guard import together
-from llmctl.training.trl import Terms
-from llmctl.training.tuned import announce, common_arguments, make_plan
-from llmctl.training.tuning import TuningPlan, rhythm_of
+from llmctl.training.base_model import Prepared, load_with_head, prepare
+from llmctl.training.batches import Batch
+from llmctl.training.loop import Trainer, assemble
+from llmctl.training.objective import Loss, Validation, validation_of
 
 
-@dataclass(frozen=True)
+class TextRows:
+    """N texts as (B, L) tensors, padded at the right; each weighs 1."""
+
+    def __init__(self, texts: Texts, pad: int) -> None:
+        """Take the texts; `pad` fills the rest of a row."""
+        self.texts, self.pad = texts, pad
+        self.lengths: list[int] = texts.lengths.tolist()
+        self.weights = np.ones(len(texts))
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.texts)
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """`input_ids` and `attention_mask` (B, L), `labels` (B,), `weight` and `tokens`."""
+        rows = [self.texts.text(number) for number in numbers]
+        shape = (len(rows), max(len(row) for row in rows))
+        ids = np.full(shape, self.pad, dtype=np.int64)
+        mask = np.zeros(shape, dtype=np.int64)
+        for place, row in enumerate(rows):
+            ids[place, : len(row)] = row
+            mask[place, : len(row)] = 1
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(mask),
+            "labels": torch.from_numpy(self.texts.classes[list(numbers)]),
+            "weight": len(rows),
+            "tokens": int(mask.sum()),
+        }
+
+
 class Classification:
-    """What is known once the model is loaded."""
+    """Cross-entropy of the labels of texts, a mean over texts."""
 
-    model: Any
-    plan: TuningPlan
-    train: Batches
-    val: Batches | None
-    parameters: int
-    trained_parameters: int
-    base: Base
+    figures = ("accuracy",)
 
+    def __init__(self, classes: int, val: Validation | None) -> None:
+        """Take the number of labels and the validation data."""
+        self.classes, self.val = classes, val
 
-def run_classifier(
-    config: SftConfig, run: Run, accelerator: Accelerator, device: str
-) -> dict[str, Any]:
-    """Train, export; what came of it. Collective.
+    def loss(self, model: Any, batch: Batch) -> Loss:
+        """Sum over the texts of a batch."""
+        logits, labels = class_logits(model, batch), batch["labels"]
+        correct = (logits.detach().argmax(-1) == labels).sum()
+        sums = torch.stack([correct, correct.new_tensor(len(labels))])
+        return Loss(cross_entropy(logits, labels, reduction="sum"), batch["weight"], sums)
 
-    Raises:
-        DataError: data that would train a wrong model.
-        ModelError: a model that does not load, or cannot classify.
-    """
-    with together(accelerator):
-        data, found = check_classifier(config, accelerator, device)
-    run.record(
-        inputs=[found.base.as_input(), *data.split.inputs],
-        device=hardware.device_name(device),
-        parameters=found.parameters,
-        plan=asdict(found.plan),
-        labels=list(data.labels),
-        audit=data.facts(),
-        held_out=[example.name for example in data.split.val],
-    )
-    with hardware.memory_errors(found.plan.batch_size, found.plan.grad_accum):
-        trainer = _build(config, data, found, run, device)
-        metrics = trainer.fit(config)
-    counts = {"parameters": found.parameters, "trained_parameters": found.trained_parameters}
-    return {**counts, **_export(config, trainer, found, data), **metrics}
+    def validate(self, model: Any) -> dict[str, float]:
+        """Mean loss, accuracy and macro F1 over every validation text."""
+        assert self.val is not None
+        found = self.val.sums(model, self._measure)
+        loss, counts = float(found[0]), found[1:].view(3, self.classes)
+        texts = float(counts[1].sum())
+        return {
+            "val_loss": loss / texts,
+            "val_accuracy": float(counts[0].sum()) / texts,
+            "val_macro_f1": macro_f1(counts),
+        }
+
+    def _measure(self, model: Any, batch: Batch) -> Tensor:
+        """(1 + 3 K,) summed loss of a batch, and `class_counts`."""
+        logits, labels = class_logits(model, batch), batch["labels"]
+        loss = cross_entropy(logits, labels, reduction="sum")
+        counts = class_counts(labels, logits.argmax(-1), self.classes)
+        return torch.cat([loss[None].double(), counts.flatten().double()])
 
 
-def check_classifier(
-    config: SftConfig, accelerator: Accelerator, device: str
-) -> tuple[Labelled, Classification]:
-    """Load data and model, find them to be sound, and make the plan: all that a dry run does.
+def prepare_classification(
+    config: SftConfig, data: Labelled, accelerator: Accelerator, device: str
+) -> Prepared:
+    """Load the model with a head for the labels, adapt it, arrange the texts.
 
     Raises:
-        DataError: data that would train a wrong model.
         ModelError: a model that does not load, cannot classify, or whose answer padding changes.
         UserError: settings that do not go together.
         ResourceError: an optimizer or a precision that does not run here.
     """
-    require_whole(accelerator, "sft")
-    data = load_labelled(config)
-    if accelerator.is_main_process:
-        log_labelled(data)
-    set_seed(config.seed)
-    loaded = load_classifier(config.model, data.labels)
-    model: Any = loaded.model
-    grow_embeddings(model, data.tokenizer)
-    pad = model.config.get_text_config().pad_token_id = int(data.tokenizer.pad_token_id)
-    train = Batches(data.train, pad)
-    val = None if data.val is None else Batches(data.val, pad)
-    require_positions(model, max(int(texts.texts.lengths.max()) for texts in (train, val or train)))
     order = data.train.lengths.argsort()
     shortest, longest = (data.train.text(int(number)).tolist() for number in order[[0, -1]])
-    require_padding_unseen(model.to(device), shortest, longest, pad)
-    if config.has_adapter:
-        model = adapt(
-            model, config, task="classify", new_modules=sorted(loaded.new_modules - set(HEADS))
-        )
-    plan, trained, parameters = make_plan(config, model, len(train), accelerator, device)
-    if accelerator.is_main_process:
-        announce(plan, trained, parameters, "texts")
-    base = base_of(config.model)
-    return data, Classification(model, plan, train, val, parameters, trained, base)
+    most = max(int(texts.lengths.max()) for texts in (data.train, data.val or data.train))
+    model = load_with_head(
+        config, data.labels, data.tokenizer, (shortest, longest), device, longest=most
+    )
+    pad = int(data.tokenizer.pad_token_id)
+    train = TextRows(data.train, pad)
+    val = None if data.val is None else TextRows(data.val, pad)
+    objective = Classification(len(data.labels), None)
+    return prepare(
+        config,
+        "texts",
+        model,
+        train,
+        val,
+        accelerator,
+        device,
+        loss=lambda copied, batch: objective.loss(copied, batch).total,
+        is_classifier=True,
+    )
 
 
-def _build(
-    config: SftConfig, data: Labelled, found: Classification, run: Run, device: str
-) -> Classifier:
-    """The trainer, ready to fit."""
-    identity = {
-        **found.plan.identity(),
-        "data": data.train.digest(),
-        "validation": None if data.val is None else data.val.digest(),
-        "model": found.base.sha256,
-        "max_length": data.max_length,
-    }
-    terms = Terms(run, rhythm_of(config, found.plan), identity, config.group_by_length)
-    arguments = TrainingArguments(**common_arguments(config, found.plan, device))
-    return Classifier(found.model, found.train, found.val, found.plan, arguments, terms)
+def build_classification(
+    config: SftConfig,
+    data: Labelled,
+    prepared: Prepared,
+    run: Run,
+    accelerator: Accelerator,
+    device: str,
+) -> Trainer:
+    """Put the trainer together."""
+    values = prepared.hyperparameters
+    val = validation_of(prepared.val, values.batch_size, accelerator, device, values.precision)
+    return assemble(
+        config,
+        run,
+        accelerator,
+        device,
+        prepared.model,
+        values,
+        Classification(len(data.labels), val),
+        prepared.batches(config, accelerator),
+        identity=prepared.identity(data, config),
+        validates=val is not None,
+        flops_per_token=prepared.flops_per_token(device),
+    )
 
 
-def _export(
-    config: SftConfig, trainer: Classifier, found: Classification, data: Labelled
-) -> dict[str, Any]:
-    """Write the weights that validated best, the last where none did; say where. Collective.
+def class_logits(model: Any, batch: Batch) -> Tensor:
+    """Logits (B, K) of a batch, in float32."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logits: Tensor = model(**inputs).logits
+    return logits.float()
 
-    Raises:
-        ModelError: an adapter and its merged model do not agree.
-        ResourceError: the disk is full.
+
+def class_counts(labels: Tensor, guesses: Tensor, classes: int) -> Tensor:
+    """(3, K) of each class: texts told rightly, texts that have it, texts that were told to.
+
+    Args:
+        labels: (N,) true classes.
+        guesses: (N,) classes that the model tells.
+        classes: K.
     """
-    job = trainer.job
-    state = best_weights(trainer, has_adapter=config.has_adapter)
-    with together(job.accelerator), writing(job.run.path):
-        if job.rank != 0:
-            return {}
-        # without the autocast that Accelerate puts around it
-        model = job.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        folder, adapter = job.run.path / "model", job.run.path / "adapter"
-        if not config.has_adapter:
-            write_folder(model, state, data.tokenizer, folder)
-            return {"model": str(folder)}
-        save_adapter(
-            model,
-            data.tokenizer,
-            adapter,
-            base=found.base.reference,
-            base_sha256=found.base.sha256,
-            generation_config=None,
-        )
-        model.config.save_pretrained(adapter)  # nothing else names the labels
-        if not config.merge:
-            return {"model": str(adapter)}
-        merged, difference = merge_model(model.to("cpu"))
-        write_folder(merged, merged.state_dict(), data.tokenizer, folder)
-        log.info("merged: logits differ from the adapter's by at most %.2g", difference)
-        return {
-            "model": str(folder),
-            "adapter": str(adapter),
-            "merge_difference": difference,
-        }
+    parts = (labels[labels == guesses], labels, guesses)
+    return torch.stack([torch.bincount(part, minlength=classes) for part in parts])
+
+
+def macro_f1(counts: Tensor) -> float:
+    """Mean over classes of 2 TP / (2 TP + FP + FN), from `class_counts`.
+
+    Classes that no text has and none was told to have no F1, and do not count; one that was only
+    ever missed has an F1 of 0. That is scikit-learn's `f1_score(average="macro", zero_division=0)`.
+    """
+    right, true, told = counts.double()
+    there = true + told > 0
+    return float((2 * right[there] / (true + told)[there]).mean())

@@ -1,58 +1,122 @@
-"""Direct preference optimisation on TRL's DPOTrainer, with our batches, loss and guarantees.
+"""Direct preference optimisation: pairs of responses and a language model in, a trainer out.
 
-DPOTrainer sets the model up and Trainer runs the steps. The reference is the model as the run found
-it: the base below the adapter where there is one, else log-probabilities that are computed before
-anything is trained or restored. Either way there is no second model.
+A batch of B pairs is 2B sequences in one forward pass: the chosen ones, then the rejected ones.
+
+The reference is the model as the run found it: the base below the adapter where there is one, else
+log-probabilities that are computed before anything is trained or restored. Either way there is no
+second model.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
-import datasets
+import numpy as np
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-from trl.trainer.dpo_config import DPOConfig
-from trl.trainer.dpo_trainer import DPOTrainer
+from torch.nn.functional import logsigmoid
 
-from llmctl.config.stages import DpoConfig as Config
+from llmctl.config.stages import DpoConfig
 from llmctl.console import log
+from llmctl.data.dpo import asked, end_of_turn
+from llmctl.data.pairs import Pairs
+from llmctl.data.preferred import PreferenceData
+from llmctl.data.tokenized import Tokenized
 from llmctl.errors import ModelError
-from llmctl.training.dpo_loss import (
-    Objective,
-    PairRows,
-    is_displaced,
-    log_probabilities,
+from llmctl.rundir import Run
+from llmctl.training.base_model import (
+    Prepared,
+    load_in,
+    load_language_model,
+    prepare,
+    require_prompts,
     without_dropout,
 )
-from llmctl.training.guard import together
-from llmctl.training.head import output_layer, require_chunkable
-from llmctl.training.placement import autocast
-from llmctl.training.sequences import numbered, on_device, shares
+from llmctl.training.batches import IGNORED, Batch, Sequences, on_device, validation_shares
+from llmctl.training.distributed import autocast
+from llmctl.training.fault_tolerance import together
+from llmctl.training.loop import Trainer, assemble
+from llmctl.training.model_checks import require_causal
+from llmctl.training.objective import Loss, Validation, validation_of
+from llmctl.training.samples import TextSampler, prompts_of
 from llmctl.training.state import generators_kept
-from llmctl.training.trl import Terms
-from llmctl.training.tuned import Tuned, common_arguments
-from llmctl.training.tuning import TuningPlan
+from llmctl.training.token_loss import TokenLoss, require_chunkable, token_loss_of
 
-TRAIN, VAL = "train", "eval"
-"""What DPOTrainer calls the two sets of pairs."""
-COPY = "ref"
-"""What it calls its copy of the adapter."""
+FALLS = 3
+FALLEN = -0.05
+"""Measurements in a row, and nats a token, after which chosen responses have grown unlikely."""
 ROUNDING = {"fp32": 1e-5}
 COARSE_ROUNDING = 2e-2
 """Change of a log-probability, relative to the largest, that is rounding."""
+PAIRED = ("numbers", "weights", "counts")
+"""What a batch of pairs has beside a batch of sequences."""
 
 
 @dataclass(frozen=True)
-class Material:
-    """What a trainer is made of."""
+class DpoLoss:
+    """The loss of a pair."""
 
-    model: Any
-    tokenizer: PreTrainedTokenizerBase
-    train: PairRows
-    val: PairRows | None
+    loss: Literal["sigmoid", "ipo"]
+    beta: float
+    label_smoothing: float = 0.0
+
+    def rewards(self, gains: Tensor, counts: Tensor) -> Tensor:
+        """Implicit rewards: beta times what the loss compares.
+
+        That is log pi(y|x) - log pi_ref(y|x), summed over the tokens of a response for sigmoid
+        (Rafailov et al., 2023, arXiv:2305.18290, section 5.1). For ipo it is their mean: the paper
+        does not speak of lengths, and its authors told TRL's that their results are of the mean.
+
+        Args:
+            gains: log pi - log pi_ref of whole responses.
+            counts: tokens of each, of the same shape.
+        """
+        compared = gains / counts.clamp_min(1) if self.loss == "ipo" else gains
+        return self.beta * compared
+
+    def losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        """The loss of each pair from its rewards, of any shape.
+
+        sigmoid: -(1 - e) log sigmoid(m) - e log sigmoid(-m) for the margin m and label smoothing e.
+        At e = 0 this is DPO's (Rafailov et al., 2023, arXiv:2305.18290, equation 7), else the
+        conservative one (Mitchell, 2023, A note on DPO with noisy preferences, equation 3).
+        ipo: (m / beta - 1 / (2 beta))^2 (Azar et al., 2023, arXiv:2310.12036, equation 17).
+        """
+        margin = chosen - rejected
+        if self.loss == "ipo":
+            return (margin / self.beta - 1 / (2 * self.beta)).square()
+        right = -(1 - self.label_smoothing) * logsigmoid(margin)
+        return right - self.label_smoothing * logsigmoid(-margin)
+
+
+class ComparedPairs:
+    """N pairs as batches of sequences, padded at the right."""
+
+    def __init__(self, pairs: Pairs, pad: int) -> None:
+        """Take the pairs; `pad` fills the rest of a row."""
+        self._sequences = Sequences(_one_after_the_other(pairs.chosen, pairs.rejected), pad)
+        self.lengths: list[int] = pairs.lengths.tolist()
+        """(N,) tokens of the longer side of each."""
+        self.weights = pairs.weights.astype(np.float64)
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.lengths)
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """What `Sequences` makes of the 2B sequences, `counts` (2B,) of their tokens that count,
+        and `numbers` and `weights` (B,) of the pairs, which add up to `weight`.
+        """
+        batch = self._sequences.batch([*numbers, *(len(self) + number for number in numbers)])
+        batch["counts"] = (batch["labels"][:, 1:] != IGNORED).sum(1)
+        batch["numbers"] = torch.tensor(list(numbers))
+        batch["weights"] = torch.from_numpy(self.weights[list(numbers)])
+        batch["weight"] = float(self.weights[list(numbers)].sum())
+        return batch
 
 
 class Compared(NamedTuple):
@@ -60,103 +124,109 @@ class Compared(NamedTuple):
 
     losses: Tensor
     """(B,) with gradients."""
-    sums: tuple[Tensor, ...]
-    """Of each of `measured`, then how many pairs."""
+    sums: Tensor
+    """Of each of the figures, then how many pairs."""
     balance: Tensor | None
 
 
-class PreferenceTrainer(Tuned, DPOTrainer):
-    """DPOTrainer on pairs that are encoded already."""
+class DirectPreference:
+    """Loss of implicit rewards, a mean over pairs by their weights."""
 
-    measured = (
+    figures = (
         *("reward_accuracy", "reward_margin", "chosen_logprob", "rejected_logprob"),
         "chosen_gain",
     )
-    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
-        material: Material,
-        plan: TuningPlan,
-        arguments: DPOConfig,
-        terms: Terms,
-        objective: Objective,
-        *,
-        chunked: bool,
+        pair_loss: DpoLoss,
+        token_loss: TokenLoss,
+        model: Any,
+        train: ComparedPairs,
+        val: ComparedPairs | None,
+        validation: Validation | None,
     ) -> None:
-        """Build the trainer on a model that is adapted already, if it is to be. Collective.
-
-        Raises:
-            UserError: what cannot be resumed exactly, or a loss that cannot be chunked.
-            ModelError: the model has no output layer, or differs from itself as reference.
-        """
-        self.plan, self._material, self._objective = plan, material, objective
-        self._chunked, self._head = chunked, output_layer(material.model)
-        self._known: dict[str, Tensor] = {}
+        """Take the losses, and the model that they are for, not wrapped yet."""
+        self.pair_loss, self.token_loss, self.model = pair_loss, token_loss, model
+        self.train, self.val, self.validation = train, val, validation
+        self._reference_of: dict[str, Tensor] = {}
+        """(N, 2) log-probabilities by the reference, of `train` and `val` where they are known."""
         self._gains: list[float] = [0.0]
         self._has_warned = False
-        without_dropout(material.model)
-        super().__init__(
-            model=material.model,
-            args=arguments,
-            data_collator=material.train.collate,
-            train_dataset=numbered(material.train.lengths),
-            eval_dataset=None if material.val is None else numbered(material.val.lengths),
-            processing_class=material.tokenizer,
-            terms=terms,
-        )
-        # compute_loss divides by the weights of the step
-        self.model_accepts_loss_kwargs: bool = True
-        if isinstance(self.model, PeftModel):
-            for weight in self.model.parameters():
-                if weight.requires_grad:
-                    weight.data = weight.data.float()  # bf16 would lose small updates
-            if material.val is not None:
-                self._known[VAL] = self._log_probabilities_of(material.val)
-        with together(self.accelerator):
-            self._require_sound()
 
-    # --- what DPOTrainer asks for while it is built
+    def loss(self, model: Any, batch: Batch) -> Loss:
+        """Sum over the weighted pairs of a batch."""
+        found = self._compare(model, batch, "train")
+        total = (found.losses * batch["weights"]).sum().float()
+        return Loss(total, batch["weight"], found.sums, found.balance)
 
-    def _prepare_dataset(self, dataset: datasets.Dataset, *_: Any) -> datasets.Dataset:
-        """The data as it is, encoded already; DPOTrainer's copy of the adapter goes unused."""
-        model = self._material.model
-        if isinstance(model, PeftModel) and COPY in model.peft_config:
-            model.delete_adapter(COPY)
-        return dataset
+    def validate(self, model: Any) -> dict[str, float]:
+        """Mean loss over the weighted validation pairs, and means over all of them."""
+        assert self.validation is not None
+        loss, weight, *sums, pairs = self.validation.sums(model, self._measure).tolist()
+        named = zip(self.figures, sums, strict=True)
+        metrics = {"val_loss": loss / weight, **{f"val_{k}": v / pairs for k, v in named}}
+        self._warn_of_displacement(metrics["val_chosen_gain"])
+        return metrics
 
-    def _precompute_ref_logps(self, dataset: datasets.Dataset, name: str, _: int) -> Any:
-        """The reference of all pairs, by the model that nothing has trained or restored yet."""
-        pairs = self._material.train if name == TRAIN else self._material.val
-        assert pairs is not None
-        self._known[name] = self._log_probabilities_of(pairs)
-        return dataset
+    def watch(self, figures: dict[str, float]) -> None:
+        """Look at the figures of training where nothing is held out."""
+        if self.validation is None:
+            self._warn_of_displacement(figures["chosen_gain"])
 
-    # --- the loss
+    @torch.no_grad()
+    def measure_reference(
+        self, model: Any, accelerator: Accelerator, batch_size: int, device: str, precision: str
+    ) -> None:
+        """Let the reference read all pairs whose log-probabilities are to be known. Collective.
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Tensor:
-        """The loss of a micro-batch as its share of the step's mean over weighted pairs."""
-        found = self._compare(model, inputs, self._reference(inputs, TRAIN))
-        self.count(*found.sums)
-        loss = self.share((found.losses * inputs["weights"]).sum().float(), num_items_in_batch)
-        return self.balanced(loss, found.balance)
+        Before anything is trained or restored; with an adapter that is the validation data, since
+        the base below it can be asked at any time.
+        """
+        sets = {"train": None if isinstance(self.model, PeftModel) else self.train, "val": self.val}
+        rank, world = accelerator.process_index, accelerator.num_processes
+        for name, pairs in sets.items():
+            if pairs is None:
+                continue
+            found = torch.zeros(len(pairs), 2, dtype=torch.float64, device=device)
+            with generators_kept(), self._base_alone(), autocast(precision, device):
+                for numbers, counts in validation_shares(pairs.lengths, batch_size, rank, world):
+                    batch = on_device(pairs.batch(numbers), device)
+                    own, _ = self._log_probabilities(model, batch)
+                    if counts:
+                        found[numbers] = own.view(2, -1).T
+            self._reference_of[name] = accelerator.reduce(found, "sum")
 
-    def _get_num_items_in_batch(self, batches: list[Any], device: torch.device) -> Tensor:
-        """What the pairs of a step weigh together, over all ranks."""
-        total = sum((batch["weights"].sum() for batch in batches), torch.zeros(()))
-        weight: Tensor = self.accelerator.gather(total.to(device)[None]).sum()
-        return weight
+    @torch.no_grad()
+    def require_sound(self, model: Any, device: str, precision: str) -> None:
+        """Before any step the model is its own reference: every implicit reward is 0.
 
-    def _compare(self, model: Any, batch: dict[str, Tensor], reference: Tensor) -> Compared:
-        own, balance = log_probabilities(model, self._head, batch, chunked=self._chunked)
+        Raises:
+            ModelError: it is not.
+            UserError: the loss cannot be chunked.
+        """
+        longest = max(range(len(self.train)), key=self.train.lengths.__getitem__)
+        batch = on_device(self.train.batch([longest]), device)
+        model.train()
+        with generators_kept(), autocast(precision, device):
+            if self.token_loss.chunked:
+                rows = {name: value for name, value in batch.items() if name not in PAIRED}
+                require_chunkable(model, self.token_loss, rows)
+            reference = self._reference(model, batch, "train")
+            own, _ = self._log_probabilities(model, batch)
+        change = float((own - reference).abs().max() / reference.abs().max().clamp_min(1e-6))
+        if not change <= ROUNDING.get(precision, COARSE_ROUNDING):
+            raise ModelError(
+                f"before any step the model differs from itself as reference by {change:.2%} of a "
+                "log-probability: it computes with noise",
+                hint="set what is random in its config.json to 0, such as dropout or router jitter",
+            )
+
+    def _compare(self, model: Any, batch: Batch, name: str) -> Compared:
+        reference = self._reference(model, batch, name)
+        own, balance = self._log_probabilities(model, batch)
         gains, counts = own - reference, batch["counts"]
-        chosen, rejected = self._objective.rewards(gains, counts).chunk(2)
+        chosen, rejected = self.pair_loss.rewards(gains, counts).chunk(2)
         margin, said = (chosen - rejected).detach(), own.detach()
         pairs = len(margin)
         sums = (
@@ -167,20 +237,18 @@ class PreferenceTrainer(Tuned, DPOTrainer):
             (gains.detach() / counts.clamp_min(1))[:pairs].sum(),
             margin.new_tensor(pairs),
         )
-        losses = self._objective.losses(chosen, rejected)
-        return Compared(losses, tuple(found.double() for found in sums), balance)
+        losses = self.pair_loss.losses(chosen, rejected)
+        return Compared(losses, torch.stack([found.double() for found in sums]), balance)
 
-    # --- the reference
-
-    def _reference(self, batch: dict[str, Tensor], name: str) -> Tensor:
+    def _reference(self, model: Any, batch: Batch, name: str) -> Tensor:
         """Log-probabilities (2B,) by the reference: known, or those of the base below the adapter.
 
         Before the model's own pass: switching the adapter also switches its gradients.
         """
-        if name in self._known:
-            return self._known[name][batch["numbers"]].T.flatten()
+        if name in self._reference_of:
+            return self._reference_of[name][batch["numbers"]].T.flatten()
         with torch.no_grad(), self._base_alone():
-            return log_probabilities(self.model, self._head, batch, chunked=self._chunked)[0]
+            return self._log_probabilities(self.model, batch)[0]
 
     def _base_alone(self) -> AbstractContextManager[Any]:
         """The base without its adapter; the model itself where there is none."""
@@ -189,84 +257,16 @@ class PreferenceTrainer(Tuned, DPOTrainer):
         alone: AbstractContextManager[Any] = self.model.disable_adapter()
         return alone
 
-    @torch.no_grad()
-    def _log_probabilities_of(self, pairs: PairRows) -> Tensor:
-        """(N, 2) log-probabilities of the chosen and rejected responses. Collective."""
-        device = self.args.device
-        found = torch.zeros(len(pairs), 2, dtype=torch.float64, device=device)
-        with generators_kept(), self._base_alone(), autocast(self.plan, device.type):
-            for numbers in self._shares(pairs):
-                batch = on_device(pairs.batch(numbers), device)
-                own, _ = log_probabilities(self.model, self._head, batch, chunked=self._chunked)
-                found[numbers] = own.view(2, -1).T
-        summed: Tensor = self.accelerator.reduce(found, "sum")
-        return summed
+    def _log_probabilities(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        return log_probabilities(model, self.token_loss, batch)
 
-    def _shares(self, pairs: PairRows) -> list[list[int]]:
-        """This rank's pairs in batches of like length."""
-        accelerator, size = self.accelerator, self.args.train_batch_size
-        return shares(pairs.lengths, size, accelerator.process_index, accelerator.num_processes)
+    def _measure(self, model: Any, batch: Batch) -> Tensor:
+        """Summed loss of a batch, its weight, and the sums of its figures."""
+        found, weights = self._compare(model, batch, "val"), batch["weights"]
+        loss = (found.losses * weights).sum()
+        return torch.cat([torch.stack([loss, weights.sum()]).double(), found.sums])
 
-    @torch.no_grad()
-    def _require_sound(self) -> None:
-        """Before any step the model is its own reference: every implicit reward is 0.
-
-        Raises:
-            ModelError: it is not.
-            UserError: the loss cannot be chunked.
-        """
-        numbers = next(reversed(self._shares(self._material.train)), None)
-        if numbers is None:
-            return
-        batch = on_device(self._material.train.batch(numbers), self.args.device)
-        was_training = self.model.training
-        self.model.train()
-        with generators_kept(), autocast(self.plan, self.args.device.type):
-            if self._chunked:
-                rows = {name: batch[name] for name in ("input_ids", "labels", "places")}
-                require_chunkable(self.model, self._head, rows)
-            reference = self._reference(batch, TRAIN)
-            own, _ = log_probabilities(self.model, self._head, batch, chunked=self._chunked)
-        self.model.train(was_training)
-        change = float((own - reference).abs().max() / reference.abs().max().clamp_min(1e-6))
-        if not change <= ROUNDING.get(self.plan.precision, COARSE_ROUNDING):
-            raise ModelError(
-                f"before any step the model differs from itself as reference by {change:.2%} of a "
-                "log-probability: it computes with noise",
-                hint="set what is random in its config.json to 0, such as dropout or router jitter",
-            )
-
-    # --- what is measured
-
-    @torch.no_grad()
-    def _measure(self) -> dict[str, float]:
-        """Mean loss over the weighted validation pairs, and means over all of them."""
-        val = self._material.val
-        assert val is not None
-        model, was_training = self.model, self.model.training
-        model.eval()
-        sums = torch.zeros(len(self.measured) + 3, dtype=torch.float64, device=self.args.device)
-        with generators_kept():
-            for numbers in self._shares(val):
-                batch = on_device(val.batch(numbers), self.args.device)
-                with self.compute_loss_context_manager():
-                    found = self._compare(model, batch, self._reference(batch, VAL))
-                weights = batch["weights"].double()
-                sums += torch.stack([(found.losses * weights).sum(), weights.sum(), *found.sums])
-            loss, weight, *means, pairs = self.accelerator.reduce(sums, "sum").tolist()
-        model.train(was_training)
-        named = zip(self.measured, means, strict=True)
-        result = {"val_loss": loss / weight, **{f"val_{k}": v / pairs for k, v in named}}
-        self._watch(result["val_chosen_gain"])
-        return result
-
-    def _extras(self) -> dict[str, Any]:
-        found = super()._extras()
-        if self._material.val is None and found:
-            self._watch(found["chosen_gain"])
-        return found
-
-    def _watch(self, gain: float) -> None:
+    def _warn_of_displacement(self, gain: float) -> None:
         """Say once where the chosen responses grow less likely, too."""
         self._gains.append(gain)
         if is_displaced(self._gains) and not self._has_warned:
@@ -278,13 +278,136 @@ class PreferenceTrainer(Tuned, DPOTrainer):
             )
 
 
-def make_arguments(config: Config, plan: TuningPlan, device: str) -> DPOConfig:
-    """What DPOTrainer is told."""
-    return DPOConfig(
-        **common_arguments(config, plan, device),
-        max_length=None,
-        beta=config.beta,
-        loss_type=[config.loss],
-        label_smoothing=config.label_smoothing,
-        precompute_ref_log_probs=not config.has_adapter,
+def prepare_dpo(
+    config: DpoConfig, data: PreferenceData, accelerator: Accelerator, device: str
+) -> Prepared:
+    """Load the model, fit it to the tokens, adapt it, arrange the pairs.
+
+    Raises:
+        ModelError: the model does not load, is an adapter, or no causal language model.
+        UserError: sizes or targets that do not go together.
+        ResourceError: an optimizer or a precision that does not run here.
+    """
+    require_prompts(config, data.val, "pairs")
+    model, stops = load_language_model(config, data, end_of_turn(data), device)
+    without_dropout(model)
+    pad = data.tokenizer.pad_token_id or 0
+    train = ComparedPairs(data.train, pad)
+    val = None if data.val is None else ComparedPairs(data.val, pad)
+
+    def loss(copied: Any, batch: Batch) -> Tensor:
+        token_loss = token_loss_of(copied, chunked=config.chunked_loss)
+        return log_probabilities(copied, token_loss, batch)[0].sum()
+
+    return prepare(
+        config,
+        "pairs",
+        model,
+        train,
+        val,
+        accelerator,
+        device,
+        loss=loss,
+        check=lambda: require_causal(model, data.embedding_rows),
+        stops=stops,
+    )
+
+
+def build_dpo(
+    config: DpoConfig,
+    data: PreferenceData,
+    prepared: Prepared,
+    run: Run,
+    accelerator: Accelerator,
+    device: str,
+) -> Trainer:
+    """Put the trainer together, and let the reference read the pairs. Collective.
+
+    Raises:
+        UserError: a loss that cannot be chunked.
+        ModelError: the model has no output layer, or differs from itself as reference.
+    """
+    model, values = prepared.model, prepared.hyperparameters
+    train, val = prepared.train, prepared.val
+    assert isinstance(train, ComparedPairs)
+    assert val is None or isinstance(val, ComparedPairs)
+    validation = validation_of(val, values.batch_size, accelerator, device, values.precision)
+    token_loss = token_loss_of(model, chunked=config.chunked_loss)
+    pair_loss = DpoLoss(config.loss, config.beta, config.label_smoothing)
+    objective = DirectPreference(pair_loss, token_loss, model, train, val, validation)
+    first = [pair.chosen for pair in data.preferences.train]
+    prompts = prompts_of(config, data.written.chat, first, asked(data))
+    trainer = assemble(
+        config,
+        run,
+        accelerator,
+        device,
+        model,
+        values,
+        objective,
+        prepared.batches(config, accelerator),
+        identity={
+            **prepared.identity(data, config),
+            "loss": config.loss,
+            "beta": config.beta,
+            "label_smoothing": config.label_smoothing,
+            "chunked_loss": config.chunked_loss,
+            "load_in": load_in(config),
+        },
+        validates=val is not None,
+        flops_per_token=prepared.flops_per_token(device),
+        sample=TextSampler(
+            config, prompts, data.tokenizer, model, prepared.stops, run, accelerator
+        ).write,
+        watch=objective.watch,
+    )
+    objective.measure_reference(
+        trainer.bare_model, accelerator, values.batch_size, device, values.precision
+    )
+    with together(accelerator):
+        objective.require_sound(trainer.bare_model, device, values.precision)
+    return trainer
+
+
+def log_probabilities(
+    model: Any, token_loss: TokenLoss, batch: Batch
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each response given its prompt, (2B,) in float64.
+
+    Returns:
+        It, and the balancing loss of a mixture of experts.
+    """
+    rows = {name: value for name, value in batch.items() if name not in PAIRED}
+    found = token_loss(model, rows)
+    count, length = batch["labels"].shape
+    # places differ, so nothing is added in an order that varies, as index_add does on a GPU
+    spread = found.losses.new_zeros(count * (length - 1)).index_put(
+        (batch["places"],), found.losses
+    )
+    return -spread.view(count, -1).double().sum(1), found.balance
+
+
+def is_displaced(gains: Sequence[float]) -> bool:
+    """Whether the chosen responses have grown less likely for some time.
+
+    The loss sees the difference of two responses alone, and both may fall (Razin et al., 2024,
+    arXiv:2410.08847).
+
+    Args:
+        gains: of the chosen ones over the reference, in nats a token, one after another.
+    """
+    last = gains[-FALLS - 1 :]
+    falls = len(last) > FALLS and all(after < before for before, after in pairwise(last))
+    return falls and last[-1] < FALLEN
+
+
+def _one_after_the_other(first: Tokenized, second: Tokenized) -> Tokenized:
+    """The sequences of both."""
+    return Tokenized(
+        np.concatenate([first.tokens, second.tokens]),
+        np.concatenate([first.trained, second.trained]),
+        np.concatenate([first.starts, first.starts[-1] + second.starts[1:]]),
+        np.concatenate([first.full_lengths, second.full_lengths]),
+        np.concatenate([first.ends, second.ends]),
+        np.concatenate([first.rows, second.rows]),
     )

@@ -1,56 +1,102 @@
-"""What a fine-tuning run leaves: a plain model, or an adapter, or both."""
+"""What a training run leaves: a plain model, or an adapter, or both."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from llmctl.adapters import save_adapter
-from llmctl.config.supervised import LowRank
+from llmctl.config.tuning import Tuning
 from llmctl.console import log
 from llmctl.files import writing
-from llmctl.merging import find_mergeable, merge, save_merged
-from llmctl.models import save_model
+from llmctl.merging import find_mergeable, merge, merge_model, save_merged
+from llmctl.models import save_model, write_folder
 from llmctl.resume import load_weights
-from llmctl.training.base import Base
-from llmctl.training.guard import together
-from llmctl.training.job import Job
-from llmctl.training.state import weights
-from llmctl.training.tuned import Tuned
+from llmctl.training.base_model import Base, Prepared
+from llmctl.training.fault_tolerance import together
+from llmctl.training.loop import Trainer
+from llmctl.training.run_state import RunState
+from llmctl.training.state import put_weights, trained_weights, weights
+
+Check = Callable[[Any], Callable[[dict[str, Any]], dict[str, Any]]]
+"""Shown the model before it is written, on every process; what it returns is told on the main
+process which folders were written, and gives further metrics."""
 
 
 def export(
-    config: LowRank, trainer: Tuned, base: Base, tokenizer: PreTrainedTokenizerBase
+    config: Tuning,
+    trainer: Trainer,
+    prepared: Prepared,
+    tokenizer: PreTrainedTokenizerBase,
+    check: Check | None = None,
 ) -> dict[str, Any]:
     """Write the weights that validated best, the last where none did; say where. Collective.
 
+    Args:
+        config: the command's fields.
+        trainer: after training.
+        prepared: what it was made of.
+        tokenizer: saved beside the weights.
+        check: of what was written.
+
     Raises:
-        ModelError: an adapter and its merged model do not agree.
+        ModelError: an adapter and its merged model do not agree, or the check fails.
         ResourceError: the disk is full.
     """
-    job = trainer.job
-    state = best_weights(trainer, has_adapter=config.has_adapter)
-    with together(job.accelerator), writing(job.run.path):
-        if job.rank != 0:
+    state = trainer.state
+    put_best(state, trainer.model)
+    gather = trained_weights if config.has_adapter else weights
+    tensors = gather(trainer.model, state.rank)
+    judge = check(_exact(trainer.bare_model)) if check else None
+    with together(state.accelerator), writing(state.run.path):
+        if state.rank != 0:
             return {}
-        model = job.accelerator.unwrap_model(trainer.model)
-        model.config.use_cache = True  # Trainer's switch for training, of no use to others
-        if not config.has_adapter:
-            save_model(model, state, tokenizer, job.run.path / "model")
-            return {"model": str(job.run.path / "model")}
-        return write_adapter(model, tokenizer, job, base, merges=config.merge)
+        model = state.accelerator.unwrap_model(trainer.model)
+        write = _write_classifier if prepared.is_classifier else _write_language_model
+        written = write(config, model, tensors, prepared.base, tokenizer, state)
+        return {**written, **(judge(written) if judge else {})}
+
+
+def export_pretrained(trainer: Trainer, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Write `model/`: the weights that validated best, the last where none did. Collective.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    state = trainer.state
+    put_best(state, trainer.model)
+    tensors, folder = weights(trainer.model, state.rank), state.run.path / "model"
+    with together(state.accelerator), writing(state.run.path):
+        if state.rank == 0:
+            save_model(state.accelerator.unwrap_model(trainer.model), tensors, tokenizer, folder)
+    return {"model": str(folder)}
 
 
 def write_adapter(
-    model: Any, tokenizer: PreTrainedTokenizerBase, job: Job, base: Base, *, merges: bool
+    model: Any,
+    tensors: dict[str, Tensor] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    state: RunState,
+    base: Base,
+    *,
+    merges: bool,
 ) -> dict[str, Any]:
     """Write `adapter/`, and `model/` with it merged where that is wanted; say where.
+
+    Args:
+        model: a language model with its adapter.
+        tensors: its trained weights; None for those that it holds.
+        tokenizer: saved beside them.
+        state: of the run.
+        base: the model under it.
+        merges: whether `model/` is wanted.
 
     Raises:
         ModelError: an adapter and its merged model do not agree.
     """
-    folder = job.run.path / "adapter"
+    folder = state.run.path / "adapter"
     save_adapter(
         model,
         tokenizer,
@@ -58,30 +104,80 @@ def write_adapter(
         base=base.reference,
         base_sha256=base.sha256,
         generation_config=model.generation_config,
+        tensors=tensors,
     )
     if not merges:
         return {"model": str(folder)}
-    merged = merge(find_mergeable(str(folder)), job.device)
-    save_merged(merged, job.run.path / "model")
+    merged = merge(find_mergeable(str(folder)), state.device)
+    save_merged(merged, state.run.path / "model")
     log.info("merged: logits differ from the adapter's by at most %.2g", merged.difference)
     facts = {f"merge_{name}": value for name, value in merged.facts().items()}
-    return {"model": str(job.run.path / "model"), "adapter": str(folder), **facts}
+    return {"model": str(state.run.path / "model"), "adapter": str(folder), **facts}
 
 
-def best_weights(trainer: Tuned, *, has_adapter: bool) -> dict[str, torch.Tensor]:
-    """Bring back the best; all weights on rank 0 where they are to be written whole. Collective."""
-    with together(trainer.job.accelerator):
-        put_best(trainer.job, trainer.model)
-    return {} if has_adapter else weights(trainer.model, trainer.job.rank)
+def put_best(state: RunState, model: nn.Module) -> None:
+    """Give the model the weights of the best checkpoint, where one was better than the last.
 
-
-def put_best(job: Job, model: nn.Module) -> None:
-    """Give the model the weights of the best checkpoint, where one was better than the last."""
-    done = job.progressed
+    Collective.
+    """
+    done = state.progress
     if done.best_step is None or done.best_step == done.step:
         return
-    found = load_weights(job.run.checkpoints / f"checkpoint-{done.best_step}")
-    named = dict(model.named_parameters()) | dict(model.named_buffers())
-    with torch.no_grad():
-        for name, tensor in found.items():
-            named[name].copy_(tensor)
+    with together(state.accelerator):
+        found = load_weights(state.run.checkpoints / f"checkpoint-{done.best_step}")
+        put_weights(model, found)
+
+
+def _write_language_model(
+    config: Tuning,
+    model: Any,
+    tensors: dict[str, Tensor],
+    base: Base,
+    tokenizer: PreTrainedTokenizerBase,
+    state: RunState,
+) -> dict[str, Any]:
+    if config.has_adapter:
+        return write_adapter(model, tensors, tokenizer, state, base, merges=config.merge)
+    save_model(model, tensors, tokenizer, state.run.path / "model")
+    return {"model": str(state.run.path / "model")}
+
+
+def _write_classifier(
+    config: Tuning,
+    model: Any,
+    tensors: dict[str, Tensor],
+    base: Base,
+    tokenizer: PreTrainedTokenizerBase,
+    state: RunState,
+) -> dict[str, Any]:
+    """The model, or the adapter and the model that it makes; where they are."""
+    model.config.use_cache = True  # off in training
+    folder, adapter = state.run.path / "model", state.run.path / "adapter"
+    if not config.has_adapter:
+        write_folder(model, tensors, tokenizer, folder)
+        return {"model": str(folder)}
+    save_adapter(
+        model,
+        tokenizer,
+        adapter,
+        base=base.reference,
+        base_sha256=base.sha256,
+        generation_config=None,
+        tensors=tensors,
+    )
+    model.config.architectures = [type(model.get_base_model()).__name__]
+    model.config.save_pretrained(adapter)  # nothing else names the labels
+    if not config.merge:
+        return {"model": str(adapter)}
+    merged, difference = merge_model(model.to("cpu"))
+    write_folder(merged, merged.state_dict(), tokenizer, folder)
+    log.info("merged: logits differ from the adapter's by at most %.2g", difference)
+    return {"model": str(folder), "adapter": str(adapter), "merge_difference": difference}
+
+
+def _exact(model: Any) -> Any:
+    """The model with what is in bf16 in float32, to be looked at."""
+    model.eval()
+    if any(weight.dtype == torch.bfloat16 for weight in model.parameters()):
+        model.float()
+    return model

@@ -1,177 +1,343 @@
 """The training loop: batches, steps, the finite check, evaluation, checkpoints, signals.
 
-In: a model, a plan, tokens. Out: trained weights, checkpoints and the final metrics.
+In: a model, an objective, hyperparameters, batches. Out: trained weights, checkpoints and the final
+metrics. pretrain, sft, classify, reward and dpo are objectives of this one loop; ppo, whose steps
+are several updates, uses its parts.
 """
 
 import math
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
 
-from llmctl.config.sections import Checkpoints
-from llmctl.console import Progress
-from llmctl.training.batches import IGNORED, validation_batches
-from llmctl.training.guard import (
+from llmctl import hardware
+from llmctl.checkpoint import Content
+from llmctl.config.sections import Resumable
+from llmctl.config.stages import PretrainConfig
+from llmctl.config.tuning import Tuning
+from llmctl.console import ProgressBar
+from llmctl.errors import DataError, UserError
+from llmctl.rundir import Run
+from llmctl.training.batches import Batch, Batches, on_device
+from llmctl.training.distributed import autocast, is_sharded, place
+from llmctl.training.fault_tolerance import (
+    Verdict,
     accept,
     agree,
     find_checkpoint,
     finish_step,
     is_over,
 )
+from llmctl.training.hyperparameters import Hyperparameters
 from llmctl.training.meter import Meter
-from llmctl.training.optimizers import set_lr
-from llmctl.training.placement import autocast
-from llmctl.training.plan import Plan
-from llmctl.training.signals import stop_flag
+from llmctl.training.objective import Objective, scaled
+from llmctl.training.optimizers import make_optimizers, set_lr
+from llmctl.training.run_state import RunState, intervals_of
+from llmctl.training.signals import StopFlag, stop_flag
 from llmctl.training.state import (
+    capture,
     checkpoint_bytes,
     generators_kept,
     restore,
     set_generators,
 )
-from llmctl.training.trainer import Trainer
+
+
+@dataclass
+class Trainer:
+    """A model and its data, and the run that they are for."""
+
+    model: nn.Module
+    """Placed as it trains."""
+    optimizers: list[Optimizer]
+    hyperparameters: Hyperparameters
+    objective: Objective
+    batches: Batches
+    state: RunState
+    watch: Callable[[dict[str, float]], None] = lambda figures: None
+    """Told the figures of every line of metrics."""
+    sums: Tensor | None = None
+    """Of the objective's figures since the last line of metrics, on this process."""
+
+    def figures(self) -> dict[str, float]:
+        """Means of the objective's figures since the last call. Collective."""
+        sums, self.sums = self._summed(), None
+        if sums is None:
+            return {}
+        *totals, count = sums
+        means = (total / max(1, count) for total in totals)
+        found = dict(zip(self.objective.figures, means, strict=True))
+        self.watch(found)
+        return found
+
+    def capture(self) -> Content:
+        """All that decides how the run goes on, and what the next line counts. Collective."""
+        sums = self._summed()
+        extra = None if sums is None else {"counts": sums}
+        progress = self.state.progress
+        return capture(self.model, self.optimizers, progress, extra, rank=self.state.rank)
+
+    @property
+    def bare_model(self) -> Any:
+        """The model to look at: without DDP around it, but sharded where FSDP is in force."""
+        accelerator = self.state.accelerator
+        return self.model if is_sharded(accelerator) else accelerator.unwrap_model(self.model)
+
+    def count(self, sums: Tensor | None) -> None:
+        """Add a micro-batch's figures, without waiting for the device."""
+        if sums is not None:
+            self.sums = sums if self.sums is None else self.sums + sums
+
+    def _summed(self) -> list[float] | None:
+        if self.sums is None:
+            return None
+        total = self.state.accelerator.reduce(self.sums.double(), "sum")
+        return total.tolist()  # type: ignore[no-any-return]
+
+
+def assemble(
+    config: PretrainConfig | Tuning,
+    run: Run,
+    accelerator: Accelerator,
+    device: str,
+    model: Any,
+    hyperparameters: Hyperparameters,
+    objective: Objective,
+    batches: Batches,
+    *,
+    identity: dict[str, Any],
+    validates: bool,
+    flops_per_token: float | None,
+    sample: Callable[[int], None] = lambda step: None,
+    watch: Callable[[dict[str, float]], None] = lambda figures: None,
+    compiles_whole: bool = False,
+    may_skip_weights: bool = True,
+) -> Trainer:
+    """Place a model and make its optimizers; put the trainer together.
+
+    Args:
+        config: the command's fields.
+        run: its directory.
+        accelerator: processes.
+        device: type of device.
+        model: adapted already, if it is to be; in training mode.
+        hyperparameters: of the run.
+        objective: its loss, on this very model.
+        batches: of the run.
+        identity: what decides the weights beside them: a run that resumes must have the same.
+        validates: whether there is validation data.
+        flops_per_token: see `flops_of`.
+        sample: of `RunState`.
+        watch: of `Trainer`.
+        compiles_whole: whether `--compile` compiles the model as one, for inputs of one shape.
+        may_skip_weights: see `place`.
+
+    Raises:
+        UserError: compilation under FSDP.
+    """
+    if config.compile:
+        if is_sharded(accelerator):
+            raise UserError("--compile has not been made to work under FSDP", hint="drop --compile")
+        compile_model(model, whole=compiles_whole)
+    placed, optimizers = place(
+        accelerator,
+        model,
+        make_optimizers(model, hyperparameters, device),
+        may_skip_weights=may_skip_weights,
+    )
+    state = RunState(
+        title=run.stage,
+        run=run,
+        accelerator=accelerator,
+        device=device,
+        identity={**hyperparameters.identity(), **identity},
+        intervals=intervals_of(config, hyperparameters),
+        flops_per_token=flops_per_token,
+        capture=lambda: trainer.capture(),
+        evaluate=(lambda: objective.validate(trainer.bare_model)) if validates else None,
+        lr=lambda: hyperparameters.lr_at(state.progress.step - 1),
+        sample=sample,
+        metrics=lambda: trainer.figures(),
+    )
+    trainer = Trainer(placed, optimizers, hyperparameters, objective, batches, state, watch)
+    return trainer
+
+
+def compile_model(model: nn.Module, *, whole: bool) -> None:
+    """Compile a model in place with torch.compile.
+
+    Args:
+        model: in training mode.
+        whole: as one. Otherwise its blocks, one by one and for inputs of any length: what stands
+            between them, such as the hook that hands the output layer the tokens that count, stays
+            as it is.
+    """
+    if whole:
+        model.compile()
+        return
+    blocks = next(
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
+    )
+    for block in blocks:
+        block.compile(dynamic=True)
+
+
+def train(trainer: Trainer, config: Resumable) -> dict[str, Any]:
+    """Train, from a checkpoint where the call asks for one; return the final metrics.
+
+    Raises:
+        DataError: a step without anything to learn from.
+        DivergedError: the loss or a gradient is NaN or infinite; nothing was updated with it.
+        ModelError: the checkpoint is invalid, or of a run that differs.
+        ResourceError: memory or disk do not suffice.
+        Interrupted, Terminated: a signal came; the run is saved.
+    """
+    resume(trainer, config)
+    trainer.state.run.keep_recipe(config)
+    values = trainer.hyperparameters
+    with hardware.memory_errors(values.batch_size, values.grad_accum):
+        return fit(trainer)
+
+
+def resume(trainer: Trainer, config: Resumable) -> None:
+    """Put the trainer in the state of the checkpoint that the call asks for, if it asks for one."""
+    needed = checkpoint_bytes(trainer.model, trainer.optimizers)
+    content = find_checkpoint(trainer.state, config, needed)
+    if content is None:
+        return
+    restore(trainer.model, trainer.optimizers, content)
+    if "counts" in content.state:
+        counts = torch.tensor(content.state["counts"], dtype=torch.float64)
+        trainer.sums = counts.to(trainer.state.device) * (trainer.state.rank == 0)
+    set_generators(content.rng)
 
 
 def fit(trainer: Trainer) -> dict[str, Any]:
-    """Train until the plan's last step and return the final metrics.
-
-    Raises:
-        DivergedError: the loss or a gradient is NaN or infinite; nothing was updated with it.
-        Interrupted, Terminated: a signal came; the run is saved.
-    """
-    plan, job = trainer.plan, trainer.job
-    done, meter = job.progressed, Meter(job)
-    tokens = plan.tokens_per_step // job.world
-    with stop_flag() as flag, Progress(job.title, plan.max_steps) as progress:
-        progress.start_at(done.step)
+    """Train until the last step and return the final metrics; raises what `train` does."""
+    state = trainer.state
+    done, meter = state.progress, Meter(state)
+    with (
+        stop_flag() as flag,
+        ProgressBar(state.title, trainer.hyperparameters.max_steps) as progress_bar,
+    ):
+        progress_bar.start_at(done.step)
         meter.sample_before()
-        batch = to_device(trainer, done.step)
-        if job.world > 1:
-            lay_out_buckets(trainer, batch)
-        while not is_over(job):
-            set_lr(trainer.optimizers, plan.lr_at(done.step))
-            loss = accumulate_gradients(trainer, batch)
-            batch = to_device(trainer, done.step + 1)  # while a GPU still computes
-            verdict = agree(job, loss, clip(trainer), tokens, flag)
-            accepted = accept(job, verdict, lambda: _sequences(trainer))
-            for optimizer in trainer.optimizers:
-                if accepted:
-                    optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            progress.update(done.step + 1, meter.text)
-            finish_step(job, meter, verdict)
+        if not is_over(state):
+            batches = micro_batches(trainer, done.step)
+            if state.world > 1:
+                lay_out_buckets(trainer, batches)
+        while not is_over(state):
+            set_lr(trainer.optimizers, trainer.hyperparameters.lr_at(done.step))
+            loss = accumulate(trainer, batches)
+            tokens = sum(batch["tokens"] for batch in batches)
+            batches = micro_batches(trainer, done.step + 1)  # while a GPU still computes
+            verdict = update(
+                state,
+                trainer.optimizers,
+                trainer.model.parameters(),
+                loss,
+                tokens,
+                flag,
+                max_grad_norm=trainer.hyperparameters.max_grad_norm,
+                name=lambda: trainer.batches.name(done.step),
+            )
+            progress_bar.update(done.step + 1, meter.text)
+            finish_step(state, meter, verdict)
     return meter.final()
 
 
-def resume(trainer: Trainer, config: Checkpoints) -> None:
-    """Put the trainer in the state of the checkpoint that the call asks for, if it asks for one."""
-    job = trainer.job
-    content = find_checkpoint(job, config, checkpoint_bytes(trainer.model, trainer.optimizers))
-    if content is not None:
-        restore(trainer.model, trainer.optimizers, content)
-        set_generators(content.rng)
+def micro_batches(trainer: Trainer, step: int) -> list[Batch]:
+    """This rank's micro-batches of a step, on the device."""
+    return [on_device(batch, trainer.state.device) for batch in trainer.batches.step(step)]
 
 
-def lay_out_buckets(trainer: Trainer, batch: list[tuple[Tensor, Tensor]]) -> None:
+def lay_out_buckets(trainer: Trainer, batches: list[Batch]) -> None:
     """Have DDP's first backward pass behind us, after which it lays its buckets out anew.
 
     A resumed run would otherwise add three ranks' gradients in another order in its first step.
     """
+    kept = trainer.sums
     with generators_kept():
-        accumulate_gradients(trainer, batch[:1])
+        accumulate(trainer, batches[:1])
+    trainer.sums = kept
     trainer.model.zero_grad(set_to_none=True)
 
 
-def to_device(trainer: Trainer, step: int) -> list[tuple[Tensor, Tensor]]:
-    """This rank's micro-batches of a step: `grad_accum` pairs of (B, T) inputs and targets."""
-    plan = trainer.plan
-    first = step * plan.sequences_per_step + trainer.job.rank * plan.batch_size
-    stride = plan.batch_size * trainer.job.world
-    pairs = [
-        trainer.train.batch(first + i * stride, plan.batch_size) for i in range(plan.grad_accum)
-    ]
-    return [move(pair, trainer.job.device) for pair in pairs]
+def accumulate(trainer: Trainer, batches: list[Batch]) -> Tensor:
+    """Backpropagate a step's micro-batches; return this rank's share of their mean loss.
 
+    The mean of the ranks' shares is the mean over the whole step's weight. Gradients are reduced
+    between processes with the last micro-batch only.
 
-def move(pair: tuple[Tensor, Tensor], device: str) -> tuple[Tensor, Tensor]:
-    """A pair on the device; to a GPU from pinned memory, without waiting."""
-    inputs, targets = pair
-    if device == "cuda":
-        return (
-            inputs.pin_memory().to(device, non_blocking=True),
-            targets.pin_memory().to(device, non_blocking=True),
-        )
-    return inputs.to(device), targets.to(device)
-
-
-def accumulate_gradients(trainer: Trainer, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Backpropagate a step's micro-batches; return their mean loss in nats per token.
-
-    All have as many tokens, so the mean of means is the mean over tokens. Gradients are reduced
-    between processes with the last one only.
+    Raises:
+        DataError: nothing in the step counts, on any rank.
     """
+    state, values, step = trainer.state, trainer.hyperparameters, trainer.state.progress.step
+    weight = trainer.batches.step_weight(step)
+    if not weight > 0:
+        raise DataError(
+            f"step {step + 1:,}: every label is masked ({trainer.batches.name(step)})",
+            hint="there is nothing to learn from; check the data's shape and --max-length",
+        )
     total: Tensor | None = None
-    for number, pair in enumerate(batch):
-        last = number == len(batch) - 1
-        sync = nullcontext() if last else trainer.job.accelerator.no_sync(trainer.model)
+    for number, batch in enumerate(batches):
+        last = number == len(batches) - 1
+        sync = nullcontext() if last else state.accelerator.no_sync(trainer.model)
         with sync:
-            loss = loss_of(trainer.model, pair, trainer.plan, trainer.job.device)
-            (loss / len(batch)).backward()  # type: ignore[no-untyped-call]
-        total = loss.detach() if total is None else total + loss.detach()
+            with autocast(values.precision, state.device):
+                loss = trainer.objective.loss(trainer.model, batch)
+            share = scaled(loss, weight, len(batches), state.world)
+            share.backward()  # type: ignore[no-untyped-call]
+        trainer.count(loss.sums)
+        total = share.detach() if total is None else total + share.detach()
     assert total is not None
-    return total / len(batch)
+    return total
 
 
-def loss_of(model: nn.Module, pair: tuple[Tensor, Tensor], plan: Plan, device: str) -> Tensor:
-    """Mean loss of a micro-batch in nats per token."""
-    inputs, targets = pair
-    with autocast(plan, device):
-        found = model(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False)
-    return found.loss  # type: ignore[no-any-return]
+def update(
+    state: RunState,
+    optimizers: list[Optimizer],
+    weights: Iterable[Tensor],
+    loss: Tensor,
+    tokens: int,
+    flag: StopFlag,
+    *,
+    max_grad_norm: float,
+    name: Callable[[], str],
+) -> Verdict:
+    """Clip the gradients, and update the weights where all numbers are finite. Collective.
 
+    Args:
+        state: of the run.
+        optimizers: over the weights.
+        weights: with their gradients, reduced over processes.
+        loss: this rank's share of it.
+        tokens: of this rank.
+        flag: of signals.
+        max_grad_norm: norm to clip to; 0 clips nothing.
+        name: says which examples the step was computed from.
 
-def clip(trainer: Trainer) -> Tensor:
-    """Clip the gradients to the plan's norm and return the norm they had."""
-    limit = trainer.plan.max_grad_norm or math.inf
-    norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), limit)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    Returns:
+        What all ranks saw of the step.
 
-
-@torch.no_grad()
-def evaluate(trainer: Trainer) -> dict[str, float]:
-    """Validation loss in nats per token, its perplexity, and bits per byte of text."""
-    plan, job, split = trainer.plan, trainer.job, trainer.val
-    assert split is not None
-    sharded = job.accelerator.distributed_type.name == "FSDP"
-    model = trainer.model if sharded else job.accelerator.unwrap_model(trainer.model)
-    model.eval()
-    nats = torch.zeros((), dtype=torch.float64, device="cpu" if job.device == "mps" else job.device)
-    count = torch.zeros_like(nats)
-    size = max(1, min(16_384 // plan.context, 2 * plan.batch_size))  # within what training takes
-    pairs = validation_batches(split, plan.context, size, plan.eval_tokens, job.rank, job.world)
-    for inputs, targets in (move(pair, job.device) for pair in pairs):
-        with autocast(plan, job.device):
-            logits = model(input_ids=inputs, use_cache=False).logits
-        nats += cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        ).to(nats)
-        count += (targets != IGNORED).sum().to(count)
-    model.train()
-    nats, count = job.accelerator.reduce(torch.stack([nats, count])).tolist()
-    loss = nats / count
-    tokens_per_byte = split.tokens / split.bytes
-    return {
-        "val_loss": loss,
-        "val_perplexity": math.exp(min(loss, 700)),
-        "val_bits_per_byte": loss / math.log(2) * tokens_per_byte,
-    }
-
-
-def _sequences(trainer: Trainer) -> str:
-    """Which sequences of the run the step at hand is computed from."""
-    first = trainer.job.progressed.step * trainer.plan.sequences_per_step
-    return f"sequences {first:,} to {first + trainer.plan.sequences_per_step - 1:,}"
+    Raises:
+        DivergedError: loss or gradients are not finite, and the run is to stop at that.
+    """
+    norm = nn.utils.clip_grad_norm_(weights, max_grad_norm or math.inf)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    verdict = agree(state, loss, norm, tokens, flag)
+    accepted = accept(state, verdict, name)
+    for optimizer in optimizers:
+        if accepted:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return verdict

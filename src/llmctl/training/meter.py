@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmctl import hardware
 from llmctl.console import duration, log, short
-from llmctl.training.job import Job
+from llmctl.training.run_state import RunState
 
 BACKGROUND = ("_low", "_high", "_std", "_prompts", "reference_score")
 """How the names of figures end that stand in the metrics, and not in the line of an evaluation."""
@@ -19,13 +19,13 @@ BACKGROUND = ("_low", "_high", "_std", "_prompts", "reference_score")
 class Meter:
     """Clocks and writes one training run, over all its resumptions."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, state: RunState) -> None:
         """Start the clock."""
-        self.job = job
+        self.state = state
         self.text = ""
         self._mark = self._trained = time.perf_counter()
-        self._since = time.perf_counter(), job.progressed.tokens
-        self._peak = hardware.peak_flops(job.device)
+        self._since = time.perf_counter(), state.progress.tokens
+        self._peak = hardware.peak_flops(state.device)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -38,20 +38,20 @@ class Meter:
 
     def sample_before(self) -> None:
         """Have a run that has done no step write down what its model says."""
-        if self.job.progressed.step == 0:
+        if self.state.progress.step == 0:
             with self.paused():
-                self.job.sample(0)
+                self.state.sample(0)
 
     def keep_time(self) -> None:
         """Bring the progress's clocks up to now, for a checkpoint or a line."""
-        now, done = time.perf_counter(), self.job.progressed
+        now, done = time.perf_counter(), self.state.progress
         done.seconds += now - self._mark
         done.training_seconds += now - self._trained
         self._mark = self._trained = now
 
     def log(self, loss: Tensor, grad_norm: Tensor) -> None:
         """Write a line of metrics, and renew the text of the progress line."""
-        job, done = self.job, self.job.progressed
+        state, done = self.state, self.state.progress
         self.keep_time()
         speed = self._speed()
         facts: dict[str, Any] = {
@@ -59,17 +59,17 @@ class Meter:
             "time": round(done.seconds, 3),
             "tokens": done.tokens,
             "loss": float(loss),
-            "lr": job.lr(),
+            "lr": state.lr(),
             "grad_norm": float(grad_norm),
             "tokens_per_second": speed,
             "mfu": self._mfu(speed),
-            "memory_bytes": hardware.memory_in_use(job.device),
-            **job.extras(),
+            "memory_bytes": hardware.memory_in_use(state.device),
+            **state.metrics(),
         }
         if done.skipped_steps:
             facts["skipped_steps"] = done.skipped_steps
         done.last_log = facts
-        job.run.log(facts)
+        state.run.log(facts)
         text = f"loss {float(loss):.3f}  lr {facts['lr']:.2g}  {short(speed)} tok/s"
         if facts["mfu"] is not None:
             text += f"  mfu {facts['mfu']:.1%}"
@@ -80,12 +80,12 @@ class Meter:
 
     def log_evaluation(self, found: dict[str, float]) -> bool:
         """Write the line of an evaluation; return whether it is the best so far."""
-        job, done = self.job, self.job.progressed
-        improved = done.judge(found)
+        state, done = self.state, self.state.progress
+        improved = done.record_evaluation(found)
         elapsed = done.seconds + time.perf_counter() - self._mark
         facts = {"step": done.step, "time": round(elapsed, 3), "tokens": done.tokens}
-        job.run.log({**facts, **found})
-        if job.rank == 0:
+        state.run.log({**facts, **found})
+        if state.rank == 0:
             shown = "  ".join(
                 _worded(name, value)
                 for name, value in found.items()
@@ -98,7 +98,7 @@ class Meter:
     def final(self) -> dict[str, Any]:
         """Metrics of the whole run: the best evaluation, the last loss, the mean speed."""
         self.keep_time()
-        done = self.job.progressed
+        done = self.state.progress
         speed = round(done.tokens / max(done.training_seconds, 1e-9), 1)
         keep = ("loss", "grad_norm", "memory_bytes", "skipped_steps")
         return {
@@ -113,16 +113,16 @@ class Meter:
 
     def _speed(self) -> float:
         """Tokens per second since the last call."""
-        now, tokens = time.perf_counter(), self.job.progressed.tokens
+        now, tokens = time.perf_counter(), self.state.progress.tokens
         before, counted = self._since
         self._since = now, tokens
         return round((tokens - counted) / max(now - before, 1e-9), 1)
 
     def _mfu(self, speed: float) -> float | None:
         """Share of the peak FLOP/s of all devices that the model's own FLOPs make."""
-        if self._peak is None or self.job.flops_per_token is None:
+        if self._peak is None or self.state.flops_per_token is None:
             return None
-        return speed * self.job.flops_per_token / (self._peak * self.job.world)
+        return speed * self.state.flops_per_token / (self._peak * self.state.world)
 
 
 def _worded(name: str, value: float) -> str:

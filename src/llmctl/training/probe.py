@@ -8,30 +8,43 @@ import torch
 from accelerate import Accelerator
 from rich.filesize import decimal
 from torch import Tensor
+from torch.optim import Optimizer
 
 from llmctl import hardware
 from llmctl.config.tuning import Tuning
 from llmctl.console import log
 from llmctl.errors import ResourceError
-from llmctl.training.guard import together
+from llmctl.training.fault_tolerance import together
 from llmctl.training.state import generators_kept
 
 MARGIN = 0.9
 """Share of the memory that a batch may take; communication and evaluation need some too."""
 
 
-def largest_batch(step: Callable[[int], None], wanted: int, device: str) -> int:
+def largest_batch(
+    optimizers: Sequence[Optimizer],
+    loss_of: Callable[[int], Tensor],
+    wanted: int,
+    device: str,
+) -> int:
     """The largest size that fits among those that divide the wanted one into halves.
 
     Args:
-        step: compute and update once with a batch of this size, on a copy; what it allocates and
-            keeps between calls is counted.
+        optimizers: over a copy of the model that is thrown away; what they keep is counted.
+        loss_of: the loss of a batch of this size.
         wanted: sequences that one device should process in a step.
         device: type of device.
 
     Raises:
         ResourceError: not even one sequence fits.
     """
+
+    def step(size: int) -> None:
+        loss_of(size).backward()  # type: ignore[no-untyped-call]
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
     sizes, fitting = _halves(wanted), 0
     with generators_kept():
         for size in sizes:
@@ -70,17 +83,19 @@ def fitting_batch(
     """
     copied = deepcopy(model).train()
     if config.activation_checkpointing:
-        copied.gradient_checkpointing_enable()
+        checkpoint_activations(copied)
     longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     optimizer = torch.optim.AdamW([w for w in copied.parameters() if w.requires_grad], lr=0.0)
 
-    def step(size: int) -> None:
-        loss = loss_of(copied, [longest[i % len(longest)] for i in range(size)])
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def loss(size: int) -> Tensor:
+        return loss_of(copied, [longest[i % len(longest)] for i in range(size)])
 
-    return largest_batch(step, total, copied.device.type)
+    return largest_batch([optimizer], loss, total, copied.device.type)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Compute activations again in the backward pass instead of keeping them."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def agreed_batch(
@@ -98,7 +113,7 @@ def agreed_batch(
         attempt: tries batches up to a size, and says the largest that fits.
         batch_size: what was asked for.
         grad_accum: likewise.
-        known: the plan of the run that is resumed, if one is.
+        known: the hyperparameters of the run that is resumed, if one is.
         accelerator: processes.
         device: type of device.
     """

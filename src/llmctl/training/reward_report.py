@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.console import log
-from llmctl.training.intervals import wilson
 
 Array = NDArray[np.float64]
 BINS = 10
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+CONFIDENCE = 1.959964
+"""Standard deviations around 95 % of a normal distribution."""
 STRONG = 0.5
 """Correlation with length from which on a score says a good deal about length."""
 
@@ -97,6 +98,14 @@ def spearman(one: Array, other: Array) -> float:
     first, second = (rank - rank.mean() for rank in ranks)
     size = math.sqrt(float((first**2).sum() * (second**2).sum()))
     return float((first * second).sum()) / size if size else 0.0
+
+
+def wilson(right: float, count: float) -> tuple[float, float]:
+    """Wilson interval of a proportion at 95 % (Wilson, 1927)."""
+    share, square = right / count, CONFIDENCE**2 / count
+    middle = (share + square / 2) / (1 + square)
+    width = math.sqrt(square * share * (1 - share) + square**2 / 4) / (1 + square)
+    return max(0.0, middle - width), min(1.0, middle + width)
 
 
 def log_report(found: dict[str, Any]) -> None:

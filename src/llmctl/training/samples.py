@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from llmctl.attention import CAUSAL
@@ -23,6 +24,7 @@ from llmctl.decode.loop import Prompt, decode, room
 from llmctl.decode.prompts import encode_text
 from llmctl.errors import ModelError
 from llmctl.rundir import Run
+from llmctl.training.distributed import is_sharded
 from llmctl.training.state import generators_kept
 
 BEGINNING = 16
@@ -33,7 +35,7 @@ Ask = tuple[str, list[int]]
 """A prompt, as text and as tokens."""
 
 
-class Sampler:
+class TextSampler:
     """Answers the same prompts into samples.jsonl."""
 
     def __init__(
@@ -44,11 +46,16 @@ class Sampler:
         model: Any,
         stops: list[int],
         run: Run,
+        accelerator: Accelerator,
     ) -> None:
-        """Take prompts, as `asks_of` gives them; `stops` end an answer."""
+        """Take prompts, as `prompts_of` gives them; `stops` end an answer.
+
+        A model that is sharded over processes answers none.
+        """
         self.run, self.model, self.stops, self.tokenizer = run, model, stops, tokenizer
         self.sampling = Sampling(max_new_tokens=config.sample_tokens, temperature=0)
-        self.asks = [ask for ask in asks if room(ask[1], model.config, 1) > 0]
+        sharded = is_sharded(accelerator)
+        self.asks = [ask for ask in asks if not sharded and room(ask[1], model.config, 1) > 0]
 
     def write(self, step: int) -> None:
         """Answer on the main process; greedy, so that only the model changes."""
@@ -88,7 +95,7 @@ def _as_generating(model: Any) -> Iterator[None]:
     attention = model.config._attn_implementation
     if attention == CAUSAL:
         model.set_attn_implementation("sdpa")
-    is_compiled = getattr(model, "_compiled_call_impl", None) is not None
+    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
     try:
         with torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
             yield
@@ -111,7 +118,7 @@ def beginnings(config: Samples, tokenizer: PreTrainedTokenizerBase, split: Token
     return list({text: (text, tokens) for text, tokens in asks}.values())
 
 
-def asks_of(
+def prompts_of(
     config: Samples,
     chat: ChatFormat,
     train: Sequence[Example],

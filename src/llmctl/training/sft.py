@@ -1,117 +1,156 @@
-"""Supervised fine-tuning on TRL's SFTTrainer, with our batches, loss, validation and guarantees.
+"""Supervised fine-tuning: examples and a language model in, a trainer out."""
 
-SFTTrainer sets the model up and Trainer runs the steps. Batches come encoded (`sequences.py`), the
-loss is that of the tokens that count (`head.py`), and validation is a mean over tokens, where
-Trainer's is a mean over batches.
-"""
-
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import PeftModel
+from accelerate import Accelerator
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import SFTTrainer
 
-from llmctl.config.stages import SftConfig as Config
-from llmctl.training.head import counted_loss, output_layer, require_chunkable
-from llmctl.training.placement import autocast
-from llmctl.training.sequences import Rows, numbered, on_device, shares
-from llmctl.training.state import generators_kept
-from llmctl.training.trl import Terms
-from llmctl.training.tuned import Tuned, common_arguments
-from llmctl.training.tuning import TuningPlan
-
-
-@dataclass(frozen=True)
-class Material:
-    """What a trainer is made of."""
-
-    model: Any
-    tokenizer: PreTrainedTokenizerBase
-    train: Rows
-    val: Rows | None
+from llmctl.config.stages import SftConfig
+from llmctl.console import log
+from llmctl.data.audit import Audit, audit, log_summary, require_sound
+from llmctl.data.supervised import SupervisedData
+from llmctl.rundir import Run
+from llmctl.training.base_model import (
+    Prepared,
+    load_in,
+    load_language_model,
+    prepare,
+    require_prompts,
+)
+from llmctl.training.batches import Batch, Sequences, on_device
+from llmctl.training.distributed import autocast
+from llmctl.training.loop import Trainer, assemble
+from llmctl.training.model_checks import require_causal, require_isolated
+from llmctl.training.objective import Loss, Validation, validation_of
+from llmctl.training.samples import TextSampler, prompts_of
+from llmctl.training.token_loss import TokenLoss, require_chunkable, token_loss_of
 
 
-class SupervisedTrainer(Tuned, SFTTrainer):
-    """SFTTrainer on rows that are encoded already."""
+class SupervisedTokens:
+    """Cross-entropy of the tokens that are trained on, a mean over tokens."""
 
-    measured = ("token_accuracy",)
+    figures = ("token_accuracy",)
 
-    def __init__(
-        self,
-        material: Material,
-        plan: TuningPlan,
-        arguments: SFTConfig,
-        terms: Terms,
-        *,
-        chunked: bool,
-    ) -> None:
-        """Build the trainer on a model that is adapted already, if it is to be.
+    def __init__(self, token_loss: TokenLoss, val: Validation | None) -> None:
+        """Take the loss of the model's tokens and the validation data."""
+        self.token_loss, self.val = token_loss, val
 
-        Raises:
-            UserError: what cannot be resumed exactly, or a loss that cannot be chunked.
-            ModelError: the model has no output layer.
-        """
-        self.plan, self._material, self._chunked = plan, material, chunked
-        self._head = output_layer(material.model)
-        super().__init__(
-            model=material.model,
-            args=arguments,
-            data_collator=material.train.collate,
-            train_dataset=numbered(material.train.lengths),
-            eval_dataset=None if material.val is None else numbered(material.val.lengths),
-            processing_class=material.tokenizer,
-            terms=terms,
-        )
-        # compute_loss divides by the tokens of the step
-        self.model_accepts_loss_kwargs: bool = True
-        for weight in self.model.parameters():
-            if weight.requires_grad and isinstance(self.model, PeftModel):
-                weight.data = weight.data.float()  # SFTTrainer's bf16 would lose small updates
-        if chunked:
-            batch = on_device(material.train.batch([0]), self.args.device)
-            with autocast(plan, self.args.device.type):
-                require_chunkable(self.model, self._head, batch)
+    def loss(self, model: Any, batch: Batch) -> Loss:
+        """Sum over the trained tokens of a batch."""
+        found = self.token_loss(model, batch)
+        sums = torch.stack([found.correct, found.correct.new_tensor(batch["weight"])])
+        return Loss(found.losses.sum(), batch["weight"], sums, found.balance)
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Tensor:
-        """The loss of a micro-batch as its share of the step's mean over tokens."""
-        found = counted_loss(model, self._head, inputs, chunked=self._chunked)
-        self.count(found.correct, found.tokens)
-        return self.balanced(self.share(found.loss, num_items_in_batch), found.balance)
-
-    @torch.no_grad()
-    def _measure(self) -> dict[str, float]:
+    def validate(self, model: Any) -> dict[str, float]:
         """Mean loss and accuracy over every trained token of the validation data."""
-        assert self._material.val is not None
-        model = self.model
-        was_training = model.training
-        model.eval()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
-        with generators_kept():
-            lengths, size = self._material.val.lengths, self.args.train_batch_size
-            for numbers in shares(lengths, size, self.job.rank, self.job.world):
-                batch = on_device(self._material.val.batch(numbers), self.args.device)
-                with self.compute_loss_context_manager():
-                    found = counted_loss(model, self._head, batch, chunked=self._chunked)
-                sums += torch.stack([found.loss, found.correct, found.tokens]).double()
-            loss, correct, tokens = self.accelerator.reduce(sums, "sum").tolist()
-        model.train(was_training)
+        assert self.val is not None
+        loss, correct, tokens = self.val.sums(model, self._measure).tolist()
         return {"val_loss": loss / tokens, "val_token_accuracy": correct / tokens}
 
+    def _measure(self, model: Any, batch: Batch) -> Tensor:
+        """(3,) summed loss, right guesses and trained tokens of a batch."""
+        found = self.token_loss(model, batch)
+        losses = found.losses.double()
+        return torch.stack([losses.sum(), found.correct, losses.new_tensor(batch["weight"])])
 
-def make_arguments(config: Config, plan: TuningPlan, device: str) -> SFTConfig:
-    """What SFTTrainer is told."""
-    return SFTConfig(
-        **common_arguments(config, plan, device),
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
+
+def audited(
+    config: SftConfig, data: SupervisedData, *, is_main: bool
+) -> tuple[SupervisedData, Audit]:
+    """The examples that have something to learn from, and what was found of all of them.
+
+    Raises:
+        DataError: they would train a broken model.
+    """
+    report = audit(data, config, packing=config.packing)
+    if is_main:
+        log_summary(report)
+    require_sound(report)
+    return replace(data, train=data.train.select(data.train.trained_counts > 0)), report
+
+
+def prepare_sft(
+    config: SftConfig, data: SupervisedData, accelerator: Accelerator, device: str
+) -> Prepared:
+    """Load the model, fit it to the tokens, adapt it, arrange the rows.
+
+    Raises:
+        ModelError: the model does not load, is an adapter, or lets packed sequences see each other.
+        UserError: sizes or targets that do not go together.
+        ResourceError: an optimizer or a precision that does not run here.
+    """
+    require_prompts(config, data.val, "examples")
+    model, stops = load_language_model(config, data, data.end_of_turn, device)
+    pad = data.tokenizer.pad_token_id or 0
+    train = Sequences(data.train, pad, data.max_length if config.packing else None)
+    val = None if data.val is None else Sequences(data.val, pad)
+
+    def check() -> None:
+        require_causal(model, data.embedding_rows)
+        if config.packing:
+            require_isolated(model, train, data.embedding_rows)
+
+    def loss(copied: Any, batch: Batch) -> Tensor:
+        return token_loss_of(copied, chunked=config.chunked_loss)(copied, batch).losses.sum()
+
+    prepared = prepare(
+        config,
+        "rows",
+        model,
+        train,
+        val,
+        accelerator,
+        device,
+        loss=loss,
+        check=check,
+        stops=stops,
+    )
+    if accelerator.is_main_process and config.packing:
+        log.info("%s sequences in %s rows", f"{len(data.train):,}", f"{len(train):,}")
+    return prepared
+
+
+def build_sft(
+    config: SftConfig,
+    data: SupervisedData,
+    prepared: Prepared,
+    run: Run,
+    accelerator: Accelerator,
+    device: str,
+) -> Trainer:
+    """Put the trainer together.
+
+    Raises:
+        UserError: a loss that cannot be chunked.
+        ModelError: the model has no output layer.
+    """
+    model, values = prepared.model, prepared.hyperparameters
+    token_loss = token_loss_of(model, chunked=config.chunked_loss)
+    if config.chunked_loss:
+        with autocast(values.precision, device):
+            require_chunkable(model, token_loss, on_device(prepared.train.batch([0]), device))
+    val = validation_of(prepared.val, values.batch_size, accelerator, device, values.precision)
+    prompts = prompts_of(config, data.format, data.train_examples, data.val_examples)
+    return assemble(
+        config,
+        run,
+        accelerator,
+        device,
+        model,
+        values,
+        SupervisedTokens(token_loss, val),
+        prepared.batches(config, accelerator),
+        identity={
+            **prepared.identity(data, config),
+            "packing": config.packing,
+            "chunked_loss": config.chunked_loss,
+            "load_in": load_in(config),
+        },
+        validates=val is not None,
+        flops_per_token=prepared.flops_per_token(device),
+        sample=TextSampler(
+            config, prompts, data.tokenizer, model, prepared.stops, run, accelerator
+        ).write,
     )

@@ -1,4 +1,4 @@
-"""What the stages that train a given model have in common, from threads to the run's result."""
+"""What the commands that train have in common, from threads to the run's result."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,34 +7,33 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from llmctl import hardware
-from llmctl.config.stages import PpoConfig
+from llmctl.config.stages import PpoConfig, PretrainConfig
 from llmctl.config.tuning import Tuning
-from llmctl.planning.outlook import Outlook
-from llmctl.planning.show import show_dry_run
 from llmctl.resume import earlier_manifest
 from llmctl.rundir import Run
-from llmctl.training.guard import open_together
-from llmctl.training.placement import make_accelerator
+from llmctl.training.distributed import make_accelerator
+from llmctl.training.fault_tolerance import open_together
 
 
 def run_stage(
     stage: str,
-    config: Tuning | PpoConfig,
-    check: Callable[[Accelerator, str], Outlook],
+    config: PretrainConfig | Tuning | PpoConfig,
+    dry_run: Callable[[Accelerator, str], dict[str, Any] | None],
     train: Callable[[Run, Accelerator, str], dict[str, Any]],
 ) -> dict[str, Any] | None:
-    """Train in a run's directory and return the result; or check only, and print recipe and plan.
+    """Train in a run's directory and return the result; or check only, and show what would be done.
 
     Args:
         stage: the command's name.
         config: its fields.
-        check: all that a dry run does, given the processes and the type of device; the plan.
+        dry_run: checks all that can be checked without training, and shows it; given the processes
+            and the type of device.
         train: trains and exports; what came of it.
     """
     threads = hardware.set_threads(config.threads or earlier_manifest(config).get("threads"))
     accelerator, device = make_accelerator(config)
     if config.dry_run:
-        return show_dry_run(stage, config, check(accelerator, device))
+        return dry_run(accelerator, device)
     with open_together(accelerator, stage, config) as run:
         run.record(threads=threads)
         result: dict[str, Any] = {"stage": stage, "out": str(run.path), "status": "completed"}

@@ -1,4 +1,4 @@
-"""A trainer's state as named tensors, and back; the same for one process, DDP and FSDP."""
+"""State of a training run as named tensors, and back; the same for one process, DDP and FSDP."""
 
 import json
 import random
@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from llmctl import hardware
 from llmctl.checkpoint import Content
 from llmctl.errors import ModelError
-from llmctl.training.job import Progressed
+from llmctl.training.run_state import Progress
 
 WITHOUT_EFFECT = ("transformers_version", "_name_or_path", "dtype", "use_cache")
 """Keys of a model's configuration that decide nothing in training."""
@@ -25,7 +25,7 @@ WITHOUT_EFFECT = ("transformers_version", "_name_or_path", "dtype", "use_cache")
 def capture(
     model: nn.Module,
     optimizers: list[Optimizer],
-    progressed: Progressed,
+    progress: Progress,
     state: Mapping[str, Any] | None = None,
     *,
     rank: int = 0,
@@ -35,8 +35,8 @@ def capture(
     Args:
         model: placed as it trains. What is frozen is not kept: it never changes.
         optimizers: over its parameters.
-        progressed: how far the run is.
-        state: what else must come back, such as a scheduler's state; JSON.
+        progress: how far the run is.
+        state: what else must come back; JSON.
         rank: this process's.
     """
     moments = {
@@ -47,17 +47,17 @@ def capture(
     tensors = {name: value for name, value in moments.items() if torch.is_tensor(value)}
     scalars = {name: value for name, value in moments.items() if name not in tensors}
     return Content(
-        step=progressed.step,
+        step=progress.step,
         model=_gathered(_trained(model), rank),
         optimizer=_gathered(tensors, rank),
         rng=generators(),
         state={
-            "progressed": vars(progressed),
+            "progressed": vars(progress),
             "optimizer": scalars,
             "made_with": surroundings(next(model.parameters()).device.type),
             **(state or {}),
         },
-        best=progressed.best_step,
+        best=progress.best_step,
     )
 
 
@@ -68,13 +68,8 @@ def restore(model: nn.Module, optimizers: list[Optimizer], content: Content) -> 
     Raises:
         ModelError: the checkpoint's weights have other names than the model's.
     """
+    put_weights(model, content.model)
     named = _trained(model)
-    if unknown := sorted(set(named) ^ set(content.model)):
-        raise ModelError(f"the checkpoint is of another model: {unknown[0]}")
-    for name, tensor in named.items():
-        if content.model[name].shape != tensor.shape:
-            raise ModelError(f"the checkpoint is of another model: the shape of {name}")
-        tensor.copy_(_spread(content.model[name], tensor))
     saved: dict[str, dict[str, Any]] = {}
     for key, value in {**content.optimizer, **content.state["optimizer"]}.items():
         name, _, fact = key.rpartition(".")
@@ -86,6 +81,27 @@ def restore(model: nn.Module, optimizers: list[Optimizer], content: Content) -> 
         state = {number: saved[name] for number, name in enumerate(names) if name in saved}
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+@torch.no_grad()
+def put_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a model, placed as it trains, the weights of a checkpoint.
+
+    Raises:
+        ModelError: they have other names or shapes than the model's.
+    """
+    named = _trained(model)
+    if unknown := sorted(set(named) ^ set(tensors)):
+        raise ModelError(f"the checkpoint is of another model: {unknown[0]}")
+    for name, tensor in named.items():
+        if tensors[name].shape != tensor.shape:
+            raise ModelError(f"the checkpoint is of another model: the shape of {name}")
+        tensor.copy_(_spread(tensors[name], tensor))
+
+
+def trained_weights(model: nn.Module, rank: int = 0) -> dict[str, Tensor]:
+    """Weights that train and all buffers on rank 0's CPU by name. Collective."""
+    return _gathered(_trained(model), rank)
 
 
 def weights(model: nn.Module, rank: int = 0) -> dict[str, Tensor]:

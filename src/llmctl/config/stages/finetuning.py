@@ -44,7 +44,6 @@ class SftConfig(Supervised, Adapter, Tuning, Samples):
                 "packing",
                 "chunked_loss",
                 "prompt_tuning",
-                "find_batch_size",
                 "load_in_4bit",
                 "load_in_8bit",
                 "samples",

@@ -7,6 +7,7 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from llmctl.config.base import Also, Fields, Input
 from llmctl.config.sections import (
     Batch,
+    Compiled,
     Corpus,
     Evaluation,
     Length,
@@ -111,7 +112,16 @@ class TokenLength(Length):
 
 
 class PretrainConfig(
-    Corpus, Shape, TokenLength, Batch, Optimizer, Evaluation, Samples, Placement, Resumable
+    Corpus,
+    Shape,
+    TokenLength,
+    Batch,
+    Optimizer,
+    Evaluation,
+    Samples,
+    Placement,
+    Compiled,
+    Resumable,
 ):
     """Train a causal language model from scratch, or continue one."""
 
@@ -129,9 +139,6 @@ class PretrainConfig(
 
     momentum: OpenFraction = 0.95
     """Muon's momentum."""
-
-    compile: Annotated[bool, Also("torch-compile")] = False
-    """Compile the model with torch.compile; pays on a GPU."""
 
     batch_tokens: Annotated[PositiveCount | None, Also("total-batch-size")] = None
     """Tokens per step over all devices, reached by accumulation."""

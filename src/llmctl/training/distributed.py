@@ -3,12 +3,14 @@
 import os
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import nn
+from torch.optim import Optimizer
 
 from llmctl import hardware
 from llmctl.config.sections import Placement
@@ -35,17 +37,30 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return bool(accelerator.distributed_type.name == "FSDP")
 
 
-class Precise(Protocol):
-    """What says in which numbers to compute: a plan does."""
+def place(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    *,
+    may_skip_weights: bool,
+) -> tuple[nn.Module, list[Optimizer]]:
+    """Put a model and its optimizers where they train, wrapped in DDP or FSDP where that is asked.
 
-    @property
-    def precision(self) -> str:
-        """fp32, bf16 or pure-bf16."""
+    Args:
+        accelerator: processes.
+        model: in training mode.
+        optimizers: over its parameters.
+        may_skip_weights: whether a forward pass may leave weights out, such as a head or experts
+            that no token is sent to; DDP then looks for them in every step.
+    """
+    accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=may_skip_weights)
+    placed, *wrapped = accelerator.prepare(model, *optimizers)
+    return placed, [optimizer.optimizer for optimizer in wrapped]
 
 
-def autocast(plan: Precise, device: str) -> AbstractContextManager[Any]:
-    """bfloat16 products where the plan says so; sums and weights stay in float32."""
-    if plan.precision != "bf16":
+def autocast(precision: str, device: str) -> AbstractContextManager[Any]:
+    """bfloat16 products where the precision is bf16; sums and weights stay in float32."""
+    if precision != "bf16":
         return nullcontext()
     return torch.autocast(device, dtype=torch.bfloat16)
 

@@ -7,22 +7,24 @@ of the memory and a good part of the time.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig
 
 from llmctl.errors import ModelError, UserError
 
-OURS = ("labels", "places", "tokens")
+OURS = ("labels", "places", "tokens", "weight")
 """What the model is not given of a batch."""
 CHUNK_LOGITS = 1 << 23
 """Logits that are held at once when the loss is chunked: 32 MB in float32."""
 
 
-class Scored(NamedTuple):
+class TokenLosses(NamedTuple):
     """The N tokens that count, one by one."""
 
     losses: Tensor
@@ -30,60 +32,66 @@ class Scored(NamedTuple):
     correct: Tensor
     """How many were the most likely token."""
     balance: Tensor | None
-    """The mean balancing loss of a mixture of experts."""
+    """Weighted balancing loss of a mixture of experts, a mean over the batch."""
 
 
-class Counted(NamedTuple):
-    """Sums over the tokens that count."""
+@dataclass(frozen=True)
+class TokenLoss:
+    """Cross-entropy of the trained tokens of a model."""
 
-    loss: Tensor
-    """Nats, with gradients."""
-    correct: Tensor
-    """How many were the most likely token."""
-    tokens: Tensor
-    """How many there were."""
-    balance: Tensor | None = None
-    """The mean balancing loss of a mixture of experts."""
+    head: nn.Module
+    """The model's output layer, wherever that is inside."""
+    config: PreTrainedConfig
+    """The model's."""
+    chunked: bool
+    """Hold the logits of a few positions at a time, and compute them twice."""
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> TokenLosses:
+        """Cross-entropy of each trained token.
+
+        Args:
+            model: causal language model, perhaps wrapped (adapter, DDP, FSDP).
+            batch: as `batches.Sequences` makes it: `input_ids` and `labels` (B, L), `places` (N,),
+                and what else the model takes.
+        """
+        inputs = {name: value for name, value in batch.items() if name not in OURS}
+        length, places = batch["labels"].shape[1], batch["places"]
+        wanted = batch["labels"][:, 1:].flatten()[places]
+        with handed(self.head, length, places, chunked=self.chunked) as kept:
+            output = model(**inputs, use_cache=False)
+        logits, balance = output.logits, router_loss(self.config, output)
+        if not self.chunked:
+            return TokenLosses(*_nll(logits[0], wanted), balance)
+        size = max(1, CHUNK_LOGITS // logits.shape[-1])
+        nothing = logits.float().sum() * 0
+        right = torch.zeros((), dtype=torch.long, device=logits.device)
+        losses = []
+        for states, some in zip(torch.split(kept[0], size), torch.split(wanted, size), strict=True):
+            loss, correct = checkpoint(_project, self.head, states, some, use_reentrant=False)
+            losses.append(loss)
+            right = right + correct
+        return TokenLosses(torch.cat(losses) + nothing, right, balance)
 
 
-def counted_loss(
-    model: nn.Module, head: nn.Module, batch: Mapping[str, Tensor], *, chunked: bool
-) -> Counted:
-    """Cross-entropy of the trained tokens, summed; see `scored`."""
-    found = scored(model, head, batch, chunked=chunked)
-    tokens = torch.full((), len(found.losses), device=found.losses.device)
-    return Counted(found.losses.sum(), found.correct, tokens, found.balance)
+def token_loss_of(model: Any, *, chunked: bool) -> TokenLoss:
+    """The loss of a model that is not wrapped yet.
 
-
-def scored(
-    model: nn.Module, head: nn.Module, batch: Mapping[str, Tensor], *, chunked: bool
-) -> Scored:
-    """Cross-entropy of each trained token.
-
-    Args:
-        model: causal language model, perhaps wrapped (adapter, DDP, FSDP).
-        head: its output layer, wherever that is inside.
-        batch: as `sequences.Rows` makes it: `input_ids` and `labels` (B, L), `places` (N,), and
-            what else the model takes.
-        chunked: hold the logits of a few positions at a time, and compute them twice.
+    Raises:
+        ModelError: the model has no output layer.
     """
-    inputs = {name: value for name, value in batch.items() if name not in OURS}
-    length, places = batch["labels"].shape[1], batch["places"]
-    wanted = batch["labels"][:, 1:].flatten()[places]
-    with handed(head, length, places, chunked=chunked) as kept:
-        output = model(**inputs, use_cache=False)
-    logits, balance = output.logits, getattr(output, "aux_loss", None)
-    if not chunked:
-        return Scored(*_nll(logits[0], wanted), balance)
-    size = max(1, CHUNK_LOGITS // logits.shape[-1])
-    nothing = logits.float().sum() * 0
-    right = torch.zeros((), dtype=torch.long, device=logits.device)
-    losses = []
-    for states, some in zip(torch.split(kept[0], size), torch.split(wanted, size), strict=True):
-        loss, correct = checkpoint(_project, head, states, some, use_reentrant=False)
-        losses.append(loss)
-        right = right + correct
-    return Scored(torch.cat(losses) + nothing, right, balance)
+    return TokenLoss(output_layer(model), model.config, chunked)
+
+
+def router_loss(config: PreTrainedConfig, output: Any) -> Tensor | None:
+    """Weighted balancing loss of a mixture of experts, where its configuration asks for one.
+
+    A mean over the batch (Fedus et al., 2021, arXiv:2101.03961, equation 4).
+    """
+    balance = getattr(output, "aux_loss", None)
+    if balance is None:
+        return None
+    weighted: Tensor = config.get_text_config().router_aux_loss_coef * balance
+    return weighted
 
 
 def output_layer(model: Any) -> nn.Module:
@@ -99,14 +107,15 @@ def output_layer(model: Any) -> nn.Module:
 
 
 @torch.no_grad()
-def require_chunkable(model: nn.Module, head: nn.Module, batch: Mapping[str, Tensor]) -> None:
+def require_chunkable(model: nn.Module, loss: TokenLoss, batch: Mapping[str, Any]) -> None:
     """Refuse to chunk where the model changes its logits after the output layer.
 
     Raises:
         UserError: the two losses differ.
     """
-    whole = counted_loss(model, head, batch, chunked=False).loss
-    chunks = counted_loss(model, head, batch, chunked=True).loss
+    whole, chunks = (
+        replace(loss, chunked=chunked)(model, batch).losses.sum() for chunked in (False, True)
+    )
     if not torch.allclose(whole, chunks, rtol=1e-3, atol=1e-3):
         raise UserError(
             f"--chunked-loss gives {float(chunks):g} where this model gives {float(whole):g}: it "

@@ -1,4 +1,4 @@
-"""A training run in progress, whoever computes its steps: our loop, or one of TRL's trainers."""
+"""A training run in progress: how far it is, when what is due, and how its state is captured."""
 
 import math
 from collections.abc import Callable
@@ -8,11 +8,14 @@ from typing import Any
 from accelerate import Accelerator
 
 from llmctl.checkpoint import Content, Owner
+from llmctl.config.stages import PpoConfig, PretrainConfig
+from llmctl.config.tuning import Tuning
 from llmctl.rundir import Run
+from llmctl.training.hyperparameters import Hyperparameters
 
 
 @dataclass
-class Progressed:
+class Progress:
     """How far a run is; all of it goes into a checkpoint's state.json."""
 
     step: int = 0
@@ -29,25 +32,26 @@ class Progressed:
     last_eval: dict[str, float] = field(default_factory=dict)
     best_eval: dict[str, float] = field(default_factory=dict)
 
-    def judge(self, found: dict[str, float]) -> bool:
+    def record_evaluation(self, metrics: dict[str, float]) -> bool:
         """Take in an evaluation; return whether it is the best so far."""
-        self.last_eval = found
-        improved = found["val_loss"] < self.best_loss
+        self.last_eval = metrics
+        improved = metrics["val_loss"] < self.best_loss
         if improved:
-            self.best_step, self.best_loss, self.best_eval = self.step, found["val_loss"], found
+            self.best_step, self.best_loss, self.best_eval = self.step, metrics["val_loss"], metrics
         self.evals_since_best = 0 if improved else self.evals_since_best + 1
         return improved
 
     def forget_best(self) -> None:
-        """Judge evaluations from here on only."""
+        """Compare evaluations from here on only."""
         self.best_step, self.best_loss, self.evals_since_best = None, math.inf, 0
         self.best_eval = {}
 
 
 @dataclass(frozen=True)
-class Rhythm:
-    """How long a run is and what happens every so many of its steps. None of it decides weights,
-    but for `max_steps`.
+class Intervals:
+    """How long a run is and what happens every so many of its steps.
+
+    None of it decides weights, but for `max_steps`.
     """
 
     max_steps: int
@@ -60,17 +64,35 @@ class Rhythm:
     max_nan_skips: int
 
 
+def intervals_of(
+    config: PretrainConfig | Tuning | PpoConfig, hyperparameters: Hyperparameters
+) -> Intervals:
+    """Return how often a run logs, evaluates and saves."""
+    return Intervals(
+        max_steps=hyperparameters.max_steps,
+        log_every=hyperparameters.log_every,
+        eval_every=hyperparameters.eval_every,
+        save_every=hyperparameters.save_every,
+        keep=config.keep,
+        early_stop=config.early_stop,
+        on_nan=config.on_nan,
+        max_nan_skips=config.max_nan_skips,
+    )
+
+
 @dataclass
-class Job:
-    """What the guarantees are given on: `guard.py` works on this."""
+class RunState:
+    """A run in progress, as `fault_tolerance.py` and `meter.py` see it."""
 
     title: str
     run: Run
     accelerator: Accelerator
     device: str
     identity: dict[str, Any]
-    rhythm: Rhythm
+    """What decides the weights, by flag: a run that resumes must have the same."""
+    intervals: Intervals
     flops_per_token: float | None
+    """Of the model, forward and backward; None where it is not known."""
     capture: Callable[[], Content]
     """All that decides how the run goes on; collective."""
     evaluate: Callable[[], dict[str, float]] | None
@@ -79,9 +101,9 @@ class Job:
     """Learning rate of the step just done."""
     sample: Callable[[int], None] = lambda step: None
     """Write down what the model says at a step, leaving no trace; called on every rank."""
-    extras: Callable[[], dict[str, Any]] = dict
-    """Further metrics since the last call."""
-    progressed: Progressed = field(default_factory=Progressed)
+    metrics: Callable[[], dict[str, Any]] = dict
+    """Further metrics since the last call; collective."""
+    progress: Progress = field(default_factory=Progress)
     damaged: set[int] = field(default_factory=set)
     """Steps of checkpoints that resume passed over."""
 
@@ -92,7 +114,7 @@ class Job:
 
     @property
     def rank(self) -> int:
-        """This process."""
+        """Number of this process."""
         return int(self.accelerator.process_index)
 
     @property

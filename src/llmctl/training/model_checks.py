@@ -8,7 +8,7 @@ from torch import Tensor
 from llmctl.errors import ModelError
 
 if TYPE_CHECKING:
-    from llmctl.training.sequences import Rows
+    from llmctl.training.batches import Sequences
 
 TOLERANCE = 1e-5
 """Largest change of a logit, relative to the largest one: where nothing leaks there is none."""
@@ -18,7 +18,7 @@ LONGEST = 64
 
 
 @torch.no_grad()
-def require_isolated(model: Any, rows: "Rows", vocabulary: int) -> float:
+def require_isolated(model: Any, rows: "Sequences", vocabulary: int) -> float:
     """Change the first sequence of a packed row: the logits of the others must stay.
 
     Models differ in how they make their masks, and one that ignores positions would train every
@@ -64,19 +64,20 @@ def require_isolated(model: Any, rows: "Rows", vocabulary: int) -> float:
 
 
 @torch.no_grad()
-def require_causal(model: Any, vocabulary: int) -> None:
+def require_causal(model: Any, vocabulary: int, length: int = CAUSAL_TOKENS) -> None:
     """Change the last token of a sequence: the logits before it must stay.
 
-    Encoders such as BERT can be loaded as language models, and copy what they see.
+    A configuration tells of most models (`require_causal_config`), the model itself of all.
 
     Args:
         model: the real one, as it will train or be judged.
         vocabulary: ids below this are the model's.
+        length: tokens of the sequence.
 
     Raises:
         ModelError: a token sees what comes after it.
     """
-    tokens = (torch.arange(CAUSAL_TOKENS, device=model.device) * 7 + 1)[None] % vocabulary
+    tokens = (torch.arange(length, device=model.device) * 7 + 1)[None] % vocabulary
     other = tokens.clone()
     other[0, -1] = (other[0, -1] + 1) % vocabulary
     was_training = model.training

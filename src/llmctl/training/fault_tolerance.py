@@ -24,10 +24,13 @@ from llmctl.errors import DivergedError, ModelError, ResourceError, UserError
 from llmctl.files import writing
 from llmctl.resume import defect, load, lost_best, newest, require_same
 from llmctl.rundir import Run, open_run
-from llmctl.training.job import Job, Progressed
 from llmctl.training.meter import Meter
+from llmctl.training.run_state import Progress, RunState
 from llmctl.training.signals import StopFlag
 from llmctl.training.state import surroundings
+
+EARLIER_ARGUMENT = "adam_epsilon"
+"""In the identity of runs that were trained by transformers' Trainer."""
 
 
 @dataclass(frozen=True)
@@ -87,27 +90,27 @@ def _is_lost_peer(error: RuntimeError) -> bool:
     return isinstance(error, DistError) or any(sign in str(error) for sign in signs)
 
 
-def agree(job: Job, loss: Tensor, grad_norm: Tensor, tokens: int, flag: StopFlag) -> Verdict:
+def agree(state: RunState, loss: Tensor, grad_norm: Tensor, tokens: int, flag: StopFlag) -> Verdict:
     """The mean loss and the tokens of all ranks, and the signal that any of them received.
 
     One transfer from a GPU per step pays for the promise that no step uses a number that is not
     finite; all ranks stop at the same step, whichever of them a signal reached.
     """
     finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
-    if job.world == 1:
+    if state.world == 1:
         return Verdict(loss, grad_norm, tokens, bool(finite), flag.received)
     counted = torch.tensor([tokens, flag.received], dtype=torch.float64)
     facts = torch.cat([torch.stack([loss, finite]).double(), counted.to(loss.device)])
-    losses, checks, counts, signals = job.accelerator.gather(facts[None]).T.tolist()
+    losses, checks, counts, signals = state.accelerator.gather(facts[None]).T.tolist()
     mean = loss.new_tensor(sum(losses) / len(losses))
     return Verdict(mean, grad_norm, round(sum(counts)), min(checks) > 0, int(max(signals)))
 
 
-def accept(job: Job, verdict: Verdict, batch: Callable[[], str]) -> bool:
+def accept(state: RunState, verdict: Verdict, batch: Callable[[], str]) -> bool:
     """Whether the optimizer may take the step; the same on every rank.
 
     Args:
-        job: the run; a refused step is counted in its progress.
+        state: the run; a refused step is counted in its progress.
         verdict: of all ranks.
         batch: says which examples the step was computed from.
 
@@ -117,87 +120,89 @@ def accept(job: Job, verdict: Verdict, batch: Callable[[], str]) -> bool:
     """
     if verdict.finite:
         return True
-    done, rhythm = job.progressed, job.rhythm
+    done, intervals = state.progress, state.intervals
     done.skipped_steps += 1
     loss, grad_norm = float(verdict.loss), float(verdict.grad_norm)
     what = f"step {done.step + 1:,}: loss {loss:g}, gradient norm {grad_norm:g} ({batch()})"
-    if rhythm.on_nan == "skip" and done.skipped_steps <= rhythm.max_nan_skips:
+    if intervals.on_nan == "skip" and done.skipped_steps <= intervals.max_nan_skips:
         log.warning("skipped %s; %d so far", what, done.skipped_steps)
         return False
-    if rhythm.on_nan == "skip":
-        what += f"; {done.skipped_steps} skipped, more than --max-nan-skips {rhythm.max_nan_skips}"
+    if intervals.on_nan == "skip":
+        what += (
+            f"; {done.skipped_steps} skipped, more than --max-nan-skips {intervals.max_nan_skips}"
+        )
     error = DivergedError(
         what,
         hint="the weights were not touched by this step; try a lower --lr, a longer --warmup, or "
         "--on-nan skip",
     )
-    error.told = job.rank > 0
+    error.told = state.rank > 0
     raise error
 
 
-def finish_step(job: Job, meter: Meter, verdict: Verdict) -> None:
+def finish_step(state: RunState, meter: Meter, verdict: Verdict) -> None:
     """Log, evaluate and save where due; then end the run if a signal came.
 
     Raises:
         DivergedError: the validation loss, or a weight after the update, is not finite.
         Interrupted, Terminated: a signal came, and the run is saved.
     """
-    done, rhythm = job.progressed, job.rhythm
+    done, intervals = state.progress, state.intervals
     done.step += 1
     done.tokens += verdict.tokens
-    last = done.step == rhythm.max_steps
-    if done.step % rhythm.log_every == 0 or last:
+    last = done.step == intervals.max_steps
+    if done.step % intervals.log_every == 0 or last:
         meter.log(verdict.loss, verdict.grad_norm)
     improved = False
-    due = done.step % rhythm.eval_every == 0 or last
-    if due and job.evaluate is not None:
+    due = done.step % intervals.eval_every == 0 or last
+    if due and state.evaluate is not None:
         with meter.paused():
-            found = job.evaluate()
+            found = state.evaluate()
             improved = meter.log_evaluation(found)
         if not math.isfinite(found["val_loss"]):
             error = DivergedError(f"step {done.step:,}: val_loss {found['val_loss']:g}")
-            error.told = job.rank > 0
+            error.told = state.rank > 0
             raise error
     if due:
         with meter.paused():
-            job.sample(done.step)
-    if improved or last or verdict.signal or done.step % rhythm.save_every == 0:
+            state.sample(done.step)
+    if improved or last or verdict.signal or done.step % intervals.save_every == 0:
         with meter.paused():
-            save(job, meter)
+            save(state, meter)
     if verdict.signal:
         raise StopFlag.error(verdict.signal, done.step)
 
 
-def is_over(job: Job) -> bool:
+def is_over(state: RunState) -> bool:
     """Whether the last step is done, or the patience with the validation loss."""
-    done, rhythm = job.progressed, job.rhythm
-    patient = rhythm.early_stop is None or done.evals_since_best < rhythm.early_stop
-    return done.step >= rhythm.max_steps or not patient
+    done, intervals = state.progress, state.intervals
+    patient = intervals.early_stop is None or done.evals_since_best < intervals.early_stop
+    return done.step >= intervals.max_steps or not patient
 
 
-def save(job: Job, meter: Meter) -> None:
+def save(state: RunState, meter: Meter) -> None:
     """Write a checkpoint of this step, then drop those no longer kept."""
     meter.keep_time()
-    done, run = job.progressed, job.run
-    content = job.capture()
-    with together(job.accelerator):
+    done, run = state.progress, state.run
+    content = state.capture()
+    with together(state.accelerator):
         _require_finite(content)
     checkpoint.save(
         run.checkpoints,
         content,
-        job.owner,
-        rank=job.rank,
-        together=lambda: together(job.accelerator),
+        state.owner,
+        rank=state.rank,
+        together=lambda: together(state.accelerator),
     )
-    if job.rank == 0:
+    if state.rank == 0:
         checkpoint.rotate(
             run.checkpoints,
-            job.rhythm.keep,
+            state.intervals.keep,
             step=done.step,
-            run_id=job.owner.run_id,
-            damaged=job.damaged - {done.step},
+            run_id=state.owner.run_id,
+            damaged=state.damaged - {done.step},
         )
-        job.damaged.discard(done.step)
+        state.damaged.discard(done.step)
         run.set_status("running", step=done.step, resumable=True)
 
 
@@ -215,13 +220,13 @@ def _require_finite(content: Content) -> None:
             )
 
 
-def find_checkpoint(job: Job, config: Checkpoints, needed: int) -> Content | None:
-    """What to resume from, if this call resumes; the job is then as far as that checkpoint.
+def find_checkpoint(state: RunState, config: Checkpoints, needed: int) -> Content | None:
+    """What to resume from, if this call resumes; the state is then as far as that checkpoint.
 
     Rank 0 chooses and verifies, all ranks load.
 
     Args:
-        job: the run.
+        state: the run.
         config: says whether and from where to resume.
         needed: bytes of one checkpoint, for which there must be room.
 
@@ -231,50 +236,50 @@ def find_checkpoint(job: Job, config: Checkpoints, needed: int) -> Content | Non
         UserError: it is beyond this run's last step.
     """
     chosen: list[Any] = [None, False]
-    with together(job.accelerator):
-        if job.rank == 0:
-            chosen = [*_choose(job, config)]
-            _require_room(job, needed)
+    with together(state.accelerator):
+        if state.rank == 0:
+            chosen = [*_choose(state, config)]
+            _require_room(state, needed)
     path, has_best = broadcast_object_list(chosen)
     if path is None:
-        job.run.forget_metrics_after(-1)  # samples of step 0, too
+        state.run.forget_metrics_after(-1)  # samples of step 0, too
         return None
-    with together(job.accelerator), writing(path):
-        content = load(path, job.rank)
-    job.progressed = Progressed(**content.state["progressed"])
+    with together(state.accelerator), writing(path):
+        content = load(path, state.rank)
+    state.progress = Progress(**content.state["progressed"])
     if not has_best:
-        job.progressed.forget_best()
-    job.run.forget_metrics_after(content.step)
-    if job.rank == 0:
+        state.progress.forget_best()
+    state.run.forget_metrics_after(content.step)
+    if state.rank == 0:
         log.info("resuming from %s", path)
-        now = surroundings(job.device)
+        now = surroundings(state.device)
         for name, then in content.state["made_with"].items():
             if then != now[name]:
                 log.warning("%s: %s -> %s: not the same to the last bit", name, then, now[name])
     return content
 
 
-def _require_room(job: Job, needed: int) -> None:
+def _require_room(state: RunState, needed: int) -> None:
     """Refuse to begin what the disk cannot hold: the kept checkpoints, the next, and the result.
 
     What earlier checkpoints of the run take is counted as free.
     """
-    root = job.run.checkpoints
+    root = state.run.checkpoints
     held = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
-    kept = max(checkpoint.LEAST, job.rhythm.keep) + (job.evaluate is not None)
-    copies = min(kept, job.rhythm.max_steps // job.rhythm.save_every) + 1
-    checkpoint.require_space(job.run.path, max(0, needed * copies - held))
+    kept = max(checkpoint.LEAST, state.intervals.keep) + (state.evaluate is not None)
+    copies = min(kept, state.intervals.max_steps // state.intervals.save_every) + 1
+    checkpoint.require_space(state.run.path, max(0, needed * copies - held))
 
 
-def _choose(job: Job, config: Checkpoints) -> tuple[Path | None, bool]:
+def _choose(state: RunState, config: Checkpoints) -> tuple[Path | None, bool]:
     """The checkpoint, and whether the best one that it refers to is in this run."""
-    root = job.run.checkpoints
+    root = state.run.checkpoints
     if root.is_dir():
         checkpoint.clean(root)
     path, has_best = None, True
     if config.resume:
-        path, damaged = newest(root, job.owner.run_id)
-        job.damaged |= damaged
+        path, damaged = newest(root, state.owner.run_id)
+        state.damaged |= damaged
     if path is None:
         path = config.resume_from
         if path is None:
@@ -282,15 +287,21 @@ def _choose(job: Job, config: Checkpoints) -> tuple[Path | None, bool]:
         if reason := defect(path):
             raise ModelError(f"not a valid checkpoint: {reason}", file=path)
         has_best = path.resolve().parent == root.resolve() and lost_best(path) is None
-    changed = require_same(path, job.owner, config.resume_allow)
+    if EARLIER_ARGUMENT in manifest_of(path)["identity"]:
+        raise ModelError(
+            "this run was made by an earlier version of llmctl, and cannot be continued",
+            file=path,
+            hint="start anew: --overwrite, or another -o",
+        )
+    changed = require_same(path, state.owner, config.resume_allow)
     step = checkpoint.step_of(path)
-    if step > job.rhythm.max_steps:
-        raise UserError(f"--max-steps {job.rhythm.max_steps}: {path.name} is beyond it")
-    if _effective(manifest_of(path)["identity"]) != _effective(job.identity):
+    if step > state.intervals.max_steps:
+        raise UserError(f"--max-steps {state.intervals.max_steps}: {path.name} is beyond it")
+    if _effective(manifest_of(path)["identity"]) != _effective(state.identity):
         log.warning("another effective batch: some examples come twice or not at all")
     for name, (then, now) in changed.items():
         log.warning("%s: %s -> %s from step %d on, as --resume-allow says", name, then, now, step)
-    job.run.record(resumed={"from": str(path), "step": step, "changed": changed})
+    state.run.record(resumed={"from": str(path), "step": step, "changed": changed})
     return path, has_best
 
 

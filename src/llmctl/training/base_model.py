@@ -1,0 +1,486 @@
+"""The model that a run trains further: loaded, fitted to its tokenizer, adapted, made ready.
+
+In: a reference to a model and what its data needs. Out: the model with its rows and its
+hyperparameters.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from llmctl import hardware, shapes
+from llmctl.adapters import weights_sha256
+from llmctl.config.stages import DpoConfig, PpoConfig, RewardConfig, SftConfig
+from llmctl.config.supervised import Quantized
+from llmctl.config.tuning import Tuning
+from llmctl.console import log, short
+from llmctl.data.hub import model_input
+from llmctl.embeddings import grow_embeddings
+from llmctl.errors import ModelError, UserError
+from llmctl.headed import load_classifier, require_padding_unseen, require_positions
+from llmctl.models import load_causal_lm, load_config, local_folder
+from llmctl.quantized import HEADS, LoadIn, require_full
+from llmctl.resume import earlier_manifest
+from llmctl.rundir import resolve_model
+from llmctl.training.adapters import adapt, trainable_parameters
+from llmctl.training.batches import Batch, Order, RowBatches, Rows, on_device
+from llmctl.training.distributed import autocast, is_sharded
+from llmctl.training.hyperparameters import Hyperparameters, for_finetuning
+from llmctl.training.probe import agreed_batch, checkpoint_activations, fitting_batch
+from llmctl.training.state import architecture
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that a run starts from."""
+
+    reference: str
+    """As it was given."""
+    sha256: str
+    """Of its weights."""
+
+    def as_input(self) -> dict[str, Any]:
+        """For the manifest."""
+        return model_input("model", self.reference, self.sha256)
+
+
+class Encoded(Protocol):
+    """Rows that are encoded for the model."""
+
+    def digest(self) -> str:
+        """Hex digest of all that training sees."""
+
+
+class Encodings(Protocol):
+    """Training and validation data that are encoded for the model."""
+
+    @property
+    def train(self) -> Encoded:
+        """Rows to train on."""
+
+    @property
+    def val(self) -> Encoded | None:
+        """Rows to validate on."""
+
+    @property
+    def max_length(self) -> int:
+        """Longest row in tokens."""
+
+
+class TokenizedData(Protocol):
+    """Data that is encoded for the model, and what its chat template added."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, its chat template set."""
+
+    @property
+    def embedding_rows(self) -> int:
+        """Rows of the model's embedding, before tokens were added."""
+
+    @property
+    def added_tokens(self) -> tuple[str, ...]:
+        """Special tokens that the chat template needs and the tokenizer lacked."""
+
+
+def base_of(reference: str) -> Base:
+    """What a manifest and a checkpoint say of the model."""
+    return Base(reference, weights_sha256(local_folder(resolve_model(reference))))
+
+
+def load_language_model(
+    config: SftConfig | DpoConfig, data: TokenizedData, end_of_turn: int | None, device: str
+) -> tuple[Any, list[int]]:
+    """Load the model, with a row for every token and an adapter where one is to be trained.
+
+    Args:
+        config: the command's fields.
+        data: encoded for it.
+        end_of_turn: the token that ends a turn, where there are conversations.
+        device: type of device.
+
+    Returns:
+        The model, and the tokens that end what it writes.
+
+    Raises:
+        ModelError: the model does not load, or is an adapter.
+        UserError: targets of an adapter that do not go.
+    """
+    set_seed(config.seed)
+    model = load_base(config, device)
+    grow_embeddings(model, data.tokenizer)
+    stops = set_stops(model, data.tokenizer, end_of_turn)
+    if config.has_adapter:
+        model = adapt(model, config, added_tokens=new_tokens_of(model, data))
+    return model, stops
+
+
+def load_with_head(
+    config: SftConfig | RewardConfig,
+    labels: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    texts: tuple[Sequence[int], Sequence[int]],
+    device: str,
+    *,
+    longest: int,
+    new_tokens: Callable[[Any], Sequence[int]] = lambda model: (),
+    drops: bool = True,
+) -> Any:
+    """Load the model with a head for these labels, with an adapter where one is to be trained.
+
+    Args:
+        config: the command's fields.
+        labels: of its head.
+        tokenizer: with a padding token.
+        texts: the shortest and the longest text, as tokens: padding must not change the answer.
+        device: type of device.
+        longest: tokens of the longest text of all, those of validation too.
+        new_tokens: rows of the grown model that an adapter trains by themselves.
+        drops: whether the model keeps its dropout; an adapter's is its own.
+
+    Raises:
+        ModelError: the model does not load, has no such head, or padding changes its answer.
+        UserError: texts longer than the model's positions, or targets of an adapter that do not go.
+    """
+    set_seed(config.seed)
+    loaded = load_classifier(config.model, labels)
+    model: Any = loaded.model
+    grow_embeddings(model, tokenizer)
+    pad = model.config.get_text_config().pad_token_id = int(tokenizer.pad_token_id)
+    if not drops:
+        without_dropout(model)
+    require_positions(model, longest)
+    require_padding_unseen(model.to(device), *texts, pad)
+    if config.has_adapter:
+        model = adapt(
+            model,
+            config,
+            added_tokens=new_tokens(model),
+            task="classify",
+            new_modules=sorted(loaded.new_modules - set(HEADS)),
+        )
+    return model
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Switch dropout off: layers, and numbers that attention is called with, as in LLaMA.
+
+    With any of it two passes of one model differ, and tell two responses apart that are the same.
+    Call it before an adapter is added to keep the adapter's own.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def new_tokens_of(model: Any, data: TokenizedData) -> list[int]:
+    """Rows of the grown embedding that are new, tokens of the chat template among them."""
+    added = set(data.tokenizer.convert_tokens_to_ids(list(data.added_tokens)))
+    grown = range(data.embedding_rows, model.get_input_embeddings().weight.shape[0])
+    return sorted({*added, *grown})
+
+
+def load_in(config: Quantized) -> LoadIn:
+    """How the weights are to be held."""
+    return "4bit" if config.load_in_4bit else "8bit" if config.load_in_8bit else "full"
+
+
+def set_stops(model: Any, tokenizer: PreTrainedTokenizerBase, end_of_turn: int | None) -> list[int]:
+    """Tell the model's generation config every token that ends a turn; return them, sorted."""
+    known = model.generation_config.eos_token_id if model.generation_config else None
+    ends = [*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id]
+    stops = sorted({int(token) for token in (*ends, end_of_turn) if token is not None})
+    # all else of it may be what transformers loads and refuses to save
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=stops or None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return stops
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known of a run once its model is loaded."""
+
+    model: Any
+    """With its adapter, where one is to be trained; in training mode, on the device."""
+    hyperparameters: Hyperparameters
+    train: Rows
+    val: Rows | None
+    parameters: int
+    trained_parameters: int
+    base: Base
+    stops: list[int]
+    """Tokens that end a response, for the generation config; of a classifier none."""
+    is_classifier: bool
+    """Whether it gives numbers for a text, and no next token."""
+
+    @property
+    def batch(self) -> tuple[int, int]:
+        """Batch size and accumulation of a step."""
+        return self.hyperparameters.batch_size, self.hyperparameters.grad_accum
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Parameters, for the result."""
+        return {"parameters": self.parameters, "trained_parameters": self.trained_parameters}
+
+    def facts(self, inputs: Sequence[dict[str, Any]], device: str, **more: Any) -> dict[str, Any]:
+        """What a manifest should say, and more that only one method has."""
+        return {
+            "inputs": [self.base.as_input(), *inputs],
+            "device": hardware.device_name(device),
+            "parameters": self.parameters,
+            "plan": self.hyperparameters.as_json(),
+            **more,
+        }
+
+    def identity(self, data: Encodings, config: Tuning) -> dict[str, Any]:
+        """What decides the weights beside hyperparameters, and a resumed run must share."""
+        model = self.model
+        adapters = model.peft_config.values() if isinstance(model, PeftModel) else ()
+        return {
+            "data": data.train.digest(),
+            "validation": None if data.val is None else data.val.digest(),
+            "model": self.base.sha256,
+            "max_length": data.max_length,
+            "group_by_length": config.group_by_length,
+            "architecture": architecture(model.config),
+            "adapter": [_adapter_identity(adapter.to_dict()) for adapter in adapters],
+        }
+
+    def batches(self, config: Tuning, accelerator: Accelerator) -> RowBatches:
+        """Micro-batches of the run on this process."""
+        values = self.hyperparameters
+        order = Order(
+            len(self.train),
+            batch_size=values.batch_size,
+            grad_accum=values.grad_accum,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            seed=config.seed,
+            lengths=self.train.lengths if config.group_by_length else None,
+        )
+        return RowBatches(self.train, order)
+
+    def flops_per_token(self, device: str) -> float | None:
+        """Of the model, at the mean length of its rows; see `flops_of`."""
+        return flops_of(self.model, round(sum(self.train.lengths) / len(self.train)), device)
+
+
+def prepare(
+    config: SftConfig | RewardConfig | DpoConfig,
+    unit: str,
+    model: Any,
+    train: Rows,
+    val: Rows | None,
+    accelerator: Accelerator,
+    device: str,
+    *,
+    loss: Callable[[Any, Batch], Tensor],
+    check: Callable[[], None] = lambda: None,
+    stops: Sequence[int] = (),
+    is_classifier: bool = False,
+) -> Prepared:
+    """Fill in the hyperparameters and check the model, on its device; say what will train.
+
+    Args:
+        config: the command's fields.
+        unit: what a batch is made of, for the announcement.
+        model: with its adapter, where one is to be trained.
+        train: rows to train on.
+        val: rows to validate on.
+        accelerator: processes.
+        device: type of device.
+        loss: of a model on a batch, to see how large a batch fits.
+        check: what the model must show before it trains, run under autocast.
+        stops: tokens that end what the model writes.
+        is_classifier: whether it gives numbers for a text.
+
+    Raises:
+        ModelError: a check failed.
+        UserError: quantized weights under FSDP.
+        ResourceError: an optimizer or a precision that does not run here.
+    """
+    _require_shardable(config, accelerator)
+    trained, parameters = trainable_parameters(model)
+    values = for_finetuning(
+        config,
+        parameters=parameters,
+        rows=len(train),
+        world_size=accelerator.num_processes,
+        device=device,
+    )
+    if values.precision == "pure-bf16":
+        to_pure_bf16(model, values.lr)
+    model.to(device)
+    with autocast(values.precision, device):
+        check()
+    if config.find_batch_size:
+        values = _with_largest_batch(config, values, model, train, loss, accelerator, device)
+    if config.activation_checkpointing:
+        checkpoint_activations(model)
+    if accelerator.is_main_process:
+        _announce(values, trained, parameters, unit)
+    set_seed(config.seed)  # what the checks drew must not change what training draws
+    return Prepared(
+        model.train(),
+        values,
+        train,
+        val,
+        parameters,
+        trained,
+        base_of(config.model),
+        list(stops),
+        is_classifier,
+    )
+
+
+def require_prompts(config: SftConfig | DpoConfig, val: object, unit: str) -> None:
+    """Refuse prompts of samples that would never be answered.
+
+    Raises:
+        UserError: there is no validation data.
+    """
+    if config.sample_prompt and val is None:
+        raise UserError(
+            "--sample-prompt is answered at every evaluation, and there is no validation data",
+            hint=f"drop it, or hold some {unit} out: --val-size",
+        )
+
+
+def flops_of(model: Any, length: int, device: str) -> float | None:
+    """Training FLOPs of a model for a token; None where no peak is known to compare them with.
+
+    What is frozen needs no gradient of its weights, a third of the products.
+
+    Args:
+        model: as it trains.
+        length: tokens of a sequence.
+        device: type of device.
+    """
+    if hardware.peak_flops(device) is None:
+        return None
+    total = sum(weight.numel() for weight in model.parameters())
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    active = shapes.active_parameters(model)
+    config = model.config.get_text_config()
+    return shapes.flops_per_token(active, config, length, trained=active * trained / total)
+
+
+def to_pure_bf16(model: nn.Module, lr: float) -> None:
+    """Give a model weights in bf16, and say what that means."""
+    log.warning(
+        "pure bf16 weights: updates smaller than 1/256 of a weight vanish, and at a learning rate "
+        "of %g most of them may be",
+        lr,
+    )
+    for weight in model.parameters():  # buffers such as rotary frequencies stay exact
+        weight.data = weight.data.to(torch.bfloat16)
+
+
+def _require_shardable(config: Tuning, accelerator: Accelerator) -> None:
+    if is_sharded(accelerator) and isinstance(config, Quantized) and config.is_quantized:
+        raise UserError(
+            "FSDP is in force, and quantized weights have not been made to work under it",
+            hint="drop --load-in-4bit and --load-in-8bit, or use DDP (recipes/accelerate/ddp.yaml)",
+        )
+
+
+def _with_largest_batch(
+    config: Tuning,
+    values: Hyperparameters,
+    model: Any,
+    train: Rows,
+    loss: Callable[[Any, Batch], Tensor],
+    accelerator: Accelerator,
+    device: str,
+) -> Hyperparameters:
+    """Cut a step into the largest micro-batches that fit. Collective."""
+
+    def loss_of(copied: Any, numbers: list[int]) -> Tensor:
+        with autocast(values.precision, device):
+            return loss(copied, on_device(train.batch(numbers), device))
+
+    size, passes = agreed_batch(
+        lambda total: fitting_batch(model, loss_of, train.lengths, total, config),
+        values.batch_size,
+        values.grad_accum,
+        known=earlier_manifest(config).get("plan"),
+        accelerator=accelerator,
+        device=device,
+    )
+    return values.with_batch(size, passes)
+
+
+def _announce(values: Hyperparameters, trained: int, parameters: int, unit: str) -> None:
+    """Say what trains, for how long and how; `unit` is what a batch is made of."""
+    log.info(
+        "%s parameters, %s of them trained (%.3g %%); %s steps of %d x %d %s, %s, peak learning "
+        "rate %g, %s, %s",
+        short(parameters),
+        short(trained),
+        100 * trained / parameters,
+        f"{values.max_steps:,}",
+        values.batch_size,
+        values.grad_accum,
+        unit,
+        values.optimizer,
+        values.lr,
+        values.schedule,
+        values.precision,
+    )
+
+
+def _adapter_identity(config: dict[str, Any]) -> Any:
+    """A PEFT configuration as JSON, the same in every process, without where its base lies."""
+    elsewhere = ("base_model_name_or_path", "revision")
+    return _as_json({name: value for name, value in config.items() if name not in elsewhere})
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _as_json(part) for name, part in value.items()}
+    if isinstance(value, set):
+        return sorted(map(str, value))
+    if isinstance(value, list | tuple):
+        return [_as_json(part) for part in value]
+    return value if value is None or isinstance(value, bool | int | float) else str(value)
+
+
+def load_base(config: SftConfig | DpoConfig | PpoConfig, device: str) -> Any:
+    """The model as it is: in float32 on the CPU, or quantized where it is to run.
+
+    Raises:
+        ModelError: it does not load, is an adapter, or is quantized.
+    """
+    how = load_in(config)
+    require_full(load_config(config.model), config.model, "be trained")
+    if how == "full":
+        model = load_causal_lm(config.model, dtype=torch.float32)
+    else:
+        halves = device == "cuda" and hardware.has_bf16(device) and config.precision != "fp32"
+        dtype = torch.bfloat16 if halves else torch.float32
+        model = load_causal_lm(config.model, dtype=dtype, device=device, load_in=how)
+    if isinstance(model, PeftModel):
+        is_prompt = model.active_peft_config.is_prompt_learning
+        raise ModelError(
+            "this model is an adapter, and a second one on it could not be loaded again",
+            file=Path(config.model),
+            hint="its virtual tokens cannot be merged: fine-tune its base"
+            if is_prompt
+            else f"merge it first: llmctl merge --model {config.model} -o runs/merged",
+        )
+    return model

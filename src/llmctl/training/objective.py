@@ -1,0 +1,119 @@
+"""What a training method gives the loop: the loss of a micro-batch, and its validation.
+
+A loss is a sum and the weight that it counts. The loop divides by the weight of the whole step over
+all processes, so neither accumulation, processes, packing nor padding change a result.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from llmctl.training.batches import Batch, Rows, on_device, validation_shares
+from llmctl.training.distributed import autocast
+from llmctl.training.state import generators_kept
+
+
+class Loss(NamedTuple):
+    """Loss of a micro-batch."""
+
+    total: Tensor
+    """Sum over what counts, with gradients."""
+    weight: float
+    """What it counts: trained tokens, texts, pairs by their weights; known on the CPU."""
+    sums: Tensor | None = None
+    """(F + 1,) sums of the objective's figures, and of how many they are means."""
+    mean: Tensor | None = None
+    """A further term, a mean over the micro-batch such as a router's balancing loss, with
+    gradients. It is weighted by the share of micro-batches, so for it a step cut otherwise gives
+    the same only approximately."""
+
+
+class Objective(Protocol):
+    """A training method."""
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Names of what `Loss.sums` sums up: metrics of a training step beside its loss."""
+
+    def loss(self, model: Any, batch: Batch) -> Loss:
+        """Loss of a micro-batch that is on the model's device; called under autocast."""
+
+    def validate(self, model: Any) -> dict[str, float]:
+        """`val_loss` and more over the validation data of all processes. Collective."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Validation batches of this process, and how sums over all of them are taken."""
+
+    batches: Callable[[], Iterable[tuple[Batch, bool]]]
+    """Each with whether it counts: every process has as many, as sharded models need."""
+    accelerator: Accelerator
+    device: str
+    precision: str
+
+    @torch.no_grad()
+    def sums(self, model: Any, measure: Callable[[Any, Batch], Tensor]) -> Tensor:
+        """Sum a function of the model and a batch over all batches that count. Collective.
+
+        Args:
+            model: as `measure` takes it; in eval mode meanwhile.
+            measure: gives a tensor of sums over a batch, always of one shape.
+
+        Returns:
+            Sums over all processes, in float64 on the CPU.
+        """
+        was_training = model.training
+        model.eval()
+        where = "cpu" if self.device == "mps" else self.device  # which has no float64
+        total: Tensor | None = None
+        with generators_kept():
+            for batch, counts in self.batches():
+                with autocast(self.precision, self.device):
+                    found = measure(model, on_device(batch, self.device))
+                found = found.to(where).double()
+                if total is None:
+                    total = torch.zeros_like(found)
+                if counts:
+                    total += found
+        model.train(was_training)
+        assert total is not None
+        return self.accelerator.reduce(total, "sum").cpu()  # type: ignore[no-any-return]
+
+
+def validation_of(
+    rows: Rows | None, batch_size: int, accelerator: Accelerator, device: str, precision: str
+) -> Validation | None:
+    """Validation over rows in batches of like length, each row on one process."""
+    if rows is None:
+        return None
+    rank, world = accelerator.process_index, accelerator.num_processes
+
+    def batches() -> Iterable[tuple[Batch, bool]]:
+        for numbers, counts in validation_shares(rows.lengths, batch_size, rank, world):
+            yield rows.batch(numbers), counts
+
+    return Validation(batches, accelerator, device, precision)
+
+
+def scaled(loss: Loss, step_weight: float, micro_batches: int, world: int) -> Tensor:
+    """Share of a micro-batch in the mean over a whole step, to be added up.
+
+    The mean of the micro-batch comes first and then its share, so that micro-batches of one weight
+    add 1 / `micro_batches` of their means to the bit.
+
+    Args:
+        loss: of the micro-batch.
+        step_weight: of all micro-batches of the step on all processes.
+        micro_batches: of the step on one process.
+        world: number of processes, over which gradients are averaged.
+    """
+    if loss.weight:
+        share = loss.total / loss.weight * (loss.weight * world / step_weight)
+    else:
+        share = loss.total * 0.0
+    return share if loss.mean is None else share + loss.mean / micro_batches
