@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from llmctl.config.sections import Sampling
 from llmctl.decode import Prompt, best_threads, decode, eos_tokens
 from llmctl.hardware import usable_cores
-from llmctl.models import parameter_count
+from llmctl.models.loading import parameter_count
 
 Tokens = list[list[int]]
 PROMPT_LENGTHS = (4, 60)

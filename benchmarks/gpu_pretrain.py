@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from common import ENVIRONMENT, machine, show, table
 
-from llmctl.data.vocabulary import fingerprint, save_tokenizer, train_tokenizer
+from llmctl.data.tokenizer.train import fingerprint, save_tokenizer, train_tokenizer
 
 VOCABULARY, CONTEXT, TOKENS = 50_304, 1024, 20_000_000
 WARM_UP = 10

@@ -35,7 +35,7 @@ HEROES = ("little girl", "little boy", "big dog", "small cat", "happy bird")
 NAMES = ("Lily", "Tom", "Sue", "Max", "Mia", "Ben", "Anna", "Tim")
 IMPORTS = {
     "trl": "import trl.experimental.ppo.ppo_trainer",
-    "llmctl": "import torch, peft, transformers, llmctl.stages.ppo",
+    "llmctl": "import torch, peft, transformers, llmctl.commands.ppo",
 }
 MODELS = "from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification"
 Line = dict[str, Any]

@@ -16,8 +16,8 @@ from typing import Any
 from common import alternate, machine, ratio, show, table
 
 from llmctl import console, hardware
-from llmctl.config.stages import PretrainConfig, TokenizeConfig
-from llmctl.stages import pretrain, tokenize
+from llmctl.commands import pretrain, tokenize
+from llmctl.config.commands import PretrainConfig, TokenizeConfig
 
 SHAPE: dict[str, Any] = {  # 10M parameters
     **{"layers": 6, "hidden": 384, "heads": 6},

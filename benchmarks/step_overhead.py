@@ -16,11 +16,12 @@ import torch
 from common import alternate, machine, ratio, show, table
 from torch.nn.utils import clip_grad_norm_
 
-from llmctl import console, hardware, shapes
-from llmctl.config.stages import PretrainConfig, TokenizeConfig
+from llmctl import console, hardware
+from llmctl.commands import pretrain, tokenize
+from llmctl.config.commands import PretrainConfig, TokenizeConfig
 from llmctl.data.shards import open_tokens
-from llmctl.models import load_tokenizer
-from llmctl.stages import pretrain, tokenize
+from llmctl.models import presets
+from llmctl.models.loading import load_tokenizer
 from llmctl.training.batches import Windows
 
 CASES = {  # name -> dials, sequences, context, steps
@@ -34,7 +35,7 @@ def bare(config: PretrainConfig, steps: int) -> float:
     torch.manual_seed(config.seed)
     index = open_tokens(Path(str(config.tokens)))
     tokenizer = load_tokenizer(str(config.tokens))
-    model = shapes.new_model(shapes.new_config(config, "nano", index.vocab_size, tokenizer))
+    model = presets.new_model(presets.new_config(config, "nano", index.vocab_size, tokenizer))
     assert config.context is not None
     assert config.batch_size is not None
     windows = Windows(index.train, config.context, config.seed)

@@ -53,7 +53,7 @@ import sys, time
 from pathlib import Path
 from llmctl.config.sections import Corpus
 from llmctl.data.corpus import open_corpus
-from llmctl.data.tokenizer import load_vocabulary
+from llmctl.data.tokenizer.load import load_vocabulary
 
 data, folder, out = sys.argv[1:]
 started = time.perf_counter()

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from llmctl.cli import COMMANDS, EXAMPLES, EXIT_CODES
-from llmctl.config import stages
+from llmctl.config import commands
 from llmctl.config.base import Also, Flag
 from llmctl.options import literal_choices, metavar, panels
 
@@ -40,7 +40,7 @@ def overview() -> str:
 def command_page(name: str) -> str:
     """The page of one command."""
     config, summary = COMMANDS[name]
-    config_class = getattr(stages, config)
+    config_class = getattr(commands, config)
     parts = [f"# llmctl {name}", summary, f"```sh\n{EXAMPLES[name]}\n```", NOTE]
     for panel, fields in panels(config_class).items():
         parts += [f"## {panel}", "\n".join(_table(config_class, fields))]

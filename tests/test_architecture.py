@@ -1,114 +1,154 @@
-"""The floors of the house: imports only ever point down."""
+"""Floors of the house: a folder imports only what lies below it, and knows what it may load."""
 
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "llmctl"
-FLOORS = [  # a module imports from floors below its own, and from its own package or floor
-    {
-        "errors",
-        "extras",
-        "console",
-        "files",
-        "provenance",
-        "redact",
-        "stopping",
-        "energy",
-        "wording",
-    },
-    {"config"},
-    {
-        "rundir",
-        "claim",
-        "dryrun",
-        "options",
-        "lock",
-        "survey",
-        "trackers",
-        "lineage",
-        "cards",
-        "reporting",
-    },
-    {
-        "hardware",
-        "headed",
-        "launch",
-        "likelihood",
-        "low_rank",
-        "models",
-        "embeddings",
-        "adapters",
-        "attention",
-        "quantized",
-        "merging",
-        "checkpoint",
-        "checkup",
-        "data",
-        "decode",
-        "exchanges",
-        "gguf_file",
-        "resume",
-        "scoring",
-        "shapes",
-        "vetting",
-    },
-    {"training", "feedback", "ppo", "evaluate", "quantize", "planning"},
-    {"stages"},
-    {"pipeline"},
-    {"cli"},
-]
-FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
+BOTTOM = {"console", "errors", "files", "hardware", "launch", "metrics", "redact", "signals"}
+"""Loose files that every folder may import; they import no folder."""
+TOP = {"__main__", "cli", "options"}
+"""Loose files that no folder may import."""
+FOLDERS = (  # from the bottom up: a folder imports those before it
+    "config",
+    "runs",
+    "models",
+    "data",
+    "decode",
+    "gguf_file",
+    "reporting",
+    "reward",
+    "checkup",
+    "feedback",
+    "training",
+    "ppo",
+    "evaluate",
+    "quantize",
+    "planning",
+    "commands",
+    "pipeline",
+)
 HEAVY = {"torch", "transformers", "accelerate", "trl", "peft", "datasets", "bitsandbytes"}
+LIGHT = {"cli", "options", "config", "reporting", "runs", *BOTTOM} - {"hardware", "launch"}
+"""What loads without any of them, but for the modules that HEAVY_ALL_THE_SAME names."""
+HEAVY_ALL_THE_SAME = {"runs.checkpoint", "runs.resume"}
 OWNERS = {
     "typer": {"cli", "options"},
     "torchao": {"quantize"},
-    "bitsandbytes": {"quantized", "training", "checkup"},
+    "bitsandbytes": {"models", "training", "checkup"},
     "yaml": {"config"},
-    "filelock": {"lock"},
-    "accelerate": {"training", "ppo", "planning", "stages"},
+    "filelock": {"runs"},
+    "accelerate": {"training", "ppo", "planning", "commands"},
 }
-MODULES = sorted(p for p in SRC.rglob("*.py") if p.stem not in ("__init__", "__main__"))
+MODULES = {
+    ".".join(path.relative_to(SRC).with_suffix("").parts): path
+    for path in sorted(SRC.rglob("*.py"))
+}
 
 
-def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+def unit(module):
+    """The folder that a module lies in, or the loose file that it is."""
+    return module.split(".")[0]
+
+
+@cache
+def tree(module):
+    return ast.parse(MODULES[module].read_text())
+
+
+def names(nodes):
+    """Modules that import statements name, ours without `llmctl.`, each with the name it gives."""
+    for node in nodes:
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((alias.name.removeprefix("llmctl."), "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            names = [f"llmctl.{a.name}" for a in node.names] if node.module == "llmctl" else []
-            yield from names or [node.module]
+            base = "" if node.module == "llmctl" else f"{node.module.removeprefix('llmctl.')}."
+            ours = node.module.split(".")[0] == "llmctl"
+            for alias in node.names:
+                module = base + alias.name
+                whole = module in MODULES or f"{module}.__init__" in MODULES
+                yield (module if ours and whole else base.rstrip(".")), alias.name
 
 
-def unit(path):
-    return path.relative_to(SRC).parts[0].removesuffix(".py")
+def imports(module):
+    """What a module imports, anywhere in it."""
+    return [name for name, _ in names(ast.walk(tree(module))) if name]
 
 
-def test_modules_are_found():
-    assert len(MODULES) > 15
+def at_once(module):
+    """Modules that are imported with this one: not in functions, not for type checkers."""
+    todo = list(tree(module).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from (name for name, _ in names([node]) if name)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.dump(node.test):
+            todo += [*node.body, *node.orelse]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SRC)))
-def test_imports_point_down(path):
-    here = unit(path)
-    for name in imports(path):
-        package, *rest = name.split(".")
-        if package == "llmctl" and rest and rest[0] in FLOOR:
-            same = FLOOR[rest[0]] == FLOOR[here] and here not in ("stages",)
-            assert FLOOR[rest[0]] < FLOOR[here] or same, f"{path.name} may not import {name}"
-        assert here in OWNERS.get(package, {here}), f"{package} belongs to {OWNERS[package]}"
-        light = FLOOR[here] < FLOOR["models"] or here == "cli"
-        assert not (package in HEAVY and light), f"{path.name} must stay light, imports {package}"
+def file_of(name):
+    return next((m for m in (name, f"{name}.__init__") if m in MODULES), None)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SRC)))
-def test_budgets(path):
-    text = path.read_text()
-    assert len(text.splitlines()) <= (120 if unit(path) == "stages" else 300)
-    for node in ast.walk(ast.parse(text)):
+def loaded_with(module):
+    """Modules of ours that importing this one imports, itself and their folders included."""
+    seen, todo = set(), [module]
+    while todo:
+        here = todo.pop()
+        if here not in seen:
+            seen.add(here)
+            folders = ["__init__" if "." not in here else f"{here.rpartition('.')[0]}.__init__"]
+            found = [file_of(name) for name in at_once(here)]
+            todo += [name for name in (*folders, *found) if name in MODULES]
+    return seen
+
+
+def test_every_place_is_known():
+    there = {unit(module) for module in MODULES} - {"__init__"}
+    assert there == BOTTOM | TOP | set(FOLDERS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module):
+    here = unit(module)
+    for name in imports(module):
+        there = unit(name)
+        if there not in BOTTOM | TOP | set(FOLDERS) or there == here or here in TOP:
+            continue
+        assert there not in TOP, f"{module} may not import {name}, the top of the house"
+        if here in BOTTOM:
+            assert there in BOTTOM, f"{module} lies below {name}"
+        elif there in FOLDERS:
+            is_below = FOLDERS.index(there) < FOLDERS.index(here)
+            assert is_below, f"{module} may not import {name}: {there} does not lie below {here}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_libraries_have_owners(module):
+    for name in imports(module):
+        package = name.split(".")[0]
+        owners = OWNERS.get(package, {unit(module)})
+        assert unit(module) in owners, f"{module}: {package} belongs to {owners}"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if unit(m) in LIGHT])
+def test_light_modules_load_nothing_heavy(module):
+    if module in HEAVY_ALL_THE_SAME:
+        return
+    assert not HEAVY & {name.split(".")[0] for name in imports(module)}
+    for other in loaded_with(module):
+        heavy = HEAVY & {name.split(".")[0] for name in at_once(other)}
+        assert not heavy, f"{module} loads {other}, which imports {heavy}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_budgets(module):
+    assert len(MODULES[module].read_text().splitlines()) <= 600
+    for node in ast.walk(tree(module)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, f"{node.name} does not fit a screen"
 
@@ -127,5 +167,5 @@ def test_help_imports_nothing_heavy():
 
 
 def test_reading_a_config_imports_nothing_heavy():
-    loaded = loaded_by("import llmctl.rundir, llmctl.options, llmctl.config.stages")
+    loaded = loaded_by("import llmctl.runs.directory, llmctl.options, llmctl.config.commands")
     assert not HEAVY & loaded

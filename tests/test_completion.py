@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from llmctl.cli import COMMANDS
-from llmctl.config import stages
+from llmctl.config import commands
 from llmctl.options import literal_choices
 
 SCRIPT = "import sys; sys.argv[0] = 'llmctl'; from llmctl.cli import main; main()"
@@ -60,7 +60,7 @@ def test_commands_options_and_values_complete(monkeypatch, capfd, shell, line, e
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_of_every_command_completes(monkeypatch, capfd, command):
     told = names(asked(monkeypatch, capfd, f"llmctl {command} --", "fish"), "fish")
-    config = getattr(stages, COMMANDS[command][0])
+    config = getattr(commands, COMMANDS[command][0])
     flags = {config.flag(name) for name in config.model_fields}
     assert {flag for flag in flags if flag.startswith("--")} <= set(told)
 
@@ -72,7 +72,7 @@ def test_no_help_text_becomes_a_candidate(monkeypatch, capfd):
 
 
 def test_values_are_those_of_the_config():
-    field = stages.SftConfig.model_fields["report_to"]
+    field = commands.SftConfig.model_fields["report_to"]
     assert literal_choices(field.annotation) == ["tensorboard", "trackio", "wandb"]
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from llmctl.cli import COMMANDS
-from llmctl.config import stages
-from llmctl.config.reading import read_recipe
-from llmctl.pipeline.recipe import load
+from llmctl.config import commands
+from llmctl.config.base import read_recipe
 from llmctl.pipeline.references import resolve
+from llmctl.pipeline.steps import load
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -44,7 +44,7 @@ def test_every_life_cycle_loads(path):
 def test_every_recipe_loads(path):
     values, _ = read_recipe(path)
     config, _ = COMMANDS[values["stage"]]
-    loaded = getattr(stages, config).load(values["stage"], path, {})
+    loaded = getattr(commands, config).load(values["stage"], path, {})
     assert loaded.given() >= set(values) - {"stage"}, "a recipe holds only what differs"
 
 
@@ -99,7 +99,7 @@ def test_every_command_shown_is_one_and_its_flags_exist(path):
     for line in re.findall(r"^\s*llmctl (.+)$", path.read_text(), re.MULTILINE):
         command, *words = shlex.split(line, comments=True)
         assert command in COMMANDS or command.startswith("--"), line
-        config = getattr(stages, COMMANDS[command][0])
+        config = getattr(commands, COMMANDS[command][0])
         known = {config.flag(name) for name in config.model_fields} | {
             "--config",
             "--help",

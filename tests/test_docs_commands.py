@@ -9,11 +9,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import sentences
 
 from llmctl.cli import COMMANDS
-from llmctl.config import stages
-from llmctl.config.reading import read_recipe
+from llmctl.config import commands
+from llmctl.config.base import read_recipe
+from tests.conftest import sentences
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -94,7 +94,7 @@ def world(cli, tokens, tmp_path_factory):
 
 def can_be_dry(command):
     """Whether the command has a dry run."""
-    return "dry_run" in getattr(stages, COMMANDS[command][0]).model_fields
+    return "dry_run" in getattr(commands, COMMANDS[command][0]).model_fields
 
 
 def names_the_hub(words, root):

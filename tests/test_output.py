@@ -13,12 +13,12 @@ import sys
 import time
 
 import pytest
-from conftest import SMALL
-from torture.harness import mounted
 
 from llmctl import console
 from llmctl.cli import COMMANDS
-from llmctl.lock import locked
+from llmctl.runs.lock import locked
+from tests.conftest import SMALL
+from tests.torture.harness import mounted
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -372,7 +372,7 @@ def test_a_signal_at_any_time_ends_in_order(tokens, tmp_path, number, code, name
 def test_a_signal_while_tokenizing_leaves_nothing(
     cli, corpus, tmp_path, monkeypatch, heeded, number, code, wrap
 ):
-    from llmctl.stages import tokenize
+    from llmctl.commands import tokenize
 
     def write(*_):
         (tmp_path / "run" / "tokens").mkdir()

@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import SMALL
 
 from llmctl.redact import redact, redacted
+from tests.conftest import SMALL
 
 NAMED = "canary-7c1f in two words"
 HUB = "hf_" + "CanaryCanary1234567890abcd"
@@ -140,9 +140,9 @@ def test_a_run_that_fails(cli, secret, tmp_path, extra):
 
 
 def test_a_run_that_fails_but_can_be_resumed(secret, tmp_path):
-    from llmctl.config.stages import PretrainConfig
+    from llmctl.config.commands import PretrainConfig
     from llmctl.errors import DataError
-    from llmctl.rundir import open_run
+    from llmctl.runs.directory import open_run
 
     def train():
         with open_run("pretrain", PretrainConfig(tokens=HUB, out=tmp_path)) as run:
@@ -158,7 +158,7 @@ def test_a_run_that_fails_but_can_be_resumed(secret, tmp_path):
 @pytest.mark.parametrize("extra", [(), ("-v", "--json", "--debug")])
 def test_a_bug(corpus, tmp_path, extra):
     program = (
-        "import sys; from llmctl.stages import tokenize; from llmctl.cli import main\n"
+        "import sys; from llmctl.commands import tokenize; from llmctl.cli import main\n"
         "def boom(*_): raise ZeroDivisionError('while at ' + sys.argv[-1])\n"
         "tokenize._vocabulary = boom\n"
         "main()"

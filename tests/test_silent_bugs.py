@@ -498,7 +498,7 @@ def test_new_tokens_are_trained_beside_an_adapter_and_saved(sft, base, chats, tm
 
 def test_new_tokens_of_a_saved_adapter_give_the_same_logits(sft, base, chats, tmp_path):
     """17: a reloaded adapter meets other rows than it was trained with."""
-    from llmctl.models import load_causal_lm
+    from llmctl.models.loading import load_causal_lm
 
     result = sft(base, chats, "--chat-template", "gemma", "--lora", "--merge", "--lr", 1e-2)
     assert result.code == 0, result.err
@@ -703,7 +703,7 @@ def test_every_test_that_the_page_names_is_there():
     for group in (group for cell in cells for group in cell.split("; ")):
         file = Path(__file__).name
         for part in group.split(", "):
-            found = re.fullmatch(r"(?:(test_\w+\.py)(?:: )?)?(?:`(test_\w+)`)?", part)
+            found = re.fullmatch(r"(?:((?:\w+/)*test_\w+\.py)(?:: )?)?(?:`(test_\w+)`)?", part)
             assert found, part
             file = found[1] or file
             assert not found[2] or f"def {found[2]}(" in (here / file).read_text(), part

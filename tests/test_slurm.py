@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SMALL
+
+from tests.conftest import SMALL
 
 ROOT = Path(__file__).parents[1]
 COMMAND = "llmctl pretrain --tokens runs/tok -o runs/base --processes 8 --resume"

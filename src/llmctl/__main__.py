@@ -3,7 +3,7 @@
 import os
 import signal
 
-from llmctl.stopping import leave_on_signals
+from llmctl.signals import leave_on_signals
 
 
 def start() -> None:

@@ -15,7 +15,7 @@ from typer.main import get_command
 from llmctl import console
 from llmctl.errors import UserError
 from llmctl.redact import redact, redacted
-from llmctl.stopping import leaving, raising, reason
+from llmctl.signals import leaving, raising, reason
 
 if TYPE_CHECKING:
     from llmctl.config.sections import Reporting
@@ -120,7 +120,7 @@ def _stub() -> None:
 def _add_command(app: typer.Typer, name: str, config: str, summary: str) -> None:
     from llmctl.options import command, token_normalizer  # pydantic: only once a command is chosen
 
-    config_class = getattr(import_module("llmctl.config.stages"), config)
+    config_class = getattr(import_module("llmctl.config.commands"), config)
     app.command(
         name,
         help=f"{summary}\n\nExample: {EXAMPLES[name]}",
@@ -160,14 +160,14 @@ def _finished_already(name: str, config: "Reporting") -> dict[str, Any] | None:
 
     if not isinstance(config, StageConfig):
         return None
-    from llmctl.rundir import finished_already
+    from llmctl.runs.directory import finished_already
 
     return finished_already(name, config)
 
 
 def _carry_out(name: str, config: "Reporting") -> dict[str, Any] | None:
     """Import the command's module and run it; a signal unwinds it and is one line."""
-    package = "pipeline" if name in ("run", "demo") else "stages"
+    package = "pipeline" if name in ("run", "demo") else "commands"
     run: Callable[[Any], dict[str, Any] | None] = import_module(f"llmctl.{package}.{name}").run
     with raising():
         return run(config)
@@ -175,7 +175,7 @@ def _carry_out(name: str, config: "Reporting") -> dict[str, Any] | None:
 
 def _print_versions(wanted: bool) -> None:
     if wanted:
-        from llmctl.provenance import versions
+        from llmctl.runs.provenance import versions
 
         for package, number in versions().items():
             print(package, number)

@@ -1,19 +1,20 @@
-"""What a run says on stderr: log lines and progress, on a terminal and in a pipe."""
+"""Write to stderr: log lines and progress, on a terminal and in a pipe; print recipes."""
 
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from llmctl.redact import redact
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
+
 
 log = logging.getLogger("llmctl")
 
@@ -24,11 +25,15 @@ also for models that do not use it."""
 PLAIN_SECONDS = 5.0
 """Between two lines of progress where there is no terminal."""
 
-
 SEEN = dict.fromkeys(
     {*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}, "\N{REPLACEMENT CHARACTER}"
 )
 """Control characters, which could make a terminal do things, as one that is seen."""
+
+Onlooker = Callable[[str, int, int, str], None]
+"""Gets the title of what is under way, how far it is, of how much, and its latest figures."""
+
+_onlooker: ContextVar[Onlooker | None] = ContextVar("onlooker", default=None)
 
 
 class _Stderr(logging.Handler):
@@ -56,12 +61,6 @@ def rank() -> int:
 def is_terminal() -> bool:
     """Whether stderr can show a live progress bar."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-
-
-Onlooker = Callable[[str, int, int, str], None]
-"""Gets the title of what is under way, how far it is, of how much, and its latest figures."""
-
-_onlooker: ContextVar[Onlooker | None] = ContextVar("onlooker", default=None)
 
 
 @contextmanager
@@ -164,3 +163,31 @@ def short(number: float) -> str:
         if abs(number) >= scale:
             return f"{number / scale:.3g}{suffix}"
     return f"{number:.3g}"
+
+
+class HasRecipe(Protocol):
+    """A config that can show itself as a recipe."""
+
+    def recipe(self, stage: str) -> dict[str, Any]:
+        """Return the recipe's keys and values."""
+
+    def to_yaml(self, stage: str) -> str:
+        """Return the recipe as YAML."""
+
+
+def show_recipes(
+    recipes: Sequence[tuple[str, HasRecipe]], plan: Any = None, *, as_json: bool
+) -> dict[str, Any] | None:
+    """Print recipes as YAML; or return one object, which is the result with `--json`.
+
+    Args:
+        recipes: each command's name and its config.
+        plan: what a run would take, as JSON.
+        as_json: whether an object is wanted.
+    """
+    if as_json:
+        shown = [config.recipe(stage) for stage, config in recipes]
+        return {"recipe": shown[0] if len(shown) == 1 else shown, "plan": plan}
+    if rank() == 0:
+        print("---\n".join(config.to_yaml(stage) for stage, config in recipes), end="")
+    return None

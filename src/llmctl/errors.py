@@ -1,9 +1,11 @@
 """Every error a user can meet, each class with its exit code.
 
 A message says what is wrong with the offending value, then where, then what to type instead.
+`require_extra` refuses a command whose optional library is missing.
 """
 
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -135,3 +137,22 @@ def _below(kind: type[UserError]) -> Iterator[type[UserError]]:
     yield kind
     for inner in kind.__subclasses__():
         yield from _below(inner)
+
+
+def require_extra(package: str, extra: str, purpose: str) -> None:
+    """Refuse what cannot be done here, before anything else is done.
+
+    Args:
+        package: as it is imported.
+        extra: of llmctl, that brings it.
+        purpose: what needs it.
+
+    Raises:
+        ResourceError: with the extra to install.
+    """
+    if find_spec(package) is None:
+        name = package.replace("_", "-")
+        raise ResourceError(
+            f"{purpose} needs {name}, which is not installed",
+            hint=f'run: pip install "llmctl[{extra}]"',
+        )

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from llmctl.cards import CARD
 from llmctl.files import sha256_file
-from torture import harness
-from torture.subjects import Subject
+from llmctl.runs.cards import CARD
+from tests.torture import harness
+from tests.torture.subjects import Subject
 
 LONG = os.environ.get("TORTURE") == "long"
 SEED = int(os.environ.get("TORTURE_SEED") or random.SystemRandom().randrange(10**6))

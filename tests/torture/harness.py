@@ -20,9 +20,14 @@ from pathlib import Path
 
 import pytest
 
-from llmctl.stopping import leave_on_signals
+from llmctl.signals import leave_on_signals
 
-HEAVY = ("torture.harness", "torture.plants", "llmctl.stages.pretrain", "llmctl.stages.sft")
+HEAVY = (
+    "tests.torture.harness",
+    "tests.torture.plants",
+    "llmctl.commands.pretrain",
+    "llmctl.commands.sft",
+)
 LIMIT = 120
 """Seconds that no trial may take."""
 
@@ -103,7 +108,7 @@ def start(
 def warm_up(folder: Path) -> None:
     """Let the fork server import what is heavy."""
     context.set_forkserver_preload(list(HEAVY))
-    assert start("torture.harness:nothing", (), folder).wait() == 0
+    assert start("tests.torture.harness:nothing", (), folder).wait() == 0
 
 
 def nothing(arguments: list[str]) -> int:

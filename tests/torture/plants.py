@@ -10,7 +10,7 @@ CRASHED = 137
 
 def die_at_event(number: int) -> None:
     """Leave as if killed right after a checkpoint's `number`-th operation on the disk."""
-    from llmctl import checkpoint
+    from llmctl.runs import checkpoint
 
     seen = 0
 
@@ -35,7 +35,7 @@ def die_at_call(where: str) -> None:
 
 def list_events(log: Path) -> None:
     """Write down each operation on the disk."""
-    from llmctl import checkpoint
+    from llmctl.runs import checkpoint
 
     def fault(event: str, path: Path) -> None:
         with log.open("a") as file:
@@ -100,8 +100,8 @@ def count_steps(log: Path) -> None:
 
 def fill_disk_at_event(number: int, disk: Path) -> None:
     """Take all the space that is left right after a checkpoint's `number`-th operation."""
-    from llmctl import checkpoint
-    from torture.harness import fill
+    from llmctl.runs import checkpoint
+    from tests.torture.harness import fill
 
     seen = 0
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from torture.bases import make_base, make_chats
+from tests.torture.bases import make_base, make_chats
 
 
 @dataclass(frozen=True)

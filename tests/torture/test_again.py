@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmctl.checkpoint import seal
 from llmctl.files import sha256_file
-from llmctl.resume import defect
-from torture.conftest import LONG, tally
-from torture.harness import checkpoints, kill_when, saving_step, stop_at, unfinished, until
-from torture.subjects import every_subject
+from llmctl.runs.checkpoint import seal
+from llmctl.runs.resume import defect
+from tests.torture.conftest import LONG, tally
+from tests.torture.harness import checkpoints, kill_when, saving_step, stop_at, unfinished, until
+from tests.torture.subjects import every_subject
 
 pytestmark = pytest.mark.slow
 

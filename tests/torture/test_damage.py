@@ -5,9 +5,9 @@ import random
 import pytest
 
 from llmctl.files import sha256_file
-from torture.conftest import LONG, SEED, tally
-from torture.harness import checkpoints
-from torture.subjects import every_subject
+from tests.torture.conftest import LONG, SEED, tally
+from tests.torture.harness import checkpoints
+from tests.torture.subjects import every_subject
 
 pytestmark = pytest.mark.slow
 FILES = (

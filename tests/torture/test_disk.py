@@ -6,12 +6,12 @@ from functools import partial
 
 import pytest
 
-from llmctl.resume import defect
-from torture.conftest import LONG, tally
-from torture.harness import checkpoints, fill, mounted, stop_at, unfinished
-from torture.plants import count_steps, fill_disk_at_event
-from torture.subjects import every_subject
-from torture.test_damage import error_of
+from llmctl.runs.resume import defect
+from tests.torture.conftest import LONG, tally
+from tests.torture.harness import checkpoints, fill, mounted, stop_at, unfinished
+from tests.torture.plants import count_steps, fill_disk_at_event
+from tests.torture.subjects import every_subject
+from tests.torture.test_damage import error_of
 
 pytestmark = pytest.mark.slow
 LONGER = ("--max-steps", 40)

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmctl import checkpoint, resume
-from llmctl.checkpoint import Content, Owner
-from torture.conftest import LONG, tally
-from torture.harness import checkpoints, unfinished
-from torture.plants import CRASHED, die_at_event, list_events
-from torture.subjects import LORA, SUBJECTS, every_subject
+from llmctl.runs import checkpoint, resume
+from llmctl.runs.checkpoint import Content, Owner
+from tests.torture.conftest import LONG, tally
+from tests.torture.harness import checkpoints, unfinished
+from tests.torture.plants import CRASHED, die_at_event, list_events
+from tests.torture.subjects import LORA, SUBJECTS, every_subject
 
 pytestmark = pytest.mark.slow
 OWNER = Owner(run_id="a run", identity={"lr": 0.1, "world_size": 1})

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from llmctl.resume import defect
-from torture.conftest import LONG, RESULTS, counts, tally
-from torture.harness import checkpoints, kill_when, saving_step, unfinished, until
-from torture.plants import CRASHED, die_at_call
-from torture.subjects import LORA, SUBJECTS, every_subject
+from llmctl.runs.resume import defect
+from tests.torture.conftest import LONG, RESULTS, counts, tally
+from tests.torture.harness import checkpoints, kill_when, saving_step, unfinished, until
+from tests.torture.plants import CRASHED, die_at_call
+from tests.torture.subjects import LORA, SUBJECTS, every_subject
 
 pytestmark = pytest.mark.slow
 KILLS = 25 if LONG else 10 // len(SUBJECTS)
 EXPORTING = {
     "adapter written": ("llmctl.training.export:merge", "adapter"),
-    "model staged": ("llmctl.models:replace_folder", "adapter"),
-    "both written": ("llmctl.claim:Claim.flush", "model", "adapter"),
+    "model staged": ("llmctl.models.loading:replace_folder", "adapter"),
+    "both written": ("llmctl.runs.ownership:Claim.flush", "model", "adapter"),
     "trained": ("llmctl.training.export:put_best",),
 }
 """Functions that are never reached, and the results that are there by then."""

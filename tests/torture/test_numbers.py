@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from torture import harness
-from torture.conftest import tally
-from torture.harness import checkpoints
-from torture.plants import spoil_loss
-from torture.subjects import PRETRAIN, every_subject
-from torture.test_damage import error_of
+from tests.torture import harness
+from tests.torture.conftest import tally
+from tests.torture.harness import checkpoints
+from tests.torture.plants import spoil_loss
+from tests.torture.subjects import PRETRAIN, every_subject
+from tests.torture.test_damage import error_of
 
 pytestmark = pytest.mark.slow
 

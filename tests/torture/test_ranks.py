@@ -17,10 +17,19 @@ from functools import partial
 import psutil
 import pytest
 
-from llmctl.resume import defect
-from torture.conftest import LONG, differences, outcome, tally
-from torture.harness import LIMIT, Trial, checkpoints, fill, mounted, saving_step, unfinished, until
-from torture.subjects import every_subject
+from llmctl.runs.resume import defect
+from tests.torture.conftest import LONG, differences, outcome, tally
+from tests.torture.harness import (
+    LIMIT,
+    Trial,
+    checkpoints,
+    fill,
+    mounted,
+    saving_step,
+    unfinished,
+    until,
+)
+from tests.torture.subjects import every_subject
 
 pytestmark = pytest.mark.slow
 FLAGS = ("--max-steps", 40, "--save-every", 5, "--eval-every", 20)

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmctl.config.stages import PretrainConfig
+from llmctl.config.commands import PretrainConfig
 from llmctl.errors import UserError
-from torture import harness
+from tests.torture import harness
 
 PICKLES = ("pytorch_model.bin", "optimizer.pt", "training_args.bin", "rng_state.pth")
 QUICK = 15

@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from llmctl.resume import defect
-from torture.conftest import LONG, tally
-from torture.harness import checkpoints, saving_step, until
-from torture.subjects import every_subject
+from llmctl.runs.resume import defect
+from tests.torture.conftest import LONG, tally
+from tests.torture.harness import checkpoints, saving_step, until
+from tests.torture.subjects import every_subject
 
 pytestmark = pytest.mark.slow
 LONGER = ("--max-steps", 50, "--save-every", 25, "--eval-every", 25)

@@ -69,7 +69,7 @@ def _round_trip_error(device: str) -> float:
 
 
 def _spoils_weights() -> bool:
-    """Whether this CPU is one whose 4-bit layers would be spoilt, but for quantized.py's guard."""
+    """Whether this CPU is one whose 4-bit layers a guard of models/quantized.py has to save."""
     from bitsandbytes import functional
 
     return bool(functional.has_avx512bf16())

@@ -13,7 +13,7 @@ from packaging.version import Version
 
 from llmctl import __version__
 from llmctl.checkup.finding import Finding
-from llmctl.provenance import RECORDED
+from llmctl.runs.provenance import RECORDED
 
 LEAST_PYTHON = (3, 11)
 SHIPPED = Path(__file__).parents[1] / "constraints.txt"

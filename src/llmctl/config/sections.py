@@ -297,3 +297,41 @@ class Sampling(Fields):
 
     stop: Annotated[list[str], Also("stop-strings")] = []
     """Text that ends a response (repeatable); it is not part of the response."""
+
+
+class Stages(Config, Output):
+    """Which stages of a life cycle to run, and how."""
+
+    out: Annotated[
+        Path | None, Flag("--out", "-o"), Also("output-dir", "out-dir", "output"), Control
+    ] = None
+    """Directory for the runs of all stages; by default the recipe's `out`, else runs/ and the
+    recipe's name."""
+
+    overwrite: Annotated[bool, Control] = False
+    """Run every stage anew, also where nothing has changed."""
+
+    dry_run: Annotated[bool, Control] = False
+    """Check every stage against the results of those before it, print what would be done, write
+    nothing."""
+
+    from_stage: Annotated[str | None, Flag("--from"), Control] = None
+    """Begin at this stage: those before it are taken as they are, it and what builds on it run
+    anew."""
+
+    only: Annotated[str | None, Control] = None
+    """Run this stage alone, on what the others left."""
+
+    seed: Annotated[int | None, Field(ge=0, lt=2**32), Control] = None
+    """Seed of every stage, in place of the recipe's."""
+
+    threads: Annotated[PositiveInt | None, Control] = None
+    """CPU threads of every stage, in place of the recipe's."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.from_stage and self.only:
+            raise ValueError("give --from or --only, not both")
+        if self.overwrite and self.only:
+            raise ValueError("--overwrite runs every stage anew: use --from, or drop --only")
+        return self

@@ -1,1 +1,1 @@
-"""Text in: documents, tokenizers and token shards; nothing here imports torch."""
+"""Data in: documents, examples, preferences and prompts, tokenizers and token shards."""

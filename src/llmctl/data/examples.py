@@ -1,7 +1,7 @@
 """Read examples to fine-tune on, in any form that people keep them, and check every row.
 
 In: what `--data` names. Out: sets of examples, one for each name. A row's form follows from its
-columns (see `layouts.py`). Everything but plain text and labelled text becomes messages.
+columns (see `schemas.py`). Everything but plain text and labelled text becomes messages.
 """
 
 import json
@@ -9,17 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmctl.data.conversations import (
+from llmctl.data.rows import Record, checked_text, json_type
+from llmctl.data.schemas import (
+    Layout,
     Message,
+    Task,
     check_turns,
+    choose_layouts,
     conversation,
     from_json,
     said,
     tools_of,
 )
-from llmctl.data.layouts import Layout, Task, choose_layouts
-from llmctl.data.lines import json_type
-from llmctl.data.records import Record, checked_text
 from llmctl.data.sets import ItemSet, read_sets
 from llmctl.errors import DataError
 

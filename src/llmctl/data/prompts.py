@@ -1,8 +1,10 @@
-"""Prompts to answer, from what `--data` names, each with the right answer where there is one.
+"""Read prompts to answer, each with the right answer where there is one.
 
-In: files, folders, globs, Hub ids or built-in data. Out: `PromptRow` objects, equal prompts once.
-What stands in a row decides what is asked: `messages` up to the assistant's last turn, `prompt`,
-`instruction` with its `input`, or `question`. Plain text is a prompt a line.
+In: what `--data` names (files, folders, globs, Hub ids or built-in data). Out: `PromptRow` objects,
+equal prompts once. What stands in a row decides what is asked: `messages` up to the assistant's
+last turn, `prompt`, `instruction` with its `input`, or `question`. Plain text is a prompt a line.
+
+In: one file, for commands that write an answer to each of its rows. Out: `Ask` objects.
 """
 
 import tempfile
@@ -13,17 +15,87 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.console import log
-from llmctl.data.conversations import Message, conversation, from_json
-from llmctl.data.lines import read_lines
-from llmctl.data.records import checked_text, listed, opened, read_records
-from llmctl.data.scan import hash_text
+from llmctl.data.documents import hash_text
+from llmctl.data.rows import checked_text, listed, opened, parse_row, read_lines, read_records
+from llmctl.data.schemas import ROLES, Message, conversation, from_json
 from llmctl.data.sources import Source, find_sources
 from llmctl.errors import DataError
 from llmctl.files import sha256_file
 
+ChatMessage = dict[str, str]
+
 ASKED = ("prompt", "instruction", "question")
 ANSWERS = ("answer", "response", "completion", "output", "chosen")
 VAL_SIZE, VAL_FRACTION, FEWEST = 64, 0.1, 20
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One prompt as it was given."""
+
+    prompt: str | list[ChatMessage]
+    """Text, or the messages of a conversation."""
+    name: str
+    """What messages call it: `prompt 3`, or the file and line."""
+
+
+def read_asks(file: Path) -> list[Ask]:
+    """The prompts of a file: jsonl with `prompt` or `messages`, or one per line of any other.
+
+    Raises:
+        DataError: unreadable, not UTF-8, empty, or a row that holds no prompt.
+    """
+    asks = []
+    for number, line in filled_lines(file):
+        if file.suffix in (".jsonl", ".json"):
+            asks.append(ask_of(parse_row(line, str(file), number), file, number))
+        else:
+            asks.append(Ask(line, f"{file}:{number}"))
+    if not asks:
+        raise DataError("no prompts in this file", file=file)
+    return asks
+
+
+def ask_of(row: dict[str, Any], file: Path, number: int) -> Ask:
+    """The prompt of a row of jsonl.
+
+    Raises:
+        DataError: it holds none.
+    """
+    prompt: Any = row.get("messages", row.get("prompt"))
+    if isinstance(prompt, list):
+        _check_messages(prompt, file, number)
+    elif not isinstance(prompt, str):
+        raise DataError("a row needs `prompt` (text) or `messages`", file=file, line=number)
+    return Ask(prompt, f"{file}:{number}")
+
+
+def filled_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """1-based number and text of the lines that are not blank, without their ends.
+
+    Raises:
+        DataError: unreadable, or not UTF-8.
+    """
+    try:
+        with file.open("rb") as stream:
+            for number, line in read_lines(stream, str(file)):
+                if line.strip():
+                    yield number, line.rstrip("\r\n")
+    except OSError as error:
+        raise DataError(f"cannot read: {error.strerror}", file=file) from None
+
+
+def _check_messages(messages: list[Any], file: Path, number: int) -> None:
+    for message in messages:
+        well_formed = isinstance(message, dict) and isinstance(message.get("content"), str)
+        if not well_formed or message.get("role") not in ROLES:
+            raise DataError(
+                f"a message needs a `role` of {', '.join(sorted(ROLES))} and a `content` of text",
+                file=file,
+                line=number,
+            )
+    if not messages:
+        raise DataError("`messages` is empty", file=file, line=number)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.console import ProgressBar
-from llmctl.data.encoding import PIECE_CHARACTERS
-from llmctl.data.readers import Piece, read_pieces
+from llmctl.data.documents import Piece, hash_text, read_pieces
 from llmctl.data.sources import Source
+from llmctl.data.tokenizer.encode import PIECE_CHARACTERS
 from llmctl.errors import DataError
 
 SMALL_BYTES = 64 << 20
@@ -135,8 +135,3 @@ def _too_small(documents: int, fraction: float) -> DataError:
 def read_documents(sources: tuple[Source, ...], column: str) -> Iterator[Piece]:
     """All pieces of all documents that are not empty."""
     return (p for s in sources for p in read_pieces(s, column) if p.text or not p.is_last)
-
-
-def hash_text(raw: bytes) -> int:
-    """A document's hash, from 0 to 2^64."""
-    return int.from_bytes(blake2b(raw, digest_size=8).digest(), "little")

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from llmctl.console import log
-from llmctl.data.layouts import Layout, layout_of
-from llmctl.data.records import Record, read_records
+from llmctl.data.rows import Record, read_records
+from llmctl.data.schemas import Layout, layout_of
 from llmctl.data.sources import Source, find_sources
 from llmctl.errors import DataError, UserError
 from llmctl.files import sha256_file

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from llmctl.console import log
-from llmctl.data import hub
-from llmctl.data.courtesy import PREFERENCES
-from llmctl.data.tasks import TASKS, named
+from llmctl.data.builtin import PREFERENCES, TASKS, named_tasks
 from llmctl.errors import DataError
+from llmctl.models import hub
 
 Kind = Literal["text", "jsonl", "json", "csv", "parquet", "hub", "builtin"]
 
@@ -97,7 +96,7 @@ def _named(name: str, spool: Path) -> Iterator[Source]:
 def _built_in(name: str) -> Source:
     seeded = next((d for d in (TASKS, PREFERENCES) if f"{name}:".startswith(f"{d}:")), None)
     if seeded is not None:
-        named(name, seeded)
+        named_tasks(name, seeded)
     elif name != PYTHON_DOCS:
         hint = f"there is {PYTHON_DOCS}, {TASKS} and {PREFERENCES}"
         raise DataError(f"no built-in data `{name}`", hint=hint)

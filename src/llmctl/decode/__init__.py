@@ -6,7 +6,14 @@ A text depends on its prompt, the seed and the number of its row, never on what 
 
 from llmctl.decode.forward import Forward, HuggingFaceForward
 from llmctl.decode.llama import fast_forward
-from llmctl.decode.loop import Prompt, Response, best_threads, choose_forward, decode, eos_tokens
+from llmctl.decode.loop import (
+    Prompt,
+    Response,
+    best_threads,
+    choose_forward,
+    decode,
+    eos_tokens,
+)
 from llmctl.decode.text import TextStream
 
 __all__ = [

@@ -14,21 +14,15 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from llmctl.config.sections import Sampling
 from llmctl.console import log
-from llmctl.data.asks import Message
+from llmctl.data.prompts import ChatMessage
 from llmctl.decode.forward import Forward
-from llmctl.decode.loop import (
-    FinishReason,
-    Prompt,
-    check_prompt,
-    context_size,
-    decode,
-    eos_tokens,
-)
+from llmctl.decode.loop import FinishReason, Prompt, check_prompt, decode, eos_tokens
 from llmctl.decode.prompts import encode_chat
 from llmctl.decode.terminal import Cut
 from llmctl.errors import DataError, ModelError, OutputError, UserError
 from llmctl.files import replace_file, writing
 from llmctl.hardware import memory_errors
+from llmctl.models.loading import context_size
 
 OnPiece = Callable[[str], None]
 
@@ -95,7 +89,7 @@ def chat_window(
     return found
 
 
-def messages(system: str | None, turns: list[Reply]) -> list[Message]:
+def messages(system: str | None, turns: list[Reply]) -> list[ChatMessage]:
     """A conversation as fine-tuning reads it."""
     found = [] if system is None else [{"role": "system", "content": system}]
     for turn in turns:

@@ -20,7 +20,7 @@ from transformers import (
 
 from llmctl.decode.forward import pad_left
 from llmctl.decode.fused import WeightsOf, fuse, plain_weights
-from llmctl.quantized import held_in
+from llmctl.models.quantized import held_in
 
 COVERED = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 LARGEST = 300_000_000

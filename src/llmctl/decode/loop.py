@@ -1,4 +1,4 @@
-"""The loop itself: batches of prompts, one forward pass a token, finished rows dropped."""
+"""Generate: batches of prompts, one forward pass a token, finished rows dropped."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -7,12 +7,15 @@ from typing import Literal
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmctl.config.sections import Sampling
+from llmctl.config.sections import Loading, Sampling
 from llmctl.decode.forward import Forward, HuggingFaceForward
 from llmctl.decode.llama import fast_forward
 from llmctl.decode.sampling import Chooser, noise
 from llmctl.decode.text import TextStream
 from llmctl.errors import DataError, ModelError
+from llmctl.hardware import set_threads, usable_cores
+from llmctl.models.loading import context_size, load_causal_lm, parameter_count, parse_dtype
+from llmctl.models.quantized import LoadIn
 
 FinishReason = Literal["eos", "stop", "length"]
 WORTH_THREADS = 3_000_000
@@ -90,12 +93,6 @@ def eos_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fr
     configured = model.generation_config.eos_token_id if model.generation_config else None
     found = configured if isinstance(configured, list) else [configured]
     return frozenset(int(t) for t in [*found, tokenizer.eos_token_id] if t is not None)
-
-
-def context_size(config: PreTrainedConfig) -> int | None:
-    """Positions that a model was built for, None where it has no limit."""
-    text = config.get_text_config()
-    return int(text.max_position_embeddings) if hasattr(text, "max_position_embeddings") else None
 
 
 def check_prompt(tokens: Sequence[int], config: PreTrainedConfig, name: str) -> None:
@@ -229,3 +226,27 @@ def _remaining(rows: Sequence[_Row]) -> list[int]:
 def best_threads(parameters: int, rows: int, cores: int) -> int:
     """CPU threads for a batch: a small product is done before a second thread has woken."""
     return cores if parameters * rows >= WORTH_THREADS else 1
+
+
+def load_to_write(
+    reference: str, config: Loading, shape: PreTrainedConfig, *, device: str, rows: int
+) -> PreTrainedModel:
+    """The model of a run, a folder or a Hub id.
+
+    Args:
+        reference: names it.
+        config: how to load it.
+        shape: its configuration.
+        device: where to.
+        rows: most sequences that it writes at once.
+
+    Raises:
+        ModelError: it is broken, not trusted, or no language model.
+        NetworkError: a Hub id that cannot be had.
+    """
+    load_in: LoadIn = "8bit" if config.load_in_8bit else "4bit" if config.load_in_4bit else "full"
+    dtype = parse_dtype(config.dtype, device, shape.dtype)
+    model = load_causal_lm(reference, dtype=dtype, device=device, load_in=load_in)
+    cores = usable_cores()
+    set_threads(config.threads or best_threads(parameter_count(model), rows, cores))
+    return model

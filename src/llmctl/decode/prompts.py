@@ -9,10 +9,10 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from llmctl.console import log
-from llmctl.data.asks import Ask, Message, filled_lines
-from llmctl.data.lines import parse_row
-from llmctl.data.rendering import ChatFormat
-from llmctl.data.special import encode_text as encode_text
+from llmctl.data.chat.render import ChatFormat
+from llmctl.data.chat.render import encode_text as encode_text
+from llmctl.data.prompts import Ask, ChatMessage, filled_lines
+from llmctl.data.rows import parse_row
 from llmctl.decode.loop import Prompt, check_prompt, room
 from llmctl.errors import DataError, UserError
 
@@ -80,7 +80,7 @@ class Encoder:
     def _format(self) -> ChatFormat:
         return ChatFormat(self.tokenizer)
 
-    def _turns(self, prompt: str) -> list[Message]:
+    def _turns(self, prompt: str) -> list[ChatMessage]:
         turns = [] if self.system is None else [{"role": "system", "content": self.system}]
         for text, response in self.shots:
             turns.append({"role": "user", "content": text})
@@ -119,7 +119,7 @@ def to_prompts(
     return prompts
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMessage]) -> list[int]:
     """Tokens of a conversation in the chat template, up to where the assistant's turn begins.
 
     Raises:

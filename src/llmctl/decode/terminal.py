@@ -13,7 +13,7 @@ from types import FrameType
 from typing import BinaryIO, Self
 
 from llmctl.console import SEEN, log
-from llmctl.data.lines import read_lines
+from llmctl.data.rows import read_lines
 from llmctl.errors import DataError, UserError
 
 QUOTES = '"""'

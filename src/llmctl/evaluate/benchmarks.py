@@ -9,15 +9,14 @@ from typing import Any
 
 from transformers import PreTrainedModel, set_seed
 
-from llmctl.claim import SAMPLES
-from llmctl.config.stages import EvaluateConfig
+from llmctl.config.commands import EvaluateConfig
 from llmctl.console import is_terminal, log
-from llmctl.errors import DataError, NetworkError, UserError
-from llmctl.evaluate.plan import Subject
-from llmctl.evaluate.rows import Row
-from llmctl.evaluate.work import Work
-from llmctl.extras import require_extra
-from llmctl.rundir import Run
+from llmctl.errors import DataError, NetworkError, UserError, require_extra
+from llmctl.evaluate.output import Row
+from llmctl.evaluate.prepare import Subject
+from llmctl.evaluate.task import Work
+from llmctl.runs.directory import Run
+from llmctl.runs.ownership import SAMPLES
 
 SKIPPED = ("alias", "sample_len", "sample_count", "name")
 

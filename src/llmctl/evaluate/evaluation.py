@@ -9,23 +9,23 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from llmctl import hardware
-from llmctl.config.stages import EvaluateConfig
-from llmctl.decode.loading import load_to_write
+from llmctl.config.commands import EvaluateConfig
+from llmctl.decode.loop import load_to_write
 from llmctl.errors import ModelError
-from llmctl.evaluate.answering import answering
+from llmctl.evaluate.aggregate import Row, figure_names, figures_of, quotients_of
 from llmctl.evaluate.benchmarks import benchmarking, find_tasks, task_figures, task_values
-from llmctl.evaluate.classifying import classifying, load_labeller
-from llmctl.evaluate.comparing import difference, differences, paired, win_rate
-from llmctl.evaluate.figures import Row, figure_names, figures_of, quotients_of
-from llmctl.evaluate.gates import require_known
-from llmctl.evaluate.plan import Plan, Subject, identity, look_at, make_plan, model_inputs
-from llmctl.evaluate.reading import reading
-from llmctl.evaluate.rows import Rows
-from llmctl.evaluate.work import Work, carry_out
-from llmctl.models import parse_dtype
-from llmctl.quantized import loaded_in
-from llmctl.rundir import Run
-from llmctl.scoring import RewardModel, load_reward_model
+from llmctl.evaluate.classification_task import classifying, load_labeller
+from llmctl.evaluate.compare import difference, differences, paired, win_rate
+from llmctl.evaluate.generation_task import answering
+from llmctl.evaluate.output import Rows
+from llmctl.evaluate.perplexity import reading
+from llmctl.evaluate.prepare import Plan, Subject, identity, look_at, make_plan, model_inputs
+from llmctl.evaluate.requirements import require_known
+from llmctl.evaluate.task import Work, carry_out
+from llmctl.models.loading import parse_dtype
+from llmctl.models.quantized import loaded_in
+from llmctl.reward.model import RewardModel, load_reward_model
+from llmctl.runs.directory import Run
 from llmctl.training.model_checks import require_causal
 
 READ_AT_ONCE = 64

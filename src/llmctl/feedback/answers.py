@@ -10,10 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from llmctl.data.append_log import Journal, Row, open_journal, read_journal
 from llmctl.errors import OutputError
-from llmctl.feedback.journal import Journal, Row, open_journal, read_journal
 from llmctl.feedback.questions import Question, are_ranks, canonical
-from llmctl.lock import locked_file
+from llmctl.runs.lock import locked_file
 
 
 class Answers:

@@ -8,14 +8,13 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from llmctl.config.stages import RankConfig
-from llmctl.decode.loading import load_to_write
-from llmctl.decode.loop import Prompt, choose_forward, decode, eos_tokens
+from llmctl.config.commands import RankConfig
+from llmctl.decode.loop import Prompt, choose_forward, decode, eos_tokens, load_to_write
 from llmctl.decode.prompts import Encoder, to_prompts
 from llmctl.feedback.questions import Entry
 from llmctl.feedback.supply import GivenUp, Write
 from llmctl.hardware import memory_errors, pick_device
-from llmctl.models import load_config, load_tokenizer
+from llmctl.models.loading import load_config, load_tokenizer
 
 
 def encode_entries(

@@ -13,9 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from llmctl.config.stages.feedback import MOST_RESPONSES
-from llmctl.data.asks import Ask, Message, ask_of, filled_lines
-from llmctl.data.lines import parse_row
+from llmctl.config.commands.rank import MOST_RESPONSES
+from llmctl.data.prompts import Ask, ChatMessage, ask_of, filled_lines
+from llmctl.data.rows import parse_row
 from llmctl.errors import DataError
 
 
@@ -32,7 +32,7 @@ class Entry:
 class Question:
     """A prompt, and responses to it that a person ranks."""
 
-    prompt: str | list[Message]
+    prompt: str | list[ChatMessage]
     responses: tuple[str, ...]
 
     @cached_property

@@ -7,7 +7,7 @@ order of the data. The page and the terminal both drive it, from whatever thread
 import getpass
 from dataclasses import dataclass
 
-from llmctl.config.stages.feedback import is_name
+from llmctl.config.commands.rank import is_name
 from llmctl.errors import UserError
 from llmctl.feedback.answers import Answers
 from llmctl.feedback.questions import Question, are_ranks

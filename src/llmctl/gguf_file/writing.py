@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmctl.cards import license_of
 from llmctl.console import log
-from llmctl.extras import require_extra
+from llmctl.errors import require_extra
 from llmctl.files import fsync, staged, writing
 from llmctl.gguf_file.architecture import ARCHITECTURES, check_architecture, metadata
 from llmctl.gguf_file.tokens import frame, read_tokens
+from llmctl.runs.cards import license_of
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from llmctl.config.stages import DpoConfig, PpoConfig, RewardConfig, SftConfig
-from llmctl.data.hub import split_revision
+from llmctl.config.commands import DpoConfig, PpoConfig, RewardConfig, SftConfig
 from llmctl.data.sources import find_sources
 from llmctl.errors import DataError, UserError
-from llmctl.pipeline.foretold import Foretold, foretell, require_fitting, trained
+from llmctl.models.hub import split_revision
+from llmctl.pipeline.capacity import require_room
+from llmctl.pipeline.predicted import Foretold, foretell, require_fitting, trained
 from llmctl.pipeline.references import Stage, split_weight
-from llmctl.pipeline.room import require_room
 
 
 def check(stages: Sequence[Stage], *, deep: bool) -> None:
@@ -85,7 +85,7 @@ def _try(stage: Stage) -> None:
 
     config = stage.config.model_copy(update={"dry_run": True})
     with Beginning().again(), contextlib.redirect_stdout(io.StringIO()):
-        import_module(f"llmctl.stages.{stage.stage}").run(config)
+        import_module(f"llmctl.commands.{stage.stage}").run(config)
 
 
 def _read_data(stage: Stage) -> None:

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from llmctl.config.stages import DemoConfig
+from llmctl.config.commands import DemoConfig
 from llmctl.console import log
-from llmctl.pipeline.recipe import load
 from llmctl.pipeline.run import live
+from llmctl.pipeline.steps import load
 
 RECIPE = Path(__file__).with_name("demo.yaml")
 

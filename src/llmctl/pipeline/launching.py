@@ -7,10 +7,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from llmctl.claim import as_object
 from llmctl.errors import from_json
 from llmctl.pipeline.references import Stage
-from llmctl.stopping import handled_by
+from llmctl.runs.ownership import as_object
+from llmctl.signals import handled_by
 
 
 def launch(stage: Stage, controls: dict[str, bool]) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from typing import Any
 from llmctl.config.sections import StageConfig
 from llmctl.console import log
 from llmctl.errors import Interrupted, Terminated, UserError
-from llmctl.pipeline.figures import require_given
 from llmctl.pipeline.gates import Gate, parse_gates
-from llmctl.pipeline.recipe import Recipe, Step
+from llmctl.pipeline.result_names import require_given
+from llmctl.pipeline.steps import Recipe, Step
 
 VARIABLE = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmctl.config.reading import Place
+from llmctl.config.base import Place
 from llmctl.errors import UserError
 
 ROUND = "${round}"

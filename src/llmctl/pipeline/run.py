@@ -4,13 +4,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llmctl.config.stages import RunConfig
-from llmctl.config.stages.housekeeping import Stages
+from llmctl.config.commands import RunConfig
+from llmctl.config.sections import Stages
 from llmctl.errors import UserError
-from llmctl.pipeline.cycle import Cycle
-from llmctl.pipeline.plan import print_plan
-from llmctl.pipeline.recipe import Recipe, load
+from llmctl.pipeline.dry_run import print_plan
 from llmctl.pipeline.references import expanded, resolve
+from llmctl.pipeline.runner import Cycle
+from llmctl.pipeline.steps import Recipe, load
 
 
 def run(config: RunConfig) -> dict[str, Any] | None:

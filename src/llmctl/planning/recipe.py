@@ -1,52 +1,75 @@
-"""A recipe and what of its model and data is at hand in, an outlook out; no weights are loaded."""
+"""Work out what a recipe takes: it and what of its model and data is at hand in, an outlook out.
+
+No weights are loaded. The same numbers follow from what a command prepares in a dry run, and for
+pretraining from a shape alone.
+"""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from transformers import PreTrainedConfig
 
-from llmctl import hardware, shapes
-from llmctl.config.stages import (
+from llmctl import hardware
+from llmctl.config.commands import (
     DpoConfig,
     PlanConfig,
     PpoConfig,
     PretrainConfig,
     RewardConfig,
+    SftConfig,
 )
-from llmctl.data.dpo import load_pairs
-from llmctl.data.labelled import load_labelled
-from llmctl.data.preferred import load_preferences
+from llmctl.config.finetuning import LowRank, Quantized
+from llmctl.data.classification import load_labelled
+from llmctl.data.preference_pairs import load_pairs, load_preferences
 from llmctl.data.prompts import read_prompts
-from llmctl.data.supervised import load_supervised
-from llmctl.decode.loop import context_size
+from llmctl.data.sft import load_supervised
+from llmctl.data.tokenized import Tokenized
 from llmctl.errors import UserError
-from llmctl.models import load_config, load_tokenizer, parameter_count
-from llmctl.planning.found import (
-    Tuned,
-    counted_share,
-    ppo_work,
-    scores,
-    shape_to_train,
-    tuning_work,
-)
-from llmctl.planning.known import config_of
-from llmctl.planning.pretraining import LONGEST, Planned, plan_pretrain
-from llmctl.planning.shape import too_long
-from llmctl.ppo.hyperparameters import for_ppo
+from llmctl.models import presets
+from llmctl.models.loading import context_size, load_config, load_tokenizer, parameter_count
+from llmctl.models.quantized import LoadIn
+from llmctl.planning.outlook import Outlook, outlook
+from llmctl.planning.shape import VOCABULARY, Shape, config_of, shape_of, too_long
+from llmctl.planning.work import Episodes, Work
+from llmctl.ppo.hyperparameters import CPU_PASS_LOGITS, GPU_PASS_LOGITS, for_ppo
 from llmctl.ppo.prompts import PromptFormat, encode_prompts
 from llmctl.ppo.rewards import weighted
 from llmctl.training.adapters import adapt, trainable_parameters
+from llmctl.training.base_model import Prepared, load_in
 from llmctl.training.batches import Sequences
-from llmctl.training.hyperparameters import for_finetuning
+from llmctl.training.hyperparameters import (
+    COMPUTE_OPTIMAL,
+    Hyperparameters,
+    for_finetuning,
+    for_pretraining,
+    method_of,
+    preset_for,
+)
+from llmctl.training.pretrain import LONGEST_CONTEXT, prepare
 
 PROMPT = 512
 """Tokens of a prompt likewise."""
 ROWS = 1000
 """Stands for rows whose number nothing says; steps are then not known either."""
 
+Tuned = SftConfig | RewardConfig | DpoConfig
+
 Recipe = PretrainConfig | Tuned | PpoConfig
+
+LONGEST = 2048
+"""Tokens of a sequence where nothing says (`sft`'s own limit)."""
+BYTES = 4
+"""Of text that make a token, about."""
+
+Planned = tuple[Work, PreTrainedConfig, tuple[str, ...]]
+
+PAIRED = ("reward", "dpo")
 
 
 def plan_recipe(recipe: Recipe, asked: PlanConfig, device: str) -> Planned:
@@ -129,7 +152,7 @@ def _trained(
     """Parameters that train: all, or those of the adapter, which is put on a model of no weight."""
     if not recipe.has_adapter:
         return parameters
-    model = shapes.meta_model(config, scores=labelled)
+    model = presets.meta_model(config, scores=labelled)
     adapted: PeftModel = adapt(model, recipe, task="classify" if labelled else "chat")
     return trainable_parameters(adapted)[0]
 
@@ -186,7 +209,7 @@ def _judges(recipe: PpoConfig, policy: int, asked: PlanConfig) -> int:
     if asked.shape is not None:
         return policy * len(recipe.reward_model)
     names = [weighted("--reward-model", text)[0] for text in recipe.reward_model]
-    models = [shapes.meta_model(load_config(name), scores=True) for name in names]
+    models = [presets.meta_model(load_config(name), scores=True) for name in names]
     return sum(parameter_count(model) for model in models)
 
 
@@ -195,3 +218,299 @@ def pick(device: str, asked: PlanConfig) -> str:
     if device == "auto" and (asked.device_memory or asked.tflops):
         return "cuda"
     return device if device in ("cuda", "cpu") else hardware.pick_device(device)
+
+
+def pretrain_work(values: Hyperparameters, shape: Shape, device: str) -> Work:
+    """Of pretraining: every position has logits."""
+    assert values.context is not None
+    return Work(
+        stage="pretrain",
+        shape=shape,
+        device=device,
+        world=values.world_size,
+        precision=values.precision,
+        optimizer=values.optimizer,
+        trained=shape.parameters,
+        has_adapter=False,
+        load_in="full",
+        rank=0,
+        batch_size=values.batch_size,
+        grad_accum=values.grad_accum,
+        length=values.context,
+        mean_length=values.context,
+        counted=1.0,
+        is_chunked=False,
+        is_checkpointed=False,
+        steps=values.max_steps,
+        keeps_logits=True,
+        can_shard=True,
+    )
+
+
+def foreseen_pretrain(values: Hyperparameters, architecture: Any, device: str) -> Outlook:
+    """The outlook of pretraining."""
+    work = pretrain_work(values, shape_to_train(architecture), device)
+    return outlook(work, architecture.get_text_config())
+
+
+def plan_shape(asked: PlanConfig, device: str) -> Planned:
+    """The work of pretraining a shape, in full and with AdamW.
+
+    Raises:
+        UserError: an unknown shape.
+    """
+    assert asked.shape is not None
+    config = config_of(asked.shape)
+    recipe = PretrainConfig(
+        tokens=asked.shape,
+        optimizer="adamw",
+        precision="fp32",
+        batch_size=asked.batch_size or 1,
+        grad_accum=1,
+        tokens_budget=asked.tokens,
+    )
+    work, notes = _guess(recipe, asked, config, device)
+    return replace(work, precision="bf16"), config, notes
+
+
+def plan_pretrain(recipe: PretrainConfig, asked: PlanConfig, device: str) -> Planned:
+    """The work of a recipe, on its tokens where they are at hand."""
+    folder = Path(recipe.tokens or "").expanduser()
+    if asked.shape is None and recipe.tokens and (folder / "tokens").is_dir():
+        setup = prepare(recipe, folder, Accelerator(cpu=device == "cpu"), device)
+        context = setup.hyperparameters.context
+        assert context is not None
+        values = for_pretraining(
+            recipe,
+            parameters=setup.parameters,
+            train_tokens=setup.index.train.tokens,
+            context=context,
+            world_size=asked.devices,
+            device=device,
+            sharded=False,
+        )
+        work = pretrain_work(values, shape_to_train(setup.architecture), device)
+        return work, setup.architecture, ()
+    notes: tuple[str, ...] = ()
+    if asked.shape is not None:
+        config = config_of(asked.shape)
+    elif recipe.model or recipe.config_from:
+        config = load_config(str(recipe.model or recipe.config_from))
+    else:
+        preset = preset_for(asked.tokens or VOCABULARY**2, device)
+        config = presets.new_config(recipe, preset, VOCABULARY, None)
+        notes = (f"{recipe.tokens or 'the data'} is not read: a vocabulary of {VOCABULARY:,}",)
+    work, more = _guess(recipe, asked, config, device)
+    return work, config, (*notes, *more)
+
+
+def guessed(
+    recipe: PretrainConfig, vocabulary: int, text_bytes: int, world: int, device: str
+) -> Outlook:
+    """The outlook of pretraining on text that is not encoded yet.
+
+    Args:
+        recipe: the command's fields.
+        vocabulary: tokens of its tokenizer.
+        text_bytes: size of the text.
+        world: processes.
+        device: type of device.
+    """
+    tokens = text_bytes // BYTES
+    if recipe.model:
+        config = load_config(recipe.model)
+    else:
+        config = presets.new_config(recipe, preset_for(tokens, device), vocabulary, None)
+    asked = PlanConfig(shape="corpus", devices=world)
+    work, _ = _guess(recipe, asked, config, device, train_tokens=tokens)
+    note = f"{BYTES} bytes of text are taken for a token"
+    return outlook(work, config.get_text_config(), notes=(note,))
+
+
+def _guess(
+    recipe: PretrainConfig,
+    asked: PlanConfig,
+    config: PreTrainedConfig,
+    device: str,
+    train_tokens: int | None = None,
+) -> tuple[Work, tuple[str, ...]]:
+    """Pretraining on tokens that are not at hand, of which there may be so many."""
+    shape = shape_to_train(config)
+    context = asked.length or recipe.context or min(shape.context or LONGEST, LONGEST_CONTEXT)
+    given = asked.tokens or recipe.tokens_budget
+    tokens = given or COMPUTE_OPTIMAL * shape.parameters
+    values = for_pretraining(
+        recipe,
+        parameters=shape.parameters,
+        train_tokens=train_tokens or tokens,
+        context=context,
+        world_size=asked.devices,
+        device=device,
+        sharded=False,
+    )
+    steps = values.max_steps
+    if train_tokens is None and recipe.max_steps is None and recipe.epochs is None:
+        steps = max(1, round(tokens / values.tokens_per_step))
+    work = pretrain_work(replace(values, max_steps=steps), shape, device)
+    assumed = f"{COMPUTE_OPTIMAL} tokens for each parameter, since --tokens says nothing"
+    says = train_tokens or given or recipe.max_steps or recipe.epochs or recipe.tokens_per_parameter
+    notes = () if says else (assumed,)
+    return work, (*notes, *too_long(shape, asked.length or 0))
+
+
+def tuning_work(
+    config: Tuned,
+    values: Hyperparameters,
+    shape: Shape,
+    lengths: Sequence[int],
+    trained: int,
+    *,
+    device: str,
+    world: int,
+    counted: float = 1.0,
+    knows_steps: bool = True,
+) -> Work:
+    """Of fine-tuning.
+
+    Args:
+        config: the command's fields.
+        values: hyperparameters of the run.
+        shape: of the model without an adapter.
+        lengths: tokens of the rows, of pairs their longer side.
+        trained: parameters that train.
+        device: type of device.
+        world: processes.
+        counted: share of positions that are trained on.
+        knows_steps: whether the rows are those of the run.
+    """
+    stage = method_of(config)
+    has_logits = not scores(config)
+    return Work(
+        stage=stage,
+        shape=shape,
+        device=device,
+        world=world,
+        precision=values.precision,
+        optimizer=values.optimizer,
+        trained=trained,
+        has_adapter=config.has_adapter,
+        load_in=held_in(config),
+        rank=config.lora_r if config.is_low_rank else 0,
+        batch_size=values.batch_size * (2 if stage in PAIRED else 1),
+        grad_accum=values.grad_accum,
+        length=max(lengths),
+        mean_length=sum(lengths) / len(lengths),
+        counted=counted if has_logits else 0.0,
+        is_chunked=has_logits and not isinstance(config, RewardConfig) and config.chunked_loss,
+        is_checkpointed=config.activation_checkpointing,
+        steps=values.max_steps if knows_steps else None,
+        can_shard=held_in(config) == "full",
+    )
+
+
+def ppo_work(
+    config: PpoConfig,
+    values: Hyperparameters,
+    shape: Shape,
+    prompts: Sequence[int],
+    trained: int,
+    judges: int,
+    *,
+    device: str,
+    world: int,
+    knows_steps: bool = True,
+) -> Work:
+    """Of PPO.
+
+    Args:
+        config: the command's fields.
+        values: hyperparameters of the run.
+        shape: of the policy without an adapter.
+        prompts: tokens of each.
+        trained: parameters of the policy that train.
+        judges: parameters of reward models with weights of their own.
+        device: type of device.
+        world: processes.
+        knows_steps: whether the prompts are those of the run.
+    """
+    ppo = values.ppo
+    assert ppo is not None
+    length = max(prompts) + config.max_new_tokens
+    a_pass = max(1, min(ppo.pass_tokens // length, -(-values.batch_size // ppo.minibatches)))
+    return Work(
+        stage="ppo",
+        shape=shape,
+        device=device,
+        world=world,
+        precision=values.precision,
+        optimizer="adamw",
+        trained=trained,
+        has_adapter=config.has_adapter,
+        load_in=held_in(config),
+        rank=config.lora_r if config.is_low_rank else 0,
+        batch_size=a_pass,
+        grad_accum=1,
+        length=length,
+        mean_length=sum(prompts) / len(prompts) + config.max_new_tokens,
+        counted=config.max_new_tokens / length,
+        is_chunked=False,
+        is_checkpointed=False,
+        steps=values.max_steps if knows_steps else None,
+        episodes=Episodes(
+            per_step=values.batch_size,
+            prompt=max(prompts),
+            response=config.max_new_tokens,
+            rollout=config.rollout_batch_size,
+            passes=ppo.ppo_epochs,
+            judges=judges,
+            most_logits=GPU_PASS_LOGITS if device == "cuda" else CPU_PASS_LOGITS,
+        ),
+    )
+
+
+def scores(config: Tuned) -> bool:
+    """Whether a model is trained that gives numbers for a text, and no logits."""
+    return isinstance(config, RewardConfig) or (
+        isinstance(config, SftConfig) and config.task == "classify"
+    )
+
+
+def held_in(config: LowRank) -> LoadIn:
+    """How the frozen weights are to be held."""
+    return load_in(config) if isinstance(config, Quantized) else "full"
+
+
+def shape_to_train(config: PreTrainedConfig, *, labels: int = 0) -> Shape:
+    """The shape of a language model, or of a classifier of so many numbers."""
+    if labels:
+        config = deepcopy(config)
+        config.num_labels = labels
+    return shape_of(config, presets.meta_model(config, scores=bool(labels)))
+
+
+def counted_share(*parts: Tokenized) -> float:
+    """The largest share of a sequence that is trained on."""
+    return max(float((part.trained_counts / part.lengths).max()) for part in parts)
+
+
+def foreseen(
+    config: Tuned,
+    prepared: Prepared,
+    device: str,
+    world: int,
+    counted: float = 1.0,
+) -> Outlook:
+    """The outlook of a run whose model is loaded."""
+    labels = prepared.model.config.num_labels if scores(config) else 0
+    shape = shape_to_train(prepared.model.config, labels=labels)
+    work = tuning_work(
+        config,
+        prepared.hyperparameters,
+        shape,
+        prepared.train.lengths,
+        prepared.trained_parameters,
+        device=device,
+        world=world,
+        counted=counted,
+    )
+    return outlook(work, prepared.model.config.get_text_config())

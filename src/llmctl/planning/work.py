@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from llmctl.models.quantized import LoadIn
 from llmctl.planning.shape import Shape
-from llmctl.quantized import LoadIn
 
 
 @dataclass(frozen=True)

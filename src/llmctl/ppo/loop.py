@@ -1,7 +1,7 @@
 """The loop of PPO: sample, score, update; then what every training command does after a step.
 
-In: a `PpoTrainer`. Out: trained models, checkpoints, metrics. `collect.py` makes the episodes of a
-step, `update.py` learns from them, `evaluate.py` compares with the reference.
+In: a `PpoTrainer`. Out: trained models, checkpoints, metrics. `experience.py` makes the episodes of
+a step, `update.py` learns from them, `win_rate.py` compares with the reference.
 """
 
 import time
@@ -14,18 +14,24 @@ import torch
 from llmctl.config.sections import Checkpoints
 from llmctl.console import ProgressBar
 from llmctl.ppo.advantages import adapt_kl_coef
-from llmctl.ppo.checks import EXACT, check
-from llmctl.ppo.collect import collect, sample, stopped, tell
 from llmctl.ppo.episodes import Episodes
-from llmctl.ppo.evaluate import NUMBERS, Judge
+from llmctl.ppo.experience import collect, sample, stopped, tell
 from llmctl.ppo.rewards import Raw
 from llmctl.ppo.rollout import Halted
+from llmctl.ppo.self_checks import EXACT, check
 from llmctl.ppo.trainer import PpoTrainer
 from llmctl.ppo.update import update
-from llmctl.training.fault_tolerance import find_checkpoint, finish_step, is_over, save, together
+from llmctl.ppo.win_rate import NUMBERS, Judge
+from llmctl.signals import StopFlag, stop_flag
+from llmctl.training.fault_tolerance import (
+    find_checkpoint,
+    finish_step,
+    is_over,
+    save,
+    together,
+)
 from llmctl.training.meter import Meter
 from llmctl.training.optimizers import set_lr
-from llmctl.training.signals import StopFlag, stop_flag
 from llmctl.training.state import checkpoint_bytes, restore, set_generators
 
 REFERENCE_EPISODES = 128

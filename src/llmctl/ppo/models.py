@@ -1,7 +1,9 @@
 """The models of a run: policy, reference, value model, and the reward models beside them.
 
 In full, each has weights of its own. With LoRA one set of base weights serves policy, reference,
-value model and those reward models that are LoRA of the same base.
+value model and those reward models that are LoRA of the same base: each has layers of its own to
+put adapters on. `Actors` are what is trained and the reference, as functions of a pass over
+episodes.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,30 +16,100 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerBase,
+)
 
-from llmctl.adapters import is_adapter, read_adapter, weights_sha256
-from llmctl.config.stages import PpoConfig
+from llmctl.config.commands import PpoConfig
 from llmctl.console import log
-from llmctl.data.hub import model_input
-from llmctl.errors import UserError
-from llmctl.low_rank import fuse
-from llmctl.models import find_base, local_folder
-from llmctl.ppo.actors import Actors
+from llmctl.errors import ModelError, UserError
+from llmctl.models.adapters import is_adapter, read_adapter, weights_sha256
+from llmctl.models.hub import model_input
+from llmctl.models.loading import find_base, local_folder
+from llmctl.models.patched_lora import fuse
+from llmctl.ppo.episodes import Pass
 from llmctl.ppo.rewards import Source, named_apart, rule_source, weighted
 from llmctl.ppo.rules import Told, find_rule
-from llmctl.ppo.sharing import classifier_on, language_model_on
-from llmctl.rundir import resolve_model
-from llmctl.scoring import Exchange, RewardModel, load_reward_model
+from llmctl.reward.model import Exchange, RewardModel, load_reward_model
+from llmctl.runs.directory import resolve_model
 from llmctl.training.adapters import adapt
 from llmctl.training.base_model import load_base
+from llmctl.training.token_loss import handed, output_layer
 
 SCORE = "score"
 """The head of every classifier that transformers makes of a decoder."""
 SCORE_BATCH = 64
 """Responses that a reward model scores at a time."""
 PROBE = "The quick brown fox, 12345 jumps;\n  naïve café."
+
+
+class Actors(nn.Module):
+    """Policy and value model, as one module: the names in it are those of a checkpoint."""
+
+    def __init__(
+        self, policy: Any, value: Any, value_head: nn.Linear, reference: Any, *, temperature: float
+    ) -> None:
+        """Put the models together.
+
+        Args:
+            policy: causal language model, perhaps with an adapter.
+            value: body of the value model, which gives hidden states.
+            value_head: from hidden states to one value.
+            reference: causal language model; it is no part of this module.
+            temperature: of policy and reference.
+        """
+        super().__init__()
+        self.policy, self.value, self.value_head = policy, value, value_head
+        self.temperature = temperature
+        self.scale = 1.0, 0.0
+        """Factor of the head's output and what is added to it: a reward model's head gives its
+        scores, and values are of normalised ones."""
+        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self._reference = [reference]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return self.value_head.weight.device
+
+    @property
+    def reference(self) -> Any:
+        """The policy as it began."""
+        return self._reference[0]
+
+    @property
+    def vocabulary(self) -> int:
+        """V, logits of a token."""
+        return int(self.policy.config.get_text_config().vocab_size)
+
+    def log_probs(self, batch: Pass) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (n,) of the chosen tokens under the policy, and its logits (n, V)."""
+        logits = self._logits(self.policy, batch)
+        return log_probs_of(logits, batch.chosen), logits
+
+    @torch.no_grad()
+    def reference_log_probs(self, batch: Pass) -> Tensor:
+        """Log-probabilities (n,) of the chosen tokens under the reference."""
+        return log_probs_of(self._logits(self.reference, batch), batch.chosen)
+
+    def values(self, batch: Pass) -> Tensor:
+        """Values (n,) of the states before each chosen token."""
+        with self.autocast():
+            states = self.value(input_ids=batch.tokens, use_cache=False).last_hidden_state
+            kept = states[:, :-1].flatten(0, 1)[batch.places]
+            found: Tensor = self.value_head(kept.to(self.value_head.weight.dtype))[:, 0]
+        factor, shift = self.scale
+        return found.float() * factor + shift
+
+    def _logits(self, model: Any, batch: Pass) -> Tensor:
+        """Logits (n, V) at the temperature, of no other positions."""
+        head = output_layer(model)
+        with self.autocast(), handed(head, batch.tokens.shape[1], batch.places):
+            logits: Tensor = model(input_ids=batch.tokens, use_cache=False).logits[0]
+        return logits.float() / self.temperature if self.temperature != 1 else logits.float()
 
 
 @dataclass(frozen=True)
@@ -230,3 +302,68 @@ def head_of(classifier: Any) -> nn.Linear:
     found = head.modules_to_save["default"] if isinstance(head, ModulesToSaveWrapper) else head
     assert isinstance(found, nn.Linear)
     return found
+
+
+def log_probs_of(logits: Tensor, chosen: Tensor) -> Tensor:
+    """Log-probabilities (n,) of tokens (n,) from logits (n, V), without a copy of all of them."""
+    return logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def entropy_of(logits: Tensor) -> Tensor:
+    """Entropies (n,) in nats of the distributions that logits (n, V) stand for."""
+    log_probs = logits.log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def language_model_on(base: Any) -> Any:
+    """Another causal language model on the weights of this one."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(deepcopy(base.config), trust_remote_code=False)
+    _adopt(model, base)
+    return model.eval().requires_grad_(False)
+
+
+def classifier_on(base: Any) -> Any:
+    """A classifier of one number on the body of this language model; its head gives 0.
+
+    Raises:
+        ModelError: transformers has no classifier of this architecture, or none with such a head.
+    """
+    config = deepcopy(base.config)
+    config.num_labels, config.problem_type = 1, None
+    config.architectures = None
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    except ValueError:
+        raise ModelError(
+            f"transformers has no classifier of the architecture {config.model_type}, and so no "
+            "value model"
+        ) from None
+    _adopt(model.base_model, base.base_model)
+    head = dict(model.named_children()).get("score")
+    if not isinstance(head, nn.Linear):
+        raise ModelError(f"a value model of the architecture {config.model_type} is not supported")
+    score = nn.Linear(head.in_features, 1, bias=False, device=base.device)
+    nn.init.zeros_(score.weight)
+    model.score = score
+    return model.eval()
+
+
+def _adopt(shell: nn.Module, base: nn.Module) -> None:
+    """Give a model without weights the layers of another, which are not copied.
+
+    Layers without layers in them are taken whole, so that quantized ones are too; of the others,
+    into which adapters are put, only what they hold themselves.
+    """
+    places = dict(shell.named_modules())
+    for name, module in base.named_modules():
+        parent, _, last = name.rpartition(".")
+        if name and next(module.children(), None) is None:
+            setattr(places[parent], last, module)
+            continue
+        here = places[name]
+        for key, weight in module.named_parameters(recurse=False):
+            here.register_parameter(key, weight)
+        for key, buffer in module.named_buffers(recurse=False):
+            here.register_buffer(key, buffer, persistent=key in module.state_dict())

@@ -5,12 +5,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from llmctl.config.stages import PpoConfig
+from llmctl.config.commands import PpoConfig
 from llmctl.console import log
+from llmctl.data.chat.render import ChatFormat, encode_text
+from llmctl.data.chat.templates import choose_template
 from llmctl.data.prompts import PromptRow
-from llmctl.data.rendering import ChatFormat
-from llmctl.data.special import encode_text
-from llmctl.data.templates import choose_template
 from llmctl.decode.loop import check_prompt, room
 from llmctl.errors import DataError, ModelError
 from llmctl.ppo.trainer import Asked

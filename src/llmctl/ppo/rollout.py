@@ -19,7 +19,7 @@ from llmctl.decode.forward import Forward, HuggingFaceForward
 from llmctl.decode.llama import fast_forward
 from llmctl.decode.loop import Prompt, Response, decode
 from llmctl.ppo.episodes import Sequences
-from llmctl.training.signals import StopFlag
+from llmctl.signals import StopFlag
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 

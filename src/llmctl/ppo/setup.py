@@ -11,21 +11,20 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from llmctl import hardware
-from llmctl.config.stages import PpoConfig
+from llmctl.config.commands import PpoConfig
 from llmctl.console import log, short
 from llmctl.data.prompts import PromptSet, read_prompts
 from llmctl.decode.loop import eos_tokens
 from llmctl.errors import DataError, ResourceError, UserError
-from llmctl.models import load_config, load_tokenizer
-from llmctl.ppo.actors import Actors
-from llmctl.ppo.evaluate import Judge
+from llmctl.models.loading import load_config, load_tokenizer
 from llmctl.ppo.hyperparameters import for_ppo, ppo_identity
-from llmctl.ppo.models import Models, load_models
+from llmctl.ppo.models import Actors, Models, load_models
 from llmctl.ppo.prompts import PromptFormat, encode_prompts
 from llmctl.ppo.rewards import Rewards
 from llmctl.ppo.rollout import Sampler
 from llmctl.ppo.trainer import Asked, PpoTrainer
-from llmctl.rundir import Run
+from llmctl.ppo.win_rate import Judge
+from llmctl.runs.directory import Run
 from llmctl.training.adapters import trainable_parameters
 from llmctl.training.base_model import Base, base_of, to_pure_bf16
 from llmctl.training.batches import Order

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from llmctl.config.stages import PpoConfig
+from llmctl.config.commands import PpoConfig
 from llmctl.data.prompts import PromptRow
 from llmctl.decode.loop import best_threads
-from llmctl.models import parameter_count
-from llmctl.ppo.actors import Actors
+from llmctl.models.loading import parameter_count
 from llmctl.ppo.alarms import Alarms
 from llmctl.ppo.hyperparameters import CPU_PASS_LOGITS, GPU_PASS_LOGITS
+from llmctl.ppo.models import Actors
 from llmctl.ppo.rewards import Rewards, Source
 from llmctl.ppo.rollout import Sampler
 from llmctl.ppo.rules import Told

@@ -1,26 +1,26 @@
-"""The updates of a step: several passes over its episodes, in minibatches.
+"""Update policy and value model: several passes over a step's episodes, in minibatches.
 
 What makes a minibatch is a function of seed, step and pass, over the episodes of all processes; a
 loss is a sum over tokens divided by those of the whole minibatch. So it makes no difference in how
-many pieces, or on how many processes, a minibatch is computed.
+many pieces, or on how many processes, a minibatch is computed. The losses take (B, R) tensors.
 """
 
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llmctl.ppo.actors import entropy_of
 from llmctl.ppo.episodes import Episodes, Pass, passes
-from llmctl.ppo.loss import policy_loss, value_loss
+from llmctl.ppo.models import entropy_of
 from llmctl.ppo.trainer import PpoTrainer
+from llmctl.signals import StopFlag
 from llmctl.training.fault_tolerance import Verdict
 from llmctl.training.loop import update as update_weights
-from llmctl.training.signals import StopFlag
 
 SUMS = ("policy_loss", "value_loss", "clipped", "value_clipped", "policy_kl")
 
@@ -171,3 +171,62 @@ def shares(tally: Tally) -> dict[str, float]:
     found["clip_fraction"] = found.pop("clipped")
     found["value_clip_fraction"] = found.pop("value_clipped")
     return {**found, "updates": tally.updates}
+
+
+class PolicyLoss(NamedTuple):
+    """Sums over the mask."""
+
+    loss: Tensor
+    clipped: Tensor
+    """Tokens at which the clipped term was the larger one; without gradients."""
+    kl: Tensor
+    """k3 estimate of KL(old || new), in nats; without gradients."""
+
+
+class ValueLoss(NamedTuple):
+    """Sums over the mask."""
+
+    loss: Tensor
+    clipped: Tensor
+
+
+def policy_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip: float
+) -> PolicyLoss:
+    """The clipped surrogate, negated (Schulman et al., 2017, arXiv:1707.06347, eq. 7).
+
+    Args:
+        log_probs: (B, R) under the policy that learns.
+        old_log_probs: (B, R) under the policy that sampled.
+        advantages: (B, R).
+        mask: (B, R) tokens that count.
+        clip: epsilon.
+    """
+    log_ratio = (log_probs - old_log_probs).where(mask, 0.0)
+    ratio = log_ratio.exp()
+    plain = -advantages * ratio
+    limited = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    with torch.no_grad():
+        clipped = ((limited > plain) & mask).sum()
+        kl = (ratio - 1 - log_ratio).where(mask, 0.0).sum()
+    return PolicyLoss(torch.maximum(plain, limited).where(mask, 0.0).sum(), clipped, kl)
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float
+) -> ValueLoss:
+    """Half the squared error of the values, of the worse of two (Schulman et al., 2017, code).
+
+    The second is the value held within `clip` of what it was when the batch was sampled.
+
+    Args:
+        values: (B, R) that learn.
+        old_values: (B, R) of when the batch was sampled.
+        returns: (B, R) targets.
+        mask: (B, R) tokens that count.
+        clip: epsilon of the values; infinity does not clip.
+    """
+    held = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
+    plain, limited = (values - returns) ** 2, (held - returns) ** 2
+    clipped = ((limited > plain) & mask).sum()
+    return ValueLoss(0.5 * torch.maximum(plain, limited).where(mask, 0.0).sum(), clipped)

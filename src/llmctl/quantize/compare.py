@@ -14,9 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmctl.config.sections import Sampling
 from llmctl.console import ProgressBar
-from llmctl.decode.loop import Prompt, choose_forward, context_size, decode, eos_tokens
+from llmctl.decode.loop import Prompt, choose_forward, decode, eos_tokens
 from llmctl.errors import DataError, ModelError
-from llmctl.likelihood import MOST_NATS, Window, batched, make_windows, window_logits
+from llmctl.evaluate.perplexity import MOST_NATS, Window, batched, make_windows, window_logits
+from llmctl.models.loading import context_size
 
 LONGEST = 1024
 """Tokens of a window at most, where the model would take more."""

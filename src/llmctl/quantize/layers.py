@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from llmctl.config.stages import QuantizeConfig
+from llmctl.config.commands import QuantizeConfig
 from llmctl.errors import ModelError, UserError
-from llmctl.quantized import BLOCK, input_width
+from llmctl.models.quantized import BLOCK, input_width
 
 CPU_BLOCK = 32
 """Outputs of a layer in 4 bits that bitsandbytes packs together on a CPU with AVX512-BF16. llmctl

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
-from llmctl.config.stages import QuantizeConfig
+from llmctl.config.commands import QuantizeConfig
 from llmctl.errors import ModelError, ResourceError
-from llmctl.models import DTYPES
+from llmctl.models.loading import DTYPES
+from llmctl.models.quantized import guard, is_quantized, not_finite
+from llmctl.models.vetting import BROKEN, first_line
 from llmctl.quantize.layers import Layers
-from llmctl.quantized import guard, is_quantized, not_finite
-from llmctl.vetting import BROKEN, first_line
 
 
 def check_method(config: QuantizeConfig, device: str) -> None:

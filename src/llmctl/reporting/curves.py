@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from llmctl import wording
-from llmctl.reporting.runs import Record
+from llmctl import metrics
+from llmctl.reporting.records import Record
 
 FIRST = (
     "score",
@@ -118,9 +118,9 @@ def _panel(base: str, keys: list[str], records: Sequence[Record], several: bool)
                 series.append(one)
     values = [y for one in series for _, y in one.points]
     is_log = base == "lr" and bool(values) and min(values) > 0 and _is_steep(values)
-    title = TITLES.get(base) or wording.label(base)
+    title = TITLES.get(base) or metrics.label(base)
     is_policy = base == "loss" and records[0].stage == "ppo"  # of a clipped term, in no unit
-    unit = "" if is_policy else wording.UNITS.get(base.rstrip("/"), "")
+    unit = "" if is_policy else metrics.UNITS.get(base.rstrip("/"), "")
     return Panel(base, title, unit, is_log, tuple(series))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmctl import wording
+from llmctl import metrics
 from llmctl.reporting.curves import Panel, Series
 
 WIDTH, HEIGHT = 400, 212
@@ -102,8 +102,8 @@ def draw(panel: Panel) -> Drawing:
         title=panel.title,
         unit=panel.unit,
         is_log=panel.is_log,
-        x_ticks=tuple(Tick(x_scale(x), wording.compact(x)) for x in x_at),
-        y_ticks=tuple(Tick(y_scale(y), wording.number(panel.key, y)) for y in y_at),
+        x_ticks=tuple(Tick(x_scale(x), metrics.compact(x)) for x in x_at),
+        y_ticks=tuple(Tick(y_scale(y), metrics.number(panel.key, y)) for y in y_at),
         lines=lines,
         about=f"{panel.title} by step. At the end: {said}.",
         data=_data(panel, x_scale, y_scale),
@@ -152,7 +152,7 @@ def _line(key: str, one: Series, x_scale: Scale, y_scale: Scale) -> Line:
         band=f"{_path(edge)}Z" if edge else "",
         dots=tuple(placed) if len(placed) == 1 or (one.is_held_out and few) else (),
         best=(x_scale(one.best[0]), y_scale(one.best[1])) if one.best else None,
-        last=wording.number(key, one.points[-1][1]),
+        last=metrics.number(key, one.points[-1][1]),
     )
 
 
@@ -169,7 +169,7 @@ def _data(panel: Panel, x_scale: Scale, y_scale: Scale) -> dict[str, Any]:
             {
                 "label": one.label,
                 "points": [[float(f"{x:.8g}"), float(f"{y:.5g}")] for x, y in one.points],
-                "texts": [wording.with_unit(panel.key, y) for _, y in one.points],
+                "texts": [metrics.with_unit(panel.key, y) for _, y in one.points],
             }
             for one in panel.series
         ],

@@ -7,9 +7,9 @@ last run by their model stand in one row, the others beside it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmctl.lineage import Input, Step, line_of, portable
-from llmctl.reporting.runs import Record, clean
+from llmctl.reporting.records import Record, clean
 from llmctl.reporting.tables import key_figures
+from llmctl.runs.lineage import Input, Step, line_of, portable
 
 SPINE = ("model", "base", "tokens", "adapter", "tokenizer")
 """Roles that hand a model on."""

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from llmctl.reporting import origins, tables
 from llmctl.reporting.graph import edges
-from llmctl.reporting.page import lede, stages_of
-from llmctl.reporting.runs import Beside, Record
+from llmctl.reporting.html import lede, stages_of
+from llmctl.reporting.records import Beside, Record
 from llmctl.reporting.tables import Table
 from llmctl.reporting.texts import Samples
 

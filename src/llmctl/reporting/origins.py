@@ -6,16 +6,16 @@ In: records. Out: tables of texts, which a template escapes.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from llmctl import wording
-from llmctl.config import stages
+from llmctl import metrics
+from llmctl.config import commands
 from llmctl.config.base import Config
-from llmctl.reporting.runs import Record
+from llmctl.reporting.records import Record
 from llmctl.reporting.tables import Table, mapping, shown
 
 
 def settings_table(records: Sequence[Record]) -> Table | None:
     """Settings that differ from the defaults or between the runs; what came of `auto` beside it."""
-    config = vars(stages).get(f"{records[0].stage.capitalize()}Config")
+    config = vars(commands).get(f"{records[0].stage.capitalize()}Config")
     if config is None:
         return None
     usual, rows = defaults(config), []
@@ -55,10 +55,10 @@ def audit_tables(record: Record) -> Iterator[Table]:
     plain = {k: v for k, v in audit.items() if not isinstance(v, dict | list)}
     rows = []
     for key, value in plain.items():
-        cells = [wording.value(key, value)]
+        cells = [metrics.value(key, value)]
         if val is not None:
-            cells.append(wording.value(key, val[key]) if key in val else "")
-        rows.append((wording.label(key), *cells))
+            cells.append(metrics.value(key, val[key]) if key in val else "")
+        rows.append((metrics.label(key), *cells))
     heads = ("", "training", "validation") if val is not None else ("", "value")
     yield Table("Data", heads, tuple(rows))
     findings = [one for one in audit.get("findings") or [] if isinstance(one, dict)]
@@ -94,8 +94,8 @@ def machine_table(records: Sequence[Record]) -> tuple[Table | None, list[tuple[s
     facts = [_machine(record) for record in records]
     rows, same = [], []
     for key in dict.fromkeys(name for one in facts for name in one):
-        values = [one.get(key, wording.MISSING) for one in facts]
-        known = set(values) - {wording.MISSING}
+        values = [one.get(key, metrics.MISSING) for one in facts]
+        known = set(values) - {metrics.MISSING}
         if len(known) == 1:
             same.append((key, known.pop()))
         elif known:
@@ -122,22 +122,22 @@ def _machine(record: Record) -> dict[str, str]:
 
 def time_of(record: Record) -> str:
     """How long a run worked."""
-    return wording.MISSING if record.seconds is None else wording.seconds(record.seconds)
+    return metrics.MISSING if record.seconds is None else metrics.seconds(record.seconds)
 
 
 def energy_of(record: Record) -> str:
     """The energy that a run took, a dash where it was not counted."""
     kwh = mapping(record.manifest.get("energy")).get("kwh")
-    return wording.energy(kwh) if isinstance(kwh, int | float) else wording.MISSING
+    return metrics.energy(kwh) if isinstance(kwh, int | float) else metrics.MISSING
 
 
 def _commit(record: Record) -> str:
     git = mapping(record.manifest.get("git"))
     if not isinstance(git.get("commit"), str):
-        return wording.MISSING
+        return metrics.MISSING
     return str(git["commit"])[:12] + (" and changes" if git.get("dirty") else "")
 
 
 def _mark(one: Mapping[str, Any]) -> str:
     mark = one.get("revision") or one.get("sha256")
-    return str(mark)[:16] if mark else wording.MISSING
+    return str(mark)[:16] if mark else metrics.MISSING

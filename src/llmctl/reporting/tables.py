@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmctl import wording
-from llmctl.reporting.runs import Record
+from llmctl import metrics
+from llmctl.reporting.records import Record
 
 KEY_FIGURES = {
     "tokenize": ("tokens", "vocab_size", "bytes_per_token", "vocab_used", "unknown_rate"),
@@ -55,22 +55,22 @@ class Figure:
 
 def key_figures(record: Record) -> list[Figure]:
     """The few figures that a stage is judged by."""
-    found = dict(wording.figures(record.result))
+    found = dict(metrics.figures(record.result))
     names = [name for name in KEY_FIGURES.get(record.stage, ()) if name in found]
     if not names:
         names = [n for n in found if n not in ("mfu", "step", "best_step", "memory_bytes")]
     return [
-        Figure(wording.label(name), wording.value(name, found[name]), _interval(name, found))
+        Figure(metrics.label(name), metrics.value(name, found[name]), _interval(name, found))
         for name in names[:MOST_KEY_FIGURES]
     ]
 
 
 def figures_table(records: Sequence[Record]) -> Table:
     """Every figure of the results of runs of one stage, a column each."""
-    found = [dict(wording.figures(record.result)) for record in records]
+    found = [dict(metrics.figures(record.result)) for record in records]
     keys = dict.fromkeys(key for one in found for key in one)
     rows = [
-        (wording.label(key), *(wording.value(key, one.get(key)) for one in found)) for key in keys
+        (metrics.label(key), *(metrics.value(key, one.get(key)) for one in found)) for key in keys
     ]
     return Table("All figures", ("", *(record.name for record in records)), tuple(rows))
 
@@ -80,7 +80,7 @@ def compared_table(records: Sequence[Record]) -> Table:
     columns = [{one.label: one for one in key_figures(record)} for record in records]
     labels = dict.fromkeys(label for column in columns for label in column)
     rows = [
-        (label, *(c[label].value if label in c else wording.MISSING for c in columns))
+        (label, *(c[label].value if label in c else metrics.MISSING for c in columns))
         for label in labels
     ]
     return Table("Key figures", ("", *(record.name for record in records)), tuple(rows))
@@ -101,9 +101,9 @@ def nested_tables(record: Record) -> Iterator[Table]:
         for key, value in source.items():
             if isinstance(value, list) and value and key not in known:
                 yield from _list_table(key, value)
-    extra = wording.figures({k: v for k, v in record.report.items() if k not in record.result})
+    extra = metrics.figures({k: v for k, v in record.report.items() if k not in record.result})
     if extra:
-        rows = tuple((wording.label(k), wording.value(k, v)) for k, v in extra)
+        rows = tuple((metrics.label(k), metrics.value(k, v)) for k, v in extra)
         yield Table("Report", ("", "value"), rows)
 
 
@@ -115,7 +115,7 @@ def _before_after(result: Mapping[str, Any]) -> Iterator[Table]:
         ends = result[f"{name}_before"], result[f"{name}_after"]
         both = all(isinstance(end, int | float) and end for end in ends)
         change = f"{ends[1] / ends[0]:.3g} \N{MULTIPLICATION SIGN}" if both else ""
-        rows.append((wording.label(name), *(wording.value(name, end) for end in ends), change))
+        rows.append((metrics.label(name), *(metrics.value(name, end) for end in ends), change))
     if rows:
         yield Table("Before and after", ("", "before", "after", "change"), tuple(rows))
 
@@ -124,14 +124,14 @@ def _beside_other(result: Mapping[str, Any]) -> Table:
     """Figures of two models on the same data, with the interval of their difference."""
     other, apart = mapping(result["compare"]), mapping(result.get("differences"))
     rows = []
-    for key, value in wording.figures(result):
+    for key, value in metrics.figures(result):
         if key in other:
             found = mapping(apart.get(key))
             ends = [found.get(end) for end in ("low", "high")]
             between = "" if None in ends else " to ".join(f"{end:+.3g}" for end in ends)
             said = f"{found['difference']:+.3g}" if "difference" in found else ""
-            cells = (wording.value(key, value), wording.value(key, other[key]), said, between)
-            rows.append((wording.label(key), *cells))
+            cells = (metrics.value(key, value), metrics.value(key, other[key]), said, between)
+            rows.append((metrics.label(key), *cells))
     heads = ("", shown(result.get("model")), shown(other.get("model")), "difference", "95 %")
     return Table("Two models on the same data", heads, tuple(rows))
 
@@ -141,9 +141,9 @@ def gates_table(gates: Sequence[tuple[str, Mapping[str, Any]]]) -> Table | None:
     rows = tuple(
         (
             stage,
-            f"{wording.label(str(gate.get('figure')))} {SIGNS.get(sign, sign)} "
-            f"{wording.value(str(gate.get('figure')), gate.get('bound'))}",
-            wording.value(str(gate.get("figure")), gate.get("value")),
+            f"{metrics.label(str(gate.get('figure')))} {SIGNS.get(sign, sign)} "
+            f"{metrics.value(str(gate.get('figure')), gate.get('bound'))}",
+            metrics.value(str(gate.get("figure")), gate.get("value")),
             "✓ holds" if gate.get("holds") is True else "✗ does not hold",
         )
         for stage, gate in gates
@@ -165,12 +165,12 @@ def _matrices(groups: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
             names, columns = list(first), [dict(v) for v in first.values()]
         keys = dict.fromkeys(key for column in columns for key in column)
         rows = [
-            (wording.label(key), *(_cell(key, column.get(key)) for column in columns))
+            (metrics.label(key), *(_cell(key, column.get(key)) for column in columns))
             for key in keys
         ]
-        title = wording.label(name) if len(names) == 1 or first is not columns[0] else " and ".join(
-            wording.label(one).lower() for one in names).capitalize()  # fmt: skip
-        heads = [wording.label(one) for one in names] if len(names) > 1 else ["value"]
+        title = metrics.label(name) if len(names) == 1 or first is not columns[0] else " and ".join(
+            metrics.label(one).lower() for one in names).capitalize()  # fmt: skip
+        heads = [metrics.label(one) for one in names] if len(names) > 1 else ["value"]
         yield Table(title, ("", *heads), tuple(rows[:MOST_ROWS]))
 
 
@@ -180,16 +180,16 @@ def _list_table(key: str, value: list[Any]) -> Iterator[Table]:
         keys = list(dict.fromkeys(name for row in rows for name in row))
         cells = tuple(tuple(_cell(name, row.get(name)) for name in keys) for row in rows)
         is_text = any(isinstance(v, str) and len(v) > 40 for row in rows for v in row.values())
-        yield Table(wording.label(key), tuple(map(wording.label, keys)), cells, is_text)
+        yield Table(metrics.label(key), tuple(map(metrics.label, keys)), cells, is_text)
     elif not (len(value) == 2 and all(isinstance(end, int | float) for end in value)):
         cells = tuple((_cell(key, one),) for one in value[:MOST_ROWS])
-        yield Table(wording.label(key), (wording.label(key),), cells, is_text=True)
+        yield Table(metrics.label(key), (metrics.label(key),), cells, is_text=True)
 
 
 def shown(value: Any) -> str:
     """A setting as a recipe would have it, on one line."""
     if value is None or value == [] or value == "":
-        return wording.MISSING
+        return metrics.MISSING
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list):
@@ -206,17 +206,17 @@ def cut(text: str) -> str:
 
 def _cell(key: str, value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {wording.value(name, one)}" for name, one in value.items())
+        return ", ".join(f"{name} {metrics.value(name, one)}" for name, one in value.items())
     if isinstance(value, list) and any(isinstance(one, str | dict | list) for one in value):
         return cut(", ".join(map(str, value)))
-    return cut(wording.value(key, value))
+    return cut(metrics.value(key, value))
 
 
 def _interval(name: str, found: Mapping[str, Any]) -> str:
     ends = found.get(f"{name}_interval") or [found.get(f"{name}_{end}") for end in ("low", "high")]
     if any(not isinstance(end, int | float) for end in ends):
         return ""
-    return f"{wording.value(name, list(ends))} (95{wording.NARROW}%)"
+    return f"{metrics.value(name, list(ends))} (95{metrics.NARROW}%)"
 
 
 def mapping(value: Any) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmctl import wording
-from llmctl.reporting.runs import Record
+from llmctl import metrics
+from llmctl.reporting.records import Record
 from llmctl.reporting.tables import cut
 
 MOST = 8
@@ -125,8 +125,8 @@ def _judged(rows: Sequence[Mapping[str, Any]]) -> Iterator[Said]:
         yield Said("reference", cut(str(rows[0]["reference"])))
     for row in rows:
         figures = [
-            f"{wording.label(key).lower()} {wording.value(key, value)}"
-            for key, value in wording.figures(row)
+            f"{metrics.label(key).lower()} {metrics.value(key, value)}"
+            for key, value in metrics.figures(row)
             if key not in ("row", "line", "seed")
         ]
         side = str(row.get("side", "response"))

@@ -21,10 +21,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llmctl.config.supervised import Adapter, LowRank
+from llmctl.config.finetuning import Adapter, LowRank
 from llmctl.errors import ModelError, UserError
-from llmctl.low_rank import fuse
-from llmctl.quantized import HEADS, loaded_in
+from llmctl.models.patched_lora import fuse
+from llmctl.models.quantized import HEADS, loaded_in
 
 ALL_LINEAR = "all-linear"
 TASKS = {"chat": TaskType.CAUSAL_LM, "classify": TaskType.SEQ_CLS}

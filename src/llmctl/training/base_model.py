@@ -16,20 +16,19 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from llmctl import hardware, shapes
-from llmctl.adapters import weights_sha256
-from llmctl.config.stages import DpoConfig, PpoConfig, RewardConfig, SftConfig
-from llmctl.config.supervised import Quantized
-from llmctl.config.tuning import Tuning
+from llmctl import hardware
+from llmctl.config.commands import DpoConfig, PpoConfig, RewardConfig, SftConfig
+from llmctl.config.finetuning import Quantized, Tuning
 from llmctl.console import log, short
-from llmctl.data.hub import model_input
-from llmctl.embeddings import grow_embeddings
 from llmctl.errors import ModelError, UserError
-from llmctl.headed import load_classifier, require_padding_unseen, require_positions
-from llmctl.models import load_causal_lm, load_config, local_folder
-from llmctl.quantized import HEADS, LoadIn, require_full
-from llmctl.resume import earlier_manifest
-from llmctl.rundir import resolve_model
+from llmctl.models import presets
+from llmctl.models.adapters import weights_sha256
+from llmctl.models.classifiers import load_classifier, require_padding_unseen, require_positions
+from llmctl.models.hub import model_input
+from llmctl.models.loading import grow_embeddings, load_causal_lm, load_config, local_folder
+from llmctl.models.quantized import HEADS, LoadIn, require_full
+from llmctl.runs.directory import resolve_model
+from llmctl.runs.resume import earlier_manifest
 from llmctl.training.adapters import adapt, trainable_parameters
 from llmctl.training.batches import Batch, Order, RowBatches, Rows, on_device
 from llmctl.training.distributed import autocast, is_sharded
@@ -375,9 +374,9 @@ def flops_of(model: Any, length: int, device: str) -> float | None:
         return None
     total = sum(weight.numel() for weight in model.parameters())
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    active = shapes.active_parameters(model)
+    active = presets.active_parameters(model)
     config = model.config.get_text_config()
-    return shapes.flops_per_token(active, config, length, trained=active * trained / total)
+    return presets.flops_per_token(active, config, length, trained=active * trained / total)
 
 
 def to_pure_bf16(model: nn.Module, lr: float) -> None:

@@ -16,8 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmctl.data.packing import pack
-from llmctl.data.tokenized import Tokenized
+from llmctl.data.tokenized import Tokenized, pack
 from llmctl.errors import DataError
 
 if TYPE_CHECKING:

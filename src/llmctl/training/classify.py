@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from llmctl.config.stages import SftConfig
-from llmctl.data.labelled import Labelled, Texts
-from llmctl.rundir import Run
+from llmctl.config.commands import SftConfig
+from llmctl.data.classification import Labelled, Texts
+from llmctl.runs.directory import Run
 from llmctl.training.base_model import Prepared, load_with_head, prepare
 from llmctl.training.batches import Batch
 from llmctl.training.loop import Trainer, assemble

@@ -20,14 +20,12 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from llmctl.config.stages import DpoConfig
+from llmctl.config.commands import DpoConfig
 from llmctl.console import log
-from llmctl.data.dpo import asked, end_of_turn
-from llmctl.data.pairs import Pairs
-from llmctl.data.preferred import PreferenceData
+from llmctl.data.preference_pairs import Pairs, PreferenceData, asked, end_of_turn
 from llmctl.data.tokenized import Tokenized
 from llmctl.errors import ModelError
-from llmctl.rundir import Run
+from llmctl.runs.directory import Run
 from llmctl.training.base_model import (
     Prepared,
     load_in,

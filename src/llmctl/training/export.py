@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from llmctl.adapters import save_adapter
-from llmctl.config.tuning import Tuning
+from llmctl.config.finetuning import Tuning
 from llmctl.console import log
 from llmctl.files import writing
-from llmctl.merging import find_mergeable, merge, merge_model, save_merged
-from llmctl.models import save_model, write_folder
-from llmctl.resume import load_weights
+from llmctl.models.adapters import save_adapter
+from llmctl.models.loading import save_model, write_folder
+from llmctl.models.merging import find_mergeable, merge, merge_model, save_merged
+from llmctl.runs.resume import load_weights
 from llmctl.training.base_model import Base, Prepared
 from llmctl.training.fault_tolerance import together
 from llmctl.training.loop import Trainer

@@ -16,17 +16,17 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.distributed import DistError
 
-from llmctl import checkpoint
-from llmctl.checkpoint import Content, manifest_of
 from llmctl.config.sections import Checkpoints, StageConfig
 from llmctl.console import log
 from llmctl.errors import DivergedError, ModelError, ResourceError, UserError
 from llmctl.files import writing
-from llmctl.resume import defect, load, lost_best, newest, require_same
-from llmctl.rundir import Run, open_run
+from llmctl.runs import checkpoint
+from llmctl.runs.checkpoint import Content, manifest_of
+from llmctl.runs.directory import Run, open_run
+from llmctl.runs.resume import defect, load, lost_best, newest, require_same
+from llmctl.signals import StopFlag
 from llmctl.training.meter import Meter
 from llmctl.training.run_state import Progress, RunState
-from llmctl.training.signals import StopFlag
 from llmctl.training.state import surroundings
 
 EARLIER_ARGUMENT = "adam_epsilon"

@@ -5,10 +5,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from llmctl import hardware
+from llmctl.config.commands import DpoConfig, PpoConfig, PretrainConfig, RewardConfig, SftConfig
+from llmctl.config.finetuning import Adapter, Tuning
 from llmctl.config.sections import Placement
-from llmctl.config.stages import DpoConfig, PpoConfig, PretrainConfig, RewardConfig, SftConfig
-from llmctl.config.supervised import Adapter
-from llmctl.config.tuning import Tuning
 from llmctl.errors import ResourceError, UserError
 
 COMPUTE_OPTIMAL = 20  # tokens per parameter (Hoffmann et al., 2022, arXiv:2203.15556)

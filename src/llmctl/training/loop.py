@@ -18,13 +18,14 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from llmctl import hardware
-from llmctl.checkpoint import Content
+from llmctl.config.commands import PretrainConfig
+from llmctl.config.finetuning import Tuning
 from llmctl.config.sections import Resumable
-from llmctl.config.stages import PretrainConfig
-from llmctl.config.tuning import Tuning
 from llmctl.console import ProgressBar
 from llmctl.errors import DataError, UserError
-from llmctl.rundir import Run
+from llmctl.runs.checkpoint import Content
+from llmctl.runs.directory import Run
+from llmctl.signals import StopFlag, stop_flag
 from llmctl.training.batches import Batch, Batches, on_device
 from llmctl.training.distributed import autocast, is_sharded, place
 from llmctl.training.fault_tolerance import (
@@ -40,7 +41,6 @@ from llmctl.training.meter import Meter
 from llmctl.training.objective import Objective, scaled
 from llmctl.training.optimizers import make_optimizers, set_lr
 from llmctl.training.run_state import RunState, intervals_of
-from llmctl.training.signals import StopFlag, stop_flag
 from llmctl.training.state import (
     capture,
     checkpoint_bytes,

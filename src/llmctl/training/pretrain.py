@@ -13,17 +13,17 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedTokenizerBase
 
-from llmctl import hardware, shapes
-from llmctl.attention import CAUSAL, attend
-from llmctl.config.stages import PretrainConfig
+from llmctl import hardware
+from llmctl.config.commands import PretrainConfig
 from llmctl.console import log, short
 from llmctl.data.shards import TokenIndex, TokenSplit, open_tokens
-from llmctl.data.vocabulary import fingerprint
-from llmctl.decode.loop import context_size
+from llmctl.data.tokenizer.train import fingerprint
 from llmctl.errors import DataError, ModelError, UserError
-from llmctl.models import load_causal_lm, load_config, load_tokenizer
-from llmctl.quantized import require_full
-from llmctl.rundir import Run
+from llmctl.models import presets
+from llmctl.models.loading import context_size, load_causal_lm, load_config, load_tokenizer
+from llmctl.models.patched_attention import CAUSAL, attend
+from llmctl.models.quantized import require_full
+from llmctl.runs.directory import Run
 from llmctl.training.base_model import flops_of, to_pure_bf16
 from llmctl.training.batches import Batch, WindowBatches, Windows, validation_windows
 from llmctl.training.distributed import autocast, is_sharded
@@ -88,7 +88,7 @@ def prepare(
             f"{architecture.vocab_size:,}",
             file=tokens,
         )
-    parameters = shapes.count_parameters(architecture)
+    parameters = presets.count_parameters(architecture)
     longest = context_size(architecture)
     if longest is None:
         raise ModelError("this architecture has no fixed number of positions: not supported yet")
@@ -259,7 +259,7 @@ def _new_model(config: PretrainConfig, prepared: PreparedPretraining) -> Any:
     model: Any = (
         load_causal_lm(config.model, dtype=torch.float32)
         if config.model
-        else shapes.new_model(prepared.architecture)
+        else presets.new_model(prepared.architecture)
     )
     if prepared.hyperparameters.precision == "pure-bf16":
         to_pure_bf16(model, prepared.hyperparameters.lr)
@@ -298,7 +298,7 @@ def _architecture(
         require_full(shape, config.model, "be trained")
         return shape
     preset = preset_for(index.train.tokens, device)
-    return shapes.new_config(config, preset, index.vocab_size, tokenizer)
+    return presets.new_config(config, preset, index.vocab_size, tokenizer)
 
 
 def _require_match(tokenizer: Any, index: TokenIndex, tokens: Path) -> None:

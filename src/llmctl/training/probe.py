@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from llmctl import hardware
-from llmctl.config.tuning import Tuning
+from llmctl.config.finetuning import Tuning
 from llmctl.console import log
 from llmctl.errors import ResourceError
 from llmctl.training.fault_tolerance import together

@@ -15,15 +15,14 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from llmctl.config.stages import RewardConfig
+from llmctl.config.commands import RewardConfig
 from llmctl.console import log
-from llmctl.data.pairs import Pairs
-from llmctl.data.preferred import PreferenceData
+from llmctl.data.preference_pairs import Pairs, PreferenceData
 from llmctl.data.tokenized import Encoded
 from llmctl.errors import ModelError
-from llmctl.headed import SCORE
-from llmctl.rundir import Run
-from llmctl.scoring import has_types, load_reward_model, score_batch, score_encoded
+from llmctl.models.classifiers import SCORE
+from llmctl.reward.model import has_types, load_reward_model, score_batch, score_encoded
+from llmctl.runs.directory import Run
 from llmctl.training.base_model import Prepared, load_with_head, new_tokens_of, prepare
 from llmctl.training.batches import Batch
 from llmctl.training.loop import Trainer, assemble

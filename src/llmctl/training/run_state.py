@@ -7,10 +7,10 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from llmctl.checkpoint import Content, Owner
-from llmctl.config.stages import PpoConfig, PretrainConfig
-from llmctl.config.tuning import Tuning
-from llmctl.rundir import Run
+from llmctl.config.commands import PpoConfig, PretrainConfig
+from llmctl.config.finetuning import Tuning
+from llmctl.runs.checkpoint import Content, Owner
+from llmctl.runs.directory import Run
 from llmctl.training.hyperparameters import Hyperparameters
 
 

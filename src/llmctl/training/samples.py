@@ -11,19 +11,19 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from llmctl.attention import CAUSAL
-from llmctl.claim import SAMPLES
+from llmctl.config.finetuning import Samples
 from llmctl.config.sections import Sampling
-from llmctl.config.supervised import Samples
 from llmctl.console import log
+from llmctl.data.chat.render import ChatFormat
 from llmctl.data.examples import Example
-from llmctl.data.rendering import ChatFormat
 from llmctl.data.shards import TokenSplit
 from llmctl.decode.forward import HuggingFaceForward
 from llmctl.decode.loop import Prompt, decode, room
 from llmctl.decode.prompts import encode_text
 from llmctl.errors import ModelError
-from llmctl.rundir import Run
+from llmctl.models.patched_attention import CAUSAL
+from llmctl.runs.directory import Run
+from llmctl.runs.ownership import SAMPLES
 from llmctl.training.distributed import is_sharded
 from llmctl.training.state import generators_kept
 

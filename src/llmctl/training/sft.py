@@ -7,11 +7,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from llmctl.config.stages import SftConfig
+from llmctl.config.commands import SftConfig
 from llmctl.console import log
-from llmctl.data.audit import Audit, audit, log_summary, require_sound
-from llmctl.data.supervised import SupervisedData
-from llmctl.rundir import Run
+from llmctl.data.audit.audit import Audit, audit, log_summary, require_sound
+from llmctl.data.sft import SupervisedData
+from llmctl.runs.directory import Run
 from llmctl.training.base_model import (
     Prepared,
     load_in,

@@ -7,10 +7,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from llmctl import hardware
-from llmctl.config.stages import PpoConfig, PretrainConfig
-from llmctl.config.tuning import Tuning
-from llmctl.resume import earlier_manifest
-from llmctl.rundir import Run
+from llmctl.config.commands import PpoConfig, PretrainConfig
+from llmctl.config.finetuning import Tuning
+from llmctl.runs.directory import Run
+from llmctl.runs.resume import earlier_manifest
 from llmctl.training.distributed import make_accelerator
 from llmctl.training.fault_tolerance import open_together
 

@@ -14,8 +14,8 @@ from torch.optim import Muon, Optimizer
 from transformers import PreTrainedConfig
 
 from llmctl import hardware
-from llmctl.checkpoint import Content
 from llmctl.errors import ModelError
+from llmctl.runs.checkpoint import Content
 from llmctl.training.run_state import Progress
 
 WITHOUT_EFFECT = ("transformers_version", "_name_or_path", "dtype", "use_cache")

@@ -1,0 +1,99 @@
+"""`llmctl chat`: a conversation in the terminal, or one whose messages come through a pipe.
+
+In: a model with a chat template, and what the user types. Out: replies on stdout as they are
+written (rows of jsonl with --json), notices on stderr, and with --out the conversation as a file.
+"""
+
+import json
+import sys
+from typing import Any
+
+from llmctl.config.commands import ChatConfig
+from llmctl.console import log, short, show_recipes
+from llmctl.decode.conversation import Conversation, chat_window
+from llmctl.decode.loop import load_to_write
+from llmctl.decode.prefix import conversation_forward
+from llmctl.decode.slash_commands import check_command, obey
+from llmctl.decode.terminal import Pipe, Terminal, Turn, open_input
+from llmctl.errors import UserError
+from llmctl.files import check_out
+from llmctl.hardware import memory_errors, pick_device
+from llmctl.models.loading import load_config, load_tokenizer, parameter_count
+from llmctl.redact import redacted
+
+
+def run(config: ChatConfig) -> dict[str, Any] | None:
+    """Talk until the user leaves; what fails leaves the conversation as it was."""
+    check_out(config.out, overwrite=config.overwrite)
+    device = pick_device(config.device)
+    shape, tokenizer = load_config(config.model), load_tokenizer(config.model)
+    window = chat_window(tokenizer, shape, config.context, config.system, config.max_new_tokens)
+    if config.dry_run:
+        log.info("would talk on %s in a context of %s tokens", device, f"{window.context:,}")
+        return show_recipes([("chat", config)], as_json=config.as_json)
+    model = load_to_write(config.model, config, shape, device=device, rows=1)
+    with memory_errors(batch_size=1):
+        forward = conversation_forward(model, window.encode(config.system, [], "Hi"))
+    conversation = Conversation(model, forward, window, config, config.seed, config.system)
+    with open_input() as user:
+        conversation.stoppable = user.stoppable
+        if user.is_terminal:
+            size = short(parameter_count(model))
+            log.info("%s: %s parameters on %s", config.model, size, device)
+            log.info("/help lists the commands, Ctrl-D leaves")
+        try:
+            _talk(conversation, user, as_json=config.as_json)
+        finally:
+            if config.out and conversation.turns:
+                conversation.save(config.out, overwrite=config.overwrite)
+                log.info("conversation saved to %s", config.out)
+    return None
+
+
+def _talk(conversation: Conversation, user: Terminal | Pipe, *, as_json: bool) -> None:
+    """Hear and answer, until the user leaves; what cannot be done is said, and changes nothing."""
+    while (turn := user.read()) is not None and turn.command != "/exit":
+        try:
+            if turn.command is None and turn.text.strip():
+                _speak(conversation, user, turn, as_json=as_json)
+            elif turn.command == "/retry":
+                check_command(turn)
+                _speak(conversation, user, turn, as_json=as_json)
+            elif turn.command is not None:
+                print(obey(conversation, turn), file=sys.stderr)
+        except UserError as error:
+            log.error("%s", error)
+            if as_json:
+                print(json.dumps({"error": redacted(error.as_json())}), flush=True)
+
+
+def _speak(conversation: Conversation, user: Terminal | Pipe, turn: Turn, *, as_json: bool) -> None:
+    """Answer a message, or the last one anew; between replies there is a blank line."""
+    between = "\n" if conversation.replies and not user.is_terminal else ""
+
+    def show(piece: str) -> None:
+        nonlocal between
+        if not as_json:
+            sys.stdout.write(between + user.visible(piece))
+            sys.stdout.flush()
+            between = ""
+
+    try:
+        reply = conversation.retry(show) if turn.command else conversation.say(turn.text, show)
+    except KeyboardInterrupt:
+        show("\n")
+        raise
+    if as_json:
+        row = {
+            "prompt": reply.prompt,
+            "response": reply.text,
+            "finish_reason": reply.finish_reason,
+            "seed": conversation.seed,
+        }
+        print(json.dumps(row, ensure_ascii=False), flush=True)
+        return
+    show("\n\n" if user.is_terminal else "\n")
+    if reply.finish_reason == "interrupted" and not reply.text:
+        log.info("stopped before the first word: the message was not kept")
+    if reply.finish_reason == "length":
+        log.info("the reply was cut: --max-new-tokens and the context bound it")

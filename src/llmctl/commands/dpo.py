@@ -1,0 +1,54 @@
+"""`llmctl dpo`: preferences and a model in, an aligned model or adapter out."""
+
+from functools import partial
+from typing import Any
+
+from accelerate import Accelerator
+
+from llmctl import hardware
+from llmctl.config.commands import DpoConfig
+from llmctl.data.preference_pairs import PreferenceData, load_pairs, log_pairs
+from llmctl.planning.outlook import show_dry_run
+from llmctl.planning.recipe import counted_share, foreseen
+from llmctl.runs.directory import Run
+from llmctl.training.dpo import build_dpo, prepare_dpo
+from llmctl.training.export import export
+from llmctl.training.fault_tolerance import together
+from llmctl.training.loop import train
+from llmctl.training.stage import clock_of, run_stage
+
+
+def run(config: DpoConfig) -> dict[str, Any] | None:
+    """Align and return the final metrics."""
+    return run_stage("dpo", config, partial(_show, config), partial(_align, config))
+
+
+def _show(config: DpoConfig, accelerator: Accelerator, device: str) -> dict[str, Any] | None:
+    """Do what a dry run does."""
+    data = _pairs(config, accelerator)
+    prepared = prepare_dpo(config, data, accelerator, device)
+    share = counted_share(data.train.chosen, data.train.rejected)
+    outlook = foreseen(config, prepared, device, accelerator.num_processes, share)
+    return show_dry_run("dpo", config, outlook)
+
+
+def _align(config: DpoConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:
+    """Load, prepare, train, export; return what came of it."""
+    clock = clock_of(config, run)
+    with together(accelerator):
+        data = _pairs(config, accelerator, clock)
+    with together(accelerator):
+        prepared = prepare_dpo(config, data, accelerator, device)
+    run.record(**prepared.facts(data.inputs, device, audit=data.facts(), held_out=data.held_out))
+    with hardware.memory_errors(*prepared.batch):
+        trainer = build_dpo(config, data, prepared, run, accelerator, device)
+        metrics = train(trainer, config)
+    return {**export(config, trainer, prepared, data.tokenizer), **prepared.sizes, **metrics}
+
+
+def _pairs(config: DpoConfig, accelerator: Accelerator, clock: str | None = None) -> PreferenceData:
+    """Load the pairs, and say what there is."""
+    data = load_pairs(config, clock)
+    if accelerator.is_main_process:
+        log_pairs(data)
+    return data

@@ -1,0 +1,101 @@
+"""`llmctl generate`: prompts in, text out, as it comes or as rows of jsonl."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from llmctl.config.commands import GenerateConfig
+from llmctl.console import log, show_recipes
+from llmctl.data.prompts import Ask, read_asks
+from llmctl.decode.loop import Prompt, Response, decode, eos_tokens, load_to_write
+from llmctl.decode.output import Row, open_rows, write_rows
+from llmctl.decode.prompts import Encoder, read_shots, read_stdin, to_prompts
+from llmctl.files import check_out
+from llmctl.hardware import memory_errors, pick_device
+from llmctl.models.loading import load_config, load_tokenizer
+
+
+def run(config: GenerateConfig) -> dict[str, Any] | None:
+    """Generate from every prompt; a single text streams to stdout."""
+    check_out(config.out, overwrite=config.overwrite)
+    asks = _read(config)
+    shots = read_shots(config.shots) if config.shots else []
+    device = pick_device(config.device)
+    shape, tokenizer = load_config(config.model), load_tokenizer(config.model)
+    encoder = Encoder(tokenizer, config.chat, config.system, shots)
+    prompts = to_prompts(asks, encoder, shape, config.max_new_tokens, config.num_samples)
+    if config.dry_run:
+        _tell_plan(config, prompts, device)
+        return show_recipes([("generate", config)], as_json=config.as_json)
+    rows = min(len(prompts), config.batch_size)
+    model = load_to_write(config.model, config, shape, device=device, rows=rows)
+    streams = len(prompts) == 1 and not config.as_json and config.out is None
+    responses = decode(
+        model,
+        prompts,
+        config,
+        eos=eos_tokens(model, tokenizer),
+        seed=config.seed,
+        batch_size=config.batch_size,
+        tokenizer=tokenizer,
+        on_text=_print_piece if streams else None,
+    )
+    with memory_errors():
+        if streams:
+            _stream(responses)
+            return None
+        return _write(config, asks, responses, len(prompts))
+
+
+def _read(config: GenerateConfig) -> list[Ask]:
+    if config.prompts_file:
+        return read_asks(config.prompts_file)
+    if config.prompt:
+        return [Ask(text, f"prompt {i}") for i, text in enumerate(config.prompt, start=1)]
+    return [read_stdin()]
+
+
+def _tell_plan(config: GenerateConfig, prompts: list[Prompt], device: str) -> None:
+    lengths = [len(prompt.tokens) for prompt in prompts]
+    log.info(
+        "would write %d responses of at most %d tokens on %s; prompts of %d to %d tokens",
+        len(prompts),
+        config.max_new_tokens,
+        device,
+        min(lengths),
+        max(lengths),
+    )
+
+
+def _print_piece(_: int, piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _stream(responses: Iterator[Response]) -> None:
+    """Let the text flow; the line is ended also when the user stops it."""
+    try:
+        for _ in responses:
+            pass
+    finally:
+        print(flush=True)
+
+
+def _write(
+    config: GenerateConfig, asks: list[Ask], responses: Iterator[Response], total: int
+) -> dict[str, Any] | None:
+    """One row or text for each response; what was written, where it went to a file."""
+
+    def row_of(response: Response) -> Row:
+        return {
+            "prompt": asks[response.index // config.num_samples].prompt,
+            "response": response.text,
+            "finish_reason": response.finish_reason,
+            "seed": config.seed,
+        }
+
+    with open_rows(config.out, as_json=config.as_json) as emit:
+        rows, tokens = write_rows(responses, row_of, emit, total)
+    if config.out is None:
+        return None
+    return {"stage": "generate", "out": str(config.out), "rows": rows, "tokens": tokens}

@@ -1,0 +1,56 @@
+"""`llmctl merge`: an adapter and its base in, a plain model out."""
+
+from typing import Any
+
+from llmctl import hardware
+from llmctl.config.commands import MergeConfig
+from llmctl.console import log, show_recipes
+from llmctl.files import sha256_folder
+from llmctl.models.adapters import weights_sha256
+from llmctl.models.hub import model_input
+from llmctl.models.merging import Mergeable, Merged, find_mergeable, merge, save_merged
+from llmctl.runs.directory import open_run
+
+
+def run(config: MergeConfig) -> dict[str, Any] | None:
+    """Merge, compare, write; None after a dry run."""
+    threads = hardware.set_threads(config.threads)
+    device = hardware.pick_device(config.device)
+    found = find_mergeable(config.model, config.base)
+    if config.dry_run:
+        log.info("would merge %s into %s, on %s", found.adapter.folder, found.base, device)
+        return show_recipes([("merge", config)], as_json=config.as_json)
+    with open_run("merge", config) as run:
+        run.record(threads=threads, inputs=_inputs(config, found))
+        with hardware.memory_errors():
+            merged = merge(found, device)
+        save_merged(merged, run.path / "model")
+        _report(merged)
+        result = {
+            "stage": "merge",
+            "out": str(run.path),
+            "model": str(run.path / "model"),
+            "status": "completed",
+            **merged.facts(),
+        }
+        run.record(result=result)
+    return result
+
+
+def _inputs(config: MergeConfig, found: Mergeable) -> list[dict[str, Any]]:
+    adapter, base = found.adapter, found.base
+    return [
+        model_input("adapter", config.model, sha256_folder(adapter.folder)),
+        model_input("base", config.base or adapter.base, weights_sha256(base)),
+    ]
+
+
+def _report(merged: Merged) -> None:
+    log.info("logits differ from the adapter's by at most %.2g", merged.difference)
+    if merged.quantized_difference is not None:
+        log.info(
+            "the base is dequantized from %s, in which the adapter was trained; logits differ from "
+            "the adapter's on those by at most %.2g",
+            merged.trained_in.replace("bit", " bits"),
+            merged.quantized_difference,
+        )

@@ -1,0 +1,103 @@
+"""`llmctl plan`: a recipe or a shape in, what a run of it takes on stdout out."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from llmctl import hardware
+from llmctl.config.base import Config, read_recipe
+from llmctl.config.commands import (
+    DpoConfig,
+    PlanConfig,
+    PpoConfig,
+    PretrainConfig,
+    RewardConfig,
+    SftConfig,
+)
+from llmctl.errors import UserError
+from llmctl.planning.compute import measure
+from llmctl.planning.outlook import lines, outlook, show
+from llmctl.planning.recipe import Recipe, pick, plan_recipe, plan_shape
+
+TRAINING: dict[str, type[Config]] = {
+    "pretrain": PretrainConfig,
+    "sft": SftConfig,
+    "reward": RewardConfig,
+    "dpo": DpoConfig,
+    "ppo": PpoConfig,
+}
+
+
+def run(config: PlanConfig) -> dict[str, Any] | None:
+    """Print the block; with --json it is the result."""
+    if config.file is None:
+        device = pick(config.device, config)
+        work, model, notes = plan_shape(config, device)
+    else:
+        recipe = _read(config.file, config.batch_size)
+        _require_used(config, recipe)
+        device = pick(recipe.device if config.device == "auto" else config.device, config)
+        hardware.set_threads(recipe.threads)
+        work, model, notes = plan_recipe(recipe, config, device)
+    found = outlook(
+        work,
+        model.get_text_config(),
+        capacity=config.device_memory,
+        tflops=config.tflops,
+        tokens_per_second=config.tokens_per_second,
+        rate=measure(work, model) if config.measure else None,
+        notes=notes,
+    )
+    if config.as_json:
+        return {"stage": "plan", **found.as_json(), "of": work.stage}
+    show(lines(found), sys.stdout)
+    return None
+
+
+def _require_used(config: PlanConfig, recipe: Recipe) -> None:
+    """Refuse flags that would change nothing in this plan.
+
+    Raises:
+        UserError: such a flag.
+    """
+    pretrains = isinstance(recipe, PretrainConfig)
+    if config.tokens and not pretrains:
+        raise UserError(
+            "--tokens is of pretraining", hint="--rows says how many examples there are"
+        )
+    if config.rows and pretrains:
+        raise UserError(
+            "--rows is of examples", hint="--tokens says how much there is to pretrain on"
+        )
+    if config.rows and config.shape is None and config.length is None:
+        raise UserError(
+            "--rows: the data is read, and has rows of its own",
+            hint="with --length it is not read",
+        )
+
+
+def _read(path: Path, batch_size: int | None) -> Recipe:
+    """The config of a recipe that trains.
+
+    Raises:
+        UserError: it is of no such command, or malformed.
+    """
+    values, places = read_recipe(path)
+    stage = values.get("stage")
+    if "stages" in values:
+        raise UserError(
+            "a recipe of several stages, and plans are of one that trains",
+            file=path,
+            line=places.get("stages"),
+            hint=f"see: llmctl run {path} --dry-run, and the recipe.yaml of each of its runs",
+        )
+    if stage not in TRAINING:
+        what = f"a recipe of `{stage}`" if stage else "a recipe without `stage`"
+        raise UserError(
+            f"{what}, and plans are of commands that train: {', '.join(TRAINING)}",
+            file=path,
+            line=places.get("stage"),
+            hint="add `stage: sft`, or whichever it is of" if not stage else None,
+        )
+    flags = {} if batch_size is None else {"batch_size": batch_size}
+    return TRAINING[stage].load(stage, path, flags)  # type: ignore[return-value]

@@ -1,0 +1,60 @@
+"""`llmctl reward`: preferences and a model in, a reward model out; or texts in, scores out."""
+
+from functools import partial
+from typing import Any
+
+from accelerate import Accelerator
+
+from llmctl import hardware
+from llmctl.config.commands import RewardConfig
+from llmctl.data.preference_pairs import PreferenceData, load_preferences, log_preferences
+from llmctl.planning.outlook import show_dry_run
+from llmctl.planning.recipe import foreseen
+from llmctl.reward.score_file import score_file
+from llmctl.runs.directory import Run
+from llmctl.training.export import export
+from llmctl.training.fault_tolerance import together
+from llmctl.training.loop import train
+from llmctl.training.reward import build_reward, check_of, prepare_reward
+from llmctl.training.stage import clock_of, run_stage
+
+
+def run(config: RewardConfig) -> dict[str, Any] | None:
+    """Train and return the final metrics, or score a file."""
+    if config.score is not None:
+        return score_file(config)
+    return run_stage("reward", config, partial(_show, config), partial(_train, config))
+
+
+def _show(config: RewardConfig, accelerator: Accelerator, device: str) -> dict[str, Any] | None:
+    """Do what a dry run does."""
+    data = _pairs(config, accelerator)
+    prepared = prepare_reward(config, data, accelerator, device)
+    outlook = foreseen(config, prepared, device, accelerator.num_processes)
+    return show_dry_run("reward", config, outlook)
+
+
+def _train(config: RewardConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:
+    """Load, prepare, train, export; return what came of it."""
+    clock = clock_of(config, run)
+    with together(accelerator):
+        data = _pairs(config, accelerator, clock)
+    with together(accelerator):
+        prepared = prepare_reward(config, data, accelerator, device)
+    run.record(**prepared.facts(data.inputs, device, audit=data.facts(), held_out=data.held_out))
+    with hardware.memory_errors(*prepared.batch):
+        trainer = build_reward(config, data, prepared, run, accelerator, device)
+        metrics = train(trainer, config)
+    check = check_of(prepared, run, device)
+    written = export(config, trainer, prepared, data.tokenizer, check)
+    return {**metrics, **prepared.sizes, **written}
+
+
+def _pairs(
+    config: RewardConfig, accelerator: Accelerator, clock: str | None = None
+) -> PreferenceData:
+    """Load the pairs, and say what there is."""
+    data = load_preferences(config, clock)
+    if accelerator.is_main_process:
+        log_preferences(data)
+    return data

@@ -1,0 +1,104 @@
+"""`llmctl tokenize`: text in, a tokenizer and token shards out."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llmctl.config.commands import TokenizeConfig
+from llmctl.console import log, short, show_recipes
+from llmctl.data.corpus import Corpus, open_corpus
+from llmctl.data.tokenizer.load import Vocabulary, load_vocabulary, vocabulary_of
+from llmctl.data.tokenizer.train import BOS, EOS, UNKNOWN, save_tokenizer, train_tokenizer
+from llmctl.files import sha256_folder
+from llmctl.models.hub import model_input
+from llmctl.runs.directory import open_run, resolve_tokenizer
+
+
+def run(config: TokenizeConfig) -> dict[str, Any] | None:
+    """Check the data, train or load the tokenizer, encode; None after a dry run."""
+    if config.threads is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(config.threads)
+    if config.dry_run:
+        return _plan(config)
+    with open_run("tokenize", config) as run, open_corpus(config) as corpus:
+        vocabulary, save = _vocabulary(config, corpus)
+        run.record(inputs=corpus.inputs() + _tokenizer_input(config))
+        save(run.path / "tokenizer")
+        metrics = corpus.write(run.path / "tokens", vocabulary)
+        run.log(metrics)
+        _report(metrics)
+        result = {
+            "stage": "tokenize",
+            "out": str(config.out),
+            "tokenizer": str(run.path / "tokenizer"),
+            "status": "completed",
+            **metrics,
+        }
+        run.record(result=result)
+    return result
+
+
+def _vocabulary(
+    config: TokenizeConfig, corpus: Corpus
+) -> tuple[Vocabulary, Callable[[Path], None]]:
+    """The tokenizer to encode with, and how to save it."""
+    if config.tokenizer is not None:
+        return load_vocabulary(config.tokenizer)
+    tokenizer = train_tokenizer(
+        corpus.sample(config.train_bytes),
+        config.algorithm,
+        vocab_size=config.vocab_size,
+        text_bytes=corpus.scan.bytes,
+        special_tokens=config.special_token,
+        min_frequency=config.min_frequency,
+    )
+    vocabulary = vocabulary_of(tokenizer, eos=EOS, bos=BOS, unknown=UNKNOWN)
+    log.info("tokenizer: %s, %s tokens", config.algorithm, f"{vocabulary.size:,}")
+    return vocabulary, lambda folder: save_tokenizer(tokenizer, folder)
+
+
+def _tokenizer_input(config: TokenizeConfig) -> list[dict[str, Any]]:
+    if config.tokenizer is None:
+        return []
+    folder = Path(resolve_tokenizer(config.tokenizer))
+    digest = sha256_folder(folder) if folder.is_dir() else None
+    return [model_input("tokenizer", config.tokenizer, digest)]
+
+
+def _plan(config: TokenizeConfig) -> dict[str, Any] | None:
+    """Read and check all data, and say what a run would do."""
+    with open_corpus(config) as corpus:
+        if config.tokenizer is not None:
+            load_vocabulary(config.tokenizer)
+        log.info(
+            "would encode %s documents, %s MB of text, with %s, into %s",
+            f"{corpus.scan.documents:,}",
+            f"{corpus.bytes / 1e6:,.1f}",
+            config.tokenizer or f"a new {config.algorithm} tokenizer",
+            config.out or "--out",
+        )
+        plan = {"documents": corpus.scan.documents, "bytes": corpus.bytes}
+    return show_recipes([("tokenize", config)], plan, as_json=config.as_json)
+
+
+def _report(metrics: dict[str, Any]) -> None:
+    long, brief = metrics["longest_document"], metrics["shortest_document"]
+    log.info(
+        "%s tokens (%s for validation) of %s documents, %s MB of text",
+        f"{metrics['tokens']:,}",
+        f"{metrics['val_tokens']:,}",
+        f"{metrics['documents']:,}",
+        f"{metrics['bytes'] / 1e6:,.1f}",
+    )
+    log.info(
+        "%.3f bytes per token, %s tokens/s, %.3g %% unknown, %.1f %% of %s vocabulary entries used",
+        metrics["bytes_per_token"],
+        short(metrics["tokens_per_second"]),
+        100 * metrics["unknown_rate"],
+        100 * metrics["vocab_used"],
+        f"{metrics['vocab_size']:,}",
+    )
+    for name, at in (("longest", long), ("shortest", brief)):
+        place = f"{at['file']}:{at['line']}" if at["line"] else at["file"]
+        log.info("%s document: %s tokens (%s)", name, f"{at['tokens']:,}", place)

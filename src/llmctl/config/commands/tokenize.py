@@ -1,0 +1,52 @@
+"""Config of `tokenize`."""
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import PositiveInt, model_validator
+
+from llmctl.config.base import Also, Input
+from llmctl.config.sections import Corpus, PositiveCount, StageConfig
+
+
+class TokenizeConfig(Corpus, StageConfig):
+    """Train a tokenizer and turn a corpus into token shards."""
+
+    makes: ClassVar = ("tokens", "tokenizer")
+
+    algorithm: Literal["bpe", "unigram", "wordpiece", "byte", "char"] = "bpe"
+    """How text becomes tokens; byte and char need no training."""
+
+    vocab_size: Annotated[PositiveCount | None, Also("vocabulary-size")] = None
+    """Tokens in the vocabulary, special ones included; by default chosen by corpus size."""
+
+    special_token: list[str] = []
+    """Special token to add to the vocabulary (repeatable)."""
+
+    min_frequency: PositiveInt = 2
+    """Merge pairs, or keep pieces, that occur at least this often."""
+
+    tokenizer: Annotated[str | None, Also("tokenizer-name-or-path"), Input("tokenizer")] = None
+    """Use this tokenizer (a run, folder or Hub id) and only encode."""
+
+    train_bytes: PositiveCount = 1_000_000_000
+    """Bytes of text to train the tokenizer on, drawn across the corpus."""
+
+    threads: Annotated[PositiveInt | None, Also("num-proc", "processes")] = None
+    """CPU threads; by default one per core."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.data:
+            raise ValueError(
+                "--data is required: a file, folder, glob, Hub id or builtin:python-docs"
+            )
+        trained = {"algorithm", "vocab_size", "special_token", "min_frequency", "train_bytes"}
+        if self.tokenizer and (clash := sorted(trained & self.given())):
+            raise ValueError(f"--tokenizer reuses a tokenizer: drop {self.flag(clash[0])}")
+        if self.algorithm == "byte" and self.vocab_size is not None:
+            raise ValueError("--vocab-size does not go with --algorithm byte: it has 256 bytes")
+        if "min_frequency" in self.given() and self.algorithm in ("byte", "char"):
+            raise ValueError(f"--min-frequency does not go with --algorithm {self.algorithm}")
+        if self.val_data and self.val_fraction is not None:
+            raise ValueError("give --val-data or --val-fraction, not both")
+        return self

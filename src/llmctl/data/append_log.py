@@ -1,0 +1,195 @@
+"""A file of jsonl that grows row by row: each is on the disk before the next is asked for.
+
+A kill may leave a row cut off at the end; it was never acknowledged, and is dropped. Only the last
+row can be taken back.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmctl.console import log
+from llmctl.data.rows import DECODER, LINE_BYTES
+from llmctl.errors import OutputError
+from llmctl.files import fsync, writing
+
+Row = dict[str, Any]
+Check = Callable[[Row], str | None]
+"""What is wrong with a row, None where nothing is."""
+BEGINS = b'{"prompt": '
+"""How every row of a ranking begins, also one that was cut off."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a file holds."""
+
+    rows: list[Row]
+    starts: list[int]
+    """The byte at which each row begins."""
+    end: int
+    """Bytes up to the end of the last whole row."""
+    is_open: bool
+    """Whether that row lacks its newline."""
+
+
+def read_journal(path: Path, check: Check, begins: bytes = BEGINS) -> Content:
+    """The rows of a file, none where there is no file.
+
+    Args:
+        path: the file.
+        check: finds what is wrong with a row.
+        begins: how every row begins.
+
+    Raises:
+        OutputError: it holds something else.
+    """
+    rows: list[Row] = []
+    starts: list[int] = []
+    end, is_open = 0, False
+    if not path.exists():
+        return Content(rows, starts, end, is_open)
+    with writing(path), path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), start=1):
+            is_open = not line.endswith(b"\n")
+            row, wrong = _parse(line, check)
+            if wrong and is_open and _is_cut(line, row, begins):
+                return Content(rows, starts, end, False)
+            if wrong:
+                raise OutputError(wrong, file=path, line=number, hint="choose another --out")
+            if row is not None:
+                rows.append(row)
+                starts.append(end)
+            end += len(line)
+    return Content(rows, starts, end, is_open)
+
+
+def _parse(line: bytes, check: Check) -> tuple[Row | None, str | None]:
+    """The row of a line, None where there is none; and what is wrong with it."""
+    if not line.strip():
+        return None, None
+    try:
+        row = DECODER.decode(line.decode().strip())
+    except (ValueError, RecursionError):
+        return None, "holds something that is not jsonl"
+    if not isinstance(row, dict):
+        return None, "holds something that is not jsonl of objects"
+    return row, check(row)
+
+
+def _is_cut(line: bytes, row: Row | None, begins: bytes) -> bool:
+    """Whether a last line that has no end is the beginning of a row."""
+    return row is None and line[: len(begins)] == begins[: len(line)]
+
+
+class Journal:
+    """The open file."""
+
+    def __init__(
+        self, path: Path, descriptor: int, content: Content, begins: bytes = BEGINS
+    ) -> None:
+        """Take what was read from the file, its descriptor, and how its rows begin."""
+        self._begins = begins
+        self.path, self.rows = path, list(content.rows)
+        self._descriptor, self._starts, self._end = descriptor, list(content.starts), content.end
+
+    def append(self, row: Row) -> None:
+        """Write a row, and wait until it is on the disk; what cannot be written whole leaves none.
+
+        Raises:
+            OutputError: another program wrote to the file, or replaced it.
+            ResourceError: the disk is full or fails.
+        """
+        line = f"{json.dumps(row, ensure_ascii=False)}\n".encode()
+        assert line.startswith(self._begins), "a reader could not tell that it was cut off"
+        self._require_unchanged()
+        with writing(self.path):
+            try:
+                _write(self._descriptor, line)
+                os.fsync(self._descriptor)
+            except OSError:
+                os.ftruncate(self._descriptor, self._end)
+                raise
+        self.rows.append(row)
+        self._starts.append(self._end)
+        self._end += len(line)
+
+    def drop_last(self) -> Row:
+        """Take the last row back: it is gone from the disk, too.
+
+        Raises:
+            OutputError: another program wrote to the file, or replaced it.
+            ResourceError: the disk fails.
+        """
+        self._require_unchanged()
+        with writing(self.path):
+            os.ftruncate(self._descriptor, self._starts[-1])
+            os.fsync(self._descriptor)
+        self._end = self._starts.pop()
+        return self.rows.pop()
+
+    def _require_unchanged(self) -> None:
+        here = os.fstat(self._descriptor)
+        try:
+            there = self.path.stat()
+        except FileNotFoundError:
+            there = None
+        if there is None or not os.path.samestat(here, there) or there.st_size != self._end:
+            raise OutputError(
+                "another program has changed this file",
+                file=self.path,
+                hint="stop and start again: what stands in it then counts",
+            )
+
+
+@contextmanager
+def open_journal(path: Path, check: Check, begins: bytes = BEGINS) -> Iterator[Journal]:
+    """The file, made where there is none; a row that was cut off goes.
+
+    A body that fails before there is any row leaves no file that was not there.
+
+    Args:
+        path: the file.
+        check: finds what is wrong with a row.
+        begins: how every row begins.
+
+    Raises:
+        OutputError: it holds something else, or must not be written.
+        ResourceError: the disk is full or fails.
+    """
+    content, was_there = read_journal(path, check, begins), path.exists()
+    with writing(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    try:
+        with writing(path):
+            content = _mend(path, descriptor, content)
+        yield Journal(path, descriptor, content, begins)
+    except BaseException:
+        if not was_there and os.fstat(descriptor).st_size == 0:
+            path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _mend(path: Path, descriptor: int, content: Content) -> Content:
+    """Make the file end where its last row ends."""
+    if os.fstat(descriptor).st_size > content.end:
+        log.warning("%s: the last row was cut off, and is dropped", path)
+        os.ftruncate(descriptor, content.end)
+    end = content.end
+    if content.is_open:
+        _write(descriptor, b"\n")
+        end += 1
+    os.fsync(descriptor)
+    fsync(path.absolute().parent)
+    return Content(content.rows, content.starts, end, False)
+
+
+def _write(descriptor: int, content: bytes) -> None:
+    while content:
+        content = content[os.write(descriptor, content) :]

@@ -1,0 +1,1 @@
+"""Check examples as training would see them."""

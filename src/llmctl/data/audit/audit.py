@@ -1,0 +1,169 @@
+"""Whether examples would train the model that their owner wants.
+
+In: what `load_supervised` gives. Out: figures, and findings: errors refuse a run, warnings do not.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llmctl.config.commands import AuditConfig, SftConfig
+from llmctl.console import log
+from llmctl.data.audit.checks import Finding, examine
+from llmctl.data.audit.statistics import Figures, Turns, measure, roles_of, turns_of
+from llmctl.data.sft import SupervisedData
+from llmctl.data.tokenized import pack
+from llmctl.errors import DataError
+from llmctl.models.loading import load_config, local_folder
+from llmctl.models.vetting import read_object
+from llmctl.runs.directory import resolve_model
+
+
+@dataclass(frozen=True)
+class Audit:
+    """All that was found."""
+
+    rows: int
+    """That were read and kept, both sides together."""
+    train: Figures
+    val: Figures | None
+    turns: Turns | None
+    """None where what is trained on is not the assistant's turns."""
+    max_length: int
+    skipped: int
+    dropped: int
+    duplicates: int
+    overlap: int
+    shared_prompts: int
+    pad_is_eos: bool
+    packed_rows: int | None
+    packing_efficiency: float | None
+    """Share of the slots of packed rows that hold a token."""
+    findings: tuple[Finding, ...]
+
+    @property
+    def errors(self) -> list[Finding]:
+        """What refuses a run."""
+        return [finding for finding in self.findings if finding.level == "error"]
+
+    @property
+    def warnings(self) -> list[Finding]:
+        """What does not."""
+        return [finding for finding in self.findings if finding.level == "warning"]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything under flat names, those of training without a prefix; finite numbers only."""
+        turns = self.turns
+        return {
+            **asdict(self.train),
+            "rows": self.rows,
+            "train_rows": self.train.rows,
+            "turns": None if turns is None else turns.total,
+            "open_turns": None if turns is None else turns.open,
+            "foreign_turns": None if turns is None else turns.foreign,
+            "val": None if self.val is None else asdict(self.val),
+            "max_length": self.max_length,
+            "skipped": self.skipped,
+            "dropped": self.dropped,
+            "duplicates": self.duplicates,
+            "overlap": self.overlap,
+            "shared_prompts": self.shared_prompts,
+            "pad_is_eos": self.pad_is_eos,
+            "packed_rows": self.packed_rows,
+            "packing_efficiency": self.packing_efficiency,
+            "findings": [asdict(finding) for finding in self.findings],
+        }
+
+
+def audit(data: SupervisedData, config: SftConfig | AuditConfig, *, packing: bool) -> Audit:
+    """Measure the examples and judge them.
+
+    Args:
+        data: encoded, and cut to the length that the model gets.
+        config: says what to train on, what to cut, and which model.
+        packing: also say how full rows of that length become.
+
+    Raises:
+        ModelError: the model's generation config does not load.
+    """
+    tokenizer = data.tokenizer
+    roles = roles_of(
+        tokenizer, _stops(data, config.model), tuple(data.added_tokens), data.embedding_rows
+    )
+    packed, efficiency = _packed(data) if packing else (None, None)
+    are_turns = config.train_on in ("assistant", "completion")
+    train = measure(data.train, roles)
+    val = None if data.val is None else measure(data.val, roles)
+    turns = turns_of(data.train, roles) if are_turns else None
+    return Audit(
+        rows=data.examples,
+        train=train,
+        val=val,
+        turns=turns,
+        max_length=data.max_length,
+        skipped=data.skipped,
+        dropped=data.dropped,
+        duplicates=data.duplicates,
+        overlap=len(data.overlap),
+        shared_prompts=data.shared_prompts,
+        pad_is_eos=tokenizer.pad_token_id is not None and tokenizer.pad_token_id in roles.stops,
+        packed_rows=packed,
+        packing_efficiency=efficiency,
+        findings=tuple(examine(data, config, roles, train, val, turns)),
+    )
+
+
+def require_sound(report: Audit) -> None:
+    """Refuse what would train a broken model.
+
+    Raises:
+        DataError: saying what is wrong.
+    """
+    if not report.errors:
+        return
+    first, *others = report.errors
+    more = f"; besides, {'; '.join(other.message for other in others)}" if others else ""
+    raise DataError(first.message + more, file=first.file, line=first.line, hint=first.hint)
+
+
+def log_summary(report: Audit) -> None:
+    """Say in two lines what there is to learn from, and each warning in one."""
+    train, val = report.train, report.val
+    log.info(
+        "audit: %s rows to train on, %s to validate; %s tokens, %s to %s a sequence (median %g)",
+        f"{train.rows:,}",
+        f"{0 if val is None else val.rows:,}",
+        f"{train.tokens:,}",
+        f"{train.tokens_min:,}",
+        f"{train.tokens_max:,}",
+        train.tokens_median,
+    )
+    log.info(
+        "audit: %.1f %% of the tokens trained on; %s of %s rows cut at %s tokens%s",
+        100 * train.trained_share,
+        f"{train.truncated_rows:,}",
+        f"{train.rows:,}",
+        f"{report.max_length:,}",
+        f"; packed rows {100 * report.packing_efficiency:.1f} % full"
+        if report.packing_efficiency is not None
+        else "",
+    )
+    for finding in report.warnings:
+        log.warning("%s", finding.message)
+
+
+def _stops(data: SupervisedData, model: str) -> frozenset[int]:
+    """Tokens at which the fine-tuned model will stop: its own, and what ends its chats."""
+    file = local_folder(resolve_model(model)) / "generation_config.json"
+    known = read_object(file) if file.is_file() else load_config(model).to_dict()
+    own = known.get("eos_token_id")
+    ends = [*(own if isinstance(own, list) else [own]), data.tokenizer.eos_token_id]
+    if data.has_conversations:
+        ends.append(data.format.end_of_turn)
+    return frozenset(token for token in ends if isinstance(token, int))
+
+
+def _packed(data: SupervisedData) -> tuple[int, float]:
+    """How many rows the sequences that train are packed into, and how full these are."""
+    lengths = data.train.lengths[data.train.trained_counts > 0]
+    count = len(pack(lengths, data.max_length))
+    return count, int(lengths.sum()) / max(1, count * data.max_length)

@@ -1,0 +1,300 @@
+"""What is wrong with examples: the rules that an audit goes through.
+
+In: figures of training and validation sequences. Out: findings, the gravest first.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from llmctl.config.commands import AuditConfig, SftConfig
+from llmctl.data.audit.statistics import Figures, Roles, Turns, beyond, doubled
+from llmctl.data.sft import SupervisedData
+
+MOST_UNTRAINED = 0.1
+"""Share of rows without a trained token that odd rows explain; above it, flags and data clash."""
+LEAST_ENDED = 0.99
+"""Share of rows, and of turns, with a trained stop token at the end: with fewer, answers go on."""
+MOST_TRUNCATED = 0.2
+"""Share of rows that may lose their end unasked: the rest must be enough to learn to stop."""
+MOST_UNKNOWN, MANY_UNKNOWN = 0.2, 0.01
+"""Shares of unknown tokens: above the first the text is not the tokenizer's language at all; above
+the second a script or symbol is missing, which stray characters do not explain."""
+MOST_RENDERED = 0.1
+"""Share of rows that may talk of special tokens; above it, a template was applied before."""
+MANY_DUPLICATES = 0.01
+"""Share of rows: below it, chance answers such as `Yes.` explain them."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong, or odd."""
+
+    level: Literal["error", "warning"]
+    name: str
+    """For programs."""
+    message: str
+    hint: str
+    """What to do."""
+    file: str | None = None
+    line: int | None = None
+
+
+def examine(
+    data: SupervisedData,
+    config: SftConfig | AuditConfig,
+    roles: Roles,
+    train: Figures,
+    val: Figures | None,
+    turns: Turns | None,
+) -> Iterator[Finding]:
+    """Every finding: errors first, then warnings.
+
+    Args:
+        data: the examples.
+        config: what is trained on, what is cut.
+        roles: of their tokens.
+        train: figures of the training sequences.
+        val: figures of the validation sequences.
+        turns: how trained turns end, where turns are trained on.
+    """
+    found = [
+        *_learnable(data, train),
+        *_tokens(data, roles, train, val),
+        *_ends(data, config, train, turns),
+        *_lengths(data, config, train),
+        *_validation(data, config, val),
+        *_rows(data, roles),
+    ]
+    yield from (finding for finding in found if finding.level == "error")
+    yield from (finding for finding in found if finding.level == "warning")
+
+
+def _learnable(data: SupervisedData, train: Figures) -> Iterator[Finding]:
+    """Is there anything to learn?"""
+    if train.rows == 0:
+        hint = "raise --max-length, or use --truncation cut" if data.dropped else "add examples"
+        yield Finding("error", "no_rows", "no row is left to train on", hint)
+        return
+    if train.untrained_rows == 0:
+        return
+    counts = data.train.trained_counts
+    trained = np.isin(data.train.rows, data.train.rows[counts > 0])
+    first = int(np.flatnonzero(~trained)[0])
+    hint = (
+        f"raise --max-length: prompts fill all of its {data.max_length:,} tokens"
+        if data.train.cut[~trained].mean() > 0.5
+        else "check that every row has an answer of the assistant, and --train-on"
+    )
+    many = train.untrained_rows > MOST_UNTRAINED * train.rows
+    what = (
+        f"none of the {train.rows:,} rows has a token to train on"
+        if train.trained_tokens == 0
+        else f"no token to train on in {_of(train.untrained_rows, train.rows)}"
+        + ("" if many else ": they are left out")
+    )
+    yield Finding("error" if many else "warning", "untrained_rows", what, hint, *_at(data, first))
+
+
+def _tokens(
+    data: SupervisedData, roles: Roles, train: Figures, val: Figures | None
+) -> Iterator[Finding]:
+    """Are they the model's own, and what they seem to be?"""
+    strange = train.beyond_embedding + (val.beyond_embedding if val else 0)
+    if strange:
+        (places,) = np.nonzero(beyond(data.train, roles))
+        highest = max(int(part.tokens.max(initial=0)) for part in (data.train, data.val) if part)
+        yield Finding(
+            "error",
+            "beyond_embedding",
+            f"token ids of up to {highest:,} ({strange:,} tokens), and the model has only"
+            f" {roles.embedding_rows:,} embeddings: the tokenizer is another model's",
+            "put the model's own tokenizer into its folder",
+            *_at(data, _sequence(data, places[0]) if len(places) else None),
+        )
+    twice = train.double_bos + (val.double_bos if val else 0)
+    if twice:
+        total = train.sequences + (val.sequences if val else 0)
+        (places,) = np.nonzero(doubled(data.train, roles))
+        yield Finding(
+            "error",
+            "double_bos",
+            f"BOS twice at the beginning of {_of(twice, total, 'sequences')}",
+            "take bos_token out of the chat template, or choose another: --chat-template NAME",
+            *_at(data, int(places[0]) if len(places) else None),
+        )
+    if rendered := data.rendered:
+        yield Finding(
+            "error" if len(rendered) > MOST_RENDERED * train.rows else "warning",
+            "rendered",
+            f"special tokens, as letters, begin or end texts: {_of(len(rendered), train.rows)}",
+            "take these tokens out (they are put where they belong), and give turns as `messages`",
+            rendered[0].place,
+            rendered[0].line,
+        )
+    if train.unknown_share > MANY_UNKNOWN:
+        yield Finding(
+            "error" if train.unknown_share > MOST_UNKNOWN else "warning",
+            "unknown",
+            f"{_percent(train.unknown_share)} of the tokens are unknown to the tokenizer",
+            "use a model whose tokenizer knows the characters of this text",
+        )
+
+
+def _ends(
+    data: SupervisedData,
+    config: SftConfig | AuditConfig,
+    train: Figures,
+    turns: Turns | None,
+) -> Iterator[Finding]:
+    """Does the model learn to stop?"""
+    if turns is not None and turns.foreign_sequence is not None:
+        name = data.tokenizer.convert_ids_to_tokens(turns.foreign_token)
+        many = turns.foreign > (1 - LEAST_ENDED) * turns.total
+        yield Finding(
+            "error" if many else "warning",
+            "foreign_end",
+            f"generation does not stop at {name} ({turns.foreign_token}), and that ends"
+            f" {_of(turns.foreign, turns.total, 'turns')}",
+            "add it to eos_token_id in the model's generation_config.json, or choose another"
+            " template: --chat-template NAME",
+            *_at(data, turns.foreign_sequence),
+        )
+        if many:
+            return
+    if config.train_on == "prompt" or train.ended_share is None:
+        return
+    if train.ended_share < LEAST_ENDED:
+        yield Finding(
+            "error",
+            "no_end",
+            f"only {_percent(train.ended_share)} of the rows end with a token that is trained on"
+            " and stops generation: the model would not learn to stop",
+            "give the tokenizer an eos_token, in its tokenizer_config.json"
+            if not data.has_conversations
+            else "choose a template that ends turns with a special token: --chat-template chatml",
+        )
+    elif turns is not None and turns.open > (1 - LEAST_ENDED) * turns.total:
+        yield Finding(
+            "warning",
+            "open_turns",
+            f"no special token ends {_of(turns.open, turns.total, 'turns')}: the model learns to"
+            " stop only after the last turn of a conversation",
+            "choose a template that ends every turn: --chat-template chatml",
+        )
+
+
+def _lengths(
+    data: SupervisedData, config: SftConfig | AuditConfig, train: Figures
+) -> Iterator[Finding]:
+    """What is lost, or too short?"""
+    if train.truncated_rows:
+        refused = config.truncation == "auto" and train.truncated > MOST_TRUNCATED
+        yield Finding(
+            "error" if refused else "warning",
+            "truncated",
+            f"{_of(train.truncated_rows, train.rows)} {'would lose' if refused else 'lose'} their"
+            f" end at {data.max_length:,} tokens",
+            f"raise --max-length (the longest has {train.full_max:,}), or pass --truncation cut"
+            " or drop",
+        )
+    if data.dropped:
+        yield Finding(
+            "warning",
+            "dropped",
+            f"left out for more than {data.max_length:,} tokens: {data.dropped:,} sequences",
+            "raise --max-length to keep them",
+        )
+    if train.short:
+        yield Finding(
+            "warning",
+            "short",
+            f"fewer than two tokens, and nothing to predict: {train.short:,} sequences",
+            "look for empty rows",
+        )
+
+
+def _validation(
+    data: SupervisedData, config: SftConfig | AuditConfig, val: Figures | None
+) -> Iterator[Finding]:
+    """Does the validation loss say something?"""
+    if data.overlap:
+        ours = next(e for e in data.train_examples if e.name == data.overlap[0])
+        yield Finding(
+            "error",
+            "overlap",
+            f"this example also validates ({len(data.overlap):,} such in all)",
+            "take them out of one of the two: a validation set must be new to the model",
+            ours.place,
+            ours.line,
+        )
+    asked = bool(config.val_size or config.val_fraction or config.val_data)
+    if (val is None and asked) or (val is not None and val.rows == 0):
+        yield Finding(
+            "error",
+            "no_validation",
+            "no row is left to validate on",
+            "raise --max-length, use --truncation cut, or pass --val-size 0 to go without",
+        )
+    elif val is not None and val.trained_tokens == 0:
+        yield Finding(
+            "error",
+            "untrained_validation",
+            f"none of the {val.rows:,} rows that validate has a token that counts in the loss",
+            "raise --max-length, or check these rows and --train-on",
+        )
+    if data.shared_prompts:
+        yield Finding(
+            "warning",
+            "shared_prompts",
+            f"validation prompts that are trained on with another answer: {data.shared_prompts:,}",
+            "keep all answers to a prompt on one side, to see how well the model does on new ones",
+        )
+
+
+def _rows(data: SupervisedData, roles: Roles) -> Iterator[Finding]:
+    """What was read?"""
+    if data.duplicates > MANY_DUPLICATES * data.examples:
+        yield Finding(
+            "warning",
+            "duplicates",
+            f"near-equal to an earlier one: {_of(data.duplicates, data.examples)}",
+            "leave them out, unless they are meant to weigh more",
+        )
+    if data.skipped:
+        yield Finding(
+            "warning",
+            "skipped",
+            f"left out because they could not be read: {data.skipped:,} rows",
+            "see what is wrong with them: --skip-bad-rows 0",
+        )
+    if data.tokenizer.pad_token_id in roles.stops:
+        yield Finding(
+            "warning",
+            "pad_is_eos",
+            "the padding token ends turns: harmless here, where padding is told by its place alone",
+            "give the tokenizer a pad_token of its own if you train with other tools",
+        )
+
+
+def _at(data: SupervisedData, sequence: int | None) -> tuple[str | None, int | None]:
+    """Where the example of a training sequence stands."""
+    if sequence is None:
+        return None, None
+    example = data.train_examples[int(data.train.rows[sequence])]
+    return example.place, example.line
+
+
+def _sequence(data: SupervisedData, token: int) -> int:
+    """Which training sequence a token is of."""
+    return int(np.searchsorted(data.train.starts, token, side="right") - 1)
+
+
+def _of(count: int, total: int, what: str = "rows") -> str:
+    return f"{count:,} of {total:,} {what}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

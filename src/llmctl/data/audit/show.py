@@ -1,0 +1,248 @@
+"""How an audit looks: a table, what was found, and one example with its trained tokens marked.
+
+In: an audit and its examples. Out: text on stdout, in colour on a terminal, plain and aligned
+elsewhere. The text is someone else's: nothing in it reaches a terminal that it would obey.
+"""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import groupby, zip_longest
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from llmctl.data.audit.audit import Audit
+from llmctl.data.audit.checks import Finding
+from llmctl.data.audit.statistics import Figures, among, special_ids
+from llmctl.data.sft import SupervisedData
+from llmctl.redact import redact
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+COLORS = {"error": "bold red", "warning": "yellow"}
+MARKS = ("«", "»")
+"""Around trained tokens, where there is no colour."""
+SCREEN, PIECE = 1600, 480
+"""Characters of an example that are shown, and of its text between two borders."""
+LINE = 60
+"""Characters that the rest of a line counts for, when it ends early."""
+DECODED = 4000
+"""Tokens at the beginning of an example that are looked at: more than a screen holds."""
+
+
+class Piece(NamedTuple):
+    """Successive tokens of one kind."""
+
+    text: str
+    is_trained: bool
+    is_special: bool
+
+
+def print_report(report: Audit, data: SupervisedData) -> None:
+    """Print everything to stdout."""
+    rows, number = table(report), example_number(data)
+    place = None if number is None else data.place(number)
+    shown = [] if number is None else list(pieces(data, number))
+    if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+        _print_rich(rows, report, place, shown)
+        return
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for name, *values in rows:
+        aligned = (v.rjust(width) for v, width in zip(values, widths[1:], strict=True))
+        print("  ".join([name.ljust(widths[0]), *aligned]).rstrip())
+    for finding in report.findings:
+        print(f"\n{finding.level}: {_said(finding)}\n  {printable(finding.hint)}")
+    if place is not None:
+        print(f"\n{_title(place)}\n{marked(shown)}")
+
+
+def table(report: Audit) -> list[tuple[str, str, str]]:
+    """Name, figure of training and figure of validation of everything, with a header."""
+    val = [] if report.val is None else _figures(report.val, report.max_length)
+    both = [
+        (name, value, other[1] if other else "")
+        for (name, value), other in zip_longest(_figures(report.train, report.max_length), val)
+    ]
+    packed = report.packing_efficiency
+    rest = {
+        "turns trained on": "-" if report.turns is None else f"{report.turns.total:,}",
+        "  with no end": "-" if report.turns is None else f"{report.turns.open:,}",
+        "  with an end that does not stop": (
+            "-" if report.turns is None else f"{report.turns.foreign:,}"
+        ),
+        "rows that could not be read": f"{report.skipped:,}",
+        "left out for their length": f"{report.dropped:,}",
+        "duplicates, both sides": f"{report.duplicates:,}",
+        "rows that also validate": f"{report.overlap:,}",
+        "validation prompts answered otherwise": f"{report.shared_prompts:,}",
+        "pad = eos": "yes" if report.pad_is_eos else "no",
+        f"packed into rows of {report.max_length:,}": (
+            "-" if packed is None else f"{report.packed_rows:,} ({_percent(packed)} full)"
+        ),
+    }
+    return [
+        ("", "training", "validation" if val else ""),
+        *both,
+        *((name, value, "") for name, value in rest.items()),
+    ]
+
+
+def example_number(data: SupervisedData) -> int | None:
+    """The sequence to show: the first that is trained on and whole, else the first."""
+    if not len(data.train):
+        return None
+    wanted = (data.train.trained_counts > 0) & ~data.train.cut
+    return int(np.argmax(wanted))
+
+
+def pieces(data: SupervisedData, number: int) -> Iterator[Piece]:
+    """The text of a training sequence, no more of it than a screen holds, safe to print."""
+    tokens, trained = data.train.sequence(number)
+    tokens = tokens[:DECODED]
+    special = among(tokens, special_ids(data.tokenizer))
+    kinds = list(zip(trained[:DECODED].tolist(), special.tolist(), strict=True))
+    left, end, before = SCREEN, 0, ""
+    for (is_trained, is_special), group in groupby(kinds):
+        end += len(list(group))
+        text = _decode(data, tokens[:end].tolist())
+        # Decoded by itself, a piece would lose the space that it begins with.
+        own = printable(text[len(before) :] if text.startswith(before) else text)
+        before = text
+        shown = shortened(own, min(PIECE, left))
+        left -= _size(shown)
+        yield Piece(shown, is_trained, is_special)
+        if left <= 0:
+            break
+    if end < len(tokens) or len(tokens) < data.train.lengths[number]:
+        yield Piece(" […]", False, False)
+
+
+def marked(shown: Iterable[Piece]) -> str:
+    """The pieces in a row, in marks where they are trained on."""
+    opening, closing = MARKS
+    found = ""
+    for is_trained, group in groupby(shown, key=lambda piece: piece.is_trained):
+        text = "".join(piece.text for piece in group)
+        found += f"{opening}{text}{closing}" if is_trained else text
+    return found
+
+
+def printable(text: str) -> str:
+    """The text with every character that a terminal would obey, or not show, spelled out."""
+    return "".join(
+        c if c.isprintable() else "⏎\n" if c == "\n" else c.encode("unicode_escape").decode()
+        for c in redact(text)
+    )
+
+
+def shortened(text: str, size: int) -> str:
+    """The text without its middle, if it is longer than `size` characters."""
+    if _size(text) <= size:
+        return text
+    head = _fitting(text, size // 2)
+    tail = _fitting(text[::-1], size // 2)[::-1]
+    left_out = len(text) - len(head) - len(tail)
+    return f"{head} [… {left_out:,} characters …] {tail}"
+
+
+def _fitting(text: str, size: int) -> str:
+    """The beginning of a text that fits."""
+    taken = 0
+    for place, character in enumerate(text):
+        taken += LINE if character == "\n" else 1
+        if taken > size:
+            return text[:place]
+    return text
+
+
+def _size(text: str) -> int:
+    return len(text) + (LINE - 1) * text.count("\n")
+
+
+def _decode(data: SupervisedData, tokens: list[int]) -> str:
+    text: str = data.tokenizer.decode(
+        tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    return text
+
+
+def _figures(figures: Figures, max_length: int) -> list[tuple[str, str]]:
+    ended = figures.ended_share
+    return [
+        ("rows", f"{figures.rows:,}"),
+        ("sequences", f"{figures.sequences:,}"),
+        ("tokens", f"{figures.tokens:,}"),
+        ("  of the shortest sequence", f"{figures.tokens_min:,}"),
+        ("  of the median one", f"{figures.tokens_median:,g}"),
+        ("  of the 95th in 100", f"{figures.tokens_p95:,}"),
+        ("  of the longest", f"{figures.tokens_max:,}"),
+        ("tokens trained on", f"{figures.trained_tokens:,} ({_percent(figures.trained_share)})"),
+        ("rows without a trained token", f"{figures.untrained_rows:,}"),
+        (
+            "whole rows whose end is trained on",
+            "-" if ended is None else f"{figures.ended_rows:,} ({_percent(ended)})",
+        ),
+        (
+            f"rows cut at {max_length:,} tokens",
+            f"{figures.truncated_rows:,} ({_percent(figures.truncated)})",
+        ),
+        ("sequences with BOS twice", f"{figures.double_bos:,}"),
+        ("unknown tokens", f"{figures.unknown_tokens:,} ({_percent(figures.unknown_share)})"),
+        ("tokens without an embedding", f"{figures.beyond_embedding:,}"),
+        ("sequences of a single token", f"{figures.short:,}"),
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _said(finding: Finding) -> str:
+    """Place and message on one line."""
+    line = "" if finding.line is None else f":{finding.line}"
+    place = "" if finding.file is None else f"{finding.file}{line}: "
+    return printable(place + finding.message)
+
+
+def _title(place: str) -> str:
+    opening, closing = MARKS
+    return f"example {printable(place)}, trained tokens in {opening}{closing}:"
+
+
+def _print_rich(
+    rows: list[tuple[str, str, str]], report: Audit, place: str | None, shown: list[Piece]
+) -> None:
+    from rich.console import Console  # a third of the time that the command takes in a pipe
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(file=sys.stdout, highlight=False)
+    header, *body = rows
+    view = Table(box=None, pad_edge=False, header_style="bold")
+    for name, side in zip(header, ("left", "right", "right"), strict=True):
+        view.add_column(name, justify="right" if side == "right" else "left")
+    for name, *values in body:
+        view.add_row(Text(name), *map(Text, values))
+    console.print(view)
+    for finding in report.findings:
+        level = Text(f"\n{finding.level}: ", style=COLORS[finding.level])
+        console.print(level.append(_said(finding), style="default not bold"))
+        console.print(Text(f"  {printable(finding.hint)}"))
+    if place is None:
+        return
+    has_color = console.color_system is not None and not console.no_color
+    if not has_color:
+        console.print(Text(f"\n{_title(place)}\n{marked(shown)}"))
+        return
+    console.print(Text(f"\nexample {printable(place)}, trained tokens underlined:", style="bold"))
+    console.print(_colored(shown, Text()))
+
+
+def _colored(shown: list[Piece], text: "Text") -> "Text":
+    """Trained tokens green and underlined, special ones bright."""
+    for piece in shown:
+        color = "green underline" if piece.is_trained else "default"
+        text.append(piece.text, style=f"{color} bold" if piece.is_special else color)
+    return text

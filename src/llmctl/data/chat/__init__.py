@@ -1,0 +1,1 @@
+"""Chat templates: choose one, render conversations, encode them."""

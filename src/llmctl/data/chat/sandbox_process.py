@@ -1,0 +1,154 @@
+"""Render chat templates that nobody vouches for: the process that `sandbox.py` starts.
+
+In: on stdin, a line of JSON for each conversation. Out: on stdout, a line of JSON with its texts,
+or with what is wrong with the template. Runs as a script and imports nothing of llmctl. It ends
+with its stdin, and so also when the process that started it is killed.
+"""
+
+import importlib.util
+import json
+import resource
+import signal
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from typing import Any
+
+SECONDS = 3.0
+"""For one conversation; a template takes milliseconds."""
+MEMORY = 512 * 2**20
+"""Bytes of this whole process, of which Python and its libraries take a fifth."""
+TEXT = 1_000_000
+"""Characters that a template may write besides four times what it was given for each text."""
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+"""What Python raises for a template that is wrong, besides jinja's own errors."""
+
+
+def main() -> None:
+    """Answer each line of stdin."""
+    render = import_renderer()
+    from jinja2 import TemplateError
+
+    _bound_memory()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    for line in sys.stdin.buffer:
+        # The kernel ends this process, wherever it is: no Python code has to get its turn for it.
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        try:
+            answer = _answer(render, line)
+        except (TemplateError, *FAILURES) as error:
+            answer = {"refusal": f"refuses these messages: {_one_line(error)}"}
+        except MemoryError:
+            answer = {"refusal": f"takes too much memory: more than {MEMORY >> 20} MB"}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+        sys.stdout.buffer.flush()
+
+
+def import_renderer() -> Callable[..., tuple[list[str], Any]]:
+    """The function of transformers that renders a template.
+
+    Importing transformers takes a second, of which this function needs a tenth. So its packages are
+    left empty here; should a later version want more of them, they are imported after all.
+    """
+    spec = importlib.util.find_spec("transformers")
+    if spec is not None and spec.submodule_search_locations:
+        root = spec.submodule_search_locations[0]
+        for name, path in (("transformers", root), ("transformers.utils", f"{root}/utils")):
+            sys.modules[name] = types.ModuleType(name)
+            sys.modules[name].__path__ = [path]
+    try:
+        from transformers.utils.chat_template_utils import render_jinja_template
+    except (ImportError, AttributeError):
+        for name in [n for n in sys.modules if n.partition(".")[0] == "transformers"]:
+            del sys.modules[name]
+        from transformers.utils.chat_template_utils import render_jinja_template
+    return render_jinja_template  # type: ignore[no-any-return]
+
+
+def _bound_memory() -> None:
+    """Cap the address space; where a system cannot (macOS), the time alone is the bound."""
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    limit = MEMORY if most == resource.RLIM_INFINITY else min(MEMORY, most)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    except ValueError:
+        if sys.platform != "darwin":
+            raise
+
+
+def _answer(render: Callable[..., tuple[list[str], Any]], line: bytes) -> dict[str, Any]:
+    request = json.loads(line)
+    _hold_clock(render, request.pop("clock"))
+    texts, size = [], 0
+    for text in render_cuts(render, **request):
+        texts.append(text)
+        size += len(text)
+        if size > TEXT + 4 * len(line) * len(request["cuts"]):
+            return {"refusal": f"writes too much: {size:,} characters"}
+    return {"texts": texts}
+
+
+def _hold_clock(render: Callable[..., tuple[list[str], Any]], clock: str | None) -> None:
+    """Let templates that write the date see this one; None for the real one.
+
+    transformers takes no functions from without, and reads the clock of its own module.
+    """
+    then = None if clock is None else datetime.fromisoformat(clock)
+
+    class Held(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return then
+
+    render.__globals__["datetime"] = datetime if then is None else Held
+
+
+def render_cuts(
+    render: Callable[..., tuple[list[str], Any]],
+    template: str,
+    messages: list[dict[str, Any]],
+    cuts: Sequence[tuple[int, bool]],
+    tools: list[dict[str, Any]] | None,
+    variables: dict[str, str],
+) -> Iterator[str]:
+    """The text of each cut of a conversation.
+
+    Args:
+        render: what `import_renderer` gives.
+        template: jinja.
+        messages: the conversation, as JSON has it.
+        cuts: each how many of the messages to render, and whether the assistant is to go on.
+        tools: JSON schemas of what the assistant may call.
+        variables: what else the template sees.
+    """
+    for count, is_prompt in cuts:
+        (text,), _ = render(
+            conversations=[messages[:count]],
+            tools=tools,
+            chat_template=template,
+            add_generation_prompt=is_prompt,
+            **variables,
+        )
+        yield text
+
+
+def _one_line(error: Exception) -> str:
+    """The message, without what could play tricks on a terminal."""
+    shown = "".join(c if c.isprintable() else " " for c in str(error)[:200]).strip()
+    return shown or type(error).__name__
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Chat templates by name or file, and the special tokens that they need.
+
+In: what `--chat-template` was given, and a tokenizer. Out: the tokenizer with its chat template
+set, and the names of the tokens that were added to it, for which a model needs embeddings.
+"""
+
+import difflib
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from llmctl.data.chat.sandbox import CHAT_TEMPLATE, TEMPLATE_SIZE
+from llmctl.errors import DataError, ModelError, UserError
+
+EOS = "</s>"
+"""What a tokenizer gets that has none."""
+
+_FOLDER = Path(__file__).with_name("chat_templates")
+
+TEMPLATES = {
+    "chatml": CHAT_TEMPLATE,
+    **{file.stem: file.read_text(encoding="utf-8") for file in sorted(_FOLDER.glob("*.jinja"))},
+}
+"""The forms of conversation that well-known models were trained on; llmctl wrote the jinja."""
+
+TRUSTED = frozenset(TEMPLATES.values())
+
+SPECIALS = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "llama-3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "phi-3": ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+}
+"""Special tokens that they write by name; the others end turns with `eos_token`."""
+
+
+def choose_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> list[str]:
+    """Give the tokenizer the chat template of this name or file, else its own, else ChatML.
+
+    Returns:
+        The special tokens added to it: those that a named template writes and it lacked. What a
+        template from a file writes is not guessed.
+
+    Raises:
+        UserError: neither a name nor a file.
+        DataError: a file that cannot be read.
+        ModelError: a template too long to be one.
+    """
+    if choice is None and tokenizer.chat_template is not None:
+        return []
+    name = "chatml" if choice is None else choice
+    tokenizer.chat_template = read_template(name)
+    if name not in TEMPLATES:
+        return []
+    added = []
+    if "eos_token" in tokenizer.chat_template and tokenizer.eos_token is None:
+        tokenizer.add_special_tokens({"eos_token": EOS})
+        added.append(EOS)
+    known = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    lacking = [token for token in SPECIALS.get(name, ()) if token not in known]
+    if lacking:
+        tokenizer.add_special_tokens(
+            {"extra_special_tokens": lacking}, replace_extra_special_tokens=False
+        )
+    return added + lacking
+
+
+def read_template(choice: str) -> str:
+    """The jinja text of a named template, or of a file.
+
+    Raises:
+        UserError: neither a name nor a file.
+        DataError: the file cannot be read, or is not UTF-8.
+        ModelError: it is too long.
+    """
+    if choice in TEMPLATES:
+        return TEMPLATES[choice]
+    file = Path(choice)
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(4 * TEMPLATE_SIZE + 1)
+        text = content.decode()
+    except FileNotFoundError:
+        close = difflib.get_close_matches(choice.lower(), TEMPLATES, n=1)
+        raise UserError(
+            f"--chat-template {choice}: neither a file nor the name of a template",
+            hint=f"did you mean {close[0]}?" if close else f"names are {', '.join(TEMPLATES)}",
+        ) from None
+    except OSError as error:
+        raise DataError(f"cannot read: {error.strerror}", file=file) from None
+    except UnicodeDecodeError as error:
+        if len(content) > TEMPLATE_SIZE:
+            raise _too_long(file) from None
+        raise DataError(
+            f"not UTF-8 at byte {error.start}", file=file, hint="a chat template is jinja text"
+        ) from None
+    if len(text) > TEMPLATE_SIZE:
+        raise _too_long(file)
+    return text
+
+
+def _too_long(file: Path) -> ModelError:
+    return ModelError(f"the chat template is larger than {TEMPLATE_SIZE:,} characters", file=file)

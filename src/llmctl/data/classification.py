@@ -1,0 +1,317 @@
+"""Read labelled texts, number their labels, and encode them.
+
+The labels are the model's own, or those of the data. A text becomes the tokens that
+`tokenizer(text)` gives, special ones included, since that is what whoever uses the classifier will
+hand it; but text that spells a special token is text.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from llmctl.config.commands import SftConfig
+from llmctl.console import log
+from llmctl.data.examples import Example
+from llmctl.data.split import Split, duplicates, overlap, read_split, shared_prompts
+from llmctl.data.tokenizer.train import PAD
+from llmctl.errors import DataError, ModelError, UserError
+from llmctl.models.classifiers import own_labels
+from llmctl.models.loading import context_size, load_config, load_tokenizer
+
+SHOWN = 8
+"""Labels that a line names."""
+
+LONGEST = 2048
+"""Tokens of a text at most, where the model would take more and nothing else was asked for."""
+LOPSIDED = 10
+"""How many times as frequent as another a class is when that is worth a word."""
+AT_ONCE = 1000
+"""Texts that the tokenizer gets at a time."""
+
+
+def labels_of(
+    train: Sequence[Example], val: Sequence[Example], shape: PreTrainedConfig
+) -> tuple[str, ...]:
+    """The labels by number: the model's own, or those that train, sorted (whole numbers by value).
+
+    Raises:
+        DataError: a single class, or one that does not train.
+        ModelError: a classifier that does not know a label.
+    """
+    first = {label_of(example): example for example in reversed(train)}
+    if len(first) < 2:
+        raise DataError(
+            f"every text has the label `{next(iter(first))}`: there is nothing to tell apart",
+            file=train[0].place,
+            hint="two labels are the least",
+        )
+    for example in val:
+        if label_of(example) not in first:
+            raise DataError(
+                f"label `{label_of(example)}` is in the validation data, and not in training",
+                file=example.place,
+                line=example.line,
+                hint="add texts that have it, or leave them out; --val-size 0 holds out none",
+            )
+    known = own_labels(shape)
+    if known is None:
+        numeric = all(label.removeprefix("-").isdecimal() for label in first)
+        return tuple(sorted(first, key=int)) if numeric else tuple(sorted(first))
+    for label, example in first.items():
+        if label not in known:
+            raise ModelError(
+                f"label `{label}` ({example.name}) is none of the model's: {listed(known)}",
+                hint="rename the labels of the data, or start from a model without a classifier",
+            )
+    return known
+
+
+def label_of(example: Example) -> str:
+    """The label of an example, which has one."""
+    assert example.label is not None
+    return example.label
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a line, the first few of many."""
+    rest = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + rest
+
+
+@dataclass(frozen=True)
+class Texts:
+    """N texts of T tokens in all, and the class of each."""
+
+    tokens: NDArray[np.int32]
+    """(T,) ids, one text after the other."""
+    starts: NDArray[np.int64]
+    """(N + 1,) where each text begins, and where the last one ends."""
+    classes: NDArray[np.int64]
+    """(N,) number of each text's label."""
+    cut: int
+    """Texts that lost their end."""
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.classes)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(N,) tokens of each text."""
+        return np.diff(self.starts)
+
+    def text(self, number: int) -> NDArray[np.int32]:
+        """Tokens of one text."""
+        return self.tokens[self.starts[number] : self.starts[number + 1]]
+
+    def digest(self) -> str:
+        """Hex digest of all that training sees."""
+        parts = (self.tokens, self.starts, self.classes)
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Texts to learn labels from, encoded for one model."""
+
+    train: Texts
+    val: Texts | None
+    labels: tuple[str, ...]
+    """By number."""
+    tokenizer: PreTrainedTokenizerBase
+    """With a padding token that no text holds."""
+    max_length: int
+    split: Split[Example]
+    dropped: int
+    """Texts left out for their length."""
+
+    def facts(self) -> dict[str, Any]:
+        """For the manifest."""
+        counts = np.bincount(self.train.classes, minlength=len(self.labels))
+        examples = [*self.split.train, *self.split.val]
+        return {
+            "rows": len(examples),
+            "train_rows": len(self.train),
+            "classes": dict(zip(self.labels, counts.tolist(), strict=True)),
+            "tokens_median": float(np.median(self.train.lengths)),
+            "tokens_max": int(self.train.lengths.max()),
+            "truncated": self.train.cut / len(self.train),
+            "dropped": self.dropped,
+            "skipped": self.split.skipped,
+            "duplicates": duplicates(examples),
+            "ambiguous": _ambiguous(examples),
+            "shared_texts": shared_prompts(self.split.train, self.split.val),
+        }
+
+
+def load_labelled(config: SftConfig) -> Labelled:
+    """Read, check and encode everything.
+
+    Raises:
+        DataError: rows that are broken, a single class, a label that is in the validation data
+            only, a text that both train and validate, or tokens that the model does not have.
+        ModelError: no tokenizer, or a classifier whose own labels are others.
+        UserError: more positions asked for than the model has.
+    """
+    shape, tokenizer = load_config(config.model), load_tokenizer(config.model)
+    max_length = length_limit(config.max_length, shape, tokenizer)
+    fit_tokenizer(tokenizer, max_length)
+    split = read_split(config, config.data, config.seed, "classify")
+    _require_apart(split)
+    drop = config.truncation == "drop"
+    train, dropped = _encode(tokenizer, split.train, max_length, drop=drop)
+    val, _ = _encode(tokenizer, split.val, max_length, drop=drop)
+    _require_embeddings([*train, *val], int(shape.get_text_config().vocab_size))
+    labels = labels_of([example for example, _, _ in train], split.val, shape)
+    return Labelled(
+        _collect(train, labels),
+        _collect(val, labels) if val else None,
+        labels,
+        tokenizer,
+        max_length,
+        split,
+        dropped,
+    )
+
+
+def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Let it pad with a token that nothing else is, and cut and pad at the end.
+
+    Decoders read their answer off the last token that is not padding, and do not look at the mask:
+    where a text ends with the padding token, they would read it off another.
+    """
+    names = ("eos_token", "bos_token", "unk_token", "sep_token", "cls_token")
+    others = {getattr(tokenizer, name) for name in names}
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if tokenizer.pad_token in others or tokenizer.pad_token not in special:
+        tokenizer.add_special_tokens({"pad_token": PAD})
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    tokenizer.model_max_length = max_length
+
+
+def log_labelled(data: Labelled) -> None:
+    """Say in two lines what there is to learn from, and warn of what is odd."""
+    facts = data.facts()
+    counts: Counter[str] = Counter(facts["classes"])
+    log.info(
+        "%s texts in %s classes to train on: %s; %s to validate",
+        f"{len(data.train):,}",
+        f"{len(counts):,}",
+        listed([f"{label} {count:,}" for label, count in counts.most_common()]),
+        f"{0 if data.val is None else len(data.val):,}",
+    )
+    log.info(
+        "tokens: median %g, longest %s; %.1f %% cut at %s, %s left out; %s duplicates",
+        facts["tokens_median"],
+        f"{facts['tokens_max']:,}",
+        100 * facts["truncated"],
+        f"{data.max_length:,}",
+        f"{data.dropped:,}",
+        f"{facts['duplicates']:,}",
+    )
+    present = Counter({label: count for label, count in counts.items() if count})
+    (most, many), (least, few) = present.most_common()[0], present.most_common()[-1]
+    single = [label for label, count in present.items() if count == 1]
+    if single:
+        log.warning("a single text to learn from: label %s", listed(single))
+    if many >= LOPSIDED * few:
+        log.warning(
+            "label `%s` has %s texts and `%s` %s: accuracy says little, look at val_macro_f1",
+            *(most, f"{many:,}", least, f"{few:,}"),
+        )
+    if facts["ambiguous"]:
+        log.warning("%s texts stand with several labels", f"{facts['ambiguous']:,}")
+    if facts["shared_texts"]:
+        shared = f"{facts['shared_texts']:,}"
+        log.warning("%s validation texts are trained on with another label", shared)
+
+
+def _require_apart(split: Split[Example]) -> None:
+    both = overlap(split.train, split.val)
+    if both:
+        ours, theirs = both[0]
+        raise DataError(
+            f"this text also validates ({theirs.name}), and so do {len(both) - 1:,} others",
+            file=ours.place,
+            line=ours.line,
+            hint="a validation set must be new to the model: take them out of one of the two",
+        )
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int, *, drop: bool
+) -> tuple[list[tuple[Example, list[int], bool]], int]:
+    """Each example, its tokens, and whether they were cut; and how many were left out instead."""
+    how: dict[str, Any] = {"split_special_tokens": True, "return_attention_mask": False}
+    found: list[tuple[Example, list[int], bool]] = []
+    for start in range(0, len(examples), AT_ONCE):
+        some = examples[start : start + AT_ONCE]
+        encoded = tokenizer([example.text for example in some], **how)["input_ids"]
+        for example, tokens in zip(some, encoded, strict=True):
+            is_long = len(tokens) > max_length
+            if is_long and drop:
+                continue
+            if is_long:
+                shorter = tokenizer(example.text, **how, truncation=True, max_length=max_length)
+                tokens = shorter["input_ids"]
+            if not tokens or tokenizer.pad_token_id in tokens:
+                what = (
+                    "has no tokens" if not tokens else f"holds {tokenizer.pad_token}, the padding"
+                )
+                raise DataError(f"this text {what}", file=example.place, line=example.line)
+            found.append((example, tokens, is_long))
+    if examples and not found:
+        raise DataError(
+            f"every text has more than {max_length:,} tokens, and --truncation drop leaves none",
+            hint="raise --max-length, or use --truncation cut",
+        )
+    return found, len(examples) - len(found)
+
+
+def _require_embeddings(encoded: list[tuple[Example, list[int], bool]], rows: int) -> None:
+    for example, tokens, _ in encoded:
+        if max(tokens) >= rows:
+            raise DataError(
+                f"a token id of {max(tokens):,}, and the model has only {rows:,} embeddings: the "
+                "tokenizer is another model's",
+                file=example.place,
+                line=example.line,
+                hint="put the model's own tokenizer into its folder",
+            )
+
+
+def _collect(encoded: list[tuple[Example, list[int], bool]], labels: Sequence[str]) -> Texts:
+    number = {label: place for place, label in enumerate(labels)}
+    lengths = [len(tokens) for _, tokens, _ in encoded]
+    return Texts(
+        np.concatenate([np.asarray(tokens, np.int32) for _, tokens, _ in encoded]),
+        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        np.array([number[label_of(example)] for example, _, _ in encoded], np.int64),
+        sum(is_cut for _, _, is_cut in encoded),
+    )
+
+
+def length_limit(
+    wanted: int | None, shape: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> int:
+    """Tokens of a text at most; an encoder's positions may be fewer than its config says.
+
+    Raises:
+        UserError: more wanted than there are.
+    """
+    most = min(context_size(shape) or LONGEST, int(tokenizer.model_max_length))
+    if wanted is not None and context_size(shape) is not None and wanted > most:
+        raise UserError(f"--max-length {wanted:,}: the model has {most:,} positions")
+    return wanted or min(most, LONGEST)
+
+
+def _ambiguous(examples: Sequence[Example]) -> int:
+    """Texts that stand with several labels."""
+    pairs = {(example.text, example.label) for example in examples}
+    return sum(count > 1 for count in Counter(text for text, _ in pairs).values())

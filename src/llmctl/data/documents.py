@@ -1,0 +1,128 @@
+"""Read documents from a source, piece by piece or whole, with strict checks.
+
+In: a `Source`, or names of files, folders, Hub ids. Out: `Piece` objects, or whole texts. A plain
+text file is one document in many pieces; a line of jsonl or a row is one document in one piece.
+Text is kept to the byte. Whatever is not UTF-8, not JSON or not text is a DataError that names the
+file and the line or byte.
+"""
+
+import codecs
+import tempfile
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llmctl.data import builtin
+from llmctl.data.builtin import PREFERENCES
+from llmctl.data.rows import BLOCK_BYTES, checked_text, no_column, not_utf8, opened, read_records
+from llmctl.data.sources import Source, find_sources
+from llmctl.errors import DataError
+from llmctl.files import sha256_file
+
+
+class Piece(NamedTuple):
+    """A stretch of one document."""
+
+    text: str
+    place: str
+    """The file, or the name of the source."""
+    line: int | None
+    """1-based line or row; None where the file is the document."""
+    is_last: bool
+
+
+def read_pieces(source: Source, column: str) -> Iterator[Piece]:
+    """The documents of a source in order, `column` naming the text of records.
+
+    Raises:
+        DataError: text that is damaged, missing, null or not UTF-8, with its file and line or byte.
+        NetworkError: a Hub data set that cannot be reached.
+    """
+    if source.kind == "text":
+        return _text(source)
+    if source.kind == "builtin" and not source.name.startswith(PREFERENCES):
+        documents = enumerate(_built_in(source.name), start=1)
+        return (Piece(text, source.name, number, True) for number, text in documents)
+    return _rows(source, column)
+
+
+def _built_in(name: str) -> Iterator[str]:
+    if name.startswith(builtin.TASKS):
+        return (f"{task.prompt}\n{task.answer}\n" for task in builtin.named_tasks(name)[1])
+    return iter(builtin.python_docs())
+
+
+def _rows(source: Source, column: str) -> Iterator[Piece]:
+    for row, place, line in read_records(source, [column]):
+        if column not in row:
+            raise no_column(column, list(row), place, line)
+        yield Piece(checked_text(row[column], column, place, line), place, line, True)
+
+
+def _text(source: Source) -> Iterator[Piece]:
+    decoder = codecs.getincrementaldecoder("utf-8")("strict")
+    head, waiting, consumed = b"", "", 0
+    with opened(source) as file:
+        while True:
+            block = file.read(BLOCK_BYTES)
+            head = head or block[:2]
+            pending = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                not_utf8(source.name, consumed - pending + error.start, head)
+            consumed += len(block)
+            if waiting and (text or not block):
+                yield Piece(waiting, source.name, None, not block)
+                waiting = ""
+            waiting = waiting + text
+            if not block:
+                return
+
+
+def read_texts(data: Sequence[str], most: int) -> tuple[list[str], list[str], list[dict[str, Any]]]:
+    """The documents of plain text files.
+
+    Args:
+        data: what `--data` names.
+        most: characters of each file after which no more is read.
+
+    Returns:
+        The documents, the names that are not plain text, and inputs for the manifest.
+
+    Raises:
+        DataError: a file that is missing, not UTF-8, or holds nothing but white space.
+    """
+    texts: list[str] = []
+    rows: list[str] = []
+    inputs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="llmctl-") as spool:
+        for name in data:
+            sources = find_sources([name], Path(spool))
+            if any(source.kind != "text" for source in sources):
+                rows.append(name)
+                continue
+            for source in sources:
+                assert source.path is not None
+                text = _opening(source, most)
+                if not text.strip():
+                    raise DataError("an empty file: there is no text in it", file=source.name)
+                texts.append(text)
+                digest = sha256_file(source.path)
+                inputs.append({"role": "data", "path": source.name, "sha256": digest})
+    return texts, rows, inputs
+
+
+def _opening(source: Source, most: int) -> str:
+    text = ""
+    for piece in read_pieces(source, "text"):
+        text += piece.text
+        if len(text) >= most:
+            break
+    return text[:most]
+
+
+def hash_text(raw: bytes) -> int:
+    """A document's hash, from 0 to 2^64."""
+    return int.from_bytes(blake2b(raw, digest_size=8).digest(), "little")

@@ -1,0 +1,397 @@
+"""Read rows strictly, whatever form a source has: jsonl, JSON, CSV, parquet, Hub data, built-in.
+
+In: a `Source`, or an open file and what to call it. Out: `Record` objects, each with the file and
+the line it begins in, or numbered lines and their objects. Whatever is not UTF-8, not JSON, not CSV
+or not an object is a DataError that names them.
+"""
+
+import csv
+import gzip
+import io
+import json
+import re
+import shutil
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any, NamedTuple, NoReturn
+
+from llmctl.data import builtin
+from llmctl.data.sources import Source
+from llmctl.errors import DataError, NetworkError
+from llmctl.models.hub import split_revision
+
+LINE_BYTES = 64 << 20
+"""Longest line; a longer one is a sign of a broken file."""
+
+BYTE_ORDER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+
+_FILLED = re.compile(r"[^ \t\n\r]")
+
+BLOCK_BYTES = 1 << 20
+ARRAY_BYTES = 1 << 30
+"""Largest JSON array, which is held in memory whole; objects on lines of their own are not."""
+
+OPENING_BYTES = 1 << 12
+"""Where a file shows whether it is an array."""
+
+OnBad = Callable[[DataError], None]
+
+
+def read_lines(file: IO[bytes], place: str) -> Iterator[tuple[int, str]]:
+    """1-based number and text of each line, its end included; a byte-order mark is dropped.
+
+    Raises:
+        DataError: a line that is not UTF-8, or is over the limit.
+    """
+    offset, head = 0, b""
+    for number in range(1, 1 << 62):
+        raw = file.readline(LINE_BYTES + 1)
+        if not raw:
+            return
+        head = head or raw[:2]
+        if len(raw) > LINE_BYTES:
+            raise DataError(
+                f"a line of more than {LINE_BYTES >> 20} MiB, the limit",
+                file=place,
+                line=number,
+                hint="one line holds one document: split it, or save it as .txt",
+            )
+        try:
+            line = raw.decode()
+        except UnicodeDecodeError as error:
+            not_utf8(place, offset + error.start, head)
+        offset += len(raw)
+        yield number, line.removeprefix("\ufeff") if number == 1 else line
+
+
+def parse_row(line: str, place: str, number: int) -> dict[str, Any]:
+    """The object of a line of jsonl.
+
+    Raises:
+        DataError: not JSON, not an object, a key given twice, NaN or infinity.
+    """
+    try:
+        row = DECODER.decode(line.rstrip())
+    except (ValueError, RecursionError) as error:
+        raise _not_json(error, place, number) from None
+    if not isinstance(row, dict):
+        raise DataError(
+            f"expected an object, got {json_type(row)}",
+            file=place,
+            line=number,
+            hint="jsonl has one object a line",
+        )
+    return row
+
+
+def parse_array(text: str, place: str) -> Iterator[tuple[int, Any]]:
+    """1-based line and value of each element of the JSON array that a text holds.
+
+    Raises:
+        DataError: not JSON, a key given twice, NaN or infinity; elements before it are told.
+    """
+    at, counted, line = _skip(text, text.index("[") + 1), 0, 1
+    is_more = text[at : at + 1] != "]"
+    while is_more:
+        line += text.count("\n", counted, at)
+        counted = at
+        try:
+            value, at = DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise _not_json(error, place, line) from None
+        yield line, value
+        at = _skip(text, at)
+        is_more = text[at : at + 1] != "]"
+        if is_more and text[at : at + 1] != ",":
+            raise _not_json(json.JSONDecodeError("Expecting ',' delimiter", text, at), place, line)
+        at = _skip(text, at + is_more)
+    end = _skip(text, at + 1)
+    if end < len(text):
+        raise _not_json(json.JSONDecodeError("Extra data", text, end), place, line)
+
+
+def not_utf8(place: str, offset: int, head: bytes) -> NoReturn:
+    """Raise the error for bytes that are no UTF-8.
+
+    Args:
+        place: the file.
+        offset: 0-based byte.
+        head: the first two bytes of the file, which may say what it is instead.
+    """
+    marked = BYTE_ORDER_MARKS.get(head[:2])
+    start = f"; it begins with a {marked} byte-order mark" if marked else ""
+    raise DataError(
+        f"not UTF-8 at byte {offset:,}{start}",
+        file=place,
+        hint=f"convert it: iconv -f {marked or 'ENCODING'} -t UTF-8 {place}",
+    )
+
+
+def json_type(value: Any) -> str:
+    """What JSON calls a value's type."""
+    names = {list: "an array", dict: "an object", type(None): "null", bool: "true or false"}
+    return names.get(type(value), "text" if isinstance(value, str) else "a number")
+
+
+def _not_json(error: ValueError | RecursionError, place: str, line: int) -> DataError:
+    """The error for text that is no JSON and begins in this line."""
+    if isinstance(error, json.JSONDecodeError):
+        what, line = f"{error.msg} at column {error.colno}", max(line, error.lineno)
+        return DataError(f"not JSON: {what}", file=place, line=line)
+    return DataError(f"not JSON: {error}", file=place, line=line)
+
+
+def _skip(text: str, at: int) -> int:
+    """The next place that holds no white space."""
+    found = _FILLED.search(text, at)
+    return found.start() if found else len(text)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"duplicate key `{twice}`")
+    return row
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+
+
+class Record(NamedTuple):
+    """One row."""
+
+    row: dict[str, Any]
+    place: str
+    """The file, or the name of the source."""
+    line: int | None
+    """1-based line that it begins in; its number where rows are not lines."""
+
+
+def read_records(
+    source: Source, columns: Sequence[str] | None = None, on_bad: OnBad | None = None
+) -> Iterator[Record]:
+    """The rows of a source in order.
+
+    Args:
+        source: what to read.
+        columns: the only ones that are wanted; refused where a header does not name them.
+        on_bad: gets the error of a row that cannot be read, where reading can go on after it.
+
+    Raises:
+        DataError: rows that are damaged, or a source that holds none but text.
+        NetworkError: a Hub data set that cannot be reached.
+    """
+    skip = on_bad or _refuse
+    if source.kind == "jsonl":
+        return _jsonl(source, skip)
+    if source.kind == "json":
+        return _json(source, skip)
+    if source.kind == "csv":
+        return _csv(source, columns, skip)
+    if source.kind == "parquet":
+        return _parquet(source, columns)
+    if source.kind == "hub":
+        return _hub(source)
+    if source.kind == "builtin":
+        return _builtin(source.name)
+    raise DataError(
+        "plain text has no rows",
+        file=source.name,
+        hint="pass jsonl, json, csv or parquet",
+    )
+
+
+@contextmanager
+def opened(source: Source) -> Iterator[IO[bytes]]:
+    """The bytes of a file, unpacked; a packed file that is cut short or damaged is an error."""
+    assert source.path is not None
+    suffix = source.path.suffix.lower()
+    try:
+        if suffix == ".gz":
+            with gzip.open(source.path) as packed:
+                yield io.BufferedReader(packed, BLOCK_BYTES)
+        elif suffix == ".zst":
+            import pyarrow as pa  # zstandard's own reader takes a truncated file for a whole one
+
+            with pa.input_stream(str(source.path), compression="zstd") as stream:
+                yield io.BufferedReader(stream, BLOCK_BYTES)
+        else:
+            with source.path.open("rb", buffering=BLOCK_BYTES) as file:
+                yield file
+    except (EOFError, zlib.error, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        what = "damaged" if suffix in (".gz", ".zst") else "cannot be read"
+        raise DataError(f"{what}: {reason}", file=source.name) from None
+
+
+def checked_text(value: Any, name: str, place: str | None = None, line: int | None = None) -> str:
+    """The value, which must be text that UTF-8 can hold; errors call it `name`."""
+    if not isinstance(value, str):
+        raise DataError(f"`{name}` is {json_type(value)}, expected text", file=place, line=line)
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            code = ord(value[error.start])
+            raise DataError(
+                f"`{name}` has half a surrogate pair, \\u{code:04x}, which is no character",
+                file=place,
+                line=line,
+            ) from None
+    return value
+
+
+def listed(names: Sequence[str]) -> str:
+    """Columns as a message names them."""
+    return ", ".join(f"`{name}`" for name in names[:20]) or "none"
+
+
+def no_column(name: str, there: Sequence[str], place: str, line: int | None) -> DataError:
+    """The error for a document without its text."""
+    return DataError(
+        f"no column `{name}`; there is {listed(there)}",
+        file=place,
+        line=line,
+        hint="name the column that holds the text: --text-column NAME",
+    )
+
+
+def _refuse(error: DataError) -> None:
+    raise error
+
+
+def _jsonl(source: Source, skip: OnBad, hint: str | None = None) -> Iterator[Record]:
+    with opened(source) as file:
+        for number, line in read_lines(file, source.name):
+            if not line.strip():
+                continue
+            try:
+                row = parse_row(line, source.name, number)
+            except DataError as error:
+                error.hint = hint or error.hint
+                skip(error)
+            else:
+                yield Record(row, source.name, number)
+
+
+def _json(source: Source, skip: OnBad) -> Iterator[Record]:
+    """An array of objects, or objects on lines of their own."""
+    with opened(source) as file:
+        opening = file.read(OPENING_BYTES).removeprefix("\ufeff".encode()).lstrip()
+    if opening[:1] != b"[":
+        hint = "a .json file holds an array of objects, or one object a line"
+        yield from _jsonl(source, skip, hint)
+        return
+    with opened(source) as file:
+        raw = file.read(ARRAY_BYTES + 1)
+    if len(raw) > ARRAY_BYTES:
+        what = f"an array of more than {ARRAY_BYTES >> 20:,} MiB, the limit"
+        raise DataError(what, file=source.name, hint="save it as .jsonl: one object a line")
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        not_utf8(source.name, error.start, raw[:2])
+    del raw
+    for line, row in parse_array(text, source.name):
+        if isinstance(row, dict):
+            yield Record(row, source.name, line)
+        else:
+            what = f"expected an object, got {json_type(row)}"
+            skip(DataError(what, file=source.name, line=line))
+
+
+def _csv(source: Source, columns: Sequence[str] | None, skip: OnBad) -> Iterator[Record]:
+    csv.field_size_limit(LINE_BYTES)
+    header: list[str] = []
+    with opened(source) as file:
+        rows = csv.reader((line for _, line in read_lines(file, source.name)), strict=True)
+        while True:
+            line = rows.line_num + 1
+            try:
+                row = next(rows, None)
+            except csv.Error as error:
+                bad = DataError(f"not CSV: {error}", file=source.name, line=line)
+                (skip if header else _refuse)(bad)
+                continue
+            if row is None:
+                return
+            if not header:
+                header = row
+                named = [name for name in header if name]
+                _check_names(named, columns if header else None, source.name, line)
+            elif len(row) == len(header):
+                yield Record(dict(zip(header, row, strict=True)), source.name, line)
+            elif row:
+                what = f"{len(row)} fields, but the header has {len(header)}"
+                skip(DataError(what, file=source.name, line=line))
+
+
+def _check_names(
+    names: Sequence[str], wanted: Sequence[str] | None, place: str, line: int | None
+) -> None:
+    """Refuse a header that lacks a column, or names two alike, of which a row would keep one."""
+    for name in wanted or ():
+        if name not in names:
+            raise no_column(name, names, place, line)
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(f"two columns are named `{twice[0]}`", file=place, line=line)
+
+
+def _parquet(source: Source, columns: Sequence[str] | None) -> Iterator[Record]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with tempfile.TemporaryFile() as unpacked:
+        path: Any = source.path
+        if source.path is not None and source.path.suffix.lower() in (".gz", ".zst"):
+            with opened(source) as packed:
+                shutil.copyfileobj(packed, unpacked)
+            path = unpacked
+        try:
+            file = pq.ParquetFile(path, pre_buffer=False)
+            _check_names(file.schema_arrow.names, columns, source.name, None)
+            number = 0
+            wanted = None if columns is None else list(columns)
+            for batch in file.iter_batches(batch_size=1024, columns=wanted):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Record(row, source.name, number)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise DataError(f"not a sound parquet file: {error}", file=source.name) from None
+
+
+def _hub(source: Source) -> Iterator[Record]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    name = source.name
+    try:
+        repository, _ = split_revision(name)
+        rows = load_dataset(repository, split="train", streaming=True, revision=source.revision)
+        for number, row in enumerate(rows, start=1):
+            yield Record(row, name, number)
+    except ConnectionError as error:
+        raise NetworkError(str(error), file=name, hint="try again, or pass a local file") from None
+    except (DatasetNotFoundError, ValueError) as error:
+        raise DataError(str(error).splitlines()[0], file=name) from None
+
+
+def _builtin(name: str) -> Iterator[Record]:
+    rows: Iterator[dict[str, Any]]
+    if name.startswith(builtin.PREFERENCES):
+        rows = iter(builtin.named_preferences(name))
+    elif name.startswith(builtin.TASKS):
+        rows = ({"messages": task.messages()} for task in builtin.named_tasks(name)[1])
+    else:
+        rows = ({"text": text} for text in builtin.python_docs())
+    return (Record(row, name, number) for number, row in enumerate(rows, start=1))

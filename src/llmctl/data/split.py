@@ -1,0 +1,278 @@
+"""Split examples into those that train and those that validate, and mix several sets.
+
+Read, split, then mix: nothing that is held out is ever among what is trained on. Which examples are
+held out follows from the hashes of what they say, so that the same examples give the same split in
+any order, and near-equal ones are never on both sides.
+"""
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmctl.config.finetuning import Examples
+from llmctl.console import log
+from llmctl.data.documents import hash_text
+from llmctl.data.examples import Example, read_examples
+from llmctl.data.schemas import Message, Task
+from llmctl.data.sets import Item, ItemSet
+from llmctl.errors import DataError
+
+Key = Callable[[Any], int]
+"""The hash by which items are told apart: near-equal ones have the same."""
+VAL_SIZE, VAL_FRACTION = 500, 0.1
+FEWEST = 20
+"""Examples below which none are held out unasked."""
+
+_LOOSE = re.compile(
+    r"[.,:](?!\d)|[\s!?;'\"`()\[\]{}"
+    r"\u00a1\u00ab\u00b4\u00bb\u00bf\u2010-\u2027\u3001-\u3011\uff01\uff08\uff09\uff0c\uff1a\uff1b\uff1f]+"
+)
+"""White space and the marks of a sentence. Others make a difference: 5 - 0 is not 5 * 0."""
+
+
+@dataclass(frozen=True)
+class Split(Generic[Item]):
+    """All examples of a run."""
+
+    train: list[Item]
+    val: list[Item]
+    sets: list[ItemSet[Item]]
+    """Where they come from."""
+
+    @property
+    def skipped(self) -> int:
+        """Rows that could not be read."""
+        return sum(len(found.skipped) for found in self.sets)
+
+    @property
+    def inputs(self) -> list[dict[str, Any]]:
+        """Files and their hashes, for the manifest."""
+        return [facts for found in self.sets for facts in found.inputs]
+
+
+def read_split(config: Examples, data: list[str], seed: int, task: Task = "chat") -> Split[Example]:
+    """Read everything, and hold out what validates.
+
+    Args:
+        config: says how to read, and what to hold out.
+        data: names of the examples.
+        seed: chooses examples, where weights leave some out.
+        task: what they are for.
+
+    Raises:
+        DataError: rows that are no examples, or nothing left on one of the sides.
+        NetworkError: a Hub data set that cannot be reached.
+        UserError: weights or columns that make no sense.
+    """
+
+    def read(names: list[str], role: str) -> list[ItemSet[Example]]:
+        return read_examples(
+            names,
+            columns=config.columns,
+            skip_bad_rows=config.skip_bad_rows,
+            task=task,
+            role=role,
+        )
+
+    return split(config, data, seed, read, fingerprint)
+
+
+def split(
+    config: Examples,
+    data: list[str],
+    seed: int,
+    read: Callable[[list[str], str], list[ItemSet[Item]]],
+    key: Key,
+) -> Split[Item]:
+    """Read everything by `read`, from names and a role, and hold out what validates.
+
+    Args:
+        config: says what to hold out.
+        data: names of the examples.
+        seed: chooses examples, where weights leave some out.
+        read: reads them.
+        key: examples of the same hash are never on both sides.
+
+    Raises:
+        DataError: as `read`, or nothing left on one of the sides.
+    """
+    sets = read(data, "data")
+    if config.val_data:
+        others = read(config.val_data, "validation")
+        val = [example for found in others for example in found.examples]
+        kept_parts = [found.examples for found in sets]
+        return Split(_mixed(sets, kept_parts, seed, key), val, [*sets, *others])
+    pool = [example for found in sets for example in found.examples]
+    kept, held = hold_out(pool, size=config.val_size, fraction=config.val_fraction, key=key)
+    ends = np.cumsum([len(found.examples) for found in sets])
+    parts: list[list[Item]] = [[] for _ in sets]
+    for number, owner in zip(kept, np.searchsorted(ends, kept, side="right"), strict=True):
+        parts[owner].append(pool[number])
+    return Split(_mixed(sets, parts, seed, key), [pool[number] for number in held], sets)
+
+
+def _mixed(sets: list[ItemSet[Item]], parts: list[list[Item]], seed: int, key: Key) -> list[Item]:
+    """All examples, or of each set the share that its weight asks for."""
+    weights = [found.weight for found in sets if found.weight is not None]
+    if len(weights) < len(sets):
+        return [example for part in parts for example in part]
+    counts = mix([len(part) for part in parts], weights)
+    for found, part, count in zip(sets, parts, counts, strict=True):
+        log.info("%s: %s of %s examples", found.name, f"{count:,}", f"{len(part):,}")
+    return [
+        part[number]
+        for part, count in zip(parts, counts, strict=True)
+        for number in sample(part, count, seed, key)
+    ]
+
+
+def fingerprint(example: Example) -> int:
+    """The hash of all that an example says, but for case, white space and sentence marks."""
+    if example.messages is None:
+        return _hash([example.text or "", example.label or ""])
+    return conversation_hash(example.messages)
+
+
+def conversation_hash(messages: Iterable[Message]) -> int:
+    """The hash of all that is said in these messages, likewise."""
+    return _hash(_words(messages))
+
+
+def duplicates(examples: Sequence[Example]) -> int:
+    """How many examples are near-equal to an earlier one."""
+    return len(examples) - len(set(map(fingerprint, examples)))
+
+
+def hold_out(
+    examples: Sequence[Item],
+    *,
+    size: int | None,
+    fraction: float | None,
+    key: Key = fingerprint,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Split in two: the examples with the smallest hashes validate, near-equal ones together.
+
+    Args:
+        examples: all of them.
+        size: how many validate, a few less where near-equal ones would be parted.
+        fraction: which share of them, where `size` is None; by default a tenth, at most 500, and
+            none where there are few or all say the same.
+        key: examples of the same hash are never parted.
+
+    Returns:
+        Numbers of those that train and of those that validate, each in order.
+
+    Raises:
+        DataError: nothing would be left on one of the sides.
+    """
+    count = len(examples)
+    if size is None and fraction is None:
+        wanted = 0 if count < FEWEST else min(VAL_SIZE, int(VAL_FRACTION * count))
+    else:
+        wanted = size if size is not None else max(1, round((fraction or 0) * count))
+    if wanted >= count and wanted > 0:
+        raise DataError(
+            f"{wanted:,} examples to hold out, but there are only {count:,}",
+            hint="pass a smaller --val-size, or --val-data FILE",
+        )
+    if wanted == 0:
+        return np.arange(count), np.arange(0)
+    hashes = np.array([key(example) for example in examples], np.uint64)
+    ordered = np.sort(hashes)
+    held = hashes < ordered[wanted]
+    if not held.any():
+        held = hashes == ordered[0]
+    if held.all() and size is None and fraction is None:
+        return np.arange(count), np.arange(0)
+    if held.all():
+        raise DataError(
+            f"all {count:,} examples say the same: there is nothing to hold out",
+            hint="pass --val-size 0 to go without validation, or --val-data FILE",
+        )
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def overlap(train: Sequence[Example], val: Sequence[Example]) -> list[tuple[Example, Example]]:
+    """Training examples that are near-equal to one of validation, each with that one."""
+    known = {fingerprint(example): example for example in val}
+    pairs = ((example, known.get(fingerprint(example))) for example in train if known)
+    return [(ours, theirs) for ours, theirs in pairs if theirs is not None]
+
+
+def shared_prompts(train: Sequence[Example], val: Sequence[Example]) -> int:
+    """Validation examples whose prompt has another answer, and only others, in training."""
+    answers: defaultdict[int, set[int]] = defaultdict(set)
+    wanted = {prompt for prompt in map(_prompt, val) if prompt is not None}
+    for example in train:
+        prompt = _prompt(example)
+        if prompt is not None and prompt in wanted:
+            answers[prompt].add(fingerprint(example))
+    return sum(
+        prompt in answers and fingerprint(example) not in answers[prompt]
+        for example in val
+        if (prompt := _prompt(example)) is not None
+    )
+
+
+def mix(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """How many examples of each set an epoch takes: the first set to be used up ends it.
+
+    Args:
+        sizes: examples of each set; none of them is taken twice.
+        weights: shares of the mixture, of any sum.
+
+    Raises:
+        DataError: a set without examples.
+    """
+    if 0 in sizes:
+        raise DataError(
+            f"set {list(sizes).index(0) + 1} of the mixture has no example to train on",
+            hint="leave it out, or hold out less: --val-size N, or --val-data FILE",
+        )
+    rounds = min(size / weight for size, weight in zip(sizes, weights, strict=True))
+    return [
+        min(size, max(1, round(rounds * weight)))
+        for size, weight in zip(sizes, weights, strict=True)
+    ]
+
+
+def sample(examples: Sequence[Item], count: int, seed: int, key: Key = fingerprint) -> list[int]:
+    """Numbers of `count` examples, in order, which follow from their hashes and the seed."""
+    if count >= len(examples):
+        return list(range(len(examples)))
+    hashes = [hash_text(f"{seed} {key(example)}".encode()) for example in examples]
+    return sorted(np.argsort(np.array(hashes, np.uint64), kind="stable")[:count].tolist())
+
+
+def _prompt(example: Example) -> int | None:
+    """The hash of what stands before the last answer; None for plain text."""
+    if example.messages is None:
+        return None if example.label is None else _hash([example.text or ""])
+    roles = [message["role"] for message in example.messages]
+    last = len(roles) - 1 - roles[::-1].index("assistant")
+    return conversation_hash(example.messages[:last])
+
+
+def _words(messages: Iterable[Message]) -> list[str]:
+    """All that a conversation says, and who says it."""
+    return [
+        text
+        for message in messages
+        for text in (message["role"], message["content"], str(message.get("tool_calls") or ""))
+    ]
+
+
+def _hash(texts: Iterable[str]) -> int:
+    return hash_text("\0".join(map(_plain, texts)).encode())
+
+
+def _plain(text: str) -> str:
+    """A text without case, white space and sentence marks; as it is where it is nothing else."""
+    folded = text if text.isascii() else unicodedata.normalize("NFC", text)
+    return _LOOSE.sub("", folded.casefold()) or text

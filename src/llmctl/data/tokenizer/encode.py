@@ -1,0 +1,248 @@
+"""Encode text fast, and to exactly the ids that the `tokenizers` library gives.
+
+fastokens is some 50 times as fast as `tokenizers` on byte-level BPE. It is used where it knows the
+tokenizer, and a share of its work is done again with `tokenizers` and compared. Characters are
+looked up in a table. Everything else goes through `tokenizers`.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from llmctl.data.tokenizer.train import WORDS
+
+Encoded = tuple[NDArray[np.uint32], NDArray[np.int64]]
+"""The ids of all texts one after the other, and the number of ids of each text."""
+
+Encode = Callable[[list[str]], Encoded]
+Cuts = Literal["anywhere", "words", "spaces", "nowhere"]
+
+PIECE_CHARACTERS = 1 << 15
+RUN_CHARACTERS = 1 << 21
+"""Longest stretch without a place to cut: merging pairs within it takes memory by its length."""
+
+CHECK_EVERY = 1 << 24
+"""Characters between two comparisons with `tokenizers`."""
+
+CHECK_CHARACTERS = 1 << 14
+
+TORTURE = (
+    "Hello world,  it's  2024!\tTabs\tand\nlines\r\nand\u00a0spaces \u3000 here.   \n\n  x\n y\n"
+    "\n\nz "
+    "caf\u00e9 e\u0301 \u4e2d\u6587 \u0442\u0435\u0441\u0442 \U0001f468\u200d\U0001f469 'LL 'tis "
+    "don't ##x a_b <|eos|> <s> [SEP] 1234567 a\x1cb \x85 \u2028 end\n"
+)
+
+
+class Mismatch(Exception):
+    """The fast encoder gave other ids than `tokenizers`."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How to encode texts, and where a long text can be cut without changing an id."""
+
+    encode: Encode
+    cuts: Cuts
+
+
+def encoder(tokenizer: Tokenizer, *, sample: str = "", plain: bool = False) -> Encoder:
+    """The fastest exact encoder for a tokenizer; ids of the text alone, without bos or eos.
+
+    Args:
+        tokenizer: with `encode_special_tokens` set.
+        sample: some of the corpus, to try cutting on where the tokenizer is not a known one.
+        plain: use `tokenizers` even where something faster is at hand.
+    """
+    content = json.loads(tokenizer.to_str())
+    cuts = _cuts(tokenizer, content, sample)
+    if content["model"]["type"] == "WordLevel" and cuts == "anywhere":
+        return Encoder(_characters(content["model"]), cuts)
+    fast = None if plain else _fastokens(tokenizer)
+    return Encoder(fast or _tokenizers(tokenizer), cuts)
+
+
+def _tokenizers(tokenizer: Tokenizer) -> Encode:
+    def encode(texts: list[str]) -> Encoded:
+        rows = [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        lengths = np.array([len(row) for row in rows], np.int64)
+        flat = np.fromiter((i for row in rows for i in row), np.uint32, count=int(lengths.sum()))
+        return flat, lengths
+
+    return encode
+
+
+def _fastokens(tokenizer: Tokenizer) -> Encode | None:
+    """Encode with fastokens and compare now and then; None where it is not installed or unable."""
+    try:
+        import fastokens  # absent where it has no wheel
+
+        fast = fastokens.Tokenizer.from_json_str(tokenizer.to_str())
+    except (ImportError, ValueError):
+        return None
+    unchecked = CHECK_EVERY
+
+    def encode(texts: list[str]) -> Encoded:
+        nonlocal unchecked
+        raw, offsets = fast.encode_batch_flat(texts, split_special_tokens=True)
+        flat = np.frombuffer(raw, "<u4")
+        stops = np.frombuffer(offsets, "<u8").astype(np.int64)
+        unchecked += sum(map(len, texts))
+        if unchecked >= CHECK_EVERY:
+            unchecked = 0
+            _compare(tokenizer, texts, flat, stops)
+        return flat, np.diff(stops)
+
+    return encode
+
+
+def _compare(
+    tokenizer: Tokenizer, texts: list[str], flat: NDArray[np.uint32], stops: NDArray[np.int64]
+) -> None:
+    """Encode the first few texts again with `tokenizers`.
+
+    Raises:
+        Mismatch: an id differs.
+    """
+    few, characters = 0, 0
+    while few < len(texts) and (few == 0 or characters + len(texts[few]) <= CHECK_CHARACTERS):
+        characters += len(texts[few])
+        few += 1
+    rows = tokenizer.encode_batch_fast(texts[:few], add_special_tokens=False)
+    for text, row, start, stop in zip(texts, rows, stops, stops[1:], strict=False):
+        if row.ids != flat[start:stop].tolist():
+            raise Mismatch(text)
+
+
+def _characters(model: dict[str, dict[str, int]]) -> Encode:
+    """One id per character, by a table over code points."""
+    vocab, unknown = model["vocab"], model["vocab"][str(model["unk_token"])]
+    table = np.full(0x110000, unknown, np.uint32)
+    for token, number in vocab.items():
+        if len(token) == 1:
+            table[ord(token)] = number
+
+    def encode(texts: list[str]) -> Encoded:
+        points = np.frombuffer("".join(texts).encode("utf-32-le"), "<u4")
+        return table[points], np.array([len(text) for text in texts], np.int64)
+
+    return encode
+
+
+def _cuts(tokenizer: Tokenizer, content: dict[str, object], sample: str) -> Cuts:
+    """Where a text can be cut so that the ids of the parts are those of the whole.
+
+    Known from the split itself: Llama 3's and GPT-2's words never hold a space after another
+    character, nor anything after a single line's end. Otherwise tried on a sample.
+    """
+    split, model = content["pre_tokenizer"], content["model"]
+    assert isinstance(model, dict)
+    ordinary = [t for t in tokenizer.get_added_tokens_decoder().values() if not t.special]
+    if content["normalizer"] is None and not ordinary:
+        if split in (_pattern(r"[\s\S]"), _byte_level(False)) and not model.get("merges"):
+            return "anywhere"
+        if split in (_llama_split(), _byte_level(True)):
+            return "words"
+    text = TORTURE + sample[:PIECE_CHARACTERS]
+    whole = tokenizer.encode(text, add_special_tokens=False).ids
+    pieces = tokenizer.encode_batch_fast(
+        re.split(r"(?<=\S)(?= \S)", text), add_special_tokens=False
+    )
+    spaced = any(t.rstrip or " " in t.content[1:] for t in ordinary)
+    joined = [i for piece in pieces for i in piece.ids]
+    return "spaces" if joined == whole and not spaced else "nowhere"
+
+
+def _pattern(regex: str) -> dict[str, object]:
+    return {
+        "type": "Split",
+        "pattern": {"Regex": regex},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+
+
+def _byte_level(use_regex: bool) -> dict[str, object]:
+    return {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": use_regex,
+    }
+
+
+def _llama_split() -> dict[str, object]:
+    return {"type": "Sequence", "pretokenizers": [_pattern(WORDS), _byte_level(False)]}
+
+
+class RunTooLong(Exception):
+    """A stretch of text without a place to cut exceeds the limit."""
+
+
+class Cutter:
+    """Cuts a document that comes in stretches into pieces of bounded length."""
+
+    def __init__(self, cuts: Cuts | Literal["softly"], size: int | None = None) -> None:
+        """Start with an empty document.
+
+        Args:
+            cuts: where to cut; softly is at words where there are any, else anywhere.
+            size: characters of a piece, `PIECE_CHARACTERS` by default.
+        """
+        self.cuts, self.size = cuts, size or PIECE_CHARACTERS
+        self._held = ""
+        self._searched = 0
+
+    def feed(self, text: str, is_last: bool) -> Iterator[str]:
+        """Pieces that are ready; together they are the document. The last may be empty.
+
+        Raises:
+            RunTooLong: more than `RUN_CHARACTERS` without a place to cut.
+        """
+        held = self._held + text if self._held else text
+        if is_last and len(held) <= self.size:
+            self._held, self._searched = "", 0
+            yield held
+            return
+        start, searched = 0, self._searched
+        while len(held) - start > self.size:
+            cut = self._cut(held, start, searched)
+            if cut is None:
+                searched = len(held) - start - 2
+                break
+            yield held[start:cut]
+            start, searched = cut, 0
+        self._held, self._searched = ("", 0) if is_last else (held[start:], searched)
+        if len(held) - start > RUN_CHARACTERS:
+            raise RunTooLong
+        if is_last:
+            yield held[start:]
+
+    def _cut(self, text: str, start: int, searched: int) -> int | None:
+        """The last place to cut within a piece's length, else the first after what was searched."""
+        stop = start + self.size
+        if self.cuts == "anywhere":
+            return stop
+        if self.cuts == "nowhere":
+            return None
+        pattern = _SPACE_CUT if self.cuts == "spaces" else _WORD_CUT
+        if searched == 0:
+            near = text.rfind(" ", start + 1, stop)
+            while near > start:
+                if pattern.match(text, near):
+                    return near
+                near = text.rfind(" ", start + 1, near)
+        if self.cuts == "softly":
+            return stop
+        found = pattern.search(text, start + max(searched, 1))
+        return found.start() if found else None
+
+
+_SPACE_CUT = re.compile(r"(?<=\S)(?= \S)")
+_WORD_CUT = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")

@@ -1,0 +1,150 @@
+"""Open a tokenizer to encode with: the library's own object and the ids that frame a document.
+
+A folder that says it is a plain `tokenizers` file is opened without transformers, which takes
+seconds to import; anything else goes through AutoTokenizer.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from llmctl.errors import ModelError
+from llmctl.models import hub
+from llmctl.runs.directory import resolve_tokenizer
+
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+)
+PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer and the ids that matter to a stream of documents."""
+
+    tokenizer: Tokenizer
+    """Encodes a text that spells a special token as ordinary text."""
+
+    eos: int
+    """Ends every document."""
+
+    bos: int | None
+    unknown: int | None
+
+    prefix: tuple[int, ...]
+    """What the tokenizer puts before every text, such as bos."""
+
+    @property
+    def size(self) -> int:
+        """Tokens in the vocabulary: one more than the largest id."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def vocabulary_of(
+    tokenizer: Tokenizer, *, eos: str | None, bos: str | None = None, unknown: str | None = None
+) -> Vocabulary:
+    """Get a tokenizer ready to encode documents.
+
+    Raises:
+        ModelError: it has no token to end a document with.
+    """
+    end = None if eos is None else tokenizer.token_to_id(eos)
+    if end is None:
+        raise ModelError(
+            "the tokenizer has no eos token, which ends every document",
+            hint="set `eos_token` in its tokenizer_config.json",
+        )
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    frame = tokenizer.encode("").ids
+    return Vocabulary(
+        tokenizer,
+        eos=end,
+        bos=None if bos is None else tokenizer.token_to_id(bos),
+        unknown=None if unknown is None else tokenizer.token_to_id(unknown),
+        prefix=tuple(frame[:-1] if frame[-1:] == [end] else frame),
+    )
+
+
+def load_vocabulary(reference: str) -> tuple[Vocabulary, Callable[[Path], None]]:
+    """A tokenizer from a run, a folder or the Hub, and how to save it to another folder.
+
+    Raises:
+        ModelError: there is no tokenizer, or not one that can be used.
+        NetworkError: the Hub is needed and cannot be reached.
+    """
+    folder = Path(resolve_tokenizer(reference))
+    if not folder.is_dir():
+        if reference.startswith((".", "/", "~")) or not hub.is_hub_id(reference):
+            raise ModelError("no such tokenizer folder", file=reference)
+        folder = hub.download(reference, "model", PATTERNS)
+    config = _config(folder)
+    is_plain = config.get("tokenizer_class") in PLAIN_CLASSES
+    if not is_plain or not (folder / "tokenizer.json").is_file():
+        return _through_transformers(folder)
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises nothing narrower
+        raise ModelError(f"not a tokenizer: {error}", file=folder / "tokenizer.json") from None
+    names = {role: _content(config.get(f"{role}_token")) for role in ("eos", "bos", "unk")}
+    vocabulary = vocabulary_of(tokenizer, eos=names["eos"], bos=names["bos"], unknown=names["unk"])
+
+    def save(target: Path) -> None:
+        target.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, target / name)
+
+    return vocabulary, save
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        file = folder / "tokenizer_config.json"
+        raise ModelError(f"cannot be read: {error}", file=file) from None
+    return config if isinstance(config, dict) else {}
+
+
+def _content(token: Any) -> str | None:
+    """A token's text; old configs wrap it in an object."""
+    text = token["content"] if isinstance(token, dict) else token
+    return None if text is None else str(text)
+
+
+def _through_transformers(folder: Path) -> tuple[Vocabulary, Callable[[Path], None]]:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"no tokenizer that can be opened: {reason}", file=folder) from None
+    if not isinstance(loaded, PreTrainedTokenizerFast):
+        raise ModelError(
+            f"{type(loaded).__name__} has no `tokenizers` form, which encoding needs", file=folder
+        )
+    vocabulary = vocabulary_of(
+        Tokenizer.from_str(loaded.backend_tokenizer.to_str()),
+        eos=loaded.eos_token,
+        bos=loaded.bos_token,
+        unknown=loaded.unk_token,
+    )
+
+    def save(target: Path) -> None:
+        loaded.save_pretrained(str(target))
+
+    return vocabulary, save

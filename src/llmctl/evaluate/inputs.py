@@ -1,0 +1,192 @@
+"""What a model is evaluated on: names of data in; documents, questions or labelled texts out."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llmctl.config.commands import EvaluateConfig
+from llmctl.config.commands.evaluate import GENERATED
+from llmctl.data.corpus import source_input
+from llmctl.data.examples import Example, read_examples
+from llmctl.data.prompts import PromptRow, read_prompts
+from llmctl.data.rows import listed, read_records
+from llmctl.data.scan import read_documents
+from llmctl.data.schemas import Message
+from llmctl.data.sources import find_sources
+from llmctl.errors import DataError
+
+Kind = Literal["documents", "questions", "labels"]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text."""
+
+    text: str
+    place: str
+    line: int | None
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, and what is right."""
+
+    messages: tuple[Message, ...]
+    """A conversation that ends before the assistant's turn."""
+    reference: str | None
+    tools: list[Any] | None
+    place: str
+    line: int | None
+
+    @property
+    def name(self) -> str:
+        """Where it stands, as messages say it."""
+        return self.place if self.line is None else f"{self.place}:{self.line}"
+
+    @property
+    def text(self) -> str:
+        """What is asked, as a person would read it."""
+        return str(self.messages[-1]["content"])
+
+
+@dataclass(frozen=True)
+class Data:
+    """All rows, of one kind."""
+
+    kind: Kind
+    documents: list[Document]
+    questions: list[Question]
+    """Labelled texts, too: the text is asked, and the label is right."""
+    inputs: list[dict[str, Any]]
+    """For the manifest."""
+
+
+def read_data(config: EvaluateConfig) -> Data:
+    """Read everything, as what the metrics and the first row's columns make of it.
+
+    Raises:
+        DataError: rows that are broken, or none; no references for a metric that needs them.
+        NetworkError: a Hub data set that cannot be reached.
+        UserError: columns that make no sense.
+    """
+    kind = _kind(config)
+    if kind == "documents":
+        documents, inputs = _read_documents(config)
+        return Data(kind, documents, [], inputs)
+    needy = [name for name in config.metrics if name != "perplexity"]
+    if config.reward_model and not config.metrics:
+        prompts = read_prompts(config.data, [], 0, config.skip_bad_rows)
+        questions = [_asked(row) for row in prompts.train]
+        return Data(kind, [], questions, prompts.inputs)
+    questions, inputs = read_questions(
+        config.data, config, "classify" if kind == "labels" else "chat", needy
+    )
+    return Data(kind, [], questions, inputs)
+
+
+def read_questions(
+    names: Sequence[str],
+    config: EvaluateConfig,
+    task: Literal["chat", "classify"],
+    needy: Sequence[str] = (),
+    role: str = "data",
+) -> tuple[list[Question], list[dict[str, Any]]]:
+    """Rows with what is asked and what is right, and their files for the manifest.
+
+    Args:
+        names: of the data.
+        config: says how to read it.
+        task: conversations, or texts with a label.
+        needy: metrics that need references.
+        role: what the manifest calls these inputs.
+
+    Raises:
+        DataError: as `read_data`.
+    """
+    sets = read_examples(
+        names, columns=config.columns, skip_bad_rows=config.skip_bad_rows, task=task, role=role
+    )
+    examples = [example for found in sets for example in found.examples]
+    inputs = [facts for found in sets for facts in found.inputs]
+    return [_question(example, needy) for example in examples], inputs
+
+
+def _kind(config: EvaluateConfig) -> Kind:
+    """What the data are, by what was asked for and by the first row."""
+    columns = _first_columns(config.data)
+    needy = [name for name in config.metrics if name in GENERATED]
+    if columns is None and (needy or config.reward_model):
+        what = f"--metrics {needy[0]}" if needy else "--reward-model"
+        raise DataError(
+            f"{what} is of answers to prompts, and this is plain text",
+            file=config.data[0],
+            hint="pass rows of `prompt` and `response`, as sft reads them",
+        )
+    if columns is None:
+        return "documents"
+    roles = {pair.split("=")[0].strip() for text in config.columns for pair in text.split(",")}
+    named = {"text", "label"} <= columns and not config.columns
+    if "label" in roles or (named and config.metrics != ["perplexity"]):
+        return "labels"
+    if needy or config.reward_model or config.columns:
+        return "questions"
+    return "documents" if config.text_column in columns else "questions"
+
+
+def _first_columns(names: Sequence[str]) -> set[str] | None:
+    """Columns of the first row, None for plain text.
+
+    Raises:
+        DataError: there is no row.
+    """
+    with tempfile.TemporaryDirectory(prefix="llmctl-") as spool:
+        sources = find_sources(names, Path(spool))
+        rows = [source for source in sources if source.kind != "text"]
+        if not rows:
+            return None
+        first = next(iter(read_records(rows[0])), None)
+    if first is None:
+        raise DataError("an empty file: no rows in it", file=rows[0].name)
+    return set(first.row)
+
+
+def _read_documents(config: EvaluateConfig) -> tuple[list[Document], list[dict[str, Any]]]:
+    documents: list[Document] = []
+    with tempfile.TemporaryDirectory(prefix="llmctl-") as spool:
+        sources = tuple(find_sources(config.data, Path(spool)))
+        pieces: list[str] = []
+        for text, place, line, is_last in read_documents(sources, config.text_column):
+            pieces.append(text)
+            if is_last:
+                documents.append(Document("".join(pieces), place, line))
+                pieces = []
+        inputs = [source_input("data", source, config.text_column) for source in sources]
+    documents = [document for document in documents if document.text.strip()]
+    if not documents:
+        raise DataError("an empty file: there is no text in it", file=config.data[0])
+    return documents, inputs
+
+
+def _question(example: Example, needy: Sequence[str]) -> Question:
+    place, line = example.place, example.line
+    if example.label is not None:
+        asked = {"role": "user", "content": example.text or ""}
+        return Question((asked,), example.label, None, place, line)
+    if example.messages is None:
+        wanted = listed(list(needy)) if needy else "perplexity of answers"
+        raise DataError(
+            f"no reference for {wanted}: this row is a text",
+            file=place,
+            line=line,
+            hint="name the columns: --columns prompt=NAME,response=NAME",
+        )
+    last = max(k for k, said in enumerate(example.messages) if said["role"] == "assistant")
+    reference = str(example.messages[last]["content"])
+    return Question(example.messages[:last], reference, example.tools, place, line)
+
+
+def _asked(row: PromptRow) -> Question:
+    single = ({"role": "user", "content": row.prompt},) if isinstance(row.prompt, str) else None
+    return Question(single or tuple(row.prompt), row.answer, None, row.place, row.line)  # type: ignore[arg-type]

@@ -1,0 +1,261 @@
+"""What an evaluation will do: data read, examples chosen, metrics settled, models looked at.
+
+All of it is known before any weight is loaded, so that a refusal costs seconds.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from llmctl.config.commands import EvaluateConfig
+from llmctl.config.commands.evaluate import GENERATED
+from llmctl.data.classification import listed
+from llmctl.errors import DataError, ModelError, UserError
+from llmctl.evaluate.few_shot import (
+    Asked,
+    Asking,
+    Choose,
+    choose_shots,
+    require_room,
+    require_whole,
+)
+from llmctl.evaluate.inputs import Data, Kind, Question, read_data, read_questions
+from llmctl.evaluate.scorers import OF_ANSWERS, Scorer, make_scorer
+from llmctl.models import hub
+from llmctl.models.adapters import is_adapter, weights_sha256
+from llmctl.models.classifiers import own_labels
+from llmctl.models.loading import context_size, load_config, load_tokenizer, local_folder
+from llmctl.models.vetting import is_encoder, read_object
+from llmctl.runs.directory import resolve_model
+
+MOST_CONTEXT = 2048
+"""Tokens of a window, where the model would take more and nothing else was asked for."""
+DEFAULTS = {
+    "documents": ("perplexity",),
+    "questions": ("perplexity",),
+    "labels": ("accuracy", "f1"),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The data, and what is measured on them."""
+
+    data: Data
+    asked: list[Asked]
+    """Questions with the examples before them."""
+    choose: Choose
+    """The same with another number of examples."""
+    metrics: tuple[str, ...]
+    scorer: Scorer
+    inputs: list[dict[str, Any]]
+    """For the manifest."""
+    clock: str | None
+
+    @property
+    def generates(self) -> bool:
+        """Whether responses are written."""
+        return any(name in (*GENERATED, "reward") for name in self.metrics)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to judge, not loaded yet."""
+
+    reference: str
+    shape: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    labels: tuple[str, ...] | None
+    """Those of a classifier."""
+    virtual_tokens: int
+    """Positions that an adapter's learned prompt takes."""
+
+    def asking(self, config: EvaluateConfig, clock: str | None) -> Asking:
+        """How questions are put to it."""
+        chat = self.tokenizer.chat_template is not None and not config.plain
+        return Asking(self.tokenizer, self.shape, chat, config.system, clock)
+
+    def window(self, config: EvaluateConfig) -> tuple[int, int]:
+        """Tokens that it reads at a time, and from one window to the next.
+
+        Raises:
+            UserError: more than it has positions for.
+        """
+        there = context_size(self.shape)
+        there = there and there - self.virtual_tokens
+        if config.context and there and config.context > there:
+            raise UserError(f"--context {config.context:,}: the model has {there:,} positions")
+        context = config.context or min(there or MOST_CONTEXT, MOST_CONTEXT)
+        stride = config.stride or max(1, context // 2)
+        if stride > context:
+            raise UserError(f"--stride {stride:,}: more than the context of {context:,}")
+        return context, stride
+
+
+def make_plan(config: EvaluateConfig, clock: str | None) -> Plan:
+    """Read the data and settle what is measured on them.
+
+    Raises:
+        DataError: rows that are broken, none, too few for the examples, or without references.
+        UserError: settings that do not go together.
+        ResourceError: a library that is not installed.
+    """
+    data = read_data(config)
+    metrics = tuple(config.metrics) or (() if config.reward_model else DEFAULTS[data.kind])
+    _require_used(config, data.kind, metrics)
+    others: list[Question] | None = None
+    more: list[dict[str, Any]] = []
+    if config.shots_data:
+        task: Literal["classify", "chat"] = "classify" if data.kind == "labels" else "chat"
+        others, more = read_questions(config.shots_data, config, task, ["--shots"], "shots")
+
+    def choose(count: int) -> list[Asked]:
+        return choose_shots(data.questions, others, count, config.seed)[: config.limit]
+
+    asked = choose(config.shots or 0)
+    settled = config.model_copy(update={"metrics": list(metrics)})
+    scorer = make_scorer(settled, [one.question for one in asked])
+    if config.reward_model:
+        metrics += ("reward",)
+    return Plan(data, asked, choose, metrics, scorer, [*data.inputs, *more], clock)
+
+
+def _require_used(config: EvaluateConfig, kind: Kind, metrics: tuple[str, ...]) -> None:
+    """Refuse what was given and would change nothing.
+
+    Raises:
+        UserError: naming what it goes with.
+    """
+    given = config.given()
+    if kind == "documents" and config.shots:
+        raise UserError("--shots goes with questions, and these are texts")
+    for name, flag in (("stride", "--stride"), ("end", "--no-end")):
+        if name in given and kind != "documents":
+            raise UserError(f"{flag} goes with texts, and these are {kind}")
+    needs = {
+        "context": ("perplexity",),
+        "answer_regex": OF_ANSWERS,
+        "labels": ("accuracy", "f1"),
+    }
+    for name, wanted in needs.items():
+        if name in given and not set(wanted) & set(metrics):
+            raise UserError(f"{config.flag(name)} goes with --metrics {listed(list(wanted))}")
+
+
+def look_at(config: EvaluateConfig, plan: Plan | None, reference: str) -> Subject:
+    """A model's configuration and tokenizer, found to fit what is planned.
+
+    Raises:
+        ModelError: it can do nothing of this.
+        DataError: prompts that do not fit its context.
+        UserError: metrics that it cannot have.
+    """
+    shape, tokenizer = load_config(reference), load_tokenizer(reference)
+    folder = local_folder(resolve_model(reference))
+    adapter = read_object(folder / "adapter_config.json") if is_adapter(folder) else None
+    virtual = int((adapter or {}).get("num_virtual_tokens") or 0)
+    subject = Subject(reference, shape, tokenizer, _labels(folder, shape, adapter), virtual)
+    if subject.labels is not None:
+        _require_classifier(subject, plan)
+        return subject
+    if is_encoder(shape):
+        kind = (shape.architectures or [shape.model_type])[0]
+        raise ModelError(
+            f"{kind} has no head to judge: it neither writes nor classifies",
+            file=reference,
+            hint="make a classifier of it: llmctl sft --task classify --model … --data …",
+        )
+    if plan is None:
+        return subject
+    if "perplexity" in plan.metrics:
+        subject.window(config)
+    if plan.data.kind != "documents":
+        asking, shots = subject.asking(config, plan.clock), config.shots or 0
+        if plan.generates or not shots:
+            new = config.max_new_tokens if plan.generates else 1
+            require_room(asking, plan.choose, shots, new)
+        if shots and "perplexity" in plan.metrics:
+            require_whole(asking, plan.choose, shots, subject.window(config)[0])
+    return subject
+
+
+def identity(config: EvaluateConfig, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    """All that decides what rows come out: what a run that is resumed must have in common."""
+    free = ("threads", "require")
+    recipe = {k: v for k, v in config.recipe("evaluate").items() if k not in free}
+    models = {
+        name: weights_sha256(local_folder(resolve_model(reference)))
+        for name, reference in _models(config)
+    }
+    return {
+        **recipe,
+        "models": models,
+        "inputs": [f.get("sha256") or f.get("revision") for f in inputs],
+    }
+
+
+def model_inputs(config: EvaluateConfig, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The models, for the manifest."""
+    return [
+        hub.model_input(name.replace("_", "-"), reference, found["models"][name])
+        for name, reference in _models(config)
+    ]
+
+
+def _models(config: EvaluateConfig) -> list[tuple[str, str]]:
+    names = ("model", "compare", "reward_model")
+    given = (config.model, config.compare, config.reward_model)
+    return [(name, text) for name, text in zip(names, given, strict=True) if text is not None]
+
+
+def _labels(
+    folder: Path, shape: PreTrainedConfig, adapter: dict[str, Any] | None
+) -> tuple[str, ...] | None:
+    """Labels of a classifier; an adapter's stand in the configuration beside it.
+
+    Raises:
+        ModelError: an adapter for a classifier, without that.
+    """
+    if adapter is None:
+        return own_labels(shape)
+    if adapter.get("task_type") != "SEQ_CLS":
+        return None
+    if not (folder / "config.json").exists():
+        raise ModelError(
+            "this adapter is a classifier's, and no config.json names its labels", file=folder
+        )
+    named = AutoConfig.from_pretrained(folder, trust_remote_code=False).id2label
+    return tuple(str(named[number]) for number in sorted(named))
+
+
+def _require_classifier(subject: Subject, plan: Plan | None) -> None:
+    """Refuse what a classifier cannot do.
+
+    Raises:
+        ModelError: it is a reward model, or has no language to speak.
+        DataError: a label that it does not know.
+    """
+    labels = subject.labels or ()
+    if len(labels) == 1:
+        raise ModelError(
+            "a reward model: it scores, and neither writes nor classifies",
+            file=subject.reference,
+            hint="score texts with llmctl reward --score FILE --model …",
+        )
+    others = [] if plan is None else [m for m in plan.metrics if m not in ("accuracy", "f1")]
+    if plan is None or others or plan.data.kind != "labels" or any(a.shots for a in plan.asked):
+        what = f"--metrics {others[0]}" if others else "this"
+        raise ModelError(
+            f"a classifier writes no text: {what} cannot be measured on it",
+            file=subject.reference,
+            hint="pass rows of `text` and `label`, with --metrics accuracy,f1",
+        )
+    for one in plan.asked:
+        if one.question.reference not in labels:
+            raise DataError(
+                f"label `{one.question.reference}` is none of the model's: {listed(labels)}",
+                file=one.question.place,
+                line=one.question.line,
+            )

@@ -1,0 +1,1 @@
+"""Open, check and save models: plain Hugging Face folders."""

@@ -1,0 +1,304 @@
+"""Adapters on disk: plain PEFT folders, with the base model they belong to.
+
+An adapter is worth nothing without the very weights it was trained on, and what PEFT finds missing
+or superfluous in a file it only warns of. So the base is named, its sha256 stands in the header of
+adapter_model.safetensors, and what does not fit is refused by name.
+"""
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmctl.errors import ModelError
+from llmctl.files import follow_umask, replace_folder, sha256_file
+from llmctl.models import hub
+from llmctl.models.quantized import LoadIn, loaded_in
+from llmctl.models.vetting import (
+    BROKEN,
+    check_files,
+    first_line,
+    read_object,
+    require_safetensors,
+)
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+BASE_SHA256 = "base_sha256"
+BASE_LOADED_IN = "base_loaded_in"
+OWN = ".default"
+"""In the name of every weight that PEFT adds."""
+PROMPT = "prompt_embeddings"
+"""PEFT's name of virtual tokens."""
+SIZES = ("r", "num_virtual_tokens", "num_transformer_submodules", "token_dim")
+"""What adapter_config.json says of tensors, before they are looked at."""
+Kind = Literal["CAUSAL_LM", "SEQ_CLS"]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter's folder says before it is loaded."""
+
+    folder: Path
+    base: str
+    """The model that it was trained on: a folder or a Hub id."""
+    base_sha256: str | None
+    """Of that model's weights; None where the adapter was not made by llmctl."""
+    trained_in: LoadIn
+    """How that model's weights were held while it was trained."""
+    is_prompt: bool
+    """Whether it is virtual tokens, which no weight of a model can hold."""
+    rows: frozenset[int]
+    """Rows of the embedding that it brings along."""
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether this folder holds an adapter."""
+    return (folder / CONFIG).exists()
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """What there is to know of an adapter without its weights.
+
+    Raises:
+        ModelError: no adapter, a pickled or damaged one, or one that names no base.
+    """
+    if not is_adapter(folder):
+        raise ModelError("no adapter here (no adapter_config.json)", file=folder)
+    check_files(folder)
+    require_safetensors(folder, WEIGHTS)
+    raw = read_object(folder / CONFIG)
+    base = raw.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ModelError("adapter_config.json names no base model", file=folder)
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            said = file.metadata() or {}
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        _check_sizes(raw, shapes, folder)
+        rows = _rows(raw.get("trainable_token_indices"), shapes)
+    except BROKEN as error:
+        raise ModelError(f"the adapter does not load: {first_line(error)}", file=folder) from None
+    if raw.get("revision") and hub.is_hub_id(base) and not Path(base).exists():
+        base = f"{base}@{raw['revision']}"
+    how: Any = said.get(BASE_LOADED_IN, "full")
+    is_prompt = "num_virtual_tokens" in raw
+    return Adapter(folder, base, said.get(BASE_SHA256), how, is_prompt, rows)
+
+
+def save_adapter(
+    model: "PeftModel",
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    base: str | Path,
+    base_sha256: str,
+    generation_config: GenerationConfig | None,
+    tensors: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a folder that AutoPeftModelForCausalLM opens, whole or not at all.
+
+    Args:
+        model: its adapter is written, nothing of the base.
+        tokenizer: saved beside it, with its chat template.
+        folder: where to; a sibling is filled first and renamed.
+        base: the model under it, a run, folder or Hub id; recorded as what PEFT can open.
+        base_sha256: of that model's weights, see `weights_sha256`.
+        generation_config: says which tokens end a response.
+        tensors: the weights to write, by their names in the model; None for those that it holds.
+    """
+    from peft import get_peft_model_state_dict
+
+    about = deepcopy(model.peft_config["default"])
+    about.base_model_name_or_path, about.revision = hub.base_reference(str(base))
+    about.inference_mode = True
+    targets = about.to_dict().get("target_modules")
+    if isinstance(targets, list | set):  # a set has another order in every process
+        about.target_modules = sorted(targets)
+    found = get_peft_model_state_dict(model, tensors, save_embedding_layers=False)
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+    metadata = {"format": "pt", BASE_SHA256: base_sha256}
+    if (held := loaded_in(model.get_base_model())) != "full":
+        metadata[BASE_LOADED_IN] = held
+    staging = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    about.save_pretrained(str(staging))
+    save_file(whole, staging / WEIGHTS, metadata=metadata)
+    _sort_metadata(staging / WEIGHTS)
+    tokenizer.save_pretrained(staging)
+    if generation_config is not None:
+        generation_config.save_pretrained(staging)
+    follow_umask(staging)
+    replace_folder(staging, folder)
+
+
+def _sort_metadata(file: Path) -> None:
+    """Put the header's metadata in order: safetensors writes it in another one every time.
+
+    The header is a length in 8 bytes, and that many of JSON, perhaps with spaces at its end.
+    """
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, "the same content, in another order"
+        opened.seek(8)
+        opened.write(text.ljust(size))
+
+
+def weights_sha256(folder: Path) -> str:
+    """Hex digest over a model's weights: its safetensors files in order of name."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{file.name}\0{sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def require_base(adapter: Adapter, base: Path) -> None:
+    """Refuse to put an adapter on weights that it was not trained on.
+
+    Raises:
+        ModelError: naming the base that it wants and the one it was to get.
+    """
+    if adapter.base_sha256 not in (None, weights_sha256(base)):
+        here = "these weights have changed since" if str(base) == adapter.base else f"not on {base}"
+        raise ModelError(
+            f"the adapter was trained on another base: on {adapter.base}, {here}",
+            file=adapter.folder,
+            hint="give it the weights it was trained on (their sha256 differs)",
+        )
+
+
+def put_adapter(model: PreTrainedModel, adapter: Adapter, kind: Kind = "CAUSAL_LM") -> "PeftModel":
+    """The model with the adapter on it, in eval mode.
+
+    Through PEFT's own class: the Auto class of transformers loses DoRA's magnitudes.
+
+    Raises:
+        ModelError: tensors that are missing, superfluous, of another shape or not finite; a method
+            that PEFT does not know.
+    """
+    from peft import (
+        PeftConfig,
+        PeftModelForCausalLM,
+        PeftModelForSequenceClassification,
+        set_peft_model_state_dict,
+    )
+
+    from llmctl.models.patched_lora import fuse  # peft
+
+    folder = adapter.folder
+    _grow(model, adapter)
+    try:
+        about = PeftConfig.from_pretrained(str(folder))
+        if about.task_type not in (kind, None):
+            what = "for text" if kind == "CAUSAL_LM" else "a reward model"
+            raise ModelError(f"an adapter for {about.task_type}, not {what}", file=folder)
+        about.inference_mode = True
+        tensors = load_file(folder / WEIGHTS, device=str(model.device))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is refused below
+            if kind == "SEQ_CLS":
+                adapted: PeftModel = PeftModelForSequenceClassification(model, about)
+            else:
+                adapted = PeftModelForCausalLM(model, about)
+            result: Any = set_peft_model_state_dict(adapted, tensors, ignore_mismatched_sizes=True)
+    except KeyError as error:  # a layer that was to be saved whole
+        raise ModelError(f"missing adapter weights: {error.args[0]}", file=folder) from None
+    except (*BROKEN, IndexError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise ModelError(f"the adapter does not load: {said}", file=folder) from None
+    weights = dict(adapted.named_parameters())  # without those that are tied to another
+    missing = [name for name in result.missing_keys if OWN in name and name in weights]
+    superfluous = set(result.unexpected_keys) - ({PROMPT} if adapter.is_prompt else set())
+    _check_loaded(weights, tensors, [] if adapter.is_prompt else missing, folder)
+    if superfluous:
+        raise ModelError(
+            f"unexpected adapter weights: {min(superfluous)} (of {len(superfluous)})",
+            file=folder,
+            hint="the base has no such layer: it is not the one that this adapter was trained on",
+        )
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return fuse(adapted.eval())
+
+
+def _grow(model: PreTrainedModel, adapter: Adapter) -> None:
+    """Give the model the rows that the adapter has values for."""
+    embedding: Any = model.get_input_embeddings()
+    there, wanted = embedding.weight.shape[0], max(adapter.rows, default=-1) + 1
+    if wanted <= there:
+        return
+    lacking = next((row for row in range(there, wanted) if row not in adapter.rows), None)
+    if lacking is not None:
+        raise ModelError(
+            f"the adapter has no values for row {lacking} of the embedding, and its base has "
+            f"{there} rows",
+            file=adapter.folder,
+            hint="it was trained on another base",
+        )
+    model.resize_token_embeddings(wanted, mean_resizing=False)
+
+
+def _check_loaded(
+    weights: dict[str, Any], tensors: dict[str, torch.Tensor], missing: Iterable[str], folder: Path
+) -> None:
+    """Refuse what PEFT only warns of: tensors that are not there or misshapen; and not finite."""
+    for name in missing:
+        key = name.replace(OWN, "")
+        if key in tensors:
+            raise ModelError(
+                f"the adapter does not fit this base: {key} is {_shape(tensors[key])}, the base "
+                f"takes {_shape(weights[name])}",
+                file=folder,
+            )
+        raise ModelError(f"missing adapter weights: {key}", file=folder)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum()):
+            raise ModelError(f"adapter weights that are not finite: {name}", file=folder)
+
+
+def _check_sizes(raw: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """Refuse numbers that no tensor of the adapter has, before memory is taken for them."""
+    patterns = raw.get("rank_pattern") or {}
+    asked = {name: raw.get(name) for name in SIZES} | dict(patterns)
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    for name, size in asked.items():
+        if isinstance(size, int) and size > largest:
+            raise ModelError(
+                f"adapter_config.json: {name} of {size:,}, and no tensor has more than {largest:,}",
+                file=folder,
+            )
+
+
+def _rows(indices: Any, shapes: dict[str, tuple[int, ...]]) -> frozenset[int]:
+    """Rows of the embedding that are trained by themselves, or all where it was saved whole."""
+    lists = indices.values() if isinstance(indices, dict) else [indices or []]
+    single = {int(row) for rows in lists for row in rows}
+    ends = (
+        "embed_tokens.weight",
+        "wte.weight",
+        "embed_in.weight",
+        "embed_tokens.base_layer.weight",
+    )
+    whole = max((shape[0] for name, shape in shapes.items() if name.endswith(ends)), default=0)
+    return frozenset(single) | frozenset(range(whole))
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return " x ".join(map(str, tensor.shape))

@@ -1,0 +1,237 @@
+"""Models with a head to classify or score with: load one, all but the head as it was trained."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from llmctl.errors import ModelError, UserError
+from llmctl.models.adapters import is_adapter
+from llmctl.models.loading import DERIVED, load_config, local_folder
+from llmctl.models.quantized import require_full
+from llmctl.models.vetting import BROKEN, check_shards, first_line, require_safetensors
+from llmctl.runs.directory import resolve_model
+
+SCORE = ("LABEL_0",)
+"""The label of a reward model, whose one logit is the score; transformers calls it so."""
+TOLERANCE = 1e-3
+"""Largest change of a logit, relative to the largest logit, that is rounding."""
+POOLER = "pooler"
+"""Between an encoder and its head; many are saved without theirs."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A classifier on the CPU, in float32."""
+
+    model: PreTrainedModel
+    new_modules: frozenset[str]
+    """Names of the layers that the folder lacks, whose weights are random."""
+
+
+def load_classifier(
+    reference: str,
+    labels: tuple[str, ...],
+    dtype: torch.dtype = torch.float32,
+) -> Loaded:
+    """The model with a head for these labels: its own where it is a classifier, else a new one.
+
+    Random: seed before.
+
+    Raises:
+        ModelError: pickles only, remote code, an adapter, an architecture that cannot classify,
+            quantized weights, or tensors that are missing, misshapen or not finite.
+        NetworkError: a Hub id that cannot be had.
+    """
+    folder = local_folder(resolve_model(reference))
+    if is_adapter(folder):
+        raise ModelError(
+            "this model is an adapter, and a second one on it could not be loaded again",
+            file=folder,
+            hint=f"merge it first: llmctl merge --model {reference} -o runs/merged",
+        )
+    config = load_config(str(folder))
+    require_full(config, folder, "get a head")
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ModelError(
+            f"transformers has no classifier of the architecture {config.model_type}", file=folder
+        )
+    own = own_labels(config)
+    has_head = own is not None
+    if own is not None and labels == SCORE and len(own) != 1:
+        raise ModelError(
+            f"this model tells {len(own)} labels apart ({', '.join(own[:4])}), a reward model has "
+            "one score",
+            file=folder,
+            hint="start from the model that it was made of",
+        )
+    _set_labels(config, labels)
+    require_safetensors(folder)
+    check_shards(folder, config)
+    try:
+        saved = _tensor_names(folder)
+        _check_size(folder, config)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
+        )
+    except BROKEN as error:
+        raise ModelError(f"the model does not load: {first_line(error)}", file=folder) from None
+    return Loaded(model, _check_loaded(model, report, saved, folder, has_head=has_head))
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` (B, L) of rows of token ids."""
+    length = max(map(len, rows))
+    ids = [[*row, *[pad] * (length - len(row))] for row in rows]
+    mask = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Logits (B, K) of a batch of inputs, in float32."""
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    logits: Tensor = model(**inputs).logits
+    return logits.float()
+
+
+@torch.no_grad()
+def require_padding_unseen(model: Any, short: Sequence[int], long: Sequence[int], pad: int) -> None:
+    """Refuse a model whose answer to a text depends on how long its neighbours are.
+
+    Args:
+        model: on its device; left in eval mode.
+        short: tokens of a text.
+        long: tokens of a longer one.
+        pad: fills the rest of a row.
+
+    Raises:
+        ModelError: the short text gets other logits beside the long one.
+    """
+    model.eval()
+    alone, beside = (logits_of(model, pad_right(rows, pad))[0] for rows in ([short], [short, long]))
+    change = float((alone - beside).abs().max() / alone.abs().max().clamp_min(1e-6))
+    if not change <= TOLERANCE:
+        raise ModelError(
+            f"padding changes the answer of this model by {change:.1%}",
+            hint="this architecture cannot classify texts in batches",
+        )
+
+
+def positions(model: Any) -> int | None:
+    """Tokens that there are learned positions for; RoBERTa and its kin count from after padding.
+
+    None where positions are computed.
+    """
+    for name, layer in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(layer, torch.nn.Embedding):
+            first = 0 if layer.padding_idx is None else layer.padding_idx + 1
+            return int(layer.num_embeddings) - first
+    return None
+
+
+def require_positions(model: Any, longest: int) -> None:
+    """Refuse texts that are too long for a model.
+
+    Raises:
+        UserError: with how many tokens there is room for.
+    """
+    room = positions(model)
+    if room is not None and longest > room:
+        raise UserError(
+            f"a text of {longest:,} tokens: the model has {room:,} positions",
+            hint=f"pass --max-length {room}",
+        )
+
+
+def _set_labels(config: PreTrainedConfig, labels: tuple[str, ...]) -> None:
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: number for number, label in enumerate(labels)}
+    config.problem_type = "regression" if labels == SCORE else "single_label_classification"
+    config.use_cache = False
+
+
+def _check_size(folder: Path, config: PreTrainedConfig) -> None:
+    """Refuse a config.json of a model far larger than its weights, before memory is taken for it.
+
+    Raises:
+        ModelError: with both sizes.
+    """
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    new = sum(w.numel() for name, w in model.named_parameters() if _is_head(model, name))
+    held = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if parameters - new > held:
+        raise ModelError(
+            f"config.json describes {parameters:.3g} parameters, the weights have {held:,} bytes",
+            file=folder,
+        )
+
+
+def _check_loaded(
+    model: Any, report: dict[str, Any], saved: set[str], folder: Path, *, has_head: bool
+) -> frozenset[str]:
+    """Refuse tensors that transformers made up or left lying; return the layers that are new.
+
+    A head may be new, and that of another task superfluous.
+
+    Raises:
+        ModelError: naming the tensor.
+    """
+    start = f"{model.base_model_prefix}."
+    is_whole = any(name.startswith(start) for name in saved)  # else a body without any head
+    allowed: dict[str, set[str]] = {}
+    if not has_head:
+        allowed["missing_keys"] = {n for n in report["missing_keys"] if _is_head(model, n)}
+        allowed["unexpected_keys"] = {
+            name
+            for name in report["unexpected_keys"]
+            if POOLER in name.split(".") or (is_whole and not name.startswith(start))
+        }
+    found = {**report, "mismatched_keys": {name for name, *_ in report["mismatched_keys"]}}
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        names = sorted(set(found[problem]) - allowed.get(problem, set()))
+        if names := [name for name in names if not name.endswith(DERIVED)]:
+            what = problem.removesuffix("_keys")
+            raise ModelError(f"{what} weights: {names[0]} (of {len(names)})", file=folder)
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight.sum()):
+            raise ModelError(f"weights that are not finite: {name}", file=folder)
+    return frozenset(n.removeprefix(start).split(".")[0] for n in allowed.get("missing_keys", ()))
+
+
+def _is_head(model: Any, name: str) -> bool:
+    """Whether a weight is of what a classifier has beyond its body."""
+    return POOLER in name.split(".") or not name.startswith(f"{model.base_model_prefix}.")
+
+
+def _tensor_names(folder: Path) -> set[str]:
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            names.update(tensors.keys())
+    return names
+
+
+def own_labels(shape: PreTrainedConfig) -> tuple[str, ...] | None:
+    """Labels by number of a model that is a classifier already; None for others."""
+    names = shape.architectures or []
+    if not any(name.endswith("ForSequenceClassification") for name in names):
+        return None
+    return tuple(str(shape.id2label[number]) for number in sorted(shape.id2label))

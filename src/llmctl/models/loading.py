@@ -1,0 +1,306 @@
+"""Build, load and save models and tokenizers: plain Hugging Face folders, nothing else."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from llmctl.errors import ModelError, NetworkError
+from llmctl.files import follow_umask, replace_folder
+from llmctl.models import patched_attention
+from llmctl.models.adapters import Adapter, is_adapter, put_adapter, read_adapter, require_base
+from llmctl.models.hub import is_hub_id, split_revision
+from llmctl.models.quantized import LoadIn, held_in, not_finite, quantization
+from llmctl.models.vetting import (
+    BROKEN,
+    check_counts,
+    check_files,
+    check_shards,
+    check_size,
+    first_line,
+    read_object,
+    require_causal_config,
+    require_safetensors,
+)
+from llmctl.runs.directory import resolve_model, resolve_tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SAFE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+DERIVED = (".inv_freq", ".masked_bias", ".attn.bias")
+"""Buffers that old checkpoints carry and that models compute."""
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+patched_attention.put_in_force()
+
+
+def local_folder(reference: str) -> Path:
+    """The folder of a run, of a path, or of a Hub id, downloaded (safetensors only) if need be.
+
+    A Hub id may name a revision: `owner/name@v1.0`.
+
+    Raises:
+        ModelError: no such folder, or a name that no Hub repository can have.
+        NetworkError: the Hub cannot be reached, does not know it, or wants a login.
+    """
+    path = Path(reference).expanduser()
+    if path.exists():
+        return path
+    if not is_hub_id(reference):
+        raise ModelError("no such model folder", file=reference)
+    name, revision = split_revision(reference)
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=SAFE_FILES)
+        )
+    except GatedRepoError:
+        raise NetworkError(
+            f"`{name}` on the Hub wants a login", hint="run: hf auth login"
+        ) from None
+    except RevisionNotFoundError:
+        raise NetworkError(
+            f"the Hub knows no revision `{revision}` of `{name}`",
+            hint="pass a branch, a tag or a commit after the @",
+        ) from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise NetworkError(
+            f"no folder `{reference}` here, and the Hub knows no such model",
+            hint="check the spelling and the path",
+        ) from None
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        offline = isinstance(error, OfflineModeIsEnabled) or huggingface_hub.is_offline_mode()
+        raise NetworkError(
+            f"no folder `{reference}` here, and the Hub "
+            + ("is switched off (HF_HUB_OFFLINE)" if offline else "cannot be reached"),
+            hint="pass the path of a run or a model folder",
+        ) from None
+
+
+def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a tokenize run, a run, a folder or a Hub id.
+
+    Raises:
+        ModelError: there is none, or it wants to run code of its own.
+    """
+    folder = local_folder(resolve_tokenizer(reference))
+    if is_adapter(folder) and not (folder / "tokenizer_config.json").exists():
+        folder = find_base(read_adapter(folder))  # made elsewhere: PEFT saves none
+    if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer_config.json")):
+        raise ModelError("no tokenizer in this folder", file=folder)
+    check_files(folder)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False
+        )
+    except (*BROKEN, ImportError) as error:
+        raise ModelError(f"the tokenizer does not load: {first_line(error)}", file=folder) from None
+    return tokenizer
+
+
+def load_config(reference: str) -> PreTrainedConfig:
+    """The configuration of a run, a folder or a Hub id.
+
+    Raises:
+        ModelError: there is none, it is broken, or it wants to run code of its own.
+    """
+    folder = local_folder(resolve_model(reference))
+    if is_adapter(folder):
+        return _config_under(read_adapter(folder))
+    if not (folder / "config.json").exists():
+        raise ModelError("no config.json in this folder", file=folder)
+    check_files(folder)
+    raw = read_object(folder / "config.json")
+    check_counts(raw, folder)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except BROKEN as error:
+        if "trust_remote_code" in str(error) or "auto_map" in raw:
+            raise ModelError(
+                "this model wants to run Python code of its own, which llmctl never does",
+                file=folder,
+                hint="use a model of an architecture that transformers carries",
+            ) from None
+        raise ModelError(f"config.json does not load: {first_line(error)}", file=folder) from None
+    return config
+
+
+def load_causal_lm(
+    reference: str, *, dtype: torch.dtype, device: str = "cpu", load_in: LoadIn = "full"
+) -> PreTrainedModel:
+    """The causal language model of a run (full or adapter), a folder or a Hub id, in eval mode.
+
+    Raises:
+        ModelError: pickles only, remote code, or tensors that are missing, misshapen or not finite.
+        NetworkError: a Hub id that cannot be had.
+    """
+    folder = local_folder(resolve_model(reference))
+    if is_adapter(folder):
+        adapter = read_adapter(folder)
+        under = find_base(adapter)
+        require_base(adapter, under)
+        model = load_causal_lm(str(under), dtype=dtype, device=device, load_in=load_in)
+        return put_adapter(model, adapter)
+    config = load_config(str(folder))
+    require_causal_config(config, folder)
+    require_safetensors(folder)
+    check_shards(folder, config)
+    if held_in(config) is not None:
+        dtype = config.dtype or dtype  # scales and kept layers go with the type they were made in
+    try:
+        check_size(folder, config)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            quantization_config=quantization(config, load_in, dtype),
+            device_map={"": device},
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
+        )
+    except (*BROKEN, ImportError) as error:  # of a method of quantization that is not installed
+        raise ModelError(f"the model does not load: {first_line(error)}", file=folder) from None
+    _check_loaded(model, report, folder)
+    return model.eval()
+
+
+def find_base(adapter: Adapter, named: str | None = None) -> Path:
+    """The folder of the model under an adapter: the one that it was trained on.
+
+    Args:
+        adapter: names it.
+        named: where to look instead.
+
+    Raises:
+        ModelError: it is gone, or an adapter itself.
+        NetworkError: a Hub id that cannot be had.
+    """
+    name = resolve_model(named or adapter.base)
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise ModelError(
+            f"the base of this adapter is gone: {name}",
+            file=adapter.folder,
+            hint="put it back, or: llmctl merge --model ADAPTER --base WHERE -o OUT",
+        )
+    folder = local_folder(name)
+    if is_adapter(folder):
+        raise ModelError("the base of this adapter is an adapter itself", file=adapter.folder)
+    return folder
+
+
+def save_model(
+    model: PreTrainedModel,
+    state: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> None:
+    """Write a folder that `from_pretrained` opens, whole or not at all.
+
+    Args:
+        model: gives the configuration, and the tokens that end a response; its own weights are
+            not read.
+        state: the weights to write, by name.
+        tokenizer: saved beside them.
+        folder: where to; a sibling is filled first and renamed.
+    """
+    # what else it says may be what transformers loads and refuses to save
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=_stops(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    write_folder(model, state, tokenizer, folder)
+
+
+def write_folder(
+    model: PreTrainedModel,
+    state: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> None:
+    """Write a model of any kind, as it is; otherwise as `save_model`."""
+    staging = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    model.save_pretrained(staging, state_dict=state)
+    tokenizer.save_pretrained(staging)
+    follow_umask(staging)
+    replace_folder(staging, folder)
+
+
+def parse_dtype(name: str, device: str, folder_dtype: torch.dtype | None = None) -> torch.dtype:
+    """The type for `auto|fp32|bf16|fp16`: auto is fp32 on a CPU, the checkpoint's elsewhere."""
+    if name != "auto":
+        return DTYPES[name]
+    return torch.float32 if device == "cpu" or folder_dtype is None else folder_dtype
+
+
+def parameter_count(model: torch.nn.Module) -> int:
+    """Parameters, tied ones counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def _stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | list[int] | None:
+    """The tokens that end a response: the model's, and the tokenizer's."""
+    known = model.generation_config.eos_token_id if model.generation_config else None
+    ends = [*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id]
+    stops = sorted({int(token) for token in ends if token is not None})
+    return stops[0] if len(stops) == 1 else stops or None
+
+
+def _config_under(adapter: Adapter) -> PreTrainedConfig:
+    """The configuration of an adapter's base, with the rows that the adapter adds."""
+    config = load_config(str(find_base(adapter)))
+    text = config.get_text_config()
+    text.vocab_size = max(text.vocab_size, max(adapter.rows, default=-1) + 1)
+    return config
+
+
+def _check_loaded(model: PreTrainedModel, report: dict[str, Any], folder: Path) -> None:
+    """Refuse what transformers only reports: tensors it made up; and weights not finite."""
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        found = {name if isinstance(name, str) else name[0] for name in report[problem]}
+        names = sorted(name for name in found if not name.endswith(DERIVED))
+        if names:
+            what = problem.removesuffix("_keys")
+            raise ModelError(f"{what} weights: {names[0]} (of {len(names)})", file=folder)
+    if (name := not_finite(model)) is not None:
+        raise ModelError(f"weights that are not finite: {name}", file=folder)
+
+
+def grow_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give every token of the tokenizer a row; a model that has more rows keeps them.
+
+    New rows are drawn around the mean of the old ones with their covariance (Hewitt, 2021), so that
+    no new token starts out likelier than all others. Random: seed before.
+    """
+    wanted = max(tokenizer.get_vocab().values()) + 1
+    if wanted > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(wanted, mean_resizing=True)
+
+
+def context_size(config: PreTrainedConfig) -> int | None:
+    """Positions that a model was built for, None where it has no limit."""
+    text = config.get_text_config()
+    return int(text.max_position_embeddings) if hasattr(text, "max_position_embeddings") else None

@@ -1,0 +1,183 @@
+"""What is to become smaller: found and checked before any weight is read, then loaded.
+
+In: a config. Out: a `Job`, and from it the model in full precision.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from llmctl.config.commands import QuantizeConfig
+from llmctl.console import log
+from llmctl.errors import ModelError, UserError
+from llmctl.files import sha256_folder
+from llmctl.gguf_file import check_gguf
+from llmctl.hardware import memory_left
+from llmctl.models import hub
+from llmctl.models.adapters import CONFIG, is_adapter, read_adapter, weights_sha256
+from llmctl.models.loading import (
+    DTYPES,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    local_folder,
+    parameter_count,
+)
+from llmctl.models.merging import Mergeable, find_mergeable, merge
+from llmctl.models.quantized import require_full
+from llmctl.models.vetting import BROKEN, first_line, read_object
+from llmctl.quantize.held_out import HeldOut, find_text
+from llmctl.quantize.layers import Layers, choose_layers
+from llmctl.quantize.methods import copy_as, describe
+from llmctl.runs.directory import resolve_model
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ROOM = 1.2
+"""Of a copy's size that must be free before one is made only to be timed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model that can be made smaller, and what to measure it on."""
+
+    reference: str
+    adapter: Mergeable | None
+    """Where an adapter is to be merged first."""
+    tokenizer: PreTrainedTokenizerBase
+    text: HeldOut
+    layers: Layers
+    device: str
+
+    def inputs(self) -> list[dict[str, Any]]:
+        """For the manifest."""
+        if self.adapter is not None:
+            found = [
+                ("adapter", self.reference, sha256_folder(self.adapter.adapter.folder)),
+                ("base", str(self.adapter.base), weights_sha256(self.adapter.base)),
+            ]
+        else:
+            folder = local_folder(resolve_model(self.reference))
+            found = [("model", self.reference, weights_sha256(folder))]
+        own = [hub.model_input(role, path, digest) for role, path, digest in found]
+        return [*own, *({**facts, "role": "eval-text"} for facts in self.text.inputs)]
+
+    def load(self) -> PreTrainedModel:
+        """The model in its own type, or the merged one in float32, in eval mode.
+
+        Raises:
+            ModelError: it does not load, its weights are not finite, or it does not merge.
+        """
+        if self.adapter is not None:
+            merged = merge(self.adapter, self.device)
+            log.info("merged: logits differ from the adapter's by at most %.2g", merged.difference)
+            return merged.model.eval()
+        shape = load_config(self.reference)
+        return load_causal_lm(
+            self.reference, dtype=shape.dtype or torch.float32, device=self.device
+        )
+
+    def disk_before(self) -> int | None:
+        """Bytes of the weights' files; None where they are merged only now."""
+        if self.adapter is not None:
+            return None
+        return weights_size(local_folder(resolve_model(self.reference)))
+
+
+def prepare(config: QuantizeConfig, device: str) -> Job:
+    """Find the model, its layers and its text, and refuse what cannot be.
+
+    Raises:
+        DataError: no text to measure on.
+        ModelError: quantized already, no language model, an adapter that is not to be merged, or
+            no layer that the method takes.
+        UserError: flags that do not go with this model.
+    """
+    folder = local_folder(resolve_model(config.model))
+    adapter = find_mergeable(config.model) if config.merge else None
+    if adapter is not None:
+        folder = adapter.adapter.folder
+    elif is_adapter(folder):
+        read_adapter(folder)
+        raise ModelError(
+            "an adapter cannot be quantized by itself",
+            file=folder,
+            hint="merge it into its base first: add --merge",
+        )
+    shape = load_config(str(folder))
+    require_full(shape, config.model, "be quantized again")
+    is_headed = is_adapter(folder) and read_object(folder / CONFIG).get("task_type") == "SEQ_CLS"
+    _require_language_model(shape, config.model, is_headed=is_headed)
+    own = torch.float32 if adapter is not None else shape.dtype
+    if config.library is None and config.gguf is None and own == DTYPES[config.dtype]:
+        raise UserError(f"--dtype {config.dtype}: the weights are in that type already")
+    layers = choose_layers(_without_weights(shape, config.model), config)
+    tokenizer = load_tokenizer(str(folder))
+    if config.gguf is not None:
+        check_gguf(shape, tokenizer)
+    text = find_text(config, tokenizer)
+    return Job(config.model, adapter, tokenizer, text, layers, device)
+
+
+def announce(job: Job, config: QuantizeConfig) -> None:
+    """Say what would be done."""
+    log.info("would make %s smaller: %s, on %s", job.reference, describe(config), job.device)
+    log.info("would measure on %s tokens of %s", f"{job.text.tokens:,}", job.text.name)
+    if config.library is not None:
+        log.info("%d layers would be quantized", len(job.layers.taken))
+        for line in job.layers.summary():
+            log.info("would keep %s", line)
+
+
+def rivals(before: PreTrainedModel, config: QuantizeConfig) -> dict[str, PreTrainedModel]:
+    """The model in full precision, in its own type first, and on a CPU in the other usual one.
+
+    A quantized model may be slower than either, and which of them is the faster differs from one
+    CPU to the next.
+    """
+    own = NAMES[before.dtype]
+    other = "bf16" if own == "fp32" else "fp32"
+    found = {own: before}
+    is_cast_to = config.library is None and config.dtype == other
+    size = parameter_count(before) * DTYPES[other].itemsize
+    if before.device.type == "cpu" and not is_cast_to and memory_left() > ROOM * size:
+        found[other] = copy_as(before, DTYPES[other])
+    return found
+
+
+def quantized_share(model: PreTrainedModel, layers: Layers) -> float:
+    """Share of a full model's weights that the layers hold."""
+    modules: dict[str, Any] = dict(model.named_modules())
+    weights = [modules[name].weight for name in layers.taken]
+    sizes = {id(weight): int(weight.numel()) for weight in weights}  # tied ones count once
+    return sum(sizes.values()) / parameter_count(model)
+
+
+def weights_size(folder: Path) -> int:
+    """Bytes of a folder's weights."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _require_language_model(shape: PreTrainedConfig, reference: str, *, is_headed: bool) -> None:
+    named = shape.architectures or []
+    if is_headed or any("Classification" in name for name in named):
+        raise ModelError(
+            "this model tells labels or scores texts; only language models can be quantized",
+            file=reference,
+            hint="load it as it is: it is used for scoring, not for generating",
+        )
+
+
+def _without_weights(shape: PreTrainedConfig, reference: str) -> Any:
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
+    except BROKEN as error:
+        raise ModelError(f"no language model: {first_line(error)}", file=reference) from None

@@ -1,0 +1,248 @@
+"""What runs left on disk, read for a report.
+
+In: paths that a user named. Out: one `Record` a run, in the order in which they started; every text
+in it is without secrets and control characters. Lines that are damaged are left out, and counted.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from llmctl import metrics
+from llmctl.config.base import read_recipe
+from llmctl.console import SEEN
+from llmctl.errors import DataError, UserError
+from llmctl.redact import redact
+from llmctl.runs.listing import Summary, summarize, survey
+from llmctl.runs.ownership import METRICS, SAMPLES, as_object, read_json
+
+ROWS = "rows.jsonl"
+REPORT = "report.json"
+PIPELINE = "pipeline.json"
+MOST_BYTES = 200_000_000
+"""Of a file of lines: more is no metrics."""
+MOST_ROWS = 200
+"""Of samples and of judged rows, that are kept."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run."""
+
+    path: Path
+    name: str
+    """Short, and no other run's of this report."""
+    stage: str
+    summary: Summary
+    manifest: dict[str, Any]
+    status: dict[str, Any]
+    recipe: dict[str, Any]
+    metrics: tuple[dict[str, Any], ...]
+    samples: tuple[dict[str, Any], ...]
+    rows: tuple[dict[str, Any], ...]
+    """What `evaluate` judged, a row each."""
+    report: dict[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def state(self) -> str:
+        """As `llmctl runs` says it."""
+        return self.summary.status
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What came of it; of a run that has none, the latest of every metric."""
+        found = self.manifest.get("result")
+        if isinstance(found, dict):
+            return found
+        return {key: value for row in self.metrics for key, value in row.items()}
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it worked, resumptions added up."""
+        counted = _object(self.manifest.get("energy")).get("seconds")
+        if isinstance(counted, int | float):
+            return float(counted)
+        ends = [_time(self.manifest.get(name)) for name in ("started", "finished")]
+        return (ends[1] - ends[0]).total_seconds() if ends[0] and ends[1] else None
+
+
+def read_records(named: Sequence[Path]) -> tuple[list[Record], list[str]]:
+    """Every run that was named or lies under what was, and notes on those that were left out.
+
+    Raises:
+        DataError: nothing there, no run, or one that cannot be read.
+    """
+    found: dict[Path, Summary] = {}
+    notes: list[str] = []
+    for path in named:
+        for summary in _summaries(path):
+            place = Path(summary.path)
+            if summary.status != "damaged":
+                found.setdefault(place.resolve(), summary)
+            elif place == path:
+                raise DataError(
+                    "this run cannot be read: its manifest.json or status.json is damaged",
+                    file=path,
+                )
+            else:
+                notes.append(f"{place.name} is left out: its records are damaged")
+    names = names_of([Path(summary.path) for summary in found.values()])
+    records = [_read(s, name) for s, name in zip(found.values(), names, strict=True)]
+    if not records:
+        raise DataError("all of its runs are damaged", file=named[0])
+    return sorted(records, key=_started), notes
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What lies beside the runs of a folder."""
+
+    generated: list[tuple[str, list[dict[str, Any]]]]
+    """Name and rows of files that `llmctl generate` wrote."""
+    gates: list[tuple[str, dict[str, Any]]]
+    """What `llmctl run` was told must hold: a stage's name, and what was found."""
+
+
+def read_beside(named: Sequence[Path]) -> Beside:
+    """Read what lies in the named folders and is no run."""
+    several = len(named) > 1
+    files = [file for path in named for file in sorted(path.glob("*.jsonl"))]
+    texts = zip(names_of(files) if several else (file.name for file in files), files, strict=True)
+    generated = []
+    for name, file in texts:
+        rows, _ = _lines(file, MOST_ROWS)
+        if rows and all({"prompt", "response", "finish_reason"} <= row.keys() for row in rows):
+            generated.append((clean(name), rows))
+    gates = [
+        (clean(f"{folder}/{stage}") if several else stage, gate)
+        for folder, path in zip(names_of(named), named, strict=True)
+        for stage, gate in _gates(path / PIPELINE)
+    ]
+    return Beside(generated, gates)
+
+
+def _gates(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    stages = clean(read_json(file)).get("stages")
+    for stage in stages if isinstance(stages, list) else []:
+        gates = stage.get("gates") if isinstance(stage, dict) else None
+        for gate in gates if isinstance(gates, list) else []:
+            if isinstance(gate, dict):
+                yield str(stage.get("name")), gate
+
+
+def _summaries(path: Path) -> list[Summary]:
+    if not path.exists():
+        raise DataError("no such directory", file=path, hint="pass a run, or a folder of runs")
+    if not path.is_dir():
+        raise DataError("not a directory", file=path, hint="pass a run, or a folder of runs")
+    if _is_one(path):
+        return [summarize(path, datetime.now(UTC))]
+    found = [s for s in survey(path) if not (Path(s.path) / PIPELINE).exists()]
+    if not found:
+        raise DataError("no runs in this directory", file=path, hint="pass a run's directory")
+    return found
+
+
+def _is_one(path: Path) -> bool:
+    """Whether it is a run, and not a folder that `llmctl run` filled with some."""
+    records = ("manifest.json", "status.json")
+    return any((path / name).exists() for name in records) and not (path / PIPELINE).exists()
+
+
+def _read(summary: Summary, name: str) -> Record:
+    path = Path(summary.path)
+    metrics, bad = _lines(path / METRICS)
+    samples, _ = _lines(path / SAMPLES)
+    rows, _ = _lines(path / ROWS, MOST_ROWS)
+    notes = [f"{METRICS}: {bad} damaged lines are left out"] if bad else []
+    notes += _alarms(metrics)
+    recipe: dict[str, Any] = {}
+    try:
+        recipe = read_recipe(path / "recipe.yaml")[0] if (path / "recipe.yaml").exists() else {}
+    except UserError as error:
+        notes.append(f"recipe.yaml: {error.message}")
+    return Record(
+        path=path,
+        name=clean(name),
+        stage=clean(summary.stage or "run"),
+        summary=summary,
+        manifest=clean(read_json(path / "manifest.json")),
+        status=clean(read_json(path / "status.json")),
+        recipe=clean(recipe),
+        metrics=tuple(metrics),
+        samples=tuple(samples),
+        rows=tuple(rows),
+        report=clean(read_json(path / REPORT)),
+        notes=tuple(notes),
+    )
+
+
+def clean(value: Any, known: dict[str, str] | None = None) -> Any:
+    """A value from a file, every text in it without secrets and control characters.
+
+    Args:
+        value: as JSON or YAML gives it.
+        known: texts that were cleaned before; keys are the same in every line of a file.
+    """
+    known = {} if known is None else known
+    if isinstance(value, str):
+        if value not in known:
+            known[value] = redact(value).encode("utf-8", "replace").decode().translate(SEEN)
+        return known[value]
+    if isinstance(value, dict):
+        return {clean(str(key), known): clean(item, known) for key, item in value.items()}
+    if isinstance(value, list):
+        return [clean(item, known) for item in value]
+    return value
+
+
+def _lines(file: Path, most: int | None = None) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a file of lines, and how many lines are none."""
+    if not file.is_file() or file.stat().st_size > MOST_BYTES:
+        return [], 0
+    lines = [line for line in file.read_bytes().split(b"\n") if line.strip()]
+    found = [as_object(line) for line in lines[:most]]
+    known: dict[str, str] = {}
+    return [clean(row, known) for row in found if row], sum(not row for row in found)
+
+
+def _alarms(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What PPO warned of, each alarm with the steps at which it rang."""
+    rang: dict[str, list[Any]] = {}
+    for row in rows:
+        found = row.get("alarms")
+        for name in found if isinstance(found, list) else []:
+            rang.setdefault(str(name), []).append(row.get("step"))
+    return [
+        f"alarm at step {steps[0]}: {metrics.label(name)}"
+        + (f", and {len(steps) - 1} more times" if len(steps) > 1 else "")
+        for name, steps in rang.items()
+    ]
+
+
+def names_of(paths: Sequence[Path]) -> Iterator[str]:
+    """The last part of each path, with its parent where two are the same."""
+    count = Counter(path.absolute().name for path in paths)
+    for path in paths:
+        whole = path.absolute()
+        yield whole.name if count[whole.name] == 1 else f"{whole.parent.name}/{whole.name}"
+
+
+def _started(record: Record) -> datetime:
+    began = _time(record.manifest.get("started"))
+    return began or _time(record.summary.updated) or datetime.now(UTC)
+
+
+def _time(text: Any) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text).astimezone(UTC)
+    except (TypeError, ValueError):
+        return None
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

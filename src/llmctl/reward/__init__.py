@@ -1,0 +1,1 @@
+"""Score responses with a reward model."""

@@ -1,0 +1,1 @@
+"""Run directories: what goes in, how a run goes, what it leaves."""

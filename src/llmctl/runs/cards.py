@@ -1,0 +1,218 @@
+"""Model cards: a README.md in each `model/` and `adapter/` that a run leaves.
+
+In: the run's directory and manifest. Out: what the model is, how it was made and what to mind, with
+the header that the Hub reads. No folder of this machine is named in it, and no secret.
+"""
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmctl import metrics
+from llmctl.files import replace_file
+from llmctl.redact import redact
+from llmctl.runs.lineage import Input, Step, inputs_of, line_of, portable
+from llmctl.runs.ownership import read_json
+
+CARD = "README.md"
+FOLDERS = ("model", "adapter", "value_model")
+TRAINED = ("pretrain", "sft", "reward", "ppo", "dpo")
+RELATIONS = {"merge": "merge", "quantize": "quantized"}
+KINDS = {
+    "language": "a causal language model",
+    "reward": "a reward model: it gives a response to a prompt one number",
+    "classifier": "a classifier of texts",
+    "value": "the value model that PPO trained beside its policy, kept to continue with",
+}
+CLASSES = {"language": "AutoModelForCausalLM"}
+SECTIONS = {
+    "language": """\
+Made to be tried, measured and trained further. It has been measured only by the figures above:
+what they do not show is not known. It is not ready to face people without tests of its own, least
+of all where a wrong answer does harm.""",
+    "reward": """\
+Made to compare responses to one prompt, in training and in evaluation. Its numbers mean nothing
+between prompts, and little on texts unlike those it learned from. A policy trained on it will find
+what it overrates.""",
+    "classifier": """\
+Made for texts like those it learned from; on others its confidence says nothing. It must not
+decide about people by itself.""",
+    "value": "Made to continue PPO with. It is of no other use.",
+}
+CAVEATS = """\
+- **Bias.** It repeats what its data holds, prejudice and errors too, and what its base model has
+  learned. Nothing here has measured or removed that.
+- **Memorisation.** Texts of the training data, above all those that stand in it often, may come out
+  word for word: with names, secrets or works that others own. Do not share it more widely than its
+  data.
+- **Facts.** What it writes is likely text, not knowledge."""
+
+
+def write_cards(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the card of every model that a run has left."""
+    for name in FOLDERS:
+        folder = path / name
+        if any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+            replace_file(folder / CARD, card(path, folder, manifest).encode())
+
+
+def card(path: Path, folder: Path, manifest: Mapping[str, Any]) -> str:
+    """The text of one card."""
+    from huggingface_hub import ModelCardData  # a third of a second
+
+    line, kind = line_of(path, manifest), kind_of(folder)
+    header = ModelCardData(**_header(line, kind, folder)).to_yaml(line_break="\n")
+    parts = [f"---\n{header}\n---", f"# {path.absolute().name}", _summary(line, kind, folder)]
+    for title, text in _sections(line, kind, folder):
+        parts += [f"## {title}", text]
+    return redact("\n\n".join(parts)) + "\n"
+
+
+def kind_of(folder: Path) -> str:
+    """What a folder's model does: language, reward, classifier or value."""
+    if folder.name == "value_model":
+        return "value"
+    shape, adapter = read_json(folder / "config.json"), read_json(folder / "adapter_config.json")
+    classes = " ".join(map(str, shape.get("architectures") or []))
+    if adapter.get("task_type") != "SEQ_CLS" and "SequenceClassification" not in classes:
+        return "language"
+    return "reward" if len(shape.get("id2label") or ()) == 1 else "classifier"
+
+
+def license_of(folder: Path) -> str | None:
+    """The licence that the card of a model says, where it lies on this disk."""
+    from huggingface_hub import ModelCard
+
+    file = folder.expanduser() / CARD
+    if not file.is_file():
+        return None
+    try:
+        found = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    except ValueError:  # no YAML, or no text
+        return None
+    name = found.data.to_dict().get("license")  # type: ignore[no-untyped-call]
+    return name if isinstance(name, str) else None
+
+
+def _header(line: list[Step], kind: str, folder: Path) -> dict[str, Any]:
+    """What the Hub reads: only what is known, and only names that it can have."""
+    stage, is_adapter = str(line[-1].manifest.get("stage")), _is_adapter(folder)
+    bases = [i for step in line for i in step.inputs if i.role in ("model", "base") and not i.run]
+    base = next((i.hub_id for i in bases if i.hub_id), None)
+    relation = "adapter" if is_adapter else RELATIONS.get(stage, "finetune")
+    data = [i.hub_id for step in line for i in step.inputs if i.is_data and i.hub_id]
+    return {
+        "library_name": "peft" if is_adapter else "transformers",
+        "pipeline_tag": "text-generation" if kind == "language" else "text-classification",
+        "tags": ["llmctl", stage, *([] if kind == "language" else [f"{kind}-model"])],
+        "license": next(filter(None, (license_of(Path(base.path)) for base in bases)), None),
+        "base_model": base,
+        "base_model_relation": relation if base else None,
+        "datasets": list(dict.fromkeys(data)) or None,
+    }
+
+
+def _summary(line: list[Step], kind: str, folder: Path) -> str:
+    manifest = line[-1].manifest
+    count = manifest.get("parameters") or (manifest.get("result") or {}).get("parameters")
+    size = f" of {metrics.compact(count)} parameters" if isinstance(count, int) else ""
+    version = (manifest.get("versions") or {}).get("llmctl", "")
+    what = f"an adapter to {KINDS[kind]}" if _is_adapter(folder) else KINDS[kind]
+    made = f"{what[0].upper()}{what[1:]}{size}, made by `llmctl {manifest.get('stage')}`"
+    return f"{made} ({version})." if version else f"{made}."
+
+
+def _sections(line: list[Step], kind: str, folder: Path) -> Iterator[tuple[str, str]]:
+    manifest = line[-1].manifest
+    yield "How to use it", _usage(kind, folder)
+    yield "How it was made", _made(line)
+    rows = [(metrics.label(k), metrics.value(k, v)) for k, v in _figures(manifest)]
+    if rows:
+        yield "Figures", _table(("figure", "value"), rows)
+    yield "Intended use and limits", SECTIONS[kind]
+    yield "Bias and memorisation", CAVEATS
+    energy = manifest.get("energy")
+    if isinstance(energy, dict):
+        yield "Energy", _energy(energy, manifest)
+    versions = manifest.get("versions") or {}
+    yield "Versions", ", ".join(f"{name} {number}" for name, number in versions.items()) + "."
+
+
+def _usage(kind: str, folder: Path) -> str:
+    name = CLASSES.get(kind, "AutoModelForSequenceClassification")
+    library = "transformers"
+    if _is_adapter(folder):
+        name, library = name.replace("Auto", "AutoPeft", 1), "peft"
+    more = ", num_labels=1" if _is_adapter(folder) and kind in ("reward", "value") else ""
+    imports = (
+        [f"from transformers import {name}, AutoTokenizer"]
+        if library == "transformers"
+        else [f"from {library} import {name}", "from transformers import AutoTokenizer"]
+    )
+    lines = [
+        *imports,
+        "",
+        'folder = "."  # this one',
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f"model = {name}.from_pretrained(folder{more})",
+    ]
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _made(line: list[Step]) -> str:
+    """The command, then every run before it and every file that went in."""
+    command = [portable(str(word)) for word in line[-1].manifest.get("command") or []]
+    parts = [f"```sh\n{shlex.join(command)}\n```"] if command else []
+    parts.append("The run's `recipe.yaml` holds every setting as it was resolved.")
+    rows = [_step_row(step) for step in line]
+    parts.append(_table(("stage", "run", "inputs"), rows))
+    revision = (line[-1].manifest.get("git") or {}).get("commit")
+    seed = f"Seed {line[-1].manifest.get('seed')}"
+    parts.append(f"{seed}; commit {revision[:12]}." if isinstance(revision, str) else f"{seed}.")
+    return "\n\n".join(parts)
+
+
+def _step_row(step: Step) -> tuple[str, str, str]:
+    named = [_named(one) for one in inputs_of(step.path, step.manifest)]
+    return str(step.manifest.get("stage")), _code(step.path.absolute().name), "; ".join(named)
+
+
+def _named(one: Input) -> str:
+    """An input by its name here, and by what tells it from all others."""
+    mark = one.revision or one.sha256
+    kind = "revision" if one.revision else "sha256"
+    name = one.run.absolute().name if one.run else portable(one.path)
+    shown = f"{one.role.replace('_', ' ')} {_code(name)}"
+    return f"{shown} ({kind} {mark[:12]}…)" if mark else shown
+
+
+def _figures(manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    result = manifest.get("result")
+    return metrics.figures(result) if isinstance(result, dict) else []
+
+
+def _energy(energy: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    device = f" on {manifest['device']}" if manifest.get("device") else ""
+    spent = f"{metrics.energy(energy['kwh'])} in {metrics.seconds(energy['seconds'])}{device}"
+    return f"About {spent}, for this run alone. How it was found: {energy['method']}."
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    """Text that Markdown leaves as it is, on one line."""
+    flat = json.dumps(text, ensure_ascii=False)[1:-1].replace("`", "'")
+    return f"`{flat}`"
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
