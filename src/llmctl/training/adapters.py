@@ -135,23 +135,23 @@ def _targets(
     if ALL_LINEAR in wanted:
         raise UserError("--lora-targets all-linear stands alone", hint="drop the other names")
     for name in wanted:
-        found = [m for path, m in model.named_modules() if f".{path}".endswith(f".{name}")]
-        _check_target(model, name, found, added_tokens)
+        modules = [m for path, m in model.named_modules() if f".{path}".endswith(f".{name}")]
+        _check_target(model, name, modules, added_tokens)
     return list(wanted)
 
 
 def _check_target(
-    model: PreTrainedModel, name: str, found: list[nn.Module], added_tokens: Sequence[int]
+    model: PreTrainedModel, name: str, modules: list[nn.Module], added_tokens: Sequence[int]
 ) -> None:
     """Refuse a target that is nowhere, no layer of weights, or one that would go wrong unseen."""
     others = "leave it out: by default every linear layer but the output is adapted"
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if any(module is head for module in found):
+    if any(module is head for module in modules):
         raise UserError(
             f"--lora-targets {name} is the output layer, whose weight the loss works on",
             hint=others,
         )
-    if any(module is embedding for module in found):
+    if any(module is embedding for module in modules):
         if head is not None and head.weight is embedding.weight:
             raise UserError(
                 f"--lora-targets {name} is tied to the output layer: merging it would give another "
@@ -166,10 +166,10 @@ def _check_target(
             )
     if name.rpartition(".")[2] in HEADS:
         raise UserError(f"--lora-targets {name} is trained in full anyway", hint=others)
-    if not any(isinstance(module, nn.Linear | Conv1D | nn.Embedding) for module in found):
+    if not any(isinstance(module, nn.Linear | Conv1D | nn.Embedding) for module in modules):
         there = _layer_names(model)
         close = difflib.get_close_matches(name.rpartition(".")[2], there, n=1)
-        what = "is no linear layer" if found else "matches no layer"
+        what = "is no linear layer" if modules else "matches no layer"
         raise UserError(
             f"--lora-targets {name} {what} of this model, which has {', '.join(there)}",
             hint=f"did you mean {close[0]}?" if close else others,

@@ -44,7 +44,7 @@ class Base:
     reference: str
     """As it was given."""
     sha256: str
-    """Of its weights."""
+    """Digest of its weights."""
 
     def as_input(self) -> dict[str, Any]:
         """For the manifest."""
@@ -91,7 +91,7 @@ class TokenizedData(Protocol):
 
 
 def base_of(reference: str) -> Base:
-    """What a manifest and a checkpoint say of the model."""
+    """Identify a model by reference and weights, for manifest and checkpoints."""
     return Base(reference, weights_sha256(local_folder(resolve_model(reference))))
 
 
@@ -211,7 +211,7 @@ def set_stops(model: Any, tokenizer: PreTrainedTokenizerBase, end_of_turn: int |
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known of a run once its model is loaded."""
+    """A run once its model is loaded: model, hyperparameters, rows."""
 
     model: Any
     """With its adapter, where one is to be trained; in training mode, on the device."""
@@ -237,7 +237,7 @@ class Prepared:
         return {"parameters": self.parameters, "trained_parameters": self.trained_parameters}
 
     def facts(self, inputs: Sequence[dict[str, Any]], device: str, **more: Any) -> dict[str, Any]:
-        """What a manifest should say, and more that only one method has."""
+        """Return the manifest's entries, and `more` that only one method has."""
         return {
             "inputs": [self.base.as_input(), *inputs],
             "device": hardware.device_name(device),
@@ -247,7 +247,7 @@ class Prepared:
         }
 
     def identity(self, data: Encodings, config: Tuning) -> dict[str, Any]:
-        """What decides the weights beside hyperparameters, and a resumed run must share."""
+        """Return what decides the weights beside hyperparameters: a resumed run must share it."""
         model = self.model
         adapters = model.peft_config.values() if isinstance(model, PeftModel) else ()
         return {
@@ -275,7 +275,7 @@ class Prepared:
         return RowBatches(self.train, order)
 
     def flops_per_token(self, device: str) -> float | None:
-        """Of the model, at the mean length of its rows; see `flops_of`."""
+        """Training FLOPs for a token at the mean length of the rows; see `flops_of`."""
         return flops_of(self.model, round(sum(self.train.lengths) / len(self.train)), device)
 
 
@@ -304,9 +304,9 @@ def prepare(
         accelerator: processes.
         device: type of device.
         loss: of a model on a batch, to see how large a batch fits.
-        check: what the model must show before it trains, run under autocast.
-        stops: tokens that end what the model writes.
-        is_classifier: whether it gives numbers for a text.
+        check: of the model, under autocast.
+        stops: of `Prepared`.
+        is_classifier: of `Prepared`.
 
     Raises:
         ModelError: a check failed.
@@ -314,13 +314,10 @@ def prepare(
         ResourceError: an optimizer or a precision that does not run here.
     """
     _require_shardable(config, accelerator)
-    trained, parameters = trainable_parameters(model)
+    trained, total = trainable_parameters(model)
+    world = accelerator.num_processes
     values = for_finetuning(
-        config,
-        parameters=parameters,
-        rows=len(train),
-        world_size=accelerator.num_processes,
-        device=device,
+        config, parameters=total, rows=len(train), world_size=world, device=device
     )
     if values.precision == "pure-bf16":
         to_pure_bf16(model, values.lr)
@@ -332,19 +329,10 @@ def prepare(
     if config.activation_checkpointing:
         checkpoint_activations(model)
     if accelerator.is_main_process:
-        _announce(values, trained, parameters, unit)
+        _announce(values, trained, total, unit)
     set_seed(config.seed)  # what the checks drew must not change what training draws
-    return Prepared(
-        model.train(),
-        values,
-        train,
-        val,
-        parameters,
-        trained,
-        base_of(config.model),
-        list(stops),
-        is_classifier,
-    )
+    base, ends = base_of(config.model), list(stops)
+    return Prepared(model.train(), values, train, val, total, trained, base, ends, is_classifier)
 
 
 def require_prompts(config: SftConfig | DpoConfig, val: object, unit: str) -> None:

@@ -55,7 +55,7 @@ class Batches(Protocol):
         """This process's micro-batches of step `number`, counted from 0, on the CPU."""
 
     def step_weight(self, number: int) -> float:
-        """What a step's micro-batches of all processes weigh together."""
+        """Weight of a step's micro-batches of all processes together."""
 
     def name(self, number: int) -> str:
         """Which examples a step is computed from, for messages."""
@@ -151,7 +151,7 @@ class RowBatches:
         return [self.rows.batch(self.order.batch(first + i)) for i in range(self.order.grad_accum)]
 
     def step_weight(self, number: int) -> float:
-        """What the rows of a step weigh, on all processes."""
+        """Weight of the rows of a step, on all processes."""
         return float(self.rows.weights[self.order.step(number)].sum())
 
     def name(self, number: int) -> str:

@@ -68,8 +68,8 @@ class Classification:
     def validate(self, model: Any) -> dict[str, float]:
         """Mean loss, accuracy and macro F1 over every validation text."""
         assert self.val is not None
-        found = self.val.sums(model, self._measure)
-        loss, counts = float(found[0]), found[1:].view(3, self.classes)
+        totals = self.val.sums(model, self._measure)
+        loss, counts = float(totals[0]), totals[1:].view(3, self.classes)
         texts = float(counts[1].sum())
         return {
             "val_loss": loss / texts,

@@ -2,8 +2,8 @@
 
 A batch of B pairs is 2B sequences in one forward pass: the chosen ones, then the rejected ones.
 
-The reference is the model as the run found it: the base below the adapter where there is one, else
-log-probabilities that are computed before anything is trained or restored. Either way there is no
+The reference is the model that the run began with: the base below an adapter where there is one,
+else log-probabilities that are computed before anything is trained or restored. Either way there is no
 second model.
 """
 
@@ -51,7 +51,7 @@ ROUNDING = {"fp32": 1e-5}
 COARSE_ROUNDING = 2e-2
 """Change of a log-probability, relative to the largest, that is rounding."""
 PAIRED = ("numbers", "weights", "counts")
-"""What a batch of pairs has beside a batch of sequences."""
+"""Keys of a batch of pairs that a batch of sequences lacks."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class ComparedPairs:
         return len(self.lengths)
 
     def batch(self, numbers: Sequence[int]) -> Batch:
-        """What `Sequences` makes of the 2B sequences, `counts` (2B,) of their tokens that count,
+        """`Sequences.batch` of the 2B sequences, `counts` (2B,) of their tokens that count,
         and `numbers` and `weights` (B,) of the pairs, which add up to `weight`.
         """
         batch = self._sequences.batch([*numbers, *(len(self) + number for number in numbers)])
@@ -118,12 +118,12 @@ class ComparedPairs:
 
 
 class Compared(NamedTuple):
-    """What a batch of B pairs says of the model."""
+    """A batch of B pairs read by the model and compared with the reference."""
 
     losses: Tensor
     """(B,) with gradients."""
     sums: Tensor
-    """Of each of the figures, then how many pairs."""
+    """Sums of each of the figures, then the number of pairs."""
     balance: Tensor | None
 
 
@@ -154,9 +154,9 @@ class DirectPreference:
 
     def loss(self, model: Any, batch: Batch) -> Loss:
         """Sum over the weighted pairs of a batch."""
-        found = self._compare(model, batch, "train")
-        total = (found.losses * batch["weights"]).sum().float()
-        return Loss(total, batch["weight"], found.sums, found.balance)
+        compared = self._compare(model, batch, "train")
+        total = (compared.losses * batch["weights"]).sum().float()
+        return Loss(total, batch["weight"], compared.sums, compared.balance)
 
     def validate(self, model: Any) -> dict[str, float]:
         """Mean loss over the weighted validation pairs, and means over all of them."""
@@ -186,14 +186,14 @@ class DirectPreference:
         for name, pairs in sets.items():
             if pairs is None:
                 continue
-            found = torch.zeros(len(pairs), 2, dtype=torch.float64, device=device)
+            log_probs = torch.zeros(len(pairs), 2, dtype=torch.float64, device=device)
             with generators_kept(), self._base_alone(), autocast(precision, device):
                 for numbers, counts in validation_shares(pairs.lengths, batch_size, rank, world):
                     batch = on_device(pairs.batch(numbers), device)
                     own, _ = self._log_probabilities(model, batch)
                     if counts:
-                        found[numbers] = own.view(2, -1).T
-            self._reference_of[name] = accelerator.reduce(found, "sum")
+                        log_probs[numbers] = own.view(2, -1).T
+            self._reference_of[name] = accelerator.reduce(log_probs, "sum")
 
     @torch.no_grad()
     def require_sound(self, model: Any, device: str, precision: str) -> None:
@@ -236,7 +236,7 @@ class DirectPreference:
             margin.new_tensor(pairs),
         )
         losses = self.pair_loss.losses(chosen, rejected)
-        return Compared(losses, torch.stack([found.double() for found in sums]), balance)
+        return Compared(losses, torch.stack([part.double() for part in sums]), balance)
 
     def _reference(self, model: Any, batch: Batch, name: str) -> Tensor:
         """Log-probabilities (2B,) by the reference: known, or those of the base below the adapter.
@@ -260,9 +260,9 @@ class DirectPreference:
 
     def _measure(self, model: Any, batch: Batch) -> Tensor:
         """Summed loss of a batch, its weight, and the sums of its figures."""
-        found, weights = self._compare(model, batch, "val"), batch["weights"]
-        loss = (found.losses * weights).sum()
-        return torch.cat([torch.stack([loss, weights.sum()]).double(), found.sums])
+        compared, weights = self._compare(model, batch, "val"), batch["weights"]
+        loss = (compared.losses * weights).sum()
+        return torch.cat([torch.stack([loss, weights.sum()]).double(), compared.sums])
 
     def _warn_of_displacement(self, gain: float) -> None:
         """Say once where the chosen responses grow less likely, too."""
@@ -376,13 +376,13 @@ def log_probabilities(
         It, and the balancing loss of a mixture of experts.
     """
     rows = {name: value for name, value in batch.items() if name not in PAIRED}
-    found = token_loss(model, rows)
+    tokens = token_loss(model, rows)
     count, length = batch["labels"].shape
     # places differ, so nothing is added in an order that varies, as index_add does on a GPU
-    spread = found.losses.new_zeros(count * (length - 1)).index_put(
-        (batch["places"],), found.losses
+    spread = tokens.losses.new_zeros(count * (length - 1)).index_put(
+        (batch["places"],), tokens.losses
     )
-    return -spread.view(count, -1).double().sum(1), found.balance
+    return -spread.view(count, -1).double().sum(1), tokens.balance
 
 
 def is_displaced(gains: Sequence[float]) -> bool:

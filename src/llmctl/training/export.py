@@ -1,4 +1,4 @@
-"""What a training run leaves: a plain model, or an adapter, or both."""
+"""Write the result of a training run: a plain model, or an adapter, or both."""
 
 from collections.abc import Callable
 from typing import Any
@@ -124,8 +124,8 @@ def put_best(state: RunState, model: nn.Module) -> None:
     if done.best_step is None or done.best_step == done.step:
         return
     with together(state.accelerator):
-        found = load_weights(state.run.checkpoints / f"checkpoint-{done.best_step}")
-        put_weights(model, found)
+        best = load_weights(state.run.checkpoints / f"checkpoint-{done.best_step}")
+        put_weights(model, best)
 
 
 def _write_language_model(

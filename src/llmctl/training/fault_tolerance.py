@@ -35,7 +35,7 @@ EARLIER_ARGUMENT = "adam_epsilon"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What all ranks saw of a step before any of them updates a weight."""
+    """Loss, norm and signal of a step over all ranks, before any of them updates a weight."""
 
     loss: Tensor
     grad_norm: Tensor
@@ -46,7 +46,7 @@ class Verdict:
 
 @contextmanager
 def together(accelerator: Accelerator) -> Iterator[None]:
-    """What fails on one rank fails on all, at the end of the body, and is said by one. Collective.
+    """Raise a rank's error on all ranks at the end of the body; one of them tells it. Collective.
 
     Else the others would wait for the rank that failed, and end with an error of the network's.
 
@@ -157,10 +157,10 @@ def finish_step(state: RunState, meter: Meter, verdict: Verdict) -> None:
     due = done.step % intervals.eval_every == 0 or last
     if due and state.evaluate is not None:
         with meter.paused():
-            found = state.evaluate()
-            improved = meter.log_evaluation(found)
-        if not math.isfinite(found["val_loss"]):
-            error = DivergedError(f"step {done.step:,}: val_loss {found['val_loss']:g}")
+            metrics = state.evaluate()
+            improved = meter.log_evaluation(metrics)
+        if not math.isfinite(metrics["val_loss"]):
+            error = DivergedError(f"step {done.step:,}: val_loss {metrics['val_loss']:g}")
             error.told = state.rank > 0
             raise error
     if due:
@@ -221,7 +221,7 @@ def _require_finite(content: Content) -> None:
 
 
 def find_checkpoint(state: RunState, config: Checkpoints, needed: int) -> Content | None:
-    """What to resume from, if this call resumes; the state is then as far as that checkpoint.
+    """Load the checkpoint to resume from, if this call resumes, and set the state to it.
 
     Rank 0 chooses and verifies, all ranks load.
 

@@ -26,15 +26,15 @@ ADAPTER_LR = 10
 """Adapters take ten times the rate (Schulman et al., 2025, LoRA Without Regret)."""
 HIGHEST_LR = 2e-3
 LR_SHARE = {"sft": 1.0, "reward": 1.0, "dpo": 0.1, "ppo": 0.05}
-"""Of fine-tuning's rate: a few steps of dpo at that rate leave the reference far behind, and a
-policy that samples its own data breaks at it."""
+"""Shares of fine-tuning's rate: at all of it a few steps of dpo leave the reference far behind, and
+a policy that samples its own data breaks."""
 
 Method = Literal["pretrain", "sft", "reward", "dpo", "ppo"]
 
 
 @dataclass(frozen=True)
 class PpoHyperparameters:
-    """What PPO has beside them."""
+    """Hyperparameters that only PPO has."""
 
     minibatches: int
     ppo_epochs: int
@@ -44,7 +44,7 @@ class PpoHyperparameters:
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What a run does; a run that resumes must have the same.
+    """Everything numeric that decides a run; a resumed run must have the same.
 
     `batch_size` counts sequences, texts, pairs or episodes of a micro-batch on one process.
     """

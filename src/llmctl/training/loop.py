@@ -64,7 +64,7 @@ class Trainer:
     watch: Callable[[dict[str, float]], None] = lambda figures: None
     """Told the figures of every line of metrics."""
     sums: Tensor | None = None
-    """Of the objective's figures since the last line of metrics, on this process."""
+    """Sums of the objective's figures since the last line of metrics, on this process."""
 
     def figures(self) -> dict[str, float]:
         """Means of the objective's figures since the last call. Collective."""
@@ -73,9 +73,9 @@ class Trainer:
             return {}
         *totals, count = sums
         means = (total / max(1, count) for total in totals)
-        found = dict(zip(self.objective.figures, means, strict=True))
-        self.watch(found)
-        return found
+        figures = dict(zip(self.objective.figures, means, strict=True))
+        self.watch(figures)
+        return figures
 
     def capture(self) -> Content:
         """All that decides how the run goes on, and what the next line counts. Collective."""
@@ -261,7 +261,7 @@ def micro_batches(trainer: Trainer, step: int) -> list[Batch]:
 
 
 def lay_out_buckets(trainer: Trainer, batches: list[Batch]) -> None:
-    """Have DDP's first backward pass behind us, after which it lays its buckets out anew.
+    """Run DDP's first backward pass, after which it lays its buckets out anew.
 
     A resumed run would otherwise add three ranks' gradients in another order in its first step.
     """

@@ -78,17 +78,17 @@ class Meter:
         memory = decimal(facts["memory_bytes"])
         self.text = f"{text}  grad {float(grad_norm):.2g}  {memory}"
 
-    def log_evaluation(self, found: dict[str, float]) -> bool:
+    def log_evaluation(self, metrics: dict[str, float]) -> bool:
         """Write the line of an evaluation; return whether it is the best so far."""
         state, done = self.state, self.state.progress
-        improved = done.record_evaluation(found)
+        improved = done.record_evaluation(metrics)
         elapsed = done.seconds + time.perf_counter() - self._mark
         facts = {"step": done.step, "time": round(elapsed, 3), "tokens": done.tokens}
-        state.run.log({**facts, **found})
+        state.run.log({**facts, **metrics})
         if state.rank == 0:
             shown = "  ".join(
                 _worded(name, value)
-                for name, value in found.items()
+                for name, value in metrics.items()
                 if not name.endswith(BACKGROUND)
             )
             best = "  best" if improved else ""

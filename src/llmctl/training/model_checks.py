@@ -1,4 +1,4 @@
-"""What a run shows of its own model before it trains it: what must not be seen is not."""
+"""Checks of a model before it trains: no token sees what comes after it, or a packed neighbour."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +35,8 @@ def require_isolated(model: Any, rows: "Sequences", vocabulary: int) -> float:
     Raises:
         ModelError: they change.
     """
-    found = (rows.row(number) for number in range(len(rows)))
-    crowded = next((row for row in found if len(row) > 1), None)
+    contents = (rows.row(number) for number in range(len(rows)))
+    crowded = next((row for row in contents if len(row) > 1), None)
     if crowded is None:
         return 0.0
     parts = [

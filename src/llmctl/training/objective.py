@@ -1,4 +1,4 @@
-"""What a training method gives the loop: the loss of a micro-batch, and its validation.
+"""The contract of a training method with the loop: loss of a micro-batch, and validation.
 
 A loss is a sum and the weight that it counts. The loop divides by the weight of the whole step over
 all processes, so neither accumulation, processes, packing nor padding change a result.
@@ -23,7 +23,7 @@ class Loss(NamedTuple):
     total: Tensor
     """Sum over what counts, with gradients."""
     weight: float
-    """What it counts: trained tokens, texts, pairs by their weights; known on the CPU."""
+    """Trained tokens, texts, or pairs by their weights; known on the CPU."""
     sums: Tensor | None = None
     """(F + 1,) sums of the objective's figures, and of how many they are means."""
     mean: Tensor | None = None
@@ -74,12 +74,12 @@ class Validation:
         with generators_kept():
             for batch, counts in self.batches():
                 with autocast(self.precision, self.device):
-                    found = measure(model, on_device(batch, self.device))
-                found = found.to(where).double()
+                    batch_sums = measure(model, on_device(batch, self.device))
+                batch_sums = batch_sums.to(where).double()
                 if total is None:
-                    total = torch.zeros_like(found)
+                    total = torch.zeros_like(batch_sums)
                 if counts:
-                    total += found
+                    total += batch_sums
         model.train(was_training)
         assert total is not None
         return self.accelerator.reduce(total, "sum").cpu()  # type: ignore[no-any-return]

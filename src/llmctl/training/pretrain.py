@@ -43,7 +43,7 @@ LONGEST_CONTEXT = 4096
 
 @dataclass(frozen=True)
 class PreparedPretraining:
-    """What is known before anything is allocated."""
+    """A pretraining run before anything is allocated."""
 
     index: TokenIndex
     tokenizer: PreTrainedTokenizerBase
@@ -54,7 +54,7 @@ class PreparedPretraining:
     device: str
 
     def facts(self) -> dict[str, Any]:
-        """What a manifest should say of it."""
+        """Return the manifest's entries."""
         return {
             "world_size": self.accelerator.num_processes,
             "device": hardware.device_name(self.device),

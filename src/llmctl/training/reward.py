@@ -34,7 +34,7 @@ CHECKED = 4
 TOLERANCE = 1e-3
 """Largest change of a score, relative to the largest one, that is rounding."""
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-"""What the model is given of a batch."""
+"""Keys of a batch that the model is given."""
 
 
 class ScoredPairs:
@@ -220,10 +220,10 @@ def preference_loss(
 def check_of(
     prepared: Prepared, run: Run, device: str
 ) -> Callable[[Any], Callable[[dict[str, Any]], dict[str, Any]]]:
-    """What an export must show: see `export.Check`.
+    """Return the check of an exported reward model; see `export.Check`.
 
-    What was written is loaded again, and must score as the model did that was trained; then it is
-    judged on the validation pairs. A `ModelError` says by how much its scores differ.
+    The result is loaded again, must score as the trained model did, and is judged on the
+    validation pairs. A `ModelError` says by how much its scores differ.
     """
     train = prepared.train
     assert isinstance(train, ScoredPairs)

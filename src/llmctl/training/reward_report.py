@@ -71,7 +71,7 @@ def reliability(difference: Array, weights: Array) -> list[dict[str, float]]:
     sure = 1 / (1 + np.exp(-np.abs(difference)))
     right = np.where(difference == 0, 0.5, difference > 0)
     place = np.minimum(((sure - 0.5) * 2 * BINS).astype(int), BINS - 1)
-    found = []
+    rows = []
     for number in range(BINS):
         inside = place == number
         weight = float(weights[inside].sum())
@@ -79,8 +79,8 @@ def reliability(difference: Array, weights: Array) -> list[dict[str, float]]:
         if weight:
             row["confidence"] = float(np.average(sure[inside], weights=weights[inside]))
             row["accuracy"] = float(np.average(right[inside], weights=weights[inside]))
-        found.append({**row, "weight": weight})
-    return found
+        rows.append({**row, "weight": weight})
+    return rows
 
 
 def calibration_error(bins: list[dict[str, float]]) -> float:
@@ -108,34 +108,34 @@ def wilson(right: float, count: float) -> tuple[float, float]:
     return max(0.0, middle - width), min(1.0, middle + width)
 
 
-def log_report(found: dict[str, Any]) -> None:
+def log_report(metrics: dict[str, Any]) -> None:
     """The table on stderr, and warnings where the figures say little for the model."""
-    accuracy = f"{found['accuracy']:.3f}  ({_interval(found['accuracy_interval'])})"
-    longer = f"{found['longer_wins']:.3f}  ({_interval(found['longer_wins_interval'])})"
+    accuracy = f"{metrics['accuracy']:.3f}  ({_interval(metrics['accuracy_interval'])})"
+    longer = f"{metrics['longer_wins']:.3f}  ({_interval(metrics['longer_wins_interval'])})"
     rows = {
         "accuracy": accuracy,
         "  the longer response wins": longer,
-        "  a coin": f"0.500  ({_interval(found['coin_interval'])})",
-        "mean difference of scores": f"{found['margin']:.3f}",
-        "calibration error": f"{found['calibration_error']:.3f}",
-        "scores of chosen": _spread(found["chosen"]),
-        "scores of rejected": _spread(found["rejected"]),
-        "rank correlation with length": f"{found['length_correlation']:+.2f}",
+        "  a coin": f"0.500  ({_interval(metrics['coin_interval'])})",
+        "mean difference of scores": f"{metrics['margin']:.3f}",
+        "calibration error": f"{metrics['calibration_error']:.3f}",
+        "scores of chosen": _spread(metrics["chosen"]),
+        "scores of rejected": _spread(metrics["rejected"]),
+        "rank correlation with length": f"{metrics['length_correlation']:+.2f}",
     }
-    log.info("on %s held-out pairs (95 %% confidence intervals):", f"{found['pairs']:,}")
+    log.info("on %s held-out pairs (95 %% confidence intervals):", f"{metrics['pairs']:,}")
     for name, value in rows.items():
         log.info("  %-30s %s", name, value)
-    low = found["accuracy_interval"][0]
-    shortest, longest = found["longer_wins_interval"]
+    low = metrics["accuracy_interval"][0]
+    shortest, longest = metrics["longer_wins_interval"]
     baselines = {
-        "a coin": found["coin_interval"][1],
+        "a coin": metrics["coin_interval"][1],
         "choosing the longer response": longest,
         "choosing the shorter response": 1 - shortest,
     }
     if close := [name for name, high in baselines.items() if low <= high]:
         what = " or ".join(close)
         log.warning("this model may be no better than %s: the intervals overlap", what)
-    correlation = found["length_correlation"]
+    correlation = metrics["length_correlation"]
     if abs(correlation) >= STRONG:
         log.warning(
             "scores follow the length of the response (rank correlation %+.2f): a policy trained "
@@ -166,5 +166,5 @@ def _interval(ends: tuple[float, float]) -> str:
     return f"{ends[0]:.3f} to {ends[1]:.3f}"
 
 
-def _spread(found: dict[str, float]) -> str:
-    return f"{found['mean']:.3f} ± {found['std']:.3f}, median {found['q50']:.3f}"
+def _spread(scores: dict[str, float]) -> str:
+    return f"{scores['mean']:.3f} ± {scores['std']:.3f}, median {scores['q50']:.3f}"

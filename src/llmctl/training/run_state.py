@@ -89,10 +89,10 @@ class RunState:
     accelerator: Accelerator
     device: str
     identity: dict[str, Any]
-    """What decides the weights, by flag: a run that resumes must have the same."""
+    """Everything that decides the weights, by flag: a resumed run must have the same."""
     intervals: Intervals
     flops_per_token: float | None
-    """Of the model, forward and backward; None where it is not known."""
+    """Training FLOPs of the model; None where they are not known."""
     capture: Callable[[], Content]
     """All that decides how the run goes on; collective."""
     evaluate: Callable[[], dict[str, float]] | None

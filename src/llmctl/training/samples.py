@@ -1,6 +1,4 @@
-"""What a model says as it learns: the same prompts, answered before the first step and at every
-evaluation.
-"""
+"""Samples of a model while it trains: the same prompts, answered at every evaluation."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -31,8 +29,8 @@ BEGINNING = 16
 """Tokens of a text that a model is given to continue."""
 FAR = 4096
 """Tokens among which the beginning of a text is looked for."""
-Ask = tuple[str, list[int]]
-"""A prompt, as text and as tokens."""
+PromptTokens = tuple[str, list[int]]
+"""A prompt as text and as tokens."""
 
 
 class TextSampler:
@@ -41,7 +39,7 @@ class TextSampler:
     def __init__(
         self,
         config: Samples,
-        asks: list[Ask],
+        prompts: list[PromptTokens],
         tokenizer: PreTrainedTokenizerBase,
         model: Any,
         stops: list[int],
@@ -54,12 +52,12 @@ class TextSampler:
         """
         self.run, self.model, self.stops, self.tokenizer = run, model, stops, tokenizer
         self.sampling = Sampling(max_new_tokens=config.sample_tokens, temperature=0)
-        sharded = is_sharded(accelerator)
-        self.asks = [ask for ask in asks if not sharded and room(ask[1], model.config, 1) > 0]
+        usable = [] if is_sharded(accelerator) else prompts
+        self.prompts = [(t, tokens) for t, tokens in usable if room(tokens, model.config, 1) > 0]
 
     def write(self, step: int) -> None:
         """Answer on the main process; greedy, so that only the model changes."""
-        if not (self.run.is_main and self.asks):
+        if not (self.run.is_main and self.prompts):
             return
         was_training = self.model.training
         self.model.eval()
@@ -68,21 +66,21 @@ class TextSampler:
                 self._answer(step)
         except ModelError as error:
             log.warning("no samples: %s", error.message)
-            self.asks = []
+            self.prompts = []
         self.model.train(was_training)
 
     def _answer(self, step: int) -> None:
         responses = decode(
             self.model,
-            [Prompt(tokens, row) for row, (_, tokens) in enumerate(self.asks)],
+            [Prompt(tokens, row) for row, (_, tokens) in enumerate(self.prompts)],
             self.sampling,
             eos=self.stops,
             forward=HuggingFaceForward(self.model),
             tokenizer=self.tokenizer,
         )
-        for response in sorted(responses, key=lambda found: found.index):
+        for response in sorted(responses, key=lambda answer: answer.index):
             shown = {
-                "prompt": self.asks[response.index][0],
+                "prompt": self.prompts[response.index][0],
                 "response": response.text,
                 "finish_reason": response.finish_reason,
             }
@@ -104,18 +102,20 @@ def _as_generating(model: Any) -> Iterator[None]:
             model.set_attn_implementation(attention)
 
 
-def beginnings(config: Samples, tokenizer: PreTrainedTokenizerBase, split: TokenSplit) -> list[Ask]:
-    """What a model continues: what the user gave, else beginnings of texts all over the split."""
+def beginnings(
+    config: Samples, tokenizer: PreTrainedTokenizerBase, split: TokenSplit
+) -> list[PromptTokens]:
+    """Return the user's prompts, else beginnings of texts all over the split."""
     if config.sample_prompt:
         return [(text, encode_text(tokenizer, text)) for text in config.sample_prompt]
-    eos, asks = tokenizer.eos_token_id, []
+    eos, prompts = tokenizer.eos_token_id, []
     for number in range(config.samples):
         start = split.tokens * number // config.samples
         near = split.window(start, min(FAR, split.tokens - start))
         ends = np.flatnonzero(near[:-BEGINNING] == eos)
         tokens = near[ends[0] + 1 if len(ends) and start else 0 :][:BEGINNING].tolist()
-        asks.append((tokenizer.decode(tokens, skip_special_tokens=True), tokens))
-    return list({text: (text, tokens) for text, tokens in asks}.values())
+        prompts.append((tokenizer.decode(tokens, skip_special_tokens=True), tokens))
+    return list({text: (text, tokens) for text, tokens in prompts}.values())
 
 
 def prompts_of(
@@ -123,19 +123,19 @@ def prompts_of(
     chat: ChatFormat,
     train: Sequence[Example],
     val: Sequence[Example],
-) -> list[Ask]:
-    """What is asked: what the user gave, else what the validation data begins with."""
+) -> list[PromptTokens]:
+    """Return the user's prompts, else the first ones of the validation data."""
     chats = any(example.messages is not None for example in train)
     if config.sample_prompt:
         if not chats:
             return [(text, encode_text(chat.tokenizer, text)) for text in config.sample_prompt]
         turns = [[{"role": "user", "content": text}] for text in config.sample_prompt]
         return [(t[-1]["content"], chat.prompt(t)) for t in turns]
-    asks = []
+    prompts = []
     for example in val[: config.samples]:
         if example.messages is not None:
             last = max(i for i, m in enumerate(example.messages) if m["role"] == "assistant")
             before = list(example.messages[:last])
             if before:
-                asks.append((str(before[-1]["content"]), chat.prompt(before, example.tools)))
-    return asks
+                prompts.append((str(before[-1]["content"]), chat.prompt(before, example.tools)))
+    return prompts

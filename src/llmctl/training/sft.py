@@ -39,9 +39,9 @@ class SupervisedTokens:
 
     def loss(self, model: Any, batch: Batch) -> Loss:
         """Sum over the trained tokens of a batch."""
-        found = self.token_loss(model, batch)
-        sums = torch.stack([found.correct, found.correct.new_tensor(batch["weight"])])
-        return Loss(found.losses.sum(), batch["weight"], sums, found.balance)
+        tokens = self.token_loss(model, batch)
+        sums = torch.stack([tokens.correct, tokens.correct.new_tensor(batch["weight"])])
+        return Loss(tokens.losses.sum(), batch["weight"], sums, tokens.balance)
 
     def validate(self, model: Any) -> dict[str, float]:
         """Mean loss and accuracy over every trained token of the validation data."""
@@ -50,16 +50,16 @@ class SupervisedTokens:
         return {"val_loss": loss / tokens, "val_token_accuracy": correct / tokens}
 
     def _measure(self, model: Any, batch: Batch) -> Tensor:
-        """(3,) summed loss, right guesses and trained tokens of a batch."""
-        found = self.token_loss(model, batch)
-        losses = found.losses.double()
-        return torch.stack([losses.sum(), found.correct, losses.new_tensor(batch["weight"])])
+        """Return (3,): summed loss, right guesses and trained tokens of a batch."""
+        tokens = self.token_loss(model, batch)
+        losses = tokens.losses.double()
+        return torch.stack([losses.sum(), tokens.correct, losses.new_tensor(batch["weight"])])
 
 
 def audited(
     config: SftConfig, data: SupervisedData, *, is_main: bool
 ) -> tuple[SupervisedData, Audit]:
-    """The examples that have something to learn from, and what was found of all of them.
+    """Keep the examples that have something to learn from, and the report on all of them.
 
     Raises:
         DataError: they would train a broken model.

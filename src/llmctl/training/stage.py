@@ -1,4 +1,4 @@
-"""What the commands that train have in common, from threads to the run's result."""
+"""Frame of the commands that train, from threads to the run's result."""
 
 from collections.abc import Callable
 from typing import Any

@@ -110,7 +110,7 @@ def weights(model: nn.Module, rank: int = 0) -> dict[str, Tensor]:
 
 
 def surroundings(device: str) -> dict[str, Any]:
-    """What the last bits depend on besides the run: the device, the library, the threads."""
+    """Return what the last bits depend on besides the run: device, library, threads."""
     return {
         "device": hardware.device_name(device),
         "torch": torch.__version__,
@@ -122,14 +122,14 @@ def generators() -> dict[str, Tensor]:
     """State of this process's random generators: torch's, NumPy's and Python's."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     numpy_state = [kind, np.asarray(keys).tolist(), *rest]
-    found = {
+    states = {
         "cpu": torch.get_rng_state(),
         "numpy": _as_tensor(numpy_state),
         "python": _as_tensor(random.getstate()),
     }
     if torch.cuda.is_available():
-        found["cuda"] = torch.cuda.get_rng_state()
-    return found
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
 
 
 def set_generators(states: Mapping[str, Tensor]) -> None:
@@ -166,7 +166,7 @@ def checkpoint_bytes(model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> 
 
 
 def architecture(config: PreTrainedConfig) -> dict[str, Any]:
-    """What a model's configuration says of the function that its weights make."""
+    """Return the entries of a model's configuration that decide what its weights compute."""
     return {name: value for name, value in config.to_dict().items() if name not in WITHOUT_EFFECT}
 
 
@@ -180,16 +180,16 @@ def _as_json(tensor: Tensor) -> Any:
 
 def _gathered(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     """Copies on rank 0's CPU, of all shards where sharded; nothing on other ranks. Collective."""
-    found: dict[str, Tensor] = {}
+    copies: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if rank == 0:
-            found[name] = full.detach().to("cpu", copy=True)
-    return found
+            copies[name] = full.detach().to("cpu", copy=True)
+    return copies
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes: parameters that have gradients, and buffers."""
+    """Return what training changes: parameters that have gradients, and buffers."""
     return {
         name: tensor
         for name, tensor in _named(model).items()

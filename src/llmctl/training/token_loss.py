@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from llmctl.errors import ModelError, UserError
 
 OURS = ("labels", "places", "tokens", "weight")
-"""What the model is not given of a batch."""
+"""Keys of a batch that the model is not given."""
 CHUNK_LOGITS = 1 << 23
 """Logits that are held at once when the loss is chunked: 32 MB in float32."""
 
