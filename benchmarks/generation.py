@@ -17,16 +17,16 @@ from common import machine
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from llmctl.config.sections import Sampling
-from llmctl.decode import Prompt, best_threads, decode, eos_tokens
+from llmctl.decode.loop import Prompt, best_threads, decode
 from llmctl.hardware import usable_cores
-from llmctl.models.loading import parameter_count
+from llmctl.models.loading import parameter_count, stop_tokens
 
 Tokens = list[list[int]]
 PROMPT_LENGTHS = (4, 60)
 RESPONSE_LENGTHS = (16, 256)
 
 
-def ours(model: PreTrainedModel, prompts: Tokens, limits: list[int], eos: frozenset[int]) -> Tokens:
+def ours(model: PreTrainedModel, prompts: Tokens, limits: list[int], eos: list[int]) -> Tokens:
     threads = torch.get_num_threads()
     torch.set_num_threads(best_threads(parameter_count(model), len(prompts), usable_cores()))
     asked = [Prompt(p, i, limit) for i, (p, limit) in enumerate(zip(prompts, limits, strict=True))]
@@ -37,9 +37,7 @@ def ours(model: PreTrainedModel, prompts: Tokens, limits: list[int], eos: frozen
     return [response.tokens for response in ordered]
 
 
-def theirs(
-    model: PreTrainedModel, prompts: Tokens, limits: list[int], eos: frozenset[int]
-) -> Tokens:
+def theirs(model: PreTrainedModel, prompts: Tokens, limits: list[int], eos: list[int]) -> Tokens:
     width = max(map(len, prompts))
     padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -53,7 +51,7 @@ def theirs(
     return [cut(row, eos) for row in rows]
 
 
-def cut(tokens: list[int], eos: frozenset[int]) -> list[int]:
+def cut(tokens: list[int], eos: list[int]) -> list[int]:
     """The tokens up to and including the first that ends a response."""
     end = next((i for i, token in enumerate(tokens) if token in eos), len(tokens) - 1)
     return tokens[: end + 1]
@@ -65,7 +63,7 @@ def rate(run: Callable[..., Tokens], *arguments: object) -> tuple[float, Tokens]
     return sum(map(len, tokens)) / (time.perf_counter() - started), tokens
 
 
-def mixed_prompts(model: PreTrainedModel, eos: frozenset[int], count: int) -> Tokens:
+def mixed_prompts(model: PreTrainedModel, eos: list[int], count: int) -> Tokens:
     """Beginnings of the model's own text, of different lengths."""
     begin = [[model.config.bos_token_id or 0]] * count
     sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=PROMPT_LENGTHS[1])
@@ -82,7 +80,7 @@ def mixed_prompts(model: PreTrainedModel, eos: frozenset[int], count: int) -> To
 def measure(
     name: str, model: PreTrainedModel, prompts: Tokens, limits: list[int], rounds: int
 ) -> None:
-    eos = eos_tokens(model, AutoTokenizer.from_pretrained(model.name_or_path))
+    eos = stop_tokens(model, AutoTokenizer.from_pretrained(model.name_or_path))
     rates: dict[str, list[float]] = {"ours": [], "theirs": []}
     for _ in range(rounds + 1):
         first, our_tokens = rate(ours, model, prompts, limits, eos)
@@ -104,7 +102,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    eos = eos_tokens(model, AutoTokenizer.from_pretrained(arguments.model))
+    eos = stop_tokens(model, AutoTokenizer.from_pretrained(arguments.model))
     print(
         f"{machine()}; {parameter_count(model):,} parameters, float32, greedy, "
         f"medians of {arguments.rounds} after one warm-up, alternating\n"

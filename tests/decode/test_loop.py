@@ -30,19 +30,12 @@ from transformers import (
 )
 
 from llmctl.config.sections import Sampling
-from llmctl.decode import (
-    HuggingFaceForward,
-    Prompt,
-    Response,
-    TextStream,
-    choose_forward,
-    decode,
-    eos_tokens,
-    fast_forward,
-)
+from llmctl.decode import HuggingFaceForward, Response, TextStream, choose_forward, fast_forward
 from llmctl.decode.llama import LlamaForward, is_covered
+from llmctl.decode.loop import Prompt, decode
 from llmctl.decode.sampling import draw, noise, penalize, truncate
 from llmctl.errors import DataError, ModelError
+from llmctl.models.loading import stop_tokens
 
 VOCABULARY = 259
 EOS = 1
@@ -272,12 +265,12 @@ def test_every_eos_token_ends_a_response(llama: PreTrainedModel) -> None:
     assert run(llama, [[0, 7, 8]], GREEDY, ())[0].finish_reason == "length"
 
 
-def test_eos_tokens_are_the_configured_ones(
+def test_stop_tokens_are_the_configured_ones(
     llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    assert eos_tokens(llama, tokenizer) == {1}
+    assert stop_tokens(llama, tokenizer) == [1]
     llama.generation_config.eos_token_id = [5, 6]
-    assert eos_tokens(llama, tokenizer) == {1, 5, 6}
+    assert stop_tokens(llama, tokenizer) == [1, 5, 6]
     llama.generation_config.eos_token_id = EOS
 
 

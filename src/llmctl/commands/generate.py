@@ -6,13 +6,13 @@ from typing import Any
 
 from llmctl.config.commands import GenerateConfig
 from llmctl.console import log, show_recipes
-from llmctl.data.prompts import Ask, read_asks
-from llmctl.decode.loop import Prompt, Response, decode, eos_tokens, load_to_write
+from llmctl.data.prompts import PromptExample, read_prompt_file
+from llmctl.decode.loop import Prompt, Response, decode, load_to_write
 from llmctl.decode.output import Row, open_rows, write_rows
 from llmctl.decode.prompts import Encoder, read_shots, read_stdin, to_prompts
 from llmctl.files import check_out
 from llmctl.hardware import memory_errors, pick_device
-from llmctl.models.loading import load_config, load_tokenizer
+from llmctl.models.loading import load_config, load_tokenizer, stop_tokens
 
 
 def run(config: GenerateConfig) -> dict[str, Any] | None:
@@ -34,7 +34,7 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
         model,
         prompts,
         config,
-        eos=eos_tokens(model, tokenizer),
+        eos=stop_tokens(model, tokenizer),
         seed=config.seed,
         batch_size=config.batch_size,
         tokenizer=tokenizer,
@@ -47,11 +47,11 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
         return _write(config, asks, responses, len(prompts))
 
 
-def _read(config: GenerateConfig) -> list[Ask]:
+def _read(config: GenerateConfig) -> list[PromptExample]:
     if config.prompts_file:
-        return read_asks(config.prompts_file)
+        return read_prompt_file(config.prompts_file)
     if config.prompt:
-        return [Ask(text, f"prompt {i}") for i, text in enumerate(config.prompt, start=1)]
+        return [PromptExample(text, f"prompt {i}") for i, text in enumerate(config.prompt, start=1)]
     return [read_stdin()]
 
 
@@ -82,7 +82,7 @@ def _stream(responses: Iterator[Response]) -> None:
 
 
 def _write(
-    config: GenerateConfig, asks: list[Ask], responses: Iterator[Response], total: int
+    config: GenerateConfig, asks: list[PromptExample], responses: Iterator[Response], total: int
 ) -> dict[str, Any] | None:
     """One row or text for each response; what was written, where it went to a file."""
 

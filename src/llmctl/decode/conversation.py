@@ -14,15 +14,15 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from llmctl.config.sections import Sampling
 from llmctl.console import log
-from llmctl.data.prompts import ChatMessage
+from llmctl.data.schemas import Message
 from llmctl.decode.forward import Forward
-from llmctl.decode.loop import FinishReason, Prompt, check_prompt, decode, eos_tokens
+from llmctl.decode.loop import FinishReason, Prompt, check_prompt, decode
 from llmctl.decode.prompts import encode_chat
 from llmctl.decode.terminal import Cut
 from llmctl.errors import DataError, ModelError, OutputError, UserError
 from llmctl.files import replace_file, writing
 from llmctl.hardware import memory_errors
-from llmctl.models.loading import context_size
+from llmctl.models.loading import context_size, stop_tokens
 
 OnPiece = Callable[[str], None]
 
@@ -89,7 +89,7 @@ def chat_window(
     return found
 
 
-def messages(system: str | None, turns: list[Reply]) -> list[ChatMessage]:
+def messages(system: str | None, turns: list[Reply]) -> list[Message]:
     """A conversation as fine-tuning reads it."""
     found = [] if system is None else [{"role": "system", "content": system}]
     for turn in turns:
@@ -205,7 +205,7 @@ class Conversation:
                     self.model,
                     [prompt],
                     self.sampling,
-                    eos=eos_tokens(self.model, self.window.tokenizer),
+                    eos=stop_tokens(self.model, self.window.tokenizer),
                     forward=self.forward,
                     seed=self.seed,
                     tokenizer=self.window.tokenizer,

@@ -20,7 +20,7 @@ from transformers import (
 
 from llmctl.decode.forward import pad_left
 from llmctl.decode.fused import WeightsOf, fuse, plain_weights
-from llmctl.models.quantized import held_in
+from llmctl.models.quantized import saved_precision
 
 COVERED = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 LARGEST = 300_000_000
@@ -217,7 +217,7 @@ def is_covered(
     """Whether this is a plain dense Llama, Mistral, Qwen2 or Qwen3 of moderate size."""
     if type(model) not in COVERED or model.device.type not in ("cpu", "cuda"):
         return False
-    if held_in(model.config) == "torchao":  # its weights have the names of full ones
+    if saved_precision(model.config) == "torchao":  # its weights have the names of full ones
         return False
     config = model.config.to_dict()
     names = {name for layer in model.model.layers for name in weights_of(layer)}

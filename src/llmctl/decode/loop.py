@@ -88,13 +88,6 @@ def choose_forward(model: PreTrainedModel, prompt: Sequence[int]) -> Forward:
     return fast_forward(model, prompt) or HuggingFaceForward(model)
 
 
-def eos_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end a response: the generation config's and the tokenizer's."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
-    found = configured if isinstance(configured, list) else [configured]
-    return frozenset(int(t) for t in [*found, tokenizer.eos_token_id] if t is not None)
-
-
 def check_prompt(tokens: Sequence[int], config: PreTrainedConfig, name: str) -> None:
     """Refuse a prompt that the model cannot read.
 

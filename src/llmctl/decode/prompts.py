@@ -11,13 +11,14 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from llmctl.console import log
 from llmctl.data.chat.render import ChatFormat
 from llmctl.data.chat.render import encode_text as encode_text
-from llmctl.data.prompts import Ask, ChatMessage, filled_lines
+from llmctl.data.prompts import PromptExample, read_nonblank_lines
 from llmctl.data.rows import parse_row
+from llmctl.data.schemas import Message
 from llmctl.decode.loop import Prompt, check_prompt, room
 from llmctl.errors import DataError, UserError
 
 
-def read_stdin() -> Ask:
+def read_stdin() -> PromptExample:
     """All of stdin as one prompt, without the newline at its end.
 
     Raises:
@@ -32,7 +33,7 @@ def read_stdin() -> Ask:
         text = sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8 at byte {error.start}", file="stdin") from None
-    return Ask(text.removesuffix("\n"), "the prompt on stdin")
+    return PromptExample(text.removesuffix("\n"), "the prompt on stdin")
 
 
 def read_shots(file: Path) -> list[tuple[str, str]]:
@@ -42,7 +43,7 @@ def read_shots(file: Path) -> list[tuple[str, str]]:
         DataError: unreadable, not UTF-8, empty, or a row without the two texts.
     """
     shots = []
-    for number, line in filled_lines(file):
+    for number, line in read_nonblank_lines(file):
         row = parse_row(line, str(file), number)
         pair = (row.get("prompt"), row.get("response"))
         if not all(isinstance(text, str) for text in pair):
@@ -62,7 +63,7 @@ class Encoder:
     system: str | None = None
     shots: Sequence[tuple[str, str]] = ()
 
-    def encode(self, ask: Ask) -> list[int]:
+    def encode(self, ask: PromptExample) -> list[int]:
         """The tokens of a prompt with its examples before it.
 
         Text that spells a special token is encoded as text; BOS is put once, where the tokenizer
@@ -71,16 +72,16 @@ class Encoder:
         if isinstance(ask.prompt, list):
             if self.system is not None or self.shots:
                 raise UserError(f"{ask.name}: --system and --shots do not go with `messages`")
-            return self._format.prompt(ask.prompt)
+            return self._format.encode_prompt(ask.prompt)
         if self.chat:
-            return self._format.prompt(self._turns(ask.prompt))
+            return self._format.encode_prompt(self._turns(ask.prompt))
         return encode_text(self.tokenizer, self.text(ask.prompt))
 
     @cached_property
     def _format(self) -> ChatFormat:
         return ChatFormat(self.tokenizer)
 
-    def _turns(self, prompt: str) -> list[ChatMessage]:
+    def _turns(self, prompt: str) -> list[Message]:
         turns = [] if self.system is None else [{"role": "system", "content": self.system}]
         for text, response in self.shots:
             turns.append({"role": "user", "content": text})
@@ -97,7 +98,7 @@ class Encoder:
 
 
 def to_prompts(
-    asks: Sequence[Ask],
+    asks: Sequence[PromptExample],
     encoder: Encoder,
     shape: PreTrainedConfig,
     max_new_tokens: int,
@@ -119,10 +120,10 @@ def to_prompts(
     return prompts
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMessage]) -> list[int]:
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
     """Tokens of a conversation in the chat template, up to where the assistant's turn begins.
 
     Raises:
         ModelError: the tokenizer has no chat template, or it refuses these messages.
     """
-    return ChatFormat(tokenizer).prompt(messages)
+    return ChatFormat(tokenizer).encode_prompt(messages)

@@ -6,13 +6,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from llmctl.config.commands import EvaluateConfig
-from llmctl.decode.loop import Prompt, Response, decode, eos_tokens
+from llmctl.decode.loop import Prompt, Response, decode
 from llmctl.errors import DataError
 from llmctl.evaluate.few_shot import BETWEEN, Asked, Asking
 from llmctl.evaluate.output import Row
 from llmctl.evaluate.perplexity import Window, window_nats
 from llmctl.evaluate.prepare import Plan, Subject
 from llmctl.evaluate.task import Work
+from llmctl.models.loading import stop_tokens
 from llmctl.reward.model import Exchange, RewardModel
 
 
@@ -71,7 +72,7 @@ def _write(
         model,
         prompts,
         sampling,
-        eos=eos_tokens(model, subject.tokenizer),
+        eos=stop_tokens(model, subject.tokenizer),
         seed=config.seed,
         batch_size=config.batch_size,
         tokenizer=subject.tokenizer,

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from llmctl.config.commands import RankConfig
-from llmctl.decode.loop import Prompt, choose_forward, decode, eos_tokens, load_to_write
+from llmctl.decode.loop import Prompt, choose_forward, decode, load_to_write
 from llmctl.decode.prompts import Encoder, to_prompts
 from llmctl.feedback.questions import Entry
 from llmctl.feedback.supply import GivenUp, Write
 from llmctl.hardware import memory_errors, pick_device
-from llmctl.models.loading import load_config, load_tokenizer
+from llmctl.models.loading import load_config, load_tokenizer, stop_tokens
 
 
 def encode_entries(
@@ -60,7 +60,7 @@ def load_writer(config: RankConfig, model: str, entries: Sequence[Entry]) -> Wri
                 lm,
                 prompts[place],
                 config,
-                eos=eos_tokens(lm, tokenizer),
+                eos=stop_tokens(lm, tokenizer),
                 forward=forward,
                 seed=config.seed,
                 batch_size=config.responses,

@@ -13,6 +13,7 @@ from llmctl.errors import require_extra
 from llmctl.files import fsync, staged, writing
 from llmctl.gguf_file.architecture import ARCHITECTURES, check_architecture, metadata
 from llmctl.gguf_file.tokens import frame, read_tokens
+from llmctl.models.loading import stop_tokens
 from llmctl.runs.cards import license_of
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def _add_tokens(
     bos, eos = frame(tokenizer)
     writer.add_add_bos_token(bos)
     writer.add_add_eos_token(eos)
-    stops = other_stops(model, tokenizer)
+    stops = [token for token in stop_tokens(model, tokenizer) if token != tokenizer.eos_token_id]
     roles = (
         (writer.add_bos_token_id, tokenizer.bos_token_id),
         (writer.add_eos_token_id, tokenizer.eos_token_id),
@@ -168,13 +169,6 @@ def _add_tokens(
         template = [{"name": name, "template": text} for name, text in template.items()]
     if template is not None:
         writer.add_chat_template(template)
-
-
-def other_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens beside eos that end a response."""
-    known = model.generation_config.eos_token_id if model.generation_config else None
-    stops = known if isinstance(known, list) else [] if known is None else [known]
-    return sorted(set(stops) - {tokenizer.eos_token_id})
 
 
 def _name(config: PreTrainedConfig) -> str:

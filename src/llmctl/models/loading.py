@@ -29,9 +29,9 @@ from transformers.utils import logging as transformers_logging
 from llmctl.errors import ModelError, NetworkError
 from llmctl.files import follow_umask, replace_folder
 from llmctl.models import patched_attention
-from llmctl.models.adapters import Adapter, is_adapter, put_adapter, read_adapter, require_base
+from llmctl.models.adapters import AdapterInfo, is_adapter, put_adapter, read_adapter, require_base
 from llmctl.models.hub import is_hub_id, split_revision
-from llmctl.models.quantized import LoadIn, held_in, not_finite, quantization
+from llmctl.models.quantized import LoadIn, first_not_finite, quantization, saved_precision
 from llmctl.models.vetting import (
     BROKEN,
     check_counts,
@@ -52,7 +52,7 @@ DERIVED = (".inv_freq", ".masked_bias", ".attn.bias")
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
-patched_attention.put_in_force()
+patched_attention.register_attention()
 
 
 def local_folder(reference: str) -> Path:
@@ -165,7 +165,7 @@ def load_causal_lm(
     require_causal_config(config, folder)
     require_safetensors(folder)
     check_shards(folder, config)
-    if held_in(config) is not None:
+    if saved_precision(config) is not None:
         dtype = config.dtype or dtype  # scales and kept layers go with the type they were made in
     try:
         check_size(folder, config)
@@ -186,7 +186,7 @@ def load_causal_lm(
     return model.eval()
 
 
-def find_base(adapter: Adapter, named: str | None = None) -> Path:
+def find_base(adapter: AdapterInfo, named: str | None = None) -> Path:
     """The folder of the model under an adapter: the one that it was trained on.
 
     Args:
@@ -225,10 +225,11 @@ def save_model(
         tokenizer: saved beside them.
         folder: where to; a sibling is filled first and renamed.
     """
+    stops = stop_tokens(model, tokenizer)
     # what else it says may be what transformers loads and refuses to save
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=_stops(model, tokenizer),
+        eos_token_id=stops[0] if len(stops) == 1 else stops or None,
         pad_token_id=tokenizer.pad_token_id,
     )
     write_folder(model, state, tokenizer, folder)
@@ -261,15 +262,21 @@ def parameter_count(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | list[int] | None:
-    """The tokens that end a response: the model's, and the tokenizer's."""
-    known = model.generation_config.eos_token_id if model.generation_config else None
-    ends = [*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id]
-    stops = sorted({int(token) for token in ends if token is not None})
-    return stops[0] if len(stops) == 1 else stops or None
+def stop_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *others: int | None
+) -> list[int]:
+    """Tokens that end a response, sorted: the generation config's, the tokenizer's and others."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    return merge_eos(configured, tokenizer.eos_token_id, *others)
 
 
-def _config_under(adapter: Adapter) -> PreTrainedConfig:
+def merge_eos(*tokens: int | list[int] | None) -> list[int]:
+    """Sorted token ids of several `eos_token_id`, each of which may be one, a list or none."""
+    lists = [token if isinstance(token, list) else [token] for token in tokens]
+    return sorted({int(token) for ids in lists for token in ids if token is not None})
+
+
+def _config_under(adapter: AdapterInfo) -> PreTrainedConfig:
     """The configuration of an adapter's base, with the rows that the adapter adds."""
     config = load_config(str(find_base(adapter)))
     text = config.get_text_config()
@@ -285,7 +292,7 @@ def _check_loaded(model: PreTrainedModel, report: dict[str, Any], folder: Path) 
         if names:
             what = problem.removesuffix("_keys")
             raise ModelError(f"{what} weights: {names[0]} (of {len(names)})", file=folder)
-    if (name := not_finite(model)) is not None:
+    if (name := first_not_finite(model)) is not None:
         raise ModelError(f"weights that are not finite: {name}", file=folder)
 
 

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmctl.config.sections import Sampling
 from llmctl.console import ProgressBar
-from llmctl.decode.loop import Prompt, choose_forward, decode, eos_tokens
+from llmctl.decode.loop import Prompt, choose_forward, decode
 from llmctl.errors import DataError, ModelError
 from llmctl.evaluate.perplexity import MOST_NATS, Window, batched, make_windows, window_logits
-from llmctl.models.loading import context_size
+from llmctl.models.loading import context_size, stop_tokens
 
 LONGEST = 1024
 """Tokens of a window at most, where the model would take more."""
@@ -115,7 +115,7 @@ def write_samples(
     greedy = Sampling(max_new_tokens=tokens, greedy=True)
     texts = []
     for model in (before, after):
-        eos = eos_tokens(model, tokenizer)
+        eos = stop_tokens(model, tokenizer)
         found = decode(model, asked, greedy, eos=eos, tokenizer=tokenizer)
         ordered = sorted(found, key=lambda response: response.index)
         texts.append([response.text for response in ordered])

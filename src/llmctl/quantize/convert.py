@@ -19,7 +19,7 @@ from llmctl.evaluate.perplexity import Window, window_logits
 from llmctl.files import replace_folder
 from llmctl.gguf_file import read_back, write_gguf
 from llmctl.models.loading import load_causal_lm, save_model
-from llmctl.models.quantized import memory_of
+from llmctl.models.quantized import memory_bytes_of
 from llmctl.quantize.compare import compare, time_generation, windows_of, write_samples
 from llmctl.quantize.layers import Layers, asked_to_keep, matrices
 from llmctl.quantize.methods import describe, kept_dtype, left_out, shrink
@@ -129,8 +129,8 @@ def _examine(
         text=job.text.name,
         layers=layers,
         share=quantized_share(before, layers),
-        before=Sizes(job.disk_before(), memory_of(before)),
-        after=Sizes(None, memory_of(after)),
+        before=Sizes(job.disk_before(), memory_bytes_of(before)),
+        after=Sizes(None, memory_bytes_of(after)),
         fidelity=compare(before, after, windows),
         speeds=time_generation(timed, prompts, count),
         samples=write_samples(before, after, job.tokenizer, prompts, count),

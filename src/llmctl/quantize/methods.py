@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from llmctl.config.commands import QuantizeConfig
 from llmctl.errors import ModelError, ResourceError
 from llmctl.models.loading import DTYPES
-from llmctl.models.quantized import guard, is_quantized, not_finite
+from llmctl.models.quantized import first_not_finite, is_quantized, prepare_library
 from llmctl.models.vetting import BROKEN, first_line
 from llmctl.quantize.layers import Layers
 
@@ -25,14 +25,14 @@ def check_method(config: QuantizeConfig, device: str) -> None:
         ResourceError: with what there is to do instead.
     """
     if config.library == "torchao":
-        guard("torchao")
+        prepare_library("torchao")
         if config.width == 4 and device != "cuda":
             raise ResourceError(
                 f"torchao cannot hold 4 bits on {device}: its kernels for them are CUDA's",
                 hint="use --bits 8 with torchao, or --method bnb --bits 4",
             )
     elif config.library == "bnb":
-        guard("bitsandbytes")
+        prepare_library("bitsandbytes")
 
 
 def describe(config: QuantizeConfig) -> str:
@@ -70,7 +70,7 @@ def shrink(model: PreTrainedModel, config: QuantizeConfig, layers: Layers) -> Pr
         small = copy_as(model, dtype, how)
     except (*BROKEN, ImportError) as error:
         raise ModelError(f"{config.library} fails on this model: {first_line(error)}") from None
-    if (name := not_finite(small)) is not None:
+    if (name := first_not_finite(small)) is not None:
         raise ModelError(
             f"weights that {str(dtype).removeprefix('torch.')} cannot hold: {name}",
             hint="use --dtype bf16, which has the range of fp32",

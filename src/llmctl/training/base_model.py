@@ -25,7 +25,13 @@ from llmctl.models import presets
 from llmctl.models.adapters import weights_sha256
 from llmctl.models.classifiers import load_classifier, require_padding_unseen, require_positions
 from llmctl.models.hub import model_input
-from llmctl.models.loading import grow_embeddings, load_causal_lm, load_config, local_folder
+from llmctl.models.loading import (
+    grow_embeddings,
+    load_causal_lm,
+    load_config,
+    local_folder,
+    stop_tokens,
+)
 from llmctl.models.quantized import HEADS, LoadIn, require_full
 from llmctl.runs.directory import resolve_model
 from llmctl.runs.resume import earlier_manifest
@@ -197,9 +203,7 @@ def load_in(config: Quantized) -> LoadIn:
 
 def set_stops(model: Any, tokenizer: PreTrainedTokenizerBase, end_of_turn: int | None) -> list[int]:
     """Tell the model's generation config every token that ends a turn; return them, sorted."""
-    known = model.generation_config.eos_token_id if model.generation_config else None
-    ends = [*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id]
-    stops = sorted({int(token) for token in (*ends, end_of_turn) if token is not None})
+    stops = stop_tokens(model, tokenizer, end_of_turn)
     # all else of it may be what transformers loads and refuses to save
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,

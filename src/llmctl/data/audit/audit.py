@@ -1,6 +1,6 @@
 """Whether examples would train the model that their owner wants.
 
-In: what `load_supervised` gives. Out: figures, and findings: errors refuse a run, warnings do not.
+In: what `load_sft_data` gives. Out: figures, and findings: errors refuse a run, warnings do not.
 """
 
 from dataclasses import asdict, dataclass
@@ -8,12 +8,18 @@ from typing import Any
 
 from llmctl.config.commands import AuditConfig, SftConfig
 from llmctl.console import log
-from llmctl.data.audit.checks import Finding, examine
-from llmctl.data.audit.statistics import Figures, Turns, measure, roles_of, turns_of
-from llmctl.data.sft import SupervisedData
+from llmctl.data.audit.checks import AuditFinding, examine
+from llmctl.data.audit.statistics import (
+    SequenceStatistics,
+    Turns,
+    sequence_statistics,
+    token_roles,
+    turn_statistics,
+)
+from llmctl.data.sft import SftData
 from llmctl.data.tokenized import pack
 from llmctl.errors import DataError
-from llmctl.models.loading import load_config, local_folder
+from llmctl.models.loading import load_config, local_folder, merge_eos
 from llmctl.models.vetting import read_object
 from llmctl.runs.directory import resolve_model
 
@@ -24,8 +30,8 @@ class Audit:
 
     rows: int
     """That were read and kept, both sides together."""
-    train: Figures
-    val: Figures | None
+    train: SequenceStatistics
+    val: SequenceStatistics | None
     turns: Turns | None
     """None where what is trained on is not the assistant's turns."""
     max_length: int
@@ -38,15 +44,15 @@ class Audit:
     packed_rows: int | None
     packing_efficiency: float | None
     """Share of the slots of packed rows that hold a token."""
-    findings: tuple[Finding, ...]
+    findings: tuple[AuditFinding, ...]
 
     @property
-    def errors(self) -> list[Finding]:
+    def errors(self) -> list[AuditFinding]:
         """What refuses a run."""
         return [finding for finding in self.findings if finding.level == "error"]
 
     @property
-    def warnings(self) -> list[Finding]:
+    def warnings(self) -> list[AuditFinding]:
         """What does not."""
         return [finding for finding in self.findings if finding.level == "warning"]
 
@@ -74,7 +80,7 @@ class Audit:
         }
 
 
-def audit(data: SupervisedData, config: SftConfig | AuditConfig, *, packing: bool) -> Audit:
+def audit(data: SftData, config: SftConfig | AuditConfig, *, packing: bool) -> Audit:
     """Measure the examples and judge them.
 
     Args:
@@ -86,14 +92,14 @@ def audit(data: SupervisedData, config: SftConfig | AuditConfig, *, packing: boo
         ModelError: the model's generation config does not load.
     """
     tokenizer = data.tokenizer
-    roles = roles_of(
+    roles = token_roles(
         tokenizer, _stops(data, config.model), tuple(data.added_tokens), data.embedding_rows
     )
     packed, efficiency = _packed(data) if packing else (None, None)
     are_turns = config.train_on in ("assistant", "completion")
-    train = measure(data.train, roles)
-    val = None if data.val is None else measure(data.val, roles)
-    turns = turns_of(data.train, roles) if are_turns else None
+    train = sequence_statistics(data.train, roles)
+    val = None if data.val is None else sequence_statistics(data.val, roles)
+    turns = turn_statistics(data.train, roles) if are_turns else None
     return Audit(
         rows=data.examples,
         train=train,
@@ -151,18 +157,16 @@ def log_summary(report: Audit) -> None:
         log.warning("%s", finding.message)
 
 
-def _stops(data: SupervisedData, model: str) -> frozenset[int]:
+def _stops(data: SftData, model: str) -> frozenset[int]:
     """Tokens at which the fine-tuned model will stop: its own, and what ends its chats."""
     file = local_folder(resolve_model(model)) / "generation_config.json"
     known = read_object(file) if file.is_file() else load_config(model).to_dict()
-    own = known.get("eos_token_id")
-    ends = [*(own if isinstance(own, list) else [own]), data.tokenizer.eos_token_id]
-    if data.has_conversations:
-        ends.append(data.format.end_of_turn)
-    return frozenset(token for token in ends if isinstance(token, int))
+    end_of_turn = data.format.end_of_turn if data.has_conversations else None
+    eos = merge_eos(known.get("eos_token_id"), data.tokenizer.eos_token_id, end_of_turn)
+    return frozenset(eos)
 
 
-def _packed(data: SupervisedData) -> tuple[int, float]:
+def _packed(data: SftData) -> tuple[int, float]:
     """How many rows the sequences that train are packed into, and how full these are."""
     lengths = data.train.lengths[data.train.trained_counts > 0]
     count = len(pack(lengths, data.max_length))
