@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test torture quick check docs clean
+.PHONY: demo test torture quick coverage check docs clean
 
 demo: $(STAMP)
 	$(BIN)/llmctl demo
@@ -20,6 +20,9 @@ torture: $(STAMP)
 
 quick: $(STAMP)
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not slow"
+
+coverage: $(STAMP)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not slow" --cov
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
