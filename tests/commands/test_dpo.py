@@ -35,7 +35,7 @@ from llmctl.training import dpo
 from llmctl.training.dpo import ComparedPairs, DpoLoss, is_displaced, log_probabilities
 from llmctl.training.token_loss import token_loss_of
 
-SPECIALS = ["[PAD]", "[UNK]", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE_TOKENS = ["[PAD]", "[UNK]", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
 RUN = ("--batch-size", 8, "--precision", "fp32", "--threads", 1, "--seed", 3, "--samples", 0)
 QUICK = (*RUN, "--max-steps", 4, "--log-every", 1, "--lr", 1e-3)
@@ -47,7 +47,7 @@ def words(path):
     split = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(True)])
     said = [text for seed in (0, 1) for row in preferences(seed) for text in row.values()]
     known = {word for text in said for word, _ in split.pre_tokenize_str(text)}
-    vocabulary = [*SPECIALS, *sorted(known | {"user", "assistant", "system"})]
+    vocabulary = [*TEMPLATE_TOKENS, *sorted(known | {"user", "assistant", "system"})]
     inner = Tokenizer(
         models.WordLevel({word: n for n, word in enumerate(vocabulary)}, unk_token="[UNK]")
     )
@@ -58,7 +58,7 @@ def words(path):
         pad_token="[PAD]",
         bos_token="<s>",
         eos_token="</s>",
-        extra_special_tokens=SPECIALS[4:],
+        extra_special_tokens=TEMPLATE_TOKENS[4:],
     )
     tokenizer.chat_template = read_template("chatml")
     tokenizer.save_pretrained(path)

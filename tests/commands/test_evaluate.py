@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from llmctl.config.commands import EvaluateConfig
-from llmctl.data.append_log import Journal
+from llmctl.data.append_log import AppendLog
 from llmctl.data.chat.render import ChatFormat
 from llmctl.evaluate import compare, perplexity
 from llmctl.evaluate.aggregate import figures_of
 from llmctl.evaluate.few_shot import Asking, choose_shots
 from llmctl.evaluate.inputs import Question
-from llmctl.evaluate.output import Held
+from llmctl.evaluate.task import RowsInMemory
 from llmctl.evaluate.scorers import Scorer, extract, find_label
 from llmctl.evaluate.task import Work, carry_out
 from llmctl.models.loading import load_causal_lm, load_config, load_tokenizer
@@ -162,7 +162,7 @@ def test_perplexity_of_answers_is_that_of_their_tokens(figures, roomy, pairs):
             {"role": "user", "content": prompt},
             {"role": "assistant", "content": response},
         ]
-        (encoded,) = chat.examples(messages, "completion")
+        (encoded,) = chat.encode_conversation(messages, "completion")
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([encoded.tokens])).logits[0].double()
         for place, counts in enumerate(encoded.trained):
@@ -342,7 +342,7 @@ def test_examples_stand_before_the_question(roomy):
         {"role": "user", "content": "A dog"},
     ]
     reply = chat.reply(asked).tokens
-    assert reply[: len(chat.prompt(asked))] == chat.prompt(asked)
+    assert reply[: len(chat.encode_prompt(asked))] == chat.encode_prompt(asked)
 
 
 def test_examples_that_do_not_fit_are_refused_with_how_many_do(cli, roomy, pairs, tmp_path):
@@ -570,16 +570,16 @@ def test_tasks_are_those_of_lm_eval(cli, figures, roomy, benchmark, tmp_path, mo
     samples = [json.loads(x) for x in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     assert {sample["task"] for sample in samples} == {"pick", "say"}
     assert len(samples) == 24
-    append = Journal.append
+    append = AppendLog.append
 
     def stopping(self, row):
         if row["task"] == "say":
             raise KeyboardInterrupt
         append(self, row)
 
-    monkeypatch.setattr(Journal, "append", stopping)
+    monkeypatch.setattr(AppendLog, "append", stopping)
     stopped = cli("evaluate", "--model", roomy, *run, "--compare", roomy, "-o", tmp_path / "part")
-    monkeypatch.setattr(Journal, "append", append)
+    monkeypatch.setattr(AppendLog, "append", append)
     assert stopped.code == 130
     again = figures(roomy, *run, "--compare", roomy, "-o", tmp_path / "part", "--resume")
     assert {**again, "out": None} == {**found, "out": None}
@@ -619,7 +619,7 @@ def test_a_run_that_was_stopped_ends_the_same(
     run = ("--data", pairs, "--metrics", "exact,rouge", "--temperature", 1.0, *SHORT)
     run = (*run, "--compare", base, "--plain", "--batch-size", 4)
     whole = figures(roomy, *run, "-o", tmp_path / "whole")
-    append, count = Journal.append, 0
+    append, count = AppendLog.append, 0
 
     def stopping(self, row):
         nonlocal count
@@ -628,9 +628,9 @@ def test_a_run_that_was_stopped_ends_the_same(
         count += 1
         append(self, row)
 
-    monkeypatch.setattr(Journal, "append", stopping)
+    monkeypatch.setattr(AppendLog, "append", stopping)
     stopped = cli("evaluate", "--model", roomy, *run, "-o", tmp_path / "part")
-    monkeypatch.setattr(Journal, "append", append)
+    monkeypatch.setattr(AppendLog, "append", append)
     assert stopped.code == 130
     status = json.loads((tmp_path / "part/status.json").read_text())
     assert (status["state"], status["resumable"]) == ("preempted", True)
@@ -647,7 +647,7 @@ def test_a_run_that_was_stopped_ends_the_same(
 
 def test_a_chunk_is_always_the_same_units():
     """What shares a batch may change a last bit: a chunk that was cut off is computed whole."""
-    held, asked = Held(), list[range]()
+    held, asked = RowsInMemory(), list[range]()
 
     def compute(units):
         asked.append(units)

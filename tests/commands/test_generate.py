@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmctl.commands import generate
-from llmctl.data.prompts import Ask
+from llmctl.data.prompts import PromptExample
 from llmctl.decode import loop
 from llmctl.decode.prompts import Encoder, encode_chat, encode_text
 from llmctl.errors import ModelError
@@ -194,7 +194,7 @@ def test_chat_keeps_the_templates_tokens_and_hides_the_users(model) -> None:
 def test_shots_stand_before_the_prompt(model) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     shots = [("Q: 1?\nA:", "one"), ("Q: 2?\nA: ", "two")]
-    ask = Ask("Q: 3?\nA:", "prompt 1")
+    ask = PromptExample("Q: 3?\nA:", "prompt 1")
     text = tokenizer.decode(Encoder(tokenizer, shots=shots).encode(ask)[1:])
     assert text == "Q: 1?\nA: one\n\nQ: 2?\nA: two\n\nQ: 3?\nA:"
     chat = tokenizer.decode(Encoder(tokenizer, True, "Be brief.", shots[:1]).encode(ask))

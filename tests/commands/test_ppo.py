@@ -251,14 +251,14 @@ def test_a_signal_in_a_rollout_is_obeyed_and_the_run_resumes_to_the_bit(cli, bas
 
 def test_a_signal_ends_sampling_before_the_next_token(cli, base, world):
     from llmctl.models.loading import load_causal_lm, load_tokenizer
-    from llmctl.ppo.rollout import Halted, Sampler
+    from llmctl.ppo.rollout import RolloutInterrupted, RolloutSampler
     from llmctl.signals import StopFlag
 
     model = load_causal_lm(str(base), dtype=torch.float32)
-    sampler = Sampler(load_tokenizer(str(base)), 8, 1.0, set(), 0, 4)
+    sampler = RolloutSampler(load_tokenizer(str(base)), 8, 1.0, set(), 0, 4)
     flag = StopFlag()
     flag.received = signal.SIGTERM
-    with pytest.raises(Halted):
+    with pytest.raises(RolloutInterrupted):
         sampler.sample(model, [[5, 6]], [0], flag, contextlib.nullcontext)
 
 

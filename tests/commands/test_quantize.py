@@ -16,7 +16,7 @@ from llmctl.config.commands import QuantizeConfig
 from llmctl.errors import DataError, GateError, ModelError
 from llmctl.evaluate.perplexity import make_windows
 from llmctl.models.loading import load_causal_lm
-from llmctl.models.quantized import is_quantized, memory_of, not_finite
+from llmctl.models.quantized import first_not_finite, is_quantized, memory_bytes_of
 from llmctl.quantize import convert, held_out
 from llmctl.quantize.compare import Fidelity, compare
 from llmctl.quantize.layers import Layers, asked_to_keep, choose_layers
@@ -168,7 +168,7 @@ def test_memory_is_what_tensors_hold():
     """Against a count by hand: tied weights once, and the two buffers of rotary frequencies."""
     model = tiny()
     attention, mlp, norms = 4 * 64 * 64, 3 * 64 * 128, 3 * 64
-    assert memory_of(model) == 4 * (48 * 64 + attention + mlp + norms + 2 * 16)
+    assert memory_bytes_of(model) == 4 * (48 * 64 + attention + mlp + norms + 2 * 16)
 
 
 @pytest.mark.parametrize(
@@ -190,8 +190,8 @@ def test_memory_of_layers_in_few_bits(small, way, per_layer):
         for name, p in [*model.named_parameters(), *model.named_buffers()]
         if name.rpartition(".")[0] not in few
     }
-    assert memory_of(model) == pytest.approx(wanted + sum(others.values()), rel=0.02)
-    assert small[way][1]["memory_bytes_after"] == memory_of(model)
+    assert memory_bytes_of(model) == pytest.approx(wanted + sum(others.values()), rel=0.02)
+    assert small[way][1]["memory_bytes_after"] == memory_bytes_of(model)
 
 
 def test_distances_are_those_of_the_definition():
@@ -304,7 +304,7 @@ def test_scales_that_are_not_finite_are_found(small, tmp_path, way):
     layer, ending = "model.layers.0.self_attn.q_proj.", {"nf4": "weight.nested_absmax"}
     tensors[layer + ending.get(way, "SCB")][0] = math.nan
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert not_finite(AutoModelForCausalLM.from_pretrained(folder)) == layer + "weight"
+    assert first_not_finite(AutoModelForCausalLM.from_pretrained(folder)) == layer + "weight"
     with pytest.raises(ModelError, match="not finite"):
         load_causal_lm(str(folder), dtype=torch.float32)
 

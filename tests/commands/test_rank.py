@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from llmctl.data import append_log
-from llmctl.data.append_log import open_journal
-from llmctl.data.prompts import Ask
+from llmctl.data.append_log import open_append_log
+from llmctl.data.prompts import PromptExample
 from llmctl.errors import OutputError, ResourceError, UserError
 from llmctl.feedback import generating, session
 from llmctl.feedback.answers import check_answer, open_answers
@@ -249,7 +249,7 @@ def test_a_row_that_was_cut_off_goes(rank, data, tmp_path):
     lines = whole.splitlines(keepends=True)
     for cut in range(1, len(lines[1]) - 1, 23):
         out.write_bytes(lines[0] + lines[1][:cut])
-        with open_journal(out, check_answer) as found:
+        with open_append_log(out, check_answer) as found:
             assert len(found.rows) == 1
         assert out.read_bytes() == lines[0]
     out.write_bytes(whole[:-1])  # all but the newline
@@ -435,7 +435,7 @@ def test_a_model_that_fails_ends_it_in_order(rank, roomy, prompts, tmp_path, mon
 
 
 def test_what_a_model_wrote_before_it_failed_is_still_asked(data, tmp_path):
-    entries = [*read_entries(data), Entry(Ask("unwritten", "p:1"), None)]
+    entries = [*read_entries(data), Entry(PromptExample("unwritten", "p:1"), None)]
     supply = Supply(entries, {})
     failed = Future()
     failed.set_exception(ResourceError("out of memory"))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from llmctl.pipeline.gates import Gate, figures
+from llmctl.config.gates import Gate
+from llmctl.pipeline.gates import figures
 from llmctl.pipeline.result_names import FIGURES, require_given
 from llmctl.pipeline.steps import stage_names
 

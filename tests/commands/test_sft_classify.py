@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from llmctl.config.commands import SftConfig
-from llmctl.data.classification import fit_tokenizer, load_labelled
+from llmctl.data.classification import configure_padding, load_classification_data
 from llmctl.data.tokenizer.train import PAD
 from llmctl.errors import DataError, ModelError, UserError
 from llmctl.models.classifiers import load_classifier, require_padding_unseen, require_positions
@@ -271,7 +271,7 @@ def test_a_padding_token_of_its_own_is_kept_and_others_are_not(bases):
     for kind, kept in (("bert", True), ("llama", False), ("gpt2", False)):
         tokenizer = load_tokenizer(str(bases / kind))
         before, size = tokenizer.pad_token, len(tokenizer)
-        fit_tokenizer(tokenizer, 16)
+        configure_padding(tokenizer, 16)
         assert (tokenizer.pad_token == before, len(tokenizer) == size) == (kept, kept)
         assert tokenizer.pad_token not in (tokenizer.eos_token, tokenizer.unk_token)
 
@@ -416,7 +416,7 @@ def test_an_architecture_without_a_classifier_and_pickles_are_refused(bases, tmp
 
 
 def loaded(bases, *rows, kind="llama", **more):
-    return load_labelled(SftConfig(**settings(bases / kind, *rows, **more)))
+    return load_classification_data(SftConfig(**settings(bases / kind, *rows, **more)))
 
 
 def test_one_class_is_refused(bases, tmp_path):

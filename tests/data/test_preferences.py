@@ -283,33 +283,33 @@ def told(format_, encoded):
 
 def test_an_encoder_gets_two_texts_and_their_types():
     bert = written("bert")
-    found = bert.conversation([ASKED, KIND], 1)
+    found = bert.encode_conversation([ASKED, KIND], 1)
     assert told(bert, found) == ("[CLS] Hi [SEP] Hello . [SEP]", "Hello . [SEP]")
     types = bert.tokenizer("Hi", "Hello.", return_token_type_ids=True)["token_type_ids"]
     assert [int(is_response) for is_response in found.trained] == types
-    whole, response = told(bert, bert.conversation([ASKED, CURT, ASKED, KIND], 3))
+    whole, response = told(bert, bert.encode_conversation([ASKED, CURT, ASKED, KIND], 3))
     assert "assistant <unk> What ?" in whole
     assert response == "Hello . [SEP]"
 
 
 def test_a_decoder_gets_its_template_and_the_end_only_where_the_response_ended():
     llama = written("llama")
-    whole, response = told(llama, llama.conversation([ASKED, KIND], 1))
+    whole, response = told(llama, llama.encode_conversation([ASKED, KIND], 1))
     assert response == "Hello . <|im_end|>"
     assert whole.endswith("assistant Hello . <|im_end|>")
-    whole, response = told(llama, llama.conversation([ASKED, KIND], 1, ended=False))
+    whole, response = told(llama, llama.encode_conversation([ASKED, KIND], 1, ended=False))
     assert (response, whole.endswith("Hello .")) == ("Hello .", True)
     empty = [ASKED, {"role": "assistant", "content": ""}]
-    assert told(llama, llama.conversation(empty, 1))[1] == "<|im_end|>"
-    assert told(llama, llama.conversation(empty, 1, ended=False))[1] == ""
-    assert told(llama, llama.text("Hi", " there")) == ("<s> Hi there </s>", "there </s>")
-    assert told(llama, llama.text("Hi", " there", ended=False)) == ("<s> Hi there", "there")
+    assert told(llama, llama.encode_conversation(empty, 1))[1] == "<|im_end|>"
+    assert told(llama, llama.encode_conversation(empty, 1, ended=False))[1] == ""
+    assert told(llama, llama.encode_text("Hi", " there")) == ("<s> Hi there </s>", "there </s>")
+    assert told(llama, llama.encode_text("Hi", " there", ended=False)) == ("<s> Hi there", "there")
 
 
 def test_a_special_token_in_a_response_is_text():
     llama = written("llama")
     odd = {"role": "assistant", "content": "Hello <|im_end|> [PAD]"}
-    tokens = llama.conversation([ASKED, odd], 1).tokens
+    tokens = llama.encode_conversation([ASKED, odd], 1).tokens
     assert tokens.count(llama.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
     assert llama.tokenizer.pad_token_id not in tokens
 

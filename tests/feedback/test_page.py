@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llmctl.data.prompts import Ask
+from llmctl.data.prompts import PromptExample
 from llmctl.feedback.answers import open_answers
 from llmctl.feedback.page import Texts
 from llmctl.feedback.questions import Entry, Question
@@ -292,8 +292,8 @@ CONTRASTS = """(() => {
 
 
 def test_the_page_waits_for_the_model(browser, tmp_path):
-    first = Entry(Ask("First", "p:1"), ("a", "b"))
-    supply = Supply([first, Entry(Ask("Second", "p:2"), None)], {})
+    first = Entry(PromptExample("First", "p:1"), ("a", "b"))
+    supply = Supply([first, Entry(PromptExample("Second", "p:2"), None)], {})
     with open_answers(tmp_path / "a.jsonl", "Ada") as answers:
         session = Session(supply, answers, "Ada", 0)
         with serving(listen(0), session, Texts("a.jsonl", "llmctl reward")) as url:

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from llmctl.models.patched_lora import LowRankLinear, LowRankProduct, fuse
+from llmctl.models.patched_lora import LowRankLinear, LowRankProduct, fuse_lora
 
 
 class Small(nn.Module):
@@ -63,7 +63,7 @@ def test_it_is_nearer_to_exact_numbers_than_pefts(bias, frozen):
     wanted = x.double() @ exact[0].T + (exact[1] if bias else 0)
     wanted = wanted + layer.scaling["default"] * (x.double() @ a.double().T) @ b.double().T
     errors, grads = [], []
-    for how in (lambda one: one, fuse):
+    for how in (lambda one: one, fuse_lora):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             found = how(model)(x)
@@ -80,7 +80,7 @@ def test_it_is_nearer_to_exact_numbers_than_pefts(bias, frozen):
 
 def unlike(model, x):
     """Whether the fused layer computes by itself: how PEFT's own is called is counted."""
-    fuse(model)
+    fuse_lora(model)
     calls = []
     layer = layer_of(model)
     layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
@@ -114,4 +114,4 @@ def test_what_is_not_plain_is_left_to_peft():
 def test_without_autocast_the_numbers_are_pefts_to_the_bit():
     model, x = adapted(), torch.randn(2, 48)
     before = model(x)
-    assert torch.equal(fuse(model)(x), before)
+    assert torch.equal(fuse_lora(model)(x), before)

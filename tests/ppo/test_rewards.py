@@ -11,8 +11,8 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 from llmctl.errors import DataError, ModelError, UserError
 from llmctl.ppo import alarms
 from llmctl.ppo.alarms import ALARMS, STEPS, Alarms
-from llmctl.ppo.rewards import Rewards, Scale, Source, named_apart, weighted
-from llmctl.ppo.rules import Told, exact, find_rule, length, repetition
+from llmctl.ppo.rewards import RewardSource, RewardSum, RunningMoments, parse_weight, unique_names
+from llmctl.ppo.rules import Sample, exact, find_rule, length, repetition
 from llmctl.ppo.self_checks import check
 from llmctl.ppo.setup import prepare
 from tests.conftest import OBJECTS, SUBJECTS, VERBS
@@ -343,7 +343,7 @@ def test_alarms_survive_a_checkpoint():
 
 
 def told(response, answer=None):
-    return Told("What?", response, answer, "a.jsonl:1")
+    return Sample("What?", response, answer, "a.jsonl:1")
 
 
 def test_rules_by_definition():
@@ -359,7 +359,7 @@ def test_rules_by_definition():
 
 def test_scale_is_mean_and_deviation_over_all_batches():
     values = [torch.tensor([1.0, 2.0, 4.0]), torch.tensor([10.0, -3.0])]
-    scale = Scale()
+    scale = RunningMoments()
     for batch in values:
         scale.take(batch, lambda found: found)
     whole = torch.cat(values).double()
@@ -372,15 +372,15 @@ def test_scale_is_mean_and_deviation_over_all_batches():
 
 
 def test_scores_that_never_vary_are_not_divided_by_nothing():
-    scale = Scale()
+    scale = RunningMoments()
     scale.take(torch.tensor([2.0, 2.0]), lambda found: found)
     assert scale.apply(torch.tensor([2.0]), 5.0).tolist() == [0.0]
 
 
 def test_the_sum_of_rewards_in_plain_floats():
-    model = Source("m", 0.5, lambda t, e: torch.tensor([3.0, 1.0]), is_model=True)
-    rule = Source("r", -2.0, lambda t, e: torch.tensor([0.5, 1.0]), is_model=False)
-    rewards = Rewards([model, rule], "reference", 1.0, 0.25)
+    model = RewardSource("m", 0.5, lambda t, e: torch.tensor([3.0, 1.0]), is_model=True)
+    rule = RewardSource("r", -2.0, lambda t, e: torch.tensor([0.5, 1.0]), is_model=False)
+    rewards = RewardSum([model, rule], "reference", 1.0, 0.25)
     raw = rewards.raw([told("x"), told("y")], [True, False])
     rewards.measure({"m": torch.tensor([0.0, 2.0])}, lambda found: found)
     total = rewards.combine(raw, [True, False]).total.tolist()
@@ -390,15 +390,15 @@ def test_the_sum_of_rewards_in_plain_floats():
 
 
 def test_a_score_that_is_no_number_is_refused():
-    source = Source("m", 1.0, lambda t, e: torch.tensor([float("nan")]), is_model=True)
+    source = RewardSource("m", 1.0, lambda t, e: torch.tensor([float("nan")]), is_model=True)
     with pytest.raises(DataError, match=r"m gave nan for the response to a\.jsonl:1: 'x'"):
-        Rewards([source], "none", 0.0, 0.0).raw([told("x")], [True])
+        RewardSum([source], "none", 0.0, 0.0).raw([told("x")], [True])
 
 
 def test_weights_and_names():
-    assert weighted("--reward-model", "runs/a=0.7") == ("runs/a", 0.7)
-    assert weighted("--reward-rule", "regex:x=y") == ("regex:x=y", 1.0)
-    assert weighted("--reward-rule", "regex:x=2=-1") == ("regex:x=2", -1.0)
-    assert named_apart(["runs/a", "other/a", "length:3"]) == ["a-1", "a-2", "length:3"]
+    assert parse_weight("--reward-model", "runs/a=0.7") == ("runs/a", 0.7)
+    assert parse_weight("--reward-rule", "regex:x=y") == ("regex:x=y", 1.0)
+    assert parse_weight("--reward-rule", "regex:x=2=-1") == ("regex:x=2", -1.0)
+    assert unique_names(["runs/a", "other/a", "length:3"]) == ["a-1", "a-2", "length:3"]
     with pytest.raises(UserError, match="must be a number other than 0"):
-        weighted("--reward-model", "runs/a=inf")
+        parse_weight("--reward-model", "runs/a=inf")

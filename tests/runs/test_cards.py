@@ -9,8 +9,8 @@ from huggingface_hub import ModelCard
 
 from llmctl.runs import energy
 from llmctl.runs.cards import card, kind_of, write_cards
-from llmctl.runs.energy import KWH, Meter
-from llmctl.runs.lineage import line_of, portable
+from llmctl.runs.energy import KWH, EnergyMeter
+from llmctl.runs.lineage import lineage_of, portable
 from tests.conftest import SMALL
 
 
@@ -146,12 +146,12 @@ def test_broken_ancestors_do_no_harm(tmp_path):
     (tmp_path / "y").mkdir()
     (tmp_path / "y/manifest.json").write_text("[1")
     manifest = json.loads((path / "manifest.json").read_text())
-    assert [step.path.name for step in line_of(path, manifest)] == ["x"]
+    assert [step.path.name for step in lineage_of(path, manifest)] == ["x"]
     write_cards(path, manifest)
     make(tmp_path / "a", "sft", [{"role": "model", "path": str(tmp_path / "b")}])
     make(tmp_path / "b", "sft", [{"role": "model", "path": str(tmp_path / "a")}])
     loop = json.loads((tmp_path / "a/manifest.json").read_text())
-    assert len(line_of(tmp_path / "a", loop)) == 2, "a circle ends"
+    assert len(lineage_of(tmp_path / "a", loop)) == 2, "a circle ends"
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_cores_are_counted_where_there_is_no_counter(monkeypatch):
     monkeypatch.setattr(energy, "NVML", "no-such-library.so")
     busy = iter([10.0, 13.0, 13.0])
     monkeypatch.setattr(energy, "_core_seconds", lambda: next(busy))
-    found = Meter().add({"energy": {"kwh": 1.0, "seconds": 5.0}})
+    found = EnergyMeter().add({"energy": {"kwh": 1.0, "seconds": 5.0}})
     assert found["kwh"] == pytest.approx(1 + 3 * 12 / KWH)
     assert found["seconds"] >= 5
     assert "assumed to draw 12 W" in found["method"]
@@ -205,7 +205,7 @@ def test_counters_of_cpus_are_followed_through_their_ends(tmp_path, monkeypatch)
     counter = tmp_path / "intel-rapl:0/energy_uj"
     monkeypatch.setattr(energy, "POWERCAP", tmp_path)
     counter.write_text("900000\n")
-    meter = Meter()
+    meter = EnergyMeter()
     counter.write_text("100000\n")
     meter.tick()
     counter.write_text("500000\n")
@@ -221,8 +221,8 @@ def test_gpus_count_where_the_run_used_them(monkeypatch):
     monkeypatch.setattr(energy, "_gpus", lambda: next(readings))
     monkeypatch.setattr(energy, "_core_seconds", lambda: 0.0)
     monkeypatch.setattr(energy, "POWERCAP", Path("/nowhere"))
-    found = Meter().add({"device": "Fast GPU"})
+    found = EnergyMeter().add({"device": "Fast GPU"})
     assert found["kwh"] == pytest.approx(36 / KWH), "of one process, the first GPU"
     assert "NVML" in found["method"]
     readings = iter([[("Fast GPU", 10.0)], [("Fast GPU", 46.0)]])
-    assert Meter().add({"device": "Some CPU"})["kwh"] == 0
+    assert EnergyMeter().add({"device": "Some CPU"})["kwh"] == 0

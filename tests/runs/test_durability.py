@@ -26,7 +26,7 @@ def config(out, **flags):
 
 def train(out, *, error=None, **flags):
     with open_run("pretrain", config(out, **flags)) as run:
-        run.forget_metrics_after(0)
+        run.drop_metrics_after(0)
         (out / "model").mkdir(exist_ok=True)
         (out / "model" / "config.json").write_text(f'{{"lr": {flags.get("lr")}}}')
         run.log({"step": 1, "loss": 2.0})
@@ -38,7 +38,7 @@ def preempted(out, step=4):
     """A run that a signal stopped after this step."""
     with suppress(KeyboardInterrupt), open_run("pretrain", config(out)) as run:
         run.record(plan={"max_steps": 9}, parameters=7, device="cpu", inputs=[{"role": "tokens"}])
-        run.forget_metrics_after(0)
+        run.drop_metrics_after(0)
         (run.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
         run.set_status("running", step=step)
         raise KeyboardInterrupt
@@ -235,7 +235,7 @@ def test_metrics_that_are_no_lines_are_dropped(tmp_path, monkeypatch):
     replace = Path.replace
     monkeypatch.setattr(Path, "replace", lambda a, b: (written.append(b), replace(a, b))[1])
     with open_run("pretrain", config(out, resume=True)) as run:
-        run.forget_metrics_after(4)
+        run.drop_metrics_after(4)
         assert written[-1] == out / "metrics.jsonl"
         run.log({"step": 5})
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -280,7 +280,7 @@ def test_a_resume_that_began_says_how_it_ended(tmp_path):
 
     def resume():
         with open_run("pretrain", config(out, resume=True)) as run:
-            run.forget_metrics_after(4)
+            run.drop_metrics_after(4)
             raise DivergedError("step 5: loss nan")
 
     with pytest.raises(DivergedError):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llmctl.runs import checkpoint, resume
-from llmctl.runs.checkpoint import Content, Owner
+from llmctl.runs.checkpoint import CheckpointContent, Owner
 from tests.torture.conftest import LONG, tally
 from tests.torture.harness import checkpoints, unfinished
 from tests.torture.plants import CRASHED, die_at_event, list_events
@@ -28,9 +28,9 @@ class Crash(BaseException):
     """What nothing catches."""
 
 
-def content(step: int, best: int | None) -> Content:
+def content(step: int, best: int | None) -> CheckpointContent:
     torch.manual_seed(step)
-    return Content(
+    return CheckpointContent(
         step=step,
         model={"weight": torch.randn(40, 30)},
         optimizer={"state.weight.exp_avg": torch.randn(40, 30)},

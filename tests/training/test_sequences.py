@@ -15,7 +15,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from llmctl.data.tokenized import Encoded, collect, pack
+from llmctl.data.tokenized import EncodedSequence, collect, pack
 from llmctl.errors import ModelError, UserError
 from llmctl.training.batches import Sequences, on_device
 from llmctl.training.model_checks import require_isolated
@@ -59,7 +59,11 @@ def sequences(*lengths):
     draw = np.random.default_rng(0)
     return collect(
         [
-            [Encoded(draw.integers(1, 40, n).tolist(), [i % 2 == 1 for i in range(n)], True)]
+            [
+                EncodedSequence(
+                    draw.integers(1, 40, n).tolist(), [i % 2 == 1 for i in range(n)], True
+                )
+            ]
             for n in lengths
         ]
     )
@@ -84,9 +88,9 @@ def by_definition(model, data):
 def test_collect_and_select():
     data = collect(
         [
-            [Encoded([1, 2, 3], [False, True, True], True)],
+            [EncodedSequence([1, 2, 3], [False, True, True], True)],
             [],
-            [Encoded([4, 5], [False, True], False), Encoded([6], [False], True)],
+            [EncodedSequence([4, 5], [False, True], False), EncodedSequence([6], [False], True)],
         ]
     )
     assert data.lengths.tolist() == [3, 2, 1]
@@ -101,12 +105,12 @@ def test_collect_and_select():
 
 def test_shortening_cuts_or_drops():
     data = sequences(3, 9, 5)
-    cut = data.shortened(5, "cut")
+    cut = data.truncated(5, "cut")
     assert cut.lengths.tolist() == [3, 5, 5]
     assert cut.cut.tolist() == [False, True, False]
     assert cut.sequence(1)[0].tolist() == data.sequence(1)[0][:5].tolist()
     assert cut.sequence(2)[0].tolist() == data.sequence(2)[0].tolist()
-    assert data.shortened(5, "drop").lengths.tolist() == [3, 5]
+    assert data.truncated(5, "drop").lengths.tolist() == [3, 5]
 
 
 def test_packing_uses_every_sequence_once_and_no_bin_overflows():

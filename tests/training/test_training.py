@@ -274,7 +274,7 @@ def test_presets_run_from_about_a_million_to_eight_billion():
 )
 def test_sizes_that_do_not_divide(flags, message):
     with pytest.raises(UserError, match=message):
-        presets.resolve_dials(PretrainConfig(tokens="t", **flags), "nano")
+        presets.resolve_size(PretrainConfig(tokens="t", **flags), "nano")
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "mixtral"])

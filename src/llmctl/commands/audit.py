@@ -5,7 +5,7 @@ from typing import Any
 from llmctl.config.commands import AuditConfig
 from llmctl.data.audit.audit import audit, require_sound
 from llmctl.data.audit.show import print_report
-from llmctl.data.sft import load_supervised
+from llmctl.data.sft import load_sft_data
 from llmctl.errors import DataError
 
 
@@ -15,7 +15,7 @@ def run(config: AuditConfig) -> dict[str, Any] | None:
     Raises:
         DataError: the examples would train a broken model.
     """
-    data = load_supervised(config)
+    data = load_sft_data(config)
     report = audit(data, config, packing=True)
     result = {"stage": "audit", **report.as_json()}
     if not config.as_json:

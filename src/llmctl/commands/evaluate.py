@@ -9,10 +9,10 @@ from typing import Any
 from llmctl.config.commands import EvaluateConfig
 from llmctl.console import is_terminal, log, show_recipes
 from llmctl.errors import GateError
-from llmctl.evaluate.evaluation import Evaluation, evaluate, prepare, require_same
-from llmctl.evaluate.output import open_rows
-from llmctl.evaluate.requirements import check_gates
-from llmctl.evaluate.show import figures_in, gated, show_table
+from llmctl.evaluate.evaluation import PreparedEvaluation, evaluate, prepare, require_same_identity
+from llmctl.evaluate.task import open_row_log
+from llmctl.evaluate.figures import check_gates
+from llmctl.evaluate.figures import figures_in, gated, show_table
 from llmctl.runs.directory import Run, now, open_run
 
 
@@ -26,11 +26,11 @@ def run(config: EvaluateConfig) -> dict[str, Any] | None:
         clock = None if place is None else str(place.manifest.get("clock") or now())
         found = prepare(config, clock)
         if place is not None:
-            require_same(place.manifest.get("identity"), found.identity)
+            require_same_identity(place.manifest.get("identity"), found.identity)
             place.record(inputs=found.inputs, identity=found.identity, clock=clock)
-        with open_rows(place) as rows:
+        with open_row_log(place) as rows:
             if place is not None:
-                place.forget_metrics_after(len(rows.rows))
+                place.drop_metrics_after(len(rows.rows))
             figures = evaluate(found, rows, place)
         result = {"stage": "evaluate", "out": str(config.out), "model": config.model}
         result |= {"status": "completed", **figures}
@@ -75,7 +75,7 @@ def _settle(config: EvaluateConfig, place: Run | None, result: dict[str, Any]) -
         place.record(result=result)
 
 
-def _planned(found: Evaluation) -> str:
+def _planned(found: PreparedEvaluation) -> str:
     plan = found.plan
     if plan is None:
         return f"would run {', '.join(found.config.tasks)} on {found.device}"

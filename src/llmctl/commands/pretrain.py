@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from llmctl import hardware
 from llmctl.config.commands import PretrainConfig
 from llmctl.console import log, short
-from llmctl.data.corpus import encode_once, open_corpus
+from llmctl.data.corpus import open_corpus, tokenize_once
 from llmctl.data.tokenizer.load import load_vocabulary
 from llmctl.files import sha256_file
 from llmctl.planning.outlook import show_dry_run
@@ -64,7 +64,7 @@ def _tokens(config: PretrainConfig, run: Run) -> tuple[Path, list[dict[str, Any]
         return run.path, []
     written = run.manifest.get("encoded") if config.resume else None
     reference = str(config.tokenizer or config.model)
-    inputs, encoded = encode_once(config, reference, run.path, written)
+    inputs, encoded = tokenize_once(config, reference, run.path, written)
     run.record(encoded=encoded)
     return run.path, inputs
 

@@ -11,7 +11,7 @@ from llmctl.config.commands import RunsConfig
 from llmctl.console import duration, log
 from llmctl.errors import DataError
 from llmctl.redact import redact
-from llmctl.runs.listing import Summary, survey
+from llmctl.runs.listing import RunSummary, list_runs
 
 COLUMNS = ("run", "stage", "status", "step", "loss", "age", "size")
 COLORS = {
@@ -32,7 +32,7 @@ def run(config: RunsConfig) -> dict[str, Any] | None:
         raise DataError("no such directory", file=root)
     if not root.is_dir():
         raise DataError("not a directory", file=root)
-    found = survey(root)
+    found = list_runs(root)
     if not found:
         log.info("no runs under %s", root)
     if config.as_json:
@@ -42,7 +42,7 @@ def run(config: RunsConfig) -> dict[str, Any] | None:
     return None
 
 
-def _print_table(found: list[Summary]) -> None:
+def _print_table(found: list[RunSummary]) -> None:
     """For eyes: resume commands, which would not fit, stand below."""
     from rich.console import Console  # a third of the time that the command takes in a pipe
     from rich.table import Table
@@ -70,7 +70,7 @@ def _print_table(found: list[Summary]) -> None:
         console.print(Text(f"  {command}"), soft_wrap=True)
 
 
-def _print_columns(found: list[Summary]) -> None:
+def _print_columns(found: list[RunSummary]) -> None:
     """For scripts and files: aligned, one line a run, the resume command last."""
     rows = [
         [*COLUMNS, "resume"],
@@ -82,7 +82,7 @@ def _print_columns(found: list[Summary]) -> None:
         print("  ".join([*aligned, row[-1]]).rstrip())
 
 
-def _cells(summary: Summary) -> list[str]:
+def _cells(summary: RunSummary) -> list[str]:
     step = "-" if summary.step is None else f"{summary.step:,}"
     if summary.step is not None and summary.max_steps is not None:
         step += f"/{summary.max_steps:,}"

@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from llmctl import hardware
 from llmctl.config.commands import SftConfig
 from llmctl.data.audit.audit import Audit
-from llmctl.data.classification import load_labelled, log_labelled
-from llmctl.data.sft import SupervisedData, load_supervised
+from llmctl.data.classification import load_classification_data, log_classification_data
+from llmctl.data.sft import SftData, load_sft_data
 from llmctl.planning.outlook import show_dry_run
 from llmctl.planning.recipe import counted_share, foreseen
 from llmctl.runs.directory import Run
@@ -67,9 +67,9 @@ def _show_classification(
     config: SftConfig, accelerator: Accelerator, device: str
 ) -> dict[str, Any] | None:
     """Do what a dry run with `--task classify` does."""
-    data = load_labelled(config)
+    data = load_classification_data(config)
     if accelerator.is_main_process:
-        log_labelled(data)
+        log_classification_data(data)
     prepared = prepare_classification(config, data, accelerator, device)
     outlook = foreseen(config, prepared, device, accelerator.num_processes)
     return show_dry_run("sft", config, outlook)
@@ -78,9 +78,9 @@ def _show_classification(
 def _classify(config: SftConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:
     """Load, prepare, train, export a classifier; return what came of it."""
     with together(accelerator):
-        data = load_labelled(config)
+        data = load_classification_data(config)
         if accelerator.is_main_process:
-            log_labelled(data)
+            log_classification_data(data)
     with together(accelerator):
         prepared = prepare_classification(config, data, accelerator, device)
     run.record(
@@ -100,7 +100,7 @@ def _classify(config: SftConfig, run: Run, accelerator: Accelerator, device: str
 
 def _examples(
     config: SftConfig, accelerator: Accelerator, clock: str | None = None
-) -> tuple[SupervisedData, Audit]:
+) -> tuple[SftData, Audit]:
     """Load the examples, found to be sound, and the report on them."""
-    data = load_supervised(config, config.prompt_tuning or 0, clock)
+    data = load_sft_data(config, config.prompt_tuning or 0, clock)
     return audited(config, data, is_main=accelerator.is_main_process)

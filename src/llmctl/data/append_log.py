@@ -25,7 +25,7 @@ BEGINS = b'{"prompt": '
 
 
 @dataclass(frozen=True)
-class Content:
+class LogContent:
     """What a file holds."""
 
     rows: list[Row]
@@ -37,7 +37,7 @@ class Content:
     """Whether that row lacks its newline."""
 
 
-def read_journal(path: Path, check: Check, begins: bytes = BEGINS) -> Content:
+def read_append_log(path: Path, check: Check, begins: bytes = BEGINS) -> LogContent:
     """The rows of a file, none where there is no file.
 
     Args:
@@ -52,20 +52,20 @@ def read_journal(path: Path, check: Check, begins: bytes = BEGINS) -> Content:
     starts: list[int] = []
     end, is_open = 0, False
     if not path.exists():
-        return Content(rows, starts, end, is_open)
+        return LogContent(rows, starts, end, is_open)
     with writing(path), path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), start=1):
             is_open = not line.endswith(b"\n")
             row, wrong = _parse(line, check)
             if wrong and is_open and _is_cut(line, row, begins):
-                return Content(rows, starts, end, False)
+                return LogContent(rows, starts, end, False)
             if wrong:
                 raise OutputError(wrong, file=path, line=number, hint="choose another --out")
             if row is not None:
                 rows.append(row)
                 starts.append(end)
             end += len(line)
-    return Content(rows, starts, end, is_open)
+    return LogContent(rows, starts, end, is_open)
 
 
 def _parse(line: bytes, check: Check) -> tuple[Row | None, str | None]:
@@ -86,11 +86,11 @@ def _is_cut(line: bytes, row: Row | None, begins: bytes) -> bool:
     return row is None and line[: len(begins)] == begins[: len(line)]
 
 
-class Journal:
+class AppendLog:
     """The open file."""
 
     def __init__(
-        self, path: Path, descriptor: int, content: Content, begins: bytes = BEGINS
+        self, path: Path, descriptor: int, content: LogContent, begins: bytes = BEGINS
     ) -> None:
         """Take what was read from the file, its descriptor, and how its rows begin."""
         self._begins = begins
@@ -147,7 +147,7 @@ class Journal:
 
 
 @contextmanager
-def open_journal(path: Path, check: Check, begins: bytes = BEGINS) -> Iterator[Journal]:
+def open_append_log(path: Path, check: Check, begins: bytes = BEGINS) -> Iterator[AppendLog]:
     """The file, made where there is none; a row that was cut off goes.
 
     A body that fails before there is any row leaves no file that was not there.
@@ -161,13 +161,13 @@ def open_journal(path: Path, check: Check, begins: bytes = BEGINS) -> Iterator[J
         OutputError: it holds something else, or must not be written.
         ResourceError: the disk is full or fails.
     """
-    content, was_there = read_journal(path, check, begins), path.exists()
+    content, was_there = read_append_log(path, check, begins), path.exists()
     with writing(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
     try:
         with writing(path):
             content = _mend(path, descriptor, content)
-        yield Journal(path, descriptor, content, begins)
+        yield AppendLog(path, descriptor, content, begins)
     except BaseException:
         if not was_there and os.fstat(descriptor).st_size == 0:
             path.unlink(missing_ok=True)
@@ -176,7 +176,7 @@ def open_journal(path: Path, check: Check, begins: bytes = BEGINS) -> Iterator[J
         os.close(descriptor)
 
 
-def _mend(path: Path, descriptor: int, content: Content) -> Content:
+def _mend(path: Path, descriptor: int, content: LogContent) -> LogContent:
     """Make the file end where its last row ends."""
     if os.fstat(descriptor).st_size > content.end:
         log.warning("%s: the last row was cut off, and is dropped", path)
@@ -187,7 +187,7 @@ def _mend(path: Path, descriptor: int, content: Content) -> Content:
         end += 1
     os.fsync(descriptor)
     fsync(path.absolute().parent)
-    return Content(content.rows, content.starts, end, False)
+    return LogContent(content.rows, content.starts, end, False)
 
 
 def _write(descriptor: int, content: bytes) -> None:

@@ -21,7 +21,7 @@ from llmctl.data.examples import Example
 from llmctl.data.split import Split, duplicates, overlap, read_split, shared_prompts
 from llmctl.data.tokenizer.train import PAD
 from llmctl.errors import DataError, ModelError, UserError
-from llmctl.models.classifiers import own_labels
+from llmctl.models.classifiers import classifier_labels
 from llmctl.models.loading import context_size, load_config, load_tokenizer
 
 SHOWN = 8
@@ -35,7 +35,7 @@ AT_ONCE = 1000
 """Texts that the tokenizer gets at a time."""
 
 
-def labels_of(
+def resolve_labels(
     train: Sequence[Example], val: Sequence[Example], shape: PreTrainedConfig
 ) -> tuple[str, ...]:
     """The labels by number: the model's own, or those that train, sorted (whole numbers by value).
@@ -59,7 +59,7 @@ def labels_of(
                 line=example.line,
                 hint="add texts that have it, or leave them out; --val-size 0 holds out none",
             )
-    known = own_labels(shape)
+    known = classifier_labels(shape)
     if known is None:
         numeric = all(label.removeprefix("-").isdecimal() for label in first)
         return tuple(sorted(first, key=int)) if numeric else tuple(sorted(first))
@@ -85,7 +85,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Texts:
+class EncodedTexts:
     """N texts of T tokens in all, and the class of each."""
 
     tokens: NDArray[np.int32]
@@ -117,11 +117,11 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class Labelled:
+class ClassificationData:
     """Texts to learn labels from, encoded for one model."""
 
-    train: Texts
-    val: Texts | None
+    train: EncodedTexts
+    val: EncodedTexts | None
     labels: tuple[str, ...]
     """By number."""
     tokenizer: PreTrainedTokenizerBase
@@ -150,7 +150,7 @@ class Labelled:
         }
 
 
-def load_labelled(config: SftConfig) -> Labelled:
+def load_classification_data(config: SftConfig) -> ClassificationData:
     """Read, check and encode everything.
 
     Raises:
@@ -161,15 +161,15 @@ def load_labelled(config: SftConfig) -> Labelled:
     """
     shape, tokenizer = load_config(config.model), load_tokenizer(config.model)
     max_length = length_limit(config.max_length, shape, tokenizer)
-    fit_tokenizer(tokenizer, max_length)
+    configure_padding(tokenizer, max_length)
     split = read_split(config, config.data, config.seed, "classify")
     _require_apart(split)
     drop = config.truncation == "drop"
     train, dropped = _encode(tokenizer, split.train, max_length, drop=drop)
     val, _ = _encode(tokenizer, split.val, max_length, drop=drop)
     _require_embeddings([*train, *val], int(shape.get_text_config().vocab_size))
-    labels = labels_of([example for example, _, _ in train], split.val, shape)
-    return Labelled(
+    labels = resolve_labels([example for example, _, _ in train], split.val, shape)
+    return ClassificationData(
         _collect(train, labels),
         _collect(val, labels) if val else None,
         labels,
@@ -180,7 +180,7 @@ def load_labelled(config: SftConfig) -> Labelled:
     )
 
 
-def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+def configure_padding(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
     """Let it pad with a token that nothing else is, and cut and pad at the end.
 
     Decoders read their answer off the last token that is not padding, and do not look at the mask:
@@ -195,7 +195,7 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
     tokenizer.model_max_length = max_length
 
 
-def log_labelled(data: Labelled) -> None:
+def log_classification_data(data: ClassificationData) -> None:
     """Say in two lines what there is to learn from, and warn of what is odd."""
     facts = data.facts()
     counts: Counter[str] = Counter(facts["classes"])
@@ -286,10 +286,10 @@ def _require_embeddings(encoded: list[tuple[Example, list[int], bool]], rows: in
             )
 
 
-def _collect(encoded: list[tuple[Example, list[int], bool]], labels: Sequence[str]) -> Texts:
+def _collect(encoded: list[tuple[Example, list[int], bool]], labels: Sequence[str]) -> EncodedTexts:
     number = {label: place for place, label in enumerate(labels)}
     lengths = [len(tokens) for _, tokens, _ in encoded]
-    return Texts(
+    return EncodedTexts(
         np.concatenate([np.asarray(tokens, np.int32) for _, tokens, _ in encoded]),
         np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         np.array([number[label_of(example)] for example, _, _ in encoded], np.int64),

@@ -25,21 +25,21 @@ from numpy.typing import NDArray
 from llmctl.config.sections import Corpus as CorpusConfig
 from llmctl.console import ProgressBar, log
 from llmctl.data.documents import hash_text, read_pieces
-from llmctl.data.scan import PROGRESS_BYTES, Plan, Scan, plan_split, read_documents, scan
+from llmctl.data.scan import PROGRESS_BYTES, Scan, SplitPlan, plan_split, read_documents, scan
 from llmctl.data.shards import ShardWriter
-from llmctl.data.sources import Source, find_sources
+from llmctl.data.sources import Source, find_sources, manifest_input
 from llmctl.data.tokenizer.encode import (
     RUN_CHARACTERS,
     Cutter,
-    Encoder,
     Mismatch,
     RunTooLong,
-    encoder,
+    TokenizerEncoder,
+    fastest_encoder,
 )
 from llmctl.data.tokenizer.load import Vocabulary, load_vocabulary
 from llmctl.data.tokenizer.train import fingerprint
 from llmctl.errors import DataError, ModelError
-from llmctl.files import sha256_file, write_json
+from llmctl.files import write_json
 
 BATCH_CHARACTERS = 1 << 20
 
@@ -65,7 +65,12 @@ class SplitWriter:
     """Encodes the documents of one split in batches and writes them to shards."""
 
     def __init__(
-        self, folder: Path, split: str, vocabulary: Vocabulary, encoder: Encoder, dtype: str
+        self,
+        folder: Path,
+        split: str,
+        vocabulary: Vocabulary,
+        encoder: TokenizerEncoder,
+        dtype: str,
     ) -> None:
         """Write `folder/{split}-00000.bin` and on."""
         self.vocabulary, self.encoder, self.dtype = vocabulary, encoder, dtype
@@ -197,7 +202,7 @@ class Corpus:
     column: str
     scan: Scan
     val_scan: Scan | None
-    plan: Plan
+    plan: SplitPlan
 
     @property
     def bytes(self) -> int:
@@ -243,7 +248,7 @@ class Corpus:
 
     def _write(self, folder: Path, vocabulary: Vocabulary, *, plain: bool) -> dict[str, Any]:
         started = time.monotonic()
-        coder = encoder(vocabulary.tokenizer, sample=self.scan.opening, plain=plain)
+        coder = fastest_encoder(vocabulary.tokenizer, sample=self.scan.opening, plain=plain)
         dtype = "<u2" if vocabulary.size <= 1 << 16 else "<u4"
         has_val = self.val_scan is not None or self.plan.fraction > 0
         with ExitStack() as stack:
@@ -315,7 +320,7 @@ def open_corpus(config: CorpusConfig) -> Iterator[Corpus]:
         val_scan = scan(val_sources, config.text_column, all_hashes=True) if val_sources else None
         kept = frozenset(val_scan.hashes.tolist()) if val_scan else frozenset()
         found = scan(sources, config.text_column, refused=kept)
-        plan = Plan(0.0) if val_scan else plan_split(found, config.val_fraction)
+        plan = SplitPlan(0.0) if val_scan else plan_split(found, config.val_fraction)
         yield Corpus(sources, val_sources, config.text_column, found, val_scan, plan)
 
 
@@ -335,16 +340,15 @@ def _halves(text: str, cut: int, is_last: bool) -> Iterator[tuple[str, int, bool
 
 
 def source_input(role: str, source: Source, column: str) -> dict[str, Any]:
-    """What a source was: the hash of its file or text, or its commit on the Hub."""
-    entry = {"role": role, "path": source.name}
-    if source.revision is not None:
-        return {**entry, "sha256": None, "revision": source.revision}
-    if source.path is not None:
-        return {**entry, "sha256": sha256_file(source.path)}
-    digest = sha256()
-    for piece in read_pieces(source, column):
-        digest.update(piece.text.encode())
-    return {**entry, "sha256": digest.hexdigest()}
+    """Record a source of text for the manifest."""
+
+    def digest() -> str:
+        text = sha256()
+        for piece in read_pieces(source, column):
+            text.update(piece.text.encode())
+        return text.hexdigest()
+
+    return manifest_input(role, source, digest)
 
 
 def _check_sizes(train: SplitWriter, val: SplitWriter | None, expected: int) -> None:
@@ -395,7 +399,7 @@ def _extreme(extreme: Extreme) -> dict[str, Any]:
     return {"tokens": extreme.tokens, "file": file, "line": line}
 
 
-def encode_once(
+def tokenize_once(
     config: CorpusConfig, tokenizer: str, folder: Path, written: dict[str, Any] | None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Tokenize a run's text into `folder`, or see that what was written there is of the same text.

@@ -15,7 +15,14 @@ from typing import Any, NamedTuple
 
 from llmctl.data import builtin
 from llmctl.data.builtin import PREFERENCES
-from llmctl.data.rows import BLOCK_BYTES, checked_text, no_column, not_utf8, opened, read_records
+from llmctl.data.rows import (
+    BLOCK_BYTES,
+    checked_text,
+    no_column,
+    not_utf8,
+    open_source,
+    read_records,
+)
 from llmctl.data.sources import Source, find_sources
 from llmctl.errors import DataError
 from llmctl.files import sha256_file
@@ -63,7 +70,7 @@ def _rows(source: Source, column: str) -> Iterator[Piece]:
 def _text(source: Source) -> Iterator[Piece]:
     decoder = codecs.getincrementaldecoder("utf-8")("strict")
     head, waiting, consumed = b"", "", 0
-    with opened(source) as file:
+    with open_source(source) as file:
         while True:
             block = file.read(BLOCK_BYTES)
             head = head or block[:2]

@@ -18,8 +18,8 @@ from llmctl.data.schemas import (
     choose_layouts,
     conversation,
     from_json,
-    said,
-    tools_of,
+    parse_tools,
+    text_message,
 )
 from llmctl.data.sets import ItemSet, read_sets
 from llmctl.errors import DataError
@@ -111,7 +111,7 @@ def checked_example(
         if messages[0]["role"] in ("system", "developer"):
             raise DataError(f"`{columns['system']}` beside a message of the system: which counts?")
         messages = [{"role": "system", "content": system}, *messages]
-    tools = tools_of(values.get("tools"), "tools")
+    tools = parse_tools(values.get("tools"), "tools")
     return Example(tuple(messages), None, None, tools, record.place, record.line)
 
 
@@ -132,7 +132,9 @@ def turns(values: Mapping[str, Any], columns: Mapping[str, str]) -> list[Message
 
 
 def _said(role: str, value: Any, name: str) -> list[Message]:
-    return conversation(value, name) if isinstance(value, list) else [said(role, value, name)]
+    return (
+        conversation(value, name) if isinstance(value, list) else [text_message(role, value, name)]
+    )
 
 
 def _history(value: Any) -> list[Message]:
@@ -142,7 +144,7 @@ def _history(value: Any) -> list[Message]:
         raise DataError(f"`history` is {json_type(pairs)}, expected a list of pairs")
     roles = ("user", "assistant")
     return [
-        said(role, text, "history")
+        text_message(role, text, "history")
         for pair in pairs
         for role, text in zip(roles, pair, strict=True)
     ]

@@ -17,15 +17,15 @@ from transformers import PreTrainedTokenizerBase
 from llmctl.config.commands import DpoConfig, RewardConfig
 from llmctl.console import log
 from llmctl.data.chat.responses import ResponseFormat, prepare_template
-from llmctl.data.chat.templates import choose_template
-from llmctl.data.classification import fit_tokenizer, length_limit
+from llmctl.data.chat.templates import set_chat_template
+from llmctl.data.classification import configure_padding, length_limit
 from llmctl.data.examples import Example
 from llmctl.data.preferences import EQUAL, UNDECIDED, Preference, Preferences, read_preferences
 from llmctl.data.sft import require_template, resolve_max_length
-from llmctl.data.tokenized import Encoded, Tokenized, collect
+from llmctl.data.tokenized import EncodedSequence, Tokenized, collect
 from llmctl.errors import DataError, ModelError
+from llmctl.models.causality import require_causal_config
 from llmctl.models.loading import load_config, load_tokenizer
-from llmctl.models.vetting import require_causal_config
 
 MOST_DROPPED = 0.2
 """Share of the pairs that `--truncation auto` leaves out without being asked."""
@@ -81,15 +81,17 @@ def encode_pairs(
         DataError: none is left, or more than a fifth too long where that was not asked for.
         ModelError: the chat template refuses a conversation, with its file and line.
     """
-    sides: list[tuple[Encoded, Encoded]] = []
+    sides: list[tuple[EncodedSequence, EncodedSequence]] = []
     numbers, cut = [], 0
     for number, preference in enumerate(preferences):
         whole = _encoded(written, preference)
         excess = max(len(side.tokens) for side in whole) - max_length
-        found: tuple[Encoded | None, ...] = whole
+        found: tuple[EncodedSequence | None, ...] = whole
         if excess > 0:
             shorter = truncation != "drop"
-            found = tuple(written.shortened(side, excess) if shorter else None for side in whole)
+            found = tuple(
+                written.truncate_prompt(side, excess) if shorter else None for side in whole
+            )
         one, other = found
         if one is None or other is None:
             continue
@@ -110,12 +112,14 @@ def encode_pairs(
     )
 
 
-def _encoded(written: ResponseFormat, preference: Preference) -> tuple[Encoded, Encoded]:
+def _encoded(
+    written: ResponseFormat, preference: Preference
+) -> tuple[EncodedSequence, EncodedSequence]:
     chosen, rejected = preference.sides
     try:
         return (
-            written.example(chosen, preference.shared),
-            written.example(rejected, preference.shared),
+            written.encode_example(chosen, preference.shared),
+            written.encode_example(rejected, preference.shared),
         )
     except ModelError as error:
         raise ModelError(
@@ -196,7 +200,7 @@ def load_preferences(config: RewardConfig, clock: str | None = None) -> Preferen
     pairs = [*found.train, *found.val]
     chats = any(pair.shared for pair in pairs)
     added = prepare_template(tokenizer, shape, config.chat_template) if chats else []
-    fit_tokenizer(tokenizer, max_length)
+    configure_padding(tokenizer, max_length)
     written = ResponseFormat(tokenizer, shape, clock)
     train = encode_pairs(written, found.train, max_length, config.truncation)
     val = encode_pairs(written, found.val, max_length, config.truncation) if found.val else None
@@ -280,7 +284,7 @@ def load_pairs(config: DpoConfig, clock: str | None = None) -> PreferenceData:
     max_length = resolve_max_length(config.max_length, shape)
     found = read_preferences(config, config.data, config.seed)
     chats = any(pair.shared for pair in (*found.train, *found.val))
-    added = choose_template(tokenizer, config.chat_template) if chats else []
+    added = set_chat_template(tokenizer, config.chat_template) if chats else []
     written = ResponseFormat(tokenizer, shape, clock)
     if chats and config.chat_template:
         require_template(written.chat, config.chat_template)

@@ -22,9 +22,9 @@ from llmctl.data.schemas import (
     Message,
     choose_layouts,
     conversation,
-    dialogue,
     from_json,
-    said,
+    parse_hh_rlhf,
+    text_message,
 )
 from llmctl.data.sets import ItemSet, read_sets
 from llmctl.data.split import Split, conversation_hash, fingerprint, split
@@ -63,7 +63,7 @@ class Preference:
         return self.chosen, self.rejected
 
 
-def preferences_of(record: Record, layout: Layout, dropped: Counter[str]) -> list[Preference]:
+def parse_preferences(record: Record, layout: Layout, dropped: Counter[str]) -> list[Preference]:
     """The pairs of a row; why there are none is counted in `dropped`.
 
     A ranking's pairs weigh 1 in total, whatever their number (Ouyang et al., 2022,
@@ -78,7 +78,7 @@ def preferences_of(record: Record, layout: Layout, dropped: Counter[str]) -> lis
         make = partial(_side, record, values, columns)
         read = [(make(better), make(worse)) for better, worse in compared]
     else:
-        read = [sides_of(record, layout)]
+        read = [parse_sides(record, layout)]
     if not read:
         dropped[UNDECIDED] += 1
         return []
@@ -90,7 +90,7 @@ def preferences_of(record: Record, layout: Layout, dropped: Counter[str]) -> lis
     return [Preference(one, other, _shared(one, other), margin, weight) for one, other in unequal]
 
 
-def sides_of(record: Record, layout: Layout) -> tuple[Example, Example]:
+def parse_sides(record: Record, layout: Layout) -> tuple[Example, Example]:
     """The chosen and the rejected response of a row, each with what it answers.
 
     Raises:
@@ -152,7 +152,7 @@ def _side(
     name, value = answer.name, _messages_or_text(answer.value)
     if "prompt" not in columns and not isinstance(value, list):
         text = checked_text(value, name)
-        messages = dialogue(text, name)
+        messages = parse_hh_rlhf(text, name)
         if messages is None:
             if not text.strip():
                 raise DataError(f"`{name}` is empty or nothing but white space")
@@ -190,7 +190,9 @@ def _require_prompt(messages: list[Message], prompt: Any, column: str, name: str
     """Refuse a whole conversation that is about something else than the row's prompt."""
     prompt = _messages_or_text(prompt)
     asked = (
-        conversation(prompt, column) if isinstance(prompt, list) else [said("user", prompt, column)]
+        conversation(prompt, column)
+        if isinstance(prompt, list)
+        else [text_message("user", prompt, column)]
     )
     texts = [message["content"].strip() for message in messages]
     if any(message["content"].strip() not in texts for message in asked):
@@ -284,7 +286,7 @@ def read_preferences(config: Preferred, data: list[str], seed: int) -> Preferenc
     dropped = Counter({EQUAL: 0, UNDECIDED: 0})
 
     def read(names: list[str], role: str) -> list[ItemSet[Preference]]:
-        make = partial(preferences_of, dropped=dropped)
+        make = partial(parse_preferences, dropped=dropped)
         return read_sets(names, layouts, make, skip_bad_rows=config.skip_bad_rows, role=role)
 
     found = split(config, data, seed, read, prompt_hash)

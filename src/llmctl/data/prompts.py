@@ -1,10 +1,9 @@
-"""Read prompts to answer, each with the right answer where there is one.
+"""Read prompts to answer, each with its reference answer where the row has one.
 
-In: what `--data` names (files, folders, globs, Hub ids or built-in data). Out: `PromptRow` objects,
-equal prompts once. What stands in a row decides what is asked: `messages` up to the assistant's
-last turn, `prompt`, `instruction` with its `input`, or `question`. Plain text is a prompt a line.
-
-In: one file, for commands that write an answer to each of its rows. Out: `Ask` objects.
+In: what `--data` names (files, folders, globs, Hub ids or built-in data), or one file of prompts.
+Out: `PromptExample` objects. From `--data` equal prompts come once, and the columns of a row decide
+what its prompt is: `messages` up to the assistant's last turn, `prompt`, `instruction` with its
+`input`, or `question`; a line of plain text is a prompt. Of one file every row is kept, in order.
 """
 
 import tempfile
@@ -16,62 +15,93 @@ from typing import Any
 
 from llmctl.console import log
 from llmctl.data.documents import hash_text
-from llmctl.data.rows import checked_text, listed, opened, parse_row, read_lines, read_records
+from llmctl.data.rows import (
+    OnBad,
+    checked_text,
+    listed,
+    opened,
+    parse_row,
+    read_lines,
+    read_records,
+)
 from llmctl.data.schemas import ROLES, Message, conversation, from_json
-from llmctl.data.sources import Source, find_sources
+from llmctl.data.sources import Source, find_sources, manifest_input
+from llmctl.data.split import hold_out
 from llmctl.errors import DataError
-from llmctl.files import sha256_file
 
-ChatMessage = dict[str, str]
-
-ASKED = ("prompt", "instruction", "question")
-ANSWERS = ("answer", "response", "completion", "output", "chosen")
-VAL_SIZE, VAL_FRACTION, FEWEST = 64, 0.1, 20
+PROMPT_COLUMNS = ("prompt", "instruction", "question")
+ANSWER_COLUMNS = ("answer", "response", "completion", "output", "chosen")
+VAL_SIZE = 64
+"""Prompts held out at most, where no number was given."""
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One prompt as it was given."""
+class PromptExample:
+    """One prompt, and the reference answer where there is one."""
 
-    prompt: str | list[ChatMessage]
-    """Text, or the messages of a conversation."""
-    name: str
-    """What messages call it: `prompt 3`, or the file and line."""
+    prompt: str | list[Message]
+    """Text, or the messages of a conversation that ends before the assistant's turn."""
+    place: str
+    """The file, the name of the source, or what else messages call it, such as `prompt 3`."""
+    line: int | None = None
+    answer: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Place and line for messages."""
+        return self.place if self.line is None else f"{self.place}:{self.line}"
+
+    @property
+    def text(self) -> str:
+        """The prompt as text: of a conversation, its last message."""
+        return self.prompt if isinstance(self.prompt, str) else str(self.prompt[-1]["content"])
+
+    @property
+    def is_single(self) -> bool:
+        """Whether it is one text, and not a conversation."""
+        return isinstance(self.prompt, str) or len(self.prompt) == 1
+
+    def digest(self) -> int:
+        """Hash the prompt alone."""
+        if isinstance(self.prompt, str):
+            return hash_text(self.prompt.encode())
+        turns = [(message["role"], str(message["content"])) for message in self.prompt]
+        return hash_text(repr(turns).encode())
 
 
-def read_asks(file: Path) -> list[Ask]:
-    """The prompts of a file: jsonl with `prompt` or `messages`, or one per line of any other.
+def read_prompt_file(file: Path) -> list[PromptExample]:
+    """Read the prompts of a file: jsonl with `prompt` or `messages`, or one per line of any other.
 
     Raises:
-        DataError: unreadable, not UTF-8, empty, or a row that holds no prompt.
+        DataError: unreadable, not UTF-8, empty, or a row without a prompt.
     """
-    asks = []
-    for number, line in filled_lines(file):
-        if file.suffix in (".jsonl", ".json"):
-            asks.append(ask_of(parse_row(line, str(file), number), file, number))
-        else:
-            asks.append(Ask(line, f"{file}:{number}"))
-    if not asks:
+    prompts = [
+        parse_prompt(parse_row(line, str(file), number), file, number)
+        if file.suffix in (".jsonl", ".json")
+        else PromptExample(line, str(file), number)
+        for number, line in read_nonblank_lines(file)
+    ]
+    if not prompts:
         raise DataError("no prompts in this file", file=file)
-    return asks
+    return prompts
 
 
-def ask_of(row: dict[str, Any], file: Path, number: int) -> Ask:
-    """The prompt of a row of jsonl.
+def parse_prompt(row: dict[str, Any], file: Path, number: int) -> PromptExample:
+    """Read the prompt of a row of jsonl.
 
     Raises:
-        DataError: it holds none.
+        DataError: it has none.
     """
     prompt: Any = row.get("messages", row.get("prompt"))
     if isinstance(prompt, list):
         _check_messages(prompt, file, number)
     elif not isinstance(prompt, str):
         raise DataError("a row needs `prompt` (text) or `messages`", file=file, line=number)
-    return Ask(prompt, f"{file}:{number}")
+    return PromptExample(prompt, str(file), number)
 
 
-def filled_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """1-based number and text of the lines that are not blank, without their ends.
+def read_nonblank_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Yield 1-based number and text, without its end, of each line that is not blank.
 
     Raises:
         DataError: unreadable, or not UTF-8.
@@ -99,43 +129,11 @@ def _check_messages(messages: list[Any], file: Path, number: int) -> None:
 
 
 @dataclass(frozen=True)
-class PromptRow:
-    """One prompt."""
-
-    prompt: str | tuple[Message, ...]
-    """Text, or the messages of a conversation that ends before the assistant's turn."""
-    answer: str | None
-    """What is right, where the row says it."""
-    place: str
-    line: int | None
-
-    @property
-    def name(self) -> str:
-        """Where it stands, as messages say it."""
-        return self.place if self.line is None else f"{self.place}:{self.line}"
-
-    @property
-    def text(self) -> str:
-        """What is asked, as a person would read it."""
-        return self.prompt if isinstance(self.prompt, str) else str(self.prompt[-1]["content"])
-
-    @property
-    def is_single(self) -> bool:
-        """Whether it is one text, and not a conversation."""
-        return isinstance(self.prompt, str) or len(self.prompt) == 1
-
-    def digest(self) -> int:
-        """A hash of the prompt alone."""
-        said = self.prompt if isinstance(self.prompt, str) else repr([*map(_said, self.prompt)])
-        return hash_text(said.encode())
-
-
-@dataclass(frozen=True)
 class PromptSet:
-    """Prompts that train, and prompts that are held out."""
+    """Prompts to train on and prompts that are held out."""
 
-    train: list[PromptRow]
-    val: list[PromptRow]
+    train: list[PromptExample]
+    val: list[PromptExample]
     inputs: list[dict[str, Any]]
     """For the manifest."""
 
@@ -147,7 +145,7 @@ def read_prompts(
 
     Args:
         data: names of prompts to train on.
-        val_data: of those to hold out, in place of a share.
+        val_data: names of prompts to hold out, in place of a share of `data`.
         val_size: how many to hold out; None for a tenth, at most 64.
         skip_bad_rows: rows that may be left out for their errors.
 
@@ -163,114 +161,99 @@ def read_prompts(
             raise error
 
     with tempfile.TemporaryDirectory(prefix="llmctl-") as spool:
-        rows, inputs = _read(data, Path(spool), tolerate, "data")
-        held, others = _read(val_data, Path(spool), tolerate, "validation")
+        prompts, inputs = _read_sources(data, Path(spool), tolerate, "data")
+        val, val_inputs = _read_sources(val_data, Path(spool), tolerate, "validation")
     if bad:
         first = str(bad[0]).splitlines()[0]
         log.warning("left out %s rows without a prompt, the first: %s", f"{len(bad):,}", first)
-    if held:
-        known = {row.digest() for row in held}
-        return PromptSet([row for row in rows if row.digest() not in known], held, inputs + others)
-    train, val = _hold_out(rows, val_size)
-    return PromptSet(train, val, inputs)
-
-
-def _hold_out(rows: list[PromptRow], size: int | None) -> tuple[list[PromptRow], list[PromptRow]]:
-    """Those with the smallest hashes are held out, whatever the order."""
-    if size is None:
-        size = 0 if len(rows) < FEWEST else min(VAL_SIZE, int(VAL_FRACTION * len(rows)))
-    if size >= len(rows):
-        raise DataError(
-            f"{size:,} prompts to hold out, but there are only {len(rows):,}",
-            hint="pass a smaller --val-size, or --val-data FILE",
-        )
-    held = {row.digest() for row in sorted(rows, key=PromptRow.digest)[:size]}
-    return (
-        [row for row in rows if row.digest() not in held],
-        [row for row in rows if row.digest() in held],
+    if val:
+        held_out = {prompt.digest() for prompt in val}
+        train = [prompt for prompt in prompts if prompt.digest() not in held_out]
+        return PromptSet(train, val, inputs + val_inputs)
+    kept, held = hold_out(
+        prompts,
+        size=val_size,
+        fraction=None,
+        key=PromptExample.digest,
+        most=VAL_SIZE,
+        noun="prompts",
     )
+    return PromptSet([prompts[i] for i in kept], [prompts[i] for i in held], inputs)
 
 
-def _read(
-    names: Sequence[str], spool: Path, tolerate: Any, role: str
-) -> tuple[list[PromptRow], list[dict[str, Any]]]:
-    found: dict[int, PromptRow] = {}
+def _read_sources(
+    names: Sequence[str], spool: Path, on_bad: OnBad, role: str
+) -> tuple[list[PromptExample], list[dict[str, Any]]]:
+    """Read each prompt once, and record the sources for the manifest."""
+    prompts: dict[int, PromptExample] = {}
     inputs = []
     repeated = 0
     for source in find_sources(names, spool):
-        count = len(found) + repeated
-        for row in _rows(source, tolerate):
-            repeated += row.digest() in found
-            found.setdefault(row.digest(), row)
-        if len(found) + repeated == count:
+        count = len(prompts) + repeated
+        for prompt in _read_source(source, on_bad):
+            repeated += prompt.digest() in prompts
+            prompts.setdefault(prompt.digest(), prompt)
+        if len(prompts) + repeated == count:
             raise DataError("no prompt in it", file=source.name)
-        inputs.append(_input(role, source, list(found.values())))
+        inputs.append(
+            manifest_input(
+                role, source, lambda: sha256(" ".join(map(str, prompts)).encode()).hexdigest()
+            )
+        )
     if repeated:
         log.info("left out %s prompts that stand more than once", f"{repeated:,}")
-    return list(found.values()), inputs
+    return list(prompts.values()), inputs
 
 
-def _rows(source: Source, tolerate: Any) -> Iterator[PromptRow]:
+def _read_source(source: Source, on_bad: OnBad) -> Iterator[PromptExample]:
     if source.kind == "text":
         with opened(source) as file:
             for number, line in read_lines(file, source.name):
                 if line.strip():
-                    yield PromptRow(line.rstrip("\r\n"), None, source.name, number)
+                    yield PromptExample(line.rstrip("\r\n"), source.name, number)
         return
-    for record in read_records(source, on_bad=tolerate):
+    for record in read_records(source, on_bad=on_bad):
         try:
-            yield _row(record.row, record.place, record.line)
+            prompt, answer = _parse_columns(record.row)
         except DataError as error:
             error.file, error.line = record.place, record.line
-            tolerate(error)
+            on_bad(error)
+        else:
+            yield PromptExample(prompt, record.place, record.line, answer)
 
 
-def _row(row: dict[str, Any], place: str, line: int | None) -> PromptRow:
+def _parse_columns(row: dict[str, Any]) -> tuple[str | list[Message], str | None]:
+    """Find the prompt of a row, and its answer where there is one."""
     for name in ("messages", "conversations"):
         if name in row:
-            return PromptRow(*_asked(conversation(row[name], name), name), place, line)
-    there = [name for name in ASKED if name in row]
-    if not there:
+            return _split_answer(conversation(row[name], name), name)
+    name = next((column for column in PROMPT_COLUMNS if column in row), "")
+    if not name:
         raise DataError(
             f"no prompt in these columns: {listed(list(row))}",
-            hint=f"it takes `messages`, {listed(ASKED)}",
+            hint=f"it takes `messages`, {listed(PROMPT_COLUMNS)}",
         )
-    name = there[0]
-    answer = next((row[name] for name in ANSWERS if isinstance(row.get(name), str)), None)
-    asked = from_json(row[name])
-    if isinstance(asked, list):
-        prompt, said = _asked(conversation(asked, name), name)
-        return PromptRow(prompt, answer or said, place, line)
-    text = checked_text(asked, name)
+    answer = next((row[key] for key in ANSWER_COLUMNS if isinstance(row.get(key), str)), None)
+    value = from_json(row[name])
+    if isinstance(value, list):
+        messages, last_turn = _split_answer(conversation(value, name), name)
+        return messages, answer or last_turn
+    text = checked_text(value, name)
     extra = row.get("input") if name == "instruction" else None
     if extra is not None and checked_text(extra, "input").strip():
         text = f"{text}\n\n{extra}"
     if not text.strip():
         what = "empty" if not text else "nothing but white space"
         raise DataError(f"`{name}` is {what}: there is nothing to answer")
-    return PromptRow(text, answer, place, line)
+    return text, answer
 
 
-def _asked(messages: list[Message], name: str) -> tuple[tuple[Message, ...], str | None]:
-    """The conversation before the assistant's last turn, and that turn where there is one."""
+def _split_answer(messages: list[Message], name: str) -> tuple[list[Message], str | None]:
+    """Part the assistant's last turn, where there is one, from the conversation before it."""
     answer = None
     if messages and messages[-1]["role"] == "assistant":
         *messages, last = messages
         answer = str(last["content"])
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise DataError(f"`{name}` holds no turn of the user to answer")
-    return tuple(messages), answer
-
-
-def _said(message: Message) -> tuple[str, str]:
-    return message["role"], str(message["content"])
-
-
-def _input(role: str, source: Source, rows: list[PromptRow]) -> dict[str, Any]:
-    entry = {"role": role, "path": source.name}
-    if source.revision is not None:
-        return {**entry, "sha256": None, "revision": source.revision}
-    if source.path is not None:
-        return {**entry, "sha256": sha256_file(source.path)}
-    digest = sha256(" ".join(str(row.digest()) for row in rows).encode())
-    return {**entry, "sha256": digest.hexdigest()}
+    return messages, answer

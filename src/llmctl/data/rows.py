@@ -211,7 +211,7 @@ def read_records(
 
 
 @contextmanager
-def opened(source: Source) -> Iterator[IO[bytes]]:
+def open_source(source: Source) -> Iterator[IO[bytes]]:
     """The bytes of a file, unpacked; a packed file that is cut short or damaged is an error."""
     assert source.path is not None
     suffix = source.path.suffix.lower()
@@ -250,7 +250,7 @@ def checked_text(value: Any, name: str, place: str | None = None, line: int | No
     return value
 
 
-def listed(names: Sequence[str]) -> str:
+def quote_names(names: Sequence[str]) -> str:
     """Columns as a message names them."""
     return ", ".join(f"`{name}`" for name in names[:20]) or "none"
 
@@ -258,7 +258,7 @@ def listed(names: Sequence[str]) -> str:
 def no_column(name: str, there: Sequence[str], place: str, line: int | None) -> DataError:
     """The error for a document without its text."""
     return DataError(
-        f"no column `{name}`; there is {listed(there)}",
+        f"no column `{name}`; there is {quote_names(there)}",
         file=place,
         line=line,
         hint="name the column that holds the text: --text-column NAME",
@@ -270,7 +270,7 @@ def _refuse(error: DataError) -> None:
 
 
 def _jsonl(source: Source, skip: OnBad, hint: str | None = None) -> Iterator[Record]:
-    with opened(source) as file:
+    with open_source(source) as file:
         for number, line in read_lines(file, source.name):
             if not line.strip():
                 continue
@@ -285,13 +285,13 @@ def _jsonl(source: Source, skip: OnBad, hint: str | None = None) -> Iterator[Rec
 
 def _json(source: Source, skip: OnBad) -> Iterator[Record]:
     """An array of objects, or objects on lines of their own."""
-    with opened(source) as file:
+    with open_source(source) as file:
         opening = file.read(OPENING_BYTES).removeprefix("\ufeff".encode()).lstrip()
     if opening[:1] != b"[":
         hint = "a .json file holds an array of objects, or one object a line"
         yield from _jsonl(source, skip, hint)
         return
-    with opened(source) as file:
+    with open_source(source) as file:
         raw = file.read(ARRAY_BYTES + 1)
     if len(raw) > ARRAY_BYTES:
         what = f"an array of more than {ARRAY_BYTES >> 20:,} MiB, the limit"
@@ -312,7 +312,7 @@ def _json(source: Source, skip: OnBad) -> Iterator[Record]:
 def _csv(source: Source, columns: Sequence[str] | None, skip: OnBad) -> Iterator[Record]:
     csv.field_size_limit(LINE_BYTES)
     header: list[str] = []
-    with opened(source) as file:
+    with open_source(source) as file:
         rows = csv.reader((line for _, line in read_lines(file, source.name)), strict=True)
         while True:
             line = rows.line_num + 1
@@ -354,7 +354,7 @@ def _parquet(source: Source, columns: Sequence[str] | None) -> Iterator[Record]:
     with tempfile.TemporaryFile() as unpacked:
         path: Any = source.path
         if source.path is not None and source.path.suffix.lower() in (".gz", ".zst"):
-            with opened(source) as packed:
+            with open_source(source) as packed:
                 shutil.copyfileobj(packed, unpacked)
             path = unpacked
         try:

@@ -1,6 +1,6 @@
 """Read a corpus once: check it, count it, and decide which documents validate.
 
-In: sources. Out: a `Scan` of what is there and a `Plan` for the split. A document's side follows
+In: sources. Out: a `Scan` of what is there and a `SplitPlan` for the split. A document's side follows
 from the hash of its text alone, so equal documents are never on both sides.
 """
 
@@ -42,7 +42,7 @@ class Scan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SplitPlan:
     """Which documents validate: those with a hash below a bound, or the end of the only one."""
 
     fraction: float
@@ -100,7 +100,7 @@ def scan(
     return Scan(documents, size, characters, every, tuple(long_hashes), opening)
 
 
-def plan_split(found: Scan, fraction: float | None) -> Plan:
+def plan_split(found: Scan, fraction: float | None) -> SplitPlan:
     """Choose the validation documents: about `fraction` of all, by hash.
 
     Raises:
@@ -109,19 +109,19 @@ def plan_split(found: Scan, fraction: float | None) -> Plan:
     if fraction is None:
         fraction = min(VAL_FRACTION, VAL_BYTES / found.bytes)
     if fraction == 0:
-        return Plan(0.0)
+        return SplitPlan(0.0)
     if found.documents == 1:
         cut = int(found.characters * (1 - fraction))
         if not 0 < cut < found.characters:
             raise _too_small(found.documents, fraction)
-        return Plan(fraction, train_characters=cut)
+        return SplitPlan(fraction, train_characters=cut)
     if not len(found.hashes):
-        return Plan(fraction, hash_below=int(fraction * HASHES))
+        return SplitPlan(fraction, hash_below=int(fraction * HASHES))
     ordered = np.sort(found.hashes)
     below = int(ordered[max(round(fraction * len(ordered)), 1) - 1]) + 1
     if int(ordered[-1]) < below:
         raise _too_small(found.documents, fraction)
-    return Plan(fraction, hash_below=below)
+    return SplitPlan(fraction, hash_below=below)
 
 
 def _too_small(documents: int, fraction: float) -> DataError:

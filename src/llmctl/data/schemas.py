@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple
 
-from llmctl.data.rows import DECODER, checked_text, json_type, listed
+from llmctl.data.rows import DECODER, checked_text, json_type, quote_names
 from llmctl.errors import DataError, UserError
 
 Task = Literal["chat", "classify", "preferences"]
@@ -112,7 +112,7 @@ def choose_layouts(columns: Sequence[str], task: Task) -> tuple[Layout, ...]:
     return found, Layout(without, more)
 
 
-def layout_of(
+def match_layout(
     row: Row, layouts: tuple[Layout, ...], known: Layout | None, first: int | None
 ) -> Layout:
     """The layout of a row, which must be that of the rows before it.
@@ -131,7 +131,7 @@ def layout_of(
         raise DataError(f"this row is {found}, but that of line {first} is {known}")
     if found is not None:
         return found
-    there = listed(list(row))
+    there = quote_names(list(row))
     if known is None and len(layouts) > 1:
         raise DataError(
             f"no example in these columns: {there}",
@@ -196,7 +196,7 @@ def check_turns(messages: list[Message], name: str) -> None:
         raise DataError("no message of the assistant: nothing to learn from")
 
 
-def dialogue(text: str, name: str) -> list[Message] | None:
+def parse_hh_rlhf(text: str, name: str) -> list[Message] | None:
     """The messages of a text in the form of hh-rlhf (Bai et al., 2022, arXiv:2204.05862).
 
     Its turns begin with `Human:` and `Assistant:` after an empty line; None for other texts.
@@ -208,10 +208,13 @@ def dialogue(text: str, name: str) -> list[Message] | None:
     if first or not parts:
         return None
     roles = ["user" if who == "Human" else "assistant" for who in parts[::2]]
-    return [said(role, part.strip(), name) for role, part in zip(roles, parts[1::2], strict=True)]
+    return [
+        text_message(role, part.strip(), name)
+        for role, part in zip(roles, parts[1::2], strict=True)
+    ]
 
 
-def said(role: str, content: str, name: str) -> Message:
+def text_message(role: str, content: str, name: str) -> Message:
     """A message of text.
 
     Raises:
@@ -223,7 +226,7 @@ def said(role: str, content: str, name: str) -> Message:
     return {"role": role, "content": content}
 
 
-def tools_of(value: Any, name: str) -> list[Any] | None:
+def parse_tools(value: Any, name: str) -> list[Any] | None:
     """JSON schemas of what the assistant may call, which may also be JSON text.
 
     Raises:
@@ -263,7 +266,7 @@ def _message(item: Any, name: str) -> Message:
         raise DataError(f"`{name}.tool_calls`: the {role} cannot call tools")
     content = _content(item, key, name, may_miss=bool(calls))
     if role == "user" or (role == "assistant" and not calls):
-        message = said(role, content, f"{name}.{key}")
+        message = text_message(role, content, f"{name}.{key}")
     else:
         message = {"role": role, "content": content}
     if calls:

@@ -9,16 +9,16 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from llmctl.console import log
 from llmctl.data.rows import Record, read_records
-from llmctl.data.schemas import Layout, layout_of
-from llmctl.data.sources import Source, find_sources
+from llmctl.data.schemas import Layout, match_layout
+from llmctl.data.sources import Source, find_sources, manifest_input
 from llmctl.errors import DataError, UserError
-from llmctl.files import sha256_file
 
 Item = TypeVar("Item")
 Make = Callable[[Record, Layout], Sequence[Item]]
@@ -83,7 +83,7 @@ def read_sets(
             seen.update(map(_identity, sources))
             before = len(bad)
             items = [item for s in sources for item in _read(s, layouts, make, tolerate)]
-            inputs = [_input(role, source) for source in sources]
+            inputs = [manifest_input(role, s, partial(_rows_digest, s)) for s in sources]
             skipped = [str(error).splitlines()[0] for error in bad[before:]]
             sets.append(ItemSet(name, weight, items, skipped, inputs))
     if bad:
@@ -151,7 +151,7 @@ def _read(
     for record in read_records(source, on_bad=skip):
         is_empty = False
         try:
-            found = layout_of(record.row, layouts, layout, first)
+            found = match_layout(record.row, layouts, layout, first)
             items.extend(make(record, found))
         except DataError as error:
             error.file, error.line = record.place, record.line
@@ -169,12 +169,6 @@ def _identity(source: Source) -> str:
     return source.name if source.path is None else str(source.path.resolve())
 
 
-def _input(role: str, source: Source) -> dict[str, Any]:
-    """What a source was: the hash of its file or rows, or its commit on the Hub."""
-    entry = {"role": role, "path": source.name}
-    if source.revision is not None:
-        return {**entry, "sha256": None, "revision": source.revision}
-    if source.path is not None:
-        return {**entry, "sha256": sha256_file(source.path)}
-    rows = json.dumps([record.row for record in read_records(source)])
-    return {**entry, "sha256": sha256(rows.encode()).hexdigest()}
+def _rows_digest(source: Source) -> str:
+    """Hex sha256 of the rows of a source."""
+    return sha256(json.dumps([record.row for record in read_records(source)]).encode()).hexdigest()

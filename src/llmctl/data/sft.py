@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from llmctl.config.commands import AuditConfig, SftConfig
 from llmctl.data.chat.render import ChatFormat
-from llmctl.data.chat.templates import choose_template
+from llmctl.data.chat.templates import set_chat_template
 from llmctl.data.examples import Example
 from llmctl.data.split import duplicates, overlap, read_split, shared_prompts
 from llmctl.data.tokenized import Tokenized, collect
@@ -26,7 +26,7 @@ LONGEST = 2048
 
 
 @dataclass(frozen=True)
-class SupervisedData:
+class SftData:
     """Examples to fine-tune on, encoded for one model."""
 
     train: Tokenized
@@ -84,9 +84,9 @@ class SupervisedData:
         return str(example.name)
 
 
-def load_supervised(
+def load_sft_data(
     config: SftConfig | AuditConfig, reserved: int = 0, clock: str | None = None
-) -> SupervisedData:
+) -> SftData:
     """Read and encode everything.
 
     Args:
@@ -104,17 +104,17 @@ def load_supervised(
     split = read_split(config, config.data, config.seed)
     train, val = split.train, split.val
     chats = any(example.messages is not None for example in (*train, *val))
-    added = choose_template(tokenizer, config.chat_template) if chats else []
+    added = set_chat_template(tokenizer, config.chat_template) if chats else []
     chat = ChatFormat(tokenizer, clock)
     if chats and config.chat_template:
         require_template(chat, config.chat_template)
-    encoded = collect(chat.batch(train, config.train_on))
-    held_out = collect(chat.batch(val, config.train_on)) if val else None
+    encoded = collect(chat.encode_examples(train, config.train_on))
+    held_out = collect(chat.encode_examples(val, config.train_on)) if val else None
     cut: Any = "drop" if config.truncation == "drop" else "cut"
-    shortened = encoded.shortened(max_length, cut)
-    return SupervisedData(
+    shortened = encoded.truncated(max_length, cut)
+    return SftData(
         train=shortened,
-        val=None if held_out is None else held_out.shortened(max_length, cut),
+        val=None if held_out is None else held_out.truncated(max_length, cut),
         train_examples=train,
         val_examples=val,
         format=chat,

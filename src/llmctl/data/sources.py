@@ -8,14 +8,15 @@ since a corpus is read more than once; a Hub data set is pinned to its commit fo
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from llmctl.console import log
 from llmctl.data.builtin import PREFERENCES, TASKS, named_tasks
 from llmctl.errors import DataError
+from llmctl.files import sha256_file
 from llmctl.models import hub
 
 Kind = Literal["text", "jsonl", "json", "csv", "parquet", "hub", "builtin"]
@@ -64,6 +65,20 @@ def find_sources(data: Sequence[str], spool: Path) -> list[Source]:
     """
     found = [source for name in data for source in _named(name, spool)]
     return list({source.path or source.name: source for source in found}.values())
+
+
+def manifest_input(role: str, source: Source, digest: Callable[[], str]) -> dict[str, Any]:
+    """Record a source for the manifest: its commit on the Hub, or the hash of its file or content.
+
+    Args:
+        role: what the manifest calls it, such as `data`.
+        source: what was read.
+        digest: hashes the content (hex sha256) where it is neither on the Hub nor a file.
+    """
+    entry = {"role": role, "path": source.name}
+    if source.revision is not None:
+        return {**entry, "sha256": None, "revision": source.revision}
+    return {**entry, "sha256": digest() if source.path is None else sha256_file(source.path)}
 
 
 def _named(name: str, spool: Path) -> Iterator[Source]:

@@ -155,15 +155,19 @@ def hold_out(
     size: int | None,
     fraction: float | None,
     key: Key = fingerprint,
+    most: int = VAL_SIZE,
+    noun: str = "examples",
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Split in two: the examples with the smallest hashes validate, near-equal ones together.
 
     Args:
         examples: all of them.
         size: how many validate, a few less where near-equal ones would be parted.
-        fraction: which share of them, where `size` is None; by default a tenth, at most 500, and
+        fraction: which share of them, where `size` is None; by default a tenth, at most `most`, and
             none where there are few or all say the same.
         key: examples of the same hash are never parted.
+        most: how many validate at most, where neither size nor fraction is given.
+        noun: what errors call the examples.
 
     Returns:
         Numbers of those that train and of those that validate, each in order.
@@ -173,12 +177,12 @@ def hold_out(
     """
     count = len(examples)
     if size is None and fraction is None:
-        wanted = 0 if count < FEWEST else min(VAL_SIZE, int(VAL_FRACTION * count))
+        wanted = 0 if count < FEWEST else min(most, int(VAL_FRACTION * count))
     else:
         wanted = size if size is not None else max(1, round((fraction or 0) * count))
     if wanted >= count and wanted > 0:
         raise DataError(
-            f"{wanted:,} examples to hold out, but there are only {count:,}",
+            f"{wanted:,} {noun} to hold out, but there are only {count:,}",
             hint="pass a smaller --val-size, or --val-data FILE",
         )
     if wanted == 0:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class Encoded(NamedTuple):
+class EncodedSequence(NamedTuple):
     """One training sequence."""
 
     tokens: list[int]
@@ -94,7 +94,7 @@ class Tokenized:
             self.rows[numbers],
         )
 
-    def shortened(self, max_length: int, truncation: Literal["cut", "drop"]) -> "Tokenized":
+    def truncated(self, max_length: int, truncation: Literal["cut", "drop"]) -> "Tokenized":
         """No sequence longer than this: cut at its end, or left out."""
         if truncation == "drop":
             return self.select(self.full_lengths <= max_length)
@@ -107,7 +107,7 @@ class Tokenized:
         return replace(self, tokens=self.tokens[kept], trained=self.trained[kept], starts=starts)
 
 
-def collect(examples: Iterable[Iterable[Encoded]]) -> Tokenized:
+def collect(examples: Iterable[Iterable[EncodedSequence]]) -> Tokenized:
     """The sequences of all examples, in order; an example may give several, or none."""
     tokens: list[NDArray[np.int32]] = []
     trained: list[NDArray[np.bool_]] = []
@@ -128,7 +128,9 @@ def collect(examples: Iterable[Iterable[Encoded]]) -> Tokenized:
     )
 
 
-def _numbered(examples: Iterable[Iterable[Encoded]]) -> Iterator[tuple[int, Encoded]]:
+def _numbered(
+    examples: Iterable[Iterable[EncodedSequence]],
+) -> Iterator[tuple[int, EncodedSequence]]:
     for row, sequences in enumerate(examples):
         for encoded in sequences:
             yield row, encoded

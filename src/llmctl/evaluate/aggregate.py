@@ -31,7 +31,7 @@ QUOTIENTS: dict[str, Quotient] = {
     "wer": Quotient(lambda row: row["word_errors"], lambda row: row["words"]),
     "accuracy": _mean("right"),
 }
-OF_METRIC = {
+QUOTIENTS_OF = {
     "perplexity": ("loss", "bits_per_byte"),
     "rouge": ROUGE,
     "f1": (),
@@ -39,21 +39,21 @@ OF_METRIC = {
 """Quotients of each metric; its own name where it is not listed."""
 
 
-def quotients_of(metrics: Sequence[str]) -> list[str]:
+def quotient_names(metrics: Sequence[str]) -> list[str]:
     """Names of the quotients that these metrics come to."""
-    return [name for metric in metrics for name in OF_METRIC.get(metric, (metric,))]
+    return [name for metric in metrics for name in QUOTIENTS_OF.get(metric, (metric,))]
 
 
 def figure_names(metrics: Sequence[str]) -> list[str]:
     """Names of all figures of these metrics."""
     more = [metric for metric in metrics if metric in ("perplexity", "f1")]
-    return list(dict.fromkeys([*more, *quotients_of(metrics)]))
+    return list(dict.fromkeys([*more, *quotient_names(metrics)]))
 
 
-def figures_of(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, Any]:
+def compute_figures(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, Any]:
     """Every figure over these rows."""
     found: dict[str, Any] = {}
-    for name in quotients_of(metrics):
+    for name in quotient_names(metrics):
         above, below = QUOTIENTS[name]
         total = sum(map(below, rows))
         found[name] = math.fsum(map(above, rows)) / total if total else math.nan
@@ -62,7 +62,7 @@ def figures_of(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, Any]:
         found["tokens"] = sum(row["tokens"] for row in rows)
         found["bytes"] = sum(row["bytes"] for row in rows)
     if "bleu" in metrics or "chrf" in metrics:
-        found |= _of_corpus(rows, metrics)
+        found |= _corpus_scores(rows, metrics)
     if "f1" in metrics:
         found["f1"] = macro_f1(rows)
     if rows and "finish_reason" in rows[0]:
@@ -70,7 +70,7 @@ def figures_of(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _of_corpus(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, float]:
+def _corpus_scores(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, float]:
     """BLEU (Papineni et al., 2002) and chrF (Popović, 2015) over all rows, by sacrebleu."""
     from sacrebleu.metrics import BLEU, CHRF
 

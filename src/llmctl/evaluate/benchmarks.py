@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, set_seed
 from llmctl.config.commands import EvaluateConfig
 from llmctl.console import is_terminal, log
 from llmctl.errors import DataError, NetworkError, UserError, require_extra
-from llmctl.evaluate.output import Row
-from llmctl.evaluate.prepare import Subject
-from llmctl.evaluate.task import Work
+from llmctl.evaluate.task import Row
+from llmctl.evaluate.plan import EvaluatedModel
+from llmctl.evaluate.task import EvaluationTask
 from llmctl.runs.directory import Run
 from llmctl.runs.ownership import SAMPLES
 
@@ -52,14 +52,14 @@ def find_tasks(config: EvaluateConfig) -> Any:
     return found
 
 
-def benchmarking(
+def benchmark_task(
     config: EvaluateConfig,
-    subject: Subject,
+    subject: EvaluatedModel,
     load: Callable[[], PreTrainedModel],
     manager: Any,
     run: Run | None,
     side: str,
-) -> Work:
+) -> EvaluationTask:
     """The work of one task after the other; their samples go to samples.jsonl."""
 
     def compute(units: range) -> list[Row]:
@@ -77,7 +77,7 @@ def benchmarking(
                     run.log({**place, **_plain(sample)}, SAMPLES)
         return {"task": task, "figures": _figures(found), "values": _values(samples)}
 
-    return Work(len(config.tasks), 1, compute)
+    return EvaluationTask(len(config.tasks), 1, compute)
 
 
 def task_figures(rows: Sequence[Row]) -> dict[str, float]:
@@ -91,7 +91,7 @@ def task_values(rows: Sequence[Row]) -> dict[str, list[float]]:
 
 
 def _evaluate(
-    config: EvaluateConfig, subject: Subject, model: PreTrainedModel, manager: Any, task: str
+    config: EvaluateConfig, subject: EvaluatedModel, model: PreTrainedModel, manager: Any, task: str
 ) -> dict[str, Any]:
     """What lm-eval finds; its `simple_evaluate` spends seconds on looking the machine over."""
     from lm_eval import evaluate

@@ -8,9 +8,9 @@ import torch
 from llmctl.config.commands import EvaluateConfig
 from llmctl.data.classification import length_limit
 from llmctl.errors import ModelError
-from llmctl.evaluate.output import Row
-from llmctl.evaluate.prepare import Plan, Subject
-from llmctl.evaluate.task import Work
+from llmctl.evaluate.task import Row
+from llmctl.evaluate.plan import EvaluationPlan, EvaluatedModel
+from llmctl.evaluate.task import EvaluationTask
 from llmctl.models.adapters import is_adapter, put_adapter, read_adapter, require_base
 from llmctl.models.classifiers import (
     load_classifier,
@@ -25,9 +25,9 @@ PROBE_LENGTHS = (3, 8)
 """Tokens of the texts on which padding is seen to change nothing."""
 
 
-def classifying(
-    config: EvaluateConfig, plan: Plan, subject: Subject, load: Callable[[], Any]
-) -> Work:
+def classification_task(
+    config: EvaluateConfig, plan: EvaluationPlan, subject: EvaluatedModel, load: Callable[[], Any]
+) -> EvaluationTask:
     """The work of labelling every text, cut where it is longer than the model reads."""
     tokenizer, labels = subject.tokenizer, subject.labels
     assert labels is not None
@@ -60,10 +60,10 @@ def classifying(
             )
         return rows
 
-    return Work(len(plan.asked), config.batch_size, compute)
+    return EvaluationTask(len(plan.asked), config.batch_size, compute)
 
 
-def load_labeller(subject: Subject, dtype: torch.dtype, device: str) -> Any:
+def load_evaluated_classifier(subject: EvaluatedModel, dtype: torch.dtype, device: str) -> Any:
     """The classifier of a run (full or adapter), a folder or a Hub id, in eval mode.
 
     Raises:

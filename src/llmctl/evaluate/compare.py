@@ -1,6 +1,6 @@
 """Two models on the same rows: how they differ, and how sure that is.
 
-In: the rows of both. Out: differences with the 95 % interval of a paired bootstrap (Efron, 1979;
+In: the rows of both. Out: differences with the 95 % interval of a pair_rows bootstrap (Efron, 1979;
 Koehn, 2004), and the share of prompts on which one is preferred.
 """
 
@@ -80,7 +80,7 @@ def win_rate(ours: Sequence[Row], theirs: Sequence[Row]) -> dict[str, float]:
     return {"win_rate": wins / len(pairs), "win_rate_low": low, "win_rate_high": high}
 
 
-def by_document(rows: Sequence[Row]) -> list[Row]:
+def sum_by_document(rows: Sequence[Row]) -> list[Row]:
     """The parts of each document as one row."""
     summed: dict[int, dict[str, Any]] = {}
     for row in rows:
@@ -90,10 +90,10 @@ def by_document(rows: Sequence[Row]) -> list[Row]:
     return list(summed.values())
 
 
-def paired(ours: Sequence[Row], theirs: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Rows that stand for the same text: documents; the parts of a single one, where they are."""
+def pair_rows(ours: Sequence[Row], theirs: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """RowLog that stand for the same text: documents; the parts of a single one, where they are."""
     if not ours or "document" not in ours[0]:
         return list(ours), list(theirs)
-    one, other = by_document(ours), by_document(theirs)
+    one, other = sum_by_document(ours), sum_by_document(theirs)
     same = [row["tokens"] for row in ours] == [row["tokens"] for row in theirs]
     return (list(ours), list(theirs)) if len(one) == 1 and same else (one, other)

@@ -12,16 +12,16 @@ from llmctl import hardware
 from llmctl.config.commands import EvaluateConfig
 from llmctl.decode.loop import load_to_write
 from llmctl.errors import ModelError
-from llmctl.evaluate.aggregate import Row, figure_names, figures_of, quotients_of
-from llmctl.evaluate.benchmarks import benchmarking, find_tasks, task_figures, task_values
-from llmctl.evaluate.classification_task import classifying, load_labeller
-from llmctl.evaluate.compare import difference, differences, paired, win_rate
-from llmctl.evaluate.generation_task import answering
-from llmctl.evaluate.output import Rows
-from llmctl.evaluate.perplexity import reading
-from llmctl.evaluate.prepare import Plan, Subject, identity, look_at, make_plan, model_inputs
-from llmctl.evaluate.requirements import require_known
-from llmctl.evaluate.task import Work, carry_out
+from llmctl.evaluate.aggregate import Row, figure_names, compute_figures, quotient_names
+from llmctl.evaluate.benchmarks import benchmark_task, find_tasks, task_figures, task_values
+from llmctl.evaluate.classification_task import classification_task, load_evaluated_classifier
+from llmctl.evaluate.compare import difference, differences, pair_rows, win_rate
+from llmctl.evaluate.generation_task import generation_task
+from llmctl.evaluate.task import RowLog
+from llmctl.evaluate.perplexity import perplexity_task
+from llmctl.evaluate.plan import EvaluationPlan, EvaluatedModel, identity, inspect_model, make_plan, model_inputs
+from llmctl.evaluate.figures import require_known
+from llmctl.evaluate.task import EvaluationTask, run_task
 from llmctl.models.loading import parse_dtype
 from llmctl.models.quantized import loaded_in
 from llmctl.reward.model import RewardModel, load_reward_model
@@ -29,19 +29,19 @@ from llmctl.runs.directory import Run
 from llmctl.training.model_checks import require_causal
 
 READ_AT_ONCE = 64
-"""Sequences that count when threads are chosen for reading, which is done many at a time."""
+"""Sequences that count when threads are chosen for perplexity_task, which is done many at a time."""
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class PreparedEvaluation:
     """All that is settled before a model is loaded."""
 
     config: EvaluateConfig
-    plan: Plan | None
+    plan: EvaluationPlan | None
     """None for benchmarks."""
     manager: Any
     """Of lm-eval's tasks."""
-    subjects: dict[str, Subject]
+    subjects: dict[str, EvaluatedModel]
     """`model`, and `compare` where there are two."""
     device: str
     identity: dict[str, Any]
@@ -49,7 +49,7 @@ class Evaluation:
     """For the manifest."""
 
 
-def prepare(config: EvaluateConfig, clock: str | None) -> Evaluation:
+def prepare(config: EvaluateConfig, clock: str | None) -> PreparedEvaluation:
     """Read and check everything but weights: all that a dry run does.
 
     Raises:
@@ -59,17 +59,17 @@ def prepare(config: EvaluateConfig, clock: str | None) -> Evaluation:
     manager = find_tasks(config) if config.tasks else None
     plan = None if config.tasks else make_plan(config, clock)
     names = {"model": config.model, **({"compare": config.compare} if config.compare else {})}
-    subjects = {side: look_at(config, plan, name) for side, name in names.items()}
+    subjects = {side: inspect_model(config, plan, name) for side, name in names.items()}
     if plan is not None:
         require_known(config.require, _names(config, plan))
     data = [] if plan is None else plan.inputs
     found = identity(config, data)
-    return Evaluation(
+    return PreparedEvaluation(
         config, plan, manager, subjects, device, found, [*model_inputs(config, found), *data]
     )
 
 
-def evaluate(found: Evaluation, rows: Rows, run: Run | None) -> dict[str, Any]:
+def evaluate(found: PreparedEvaluation, rows: RowLog, run: Run | None) -> dict[str, Any]:
     """Do what is missing, and return every figure."""
     config, plan = found.config, found.plan
     sides: dict[str, list[Row]] = {}
@@ -82,7 +82,7 @@ def evaluate(found: Evaluation, rows: Rows, run: Run | None) -> dict[str, Any]:
     for side, subject in found.subjects.items():
         work = _work(found, side, subject, judge, run)
         with hardware.memory_errors():
-            sides[side] = carry_out(work, side, rows, subject.reference)
+            sides[side] = run_task(work, side, rows, subject.reference)
     result: dict[str, Any] = {"rows": len(sides["model"]), **_figures(plan, sides["model"])}
     if config.compare is not None:
         result["compare"] = {"model": config.compare, **_figures(plan, sides["compare"])}
@@ -90,7 +90,7 @@ def evaluate(found: Evaluation, rows: Rows, run: Run | None) -> dict[str, Any]:
     return result
 
 
-def require_same(began: dict[str, Any] | None, now: dict[str, Any]) -> None:
+def require_same_identity(began: dict[str, Any] | None, now: dict[str, Any]) -> None:
     """Refuse to go on with a run that began as another.
 
     Raises:
@@ -106,12 +106,12 @@ def require_same(began: dict[str, Any] | None, now: dict[str, Any]) -> None:
 
 
 def _work(
-    found: Evaluation,
+    found: PreparedEvaluation,
     side: str,
-    subject: Subject,
+    subject: EvaluatedModel,
     judge: Callable[[], RewardModel],
     run: Run | None,
-) -> Work:
+) -> EvaluationTask:
     """What is to be done on one model, which is loaded once there is something to do."""
     config, plan = found.config, found.plan
 
@@ -126,34 +126,34 @@ def _work(
         return model
 
     @cache
-    def labeller() -> Any:
+    def load_labeller_x() -> Any:
         hardware.set_threads(config.threads)
         dtype = parse_dtype(config.dtype, found.device, subject.shape.dtype)
-        return load_labeller(subject, dtype, found.device)
+        return load_evaluated_classifier(subject, dtype, found.device)
 
     if plan is None:
-        return benchmarking(config, subject, load, found.manager, run, side)
+        return benchmark_task(config, subject, load, found.manager, run, side)
     if subject.labels is not None:
-        return classifying(config, plan, subject, labeller)
+        return classification_task(config, plan, subject, load_labeller_x)
     if plan.data.kind == "documents":
-        return reading(config, plan, subject, load)
-    return answering(config, plan, subject, load, judge)
+        return perplexity_task(config, plan, subject, load)
+    return generation_task(config, plan, subject, load, judge)
 
 
-def _names(config: EvaluateConfig, plan: Plan) -> list[str]:
+def _names(config: EvaluateConfig, plan: EvaluationPlan) -> list[str]:
     """Figures that gates can be set on."""
     names = figure_names(plan.metrics)
-    apart = [f"difference/{name}" for name in quotients_of(plan.metrics)] if config.compare else []
+    apart = [f"difference/{name}" for name in quotient_names(plan.metrics)] if config.compare else []
     wins = ["win_rate"] if config.compare and config.reward_model else []
     return [*names, *(["cut_share"] if plan.generates else []), *apart, *wins]
 
 
-def _figures(plan: Plan | None, rows: list[Row]) -> dict[str, Any]:
-    return task_figures(rows) if plan is None else figures_of(rows, plan.metrics)
+def _figures(plan: EvaluationPlan | None, rows: list[Row]) -> dict[str, Any]:
+    return task_figures(rows) if plan is None else compute_figures(rows, plan.metrics)
 
 
 def _compared(
-    config: EvaluateConfig, plan: Plan | None, sides: dict[str, list[Row]]
+    config: EvaluateConfig, plan: EvaluationPlan | None, sides: dict[str, list[Row]]
 ) -> dict[str, Any]:
     ours, theirs = sides["model"], sides["compare"]
     if plan is None:
@@ -165,10 +165,10 @@ def _compared(
                 if len(one[name]) == len(other.get(name, ()))
             }
         }
-    names = quotients_of(plan.metrics)
+    names = quotient_names(plan.metrics)
     if "loss" in names and [row["tokens"] for row in ours] != [row["tokens"] for row in theirs]:
         names.remove("loss")  # by the token of different tokenizers: not to be compared
-    apart = differences(*paired(ours, theirs), names, config.seed)
+    apart = differences(*pair_rows(ours, theirs), names, config.seed)
     wins = win_rate(ours, theirs) if config.reward_model else {}
     return {"differences": apart, **wins}
 

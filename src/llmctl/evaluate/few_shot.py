@@ -9,14 +9,14 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from llmctl.console import log
 from llmctl.data.chat.responses import ResponseFormat
-from llmctl.data.prompts import Ask
+from llmctl.data.prompts import PromptExample
 from llmctl.data.schemas import Message
 from llmctl.data.split import conversation_hash
-from llmctl.data.tokenized import Encoded
+from llmctl.data.tokenized import EncodedSequence
 from llmctl.decode.loop import check_prompt
 from llmctl.decode.prompts import Encoder
 from llmctl.errors import DataError, ModelError
-from llmctl.evaluate.inputs import Question
+from llmctl.evaluate.inputs import EvaluationExample
 from llmctl.models.loading import context_size
 
 BETWEEN = "\n\n"
@@ -25,20 +25,20 @@ SYSTEM = ("system", "developer")
 
 
 @dataclass(frozen=True)
-class Asked:
+class FewShotPrompt:
     """A question and the examples before it."""
 
-    question: Question
-    shots: tuple[Question, ...]
+    question: EvaluationExample
+    shots: tuple[EvaluationExample, ...]
 
 
-Choose = Callable[[int], list[Asked]]
+ChooseShots = Callable[[int], list[FewShotPrompt]]
 """The questions to evaluate, with so many examples each."""
 
 
 def choose_shots(
-    questions: Sequence[Question], others: Sequence[Question] | None, count: int, seed: int
-) -> list[Asked]:
+    questions: Sequence[EvaluationExample], others: Sequence[EvaluationExample] | None, count: int, seed: int
+) -> list[FewShotPrompt]:
     """The questions to evaluate, each with `count` examples that do not ask what it asks.
 
     Args:
@@ -52,12 +52,12 @@ def choose_shots(
         DataError: too few rows.
     """
     if not count:
-        return [Asked(question, ()) for question in questions]
+        return [FewShotPrompt(question, ()) for question in questions]
     pool = list(questions if others is None else others)
     order = np.random.default_rng(seed).permutation(len(pool))
     if others is not None:
         drawn = [pool[number] for number in order]
-        return [Asked(question, _first_others(drawn, question, count)) for question in questions]
+        return [FewShotPrompt(question, _first_others(drawn, question, count)) for question in questions]
     shots = tuple(pool[number] for number in order[:count])
     taken = {_key(shot) for shot in shots}
     rest = [question for question in questions if _key(question) not in taken]
@@ -67,13 +67,13 @@ def choose_shots(
             "to evaluate",
             file=pool[0].place,
         )
-    return [Asked(question, shots) for question in rest]
+    return [FewShotPrompt(question, shots) for question in rest]
 
 
 def _first_others(
-    drawn: Sequence[Question], question: Question, count: int
-) -> tuple[Question, ...]:
-    mine, found = _key(question), list[Question]()
+    drawn: Sequence[EvaluationExample], question: EvaluationExample, count: int
+) -> tuple[EvaluationExample, ...]:
+    mine, found = _key(question), list[EvaluationExample]()
     for shot in drawn:
         if len(found) < count and _key(shot) != mine:
             found.append(shot)
@@ -86,12 +86,12 @@ def _first_others(
     return tuple(found)
 
 
-def _key(question: Question) -> int:
+def _key(question: EvaluationExample) -> int:
     return conversation_hash(question.messages)
 
 
 @dataclass(frozen=True)
-class Asking:
+class PromptFormat:
     """One tokenizer's way to put questions."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -106,40 +106,42 @@ class Asking:
     def _format(self) -> ResponseFormat:
         return ResponseFormat(self.tokenizer, self.shape, self.clock)
 
-    def prompt(self, asked: Asked) -> list[int]:
+    def prompt(self, asked: FewShotPrompt) -> list[int]:
         """Tokens up to where the response begins.
 
         Raises:
             ModelError: the chat template refuses the messages, or there is none for a conversation.
         """
         if self.chat:
-            return self._format.chat.prompt(self.messages(asked), asked.question.tools)
+            return self._format.chat.encode_prompt(self.messages(asked), asked.question.tools)
         shots = [(shot.text, shot.reference or "") for shot in asked.shots]
-        ask = Ask(self._single(asked.question), asked.question.name)
+        ask = PromptExample(self._single(asked.question), asked.question.name)
         return Encoder(self.tokenizer, shots=shots).encode(ask)
 
-    def reply(self, asked: Asked) -> Encoded:
+    def reply(self, asked: FewShotPrompt) -> EncodedSequence:
         """The question and its reference, which is what is trained on in them."""
         reference = asked.question.reference or ""
         if self.chat:
             messages = self.messages(asked)
             said = {"role": "assistant", "content": reference}
-            return self._format.conversation([*messages, said], len(messages), asked.question.tools)
+            return self._format.encode_conversation(
+                [*messages, said], len(messages), asked.question.tools
+            )
         shots = [(shot.text, shot.reference or "") for shot in asked.shots]
         text = Encoder(self.tokenizer, shots=shots).text(self._single(asked.question))
         between = "" if text[-1:].isspace() or reference[:1].isspace() else " "
-        return self._format.text(text, between + reference)
+        return self._format.encode_text(text, between + reference)
 
-    def shortened(self, encoded: Encoded, most: int) -> Encoded | None:
+    def shortened(self, encoded: EncodedSequence, most: int) -> EncodedSequence | None:
         """A reply of so many tokens at most, cut at its beginning; None where that is not enough.
 
         What follows the reference's end is left out.
         """
         end = _end(encoded)
-        whole = Encoded(encoded.tokens[:end], encoded.trained[:end], encoded.ends)
-        return self._format.shortened(whole, end - most) if end > most else whole
+        whole = EncodedSequence(encoded.tokens[:end], encoded.trained[:end], encoded.ends)
+        return self._format.truncate_prompt(whole, end - most) if end > most else whole
 
-    def messages(self, asked: Asked) -> list[Message]:
+    def messages(self, asked: FewShotPrompt) -> list[Message]:
         """The conversation: system message, examples, question."""
         system, own = self._parted(asked.question)
         turns: list[Message] = []
@@ -148,7 +150,7 @@ class Asking:
             turns += [*(m for m in shot.messages if m["role"] not in SYSTEM), said]
         return [*system, *turns, *own]
 
-    def _single(self, question: Question) -> str:
+    def _single(self, question: EvaluationExample) -> str:
         """The one text of a question, after the system message where there is one.
 
         Raises:
@@ -167,7 +169,7 @@ class Asking:
             )
         return BETWEEN.join(str(message["content"]) for message in (*system, *said))
 
-    def _parted(self, question: Question) -> tuple[list[Message], list[Message]]:
+    def _parted(self, question: EvaluationExample) -> tuple[list[Message], list[Message]]:
         """System messages, those of the command line in place of the row's; and all others."""
         system = [m for m in question.messages if m["role"] in SYSTEM]
         if self.system is not None:
@@ -175,7 +177,7 @@ class Asking:
         return system, [m for m in question.messages if m["role"] not in SYSTEM]
 
 
-def require_room(asking: Asking, choose: Choose, shots: int, new_tokens: int) -> None:
+def require_room_to_answer(asking: PromptFormat, choose: ChooseShots, shots: int, new_tokens: int) -> None:
     """Refuse prompts that leave no room to answer, and examples that do not fit.
 
     Args:
@@ -217,7 +219,7 @@ def require_room(asking: Asking, choose: Choose, shots: int, new_tokens: int) ->
     )
 
 
-def require_whole(asking: Asking, choose: Choose, shots: int, context: int) -> None:
+def require_whole_references(asking: PromptFormat, choose: ChooseShots, shots: int, context: int) -> None:
     """Refuse examples that would be cut off where references are read after them.
 
     Args:
@@ -230,7 +232,7 @@ def require_whole(asking: Asking, choose: Choose, shots: int, context: int) -> N
         DataError: with the number of examples that fit.
     """
 
-    def length(one: Asked) -> int:
+    def length(one: FewShotPrompt) -> int:
         return _end(asking.reply(one)) - 1  # the last token is predicted, and not read
 
     longest = max(choose(shots), key=length)
@@ -245,12 +247,12 @@ def require_whole(asking: Asking, choose: Choose, shots: int, context: int) -> N
     )
 
 
-def _end(encoded: Encoded) -> int:
+def _end(encoded: EncodedSequence) -> int:
     """Tokens up to the last that counts."""
     return max((k + 1 for k, counts in enumerate(encoded.trained) if counts), default=0)
 
 
-def _fitting(choose: Choose, shots: int, fits: Callable[[Asked], bool], other: str) -> str:
+def _fitting(choose: ChooseShots, shots: int, fits: Callable[[FewShotPrompt], bool], other: str) -> str:
     for count in range(shots - 1, -1, -1):
         if all(map(fits, choose(count))):
             return f"{count} fit: --shots {count}, or {other}"

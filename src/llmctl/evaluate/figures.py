@@ -1,12 +1,16 @@
-"""What an evaluation says: a table on stderr, lines or an object on stdout."""
+"""Figures of an evaluation: a table of them on stderr, and the gates that they must keep."""
 
+import difflib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llmctl.config.gates import Gate, split_gate
 from llmctl.console import log
+from llmctl.errors import GateError, UserError
 
-HIDDEN = ("stage", "out", "model", "status", "rows", "compare", "differences")
+NO_FIGURES = ("stage", "out", "model", "status", "rows", "compare", "differences")
+"""Keys of a result that hold something else."""
 
 
 def show_table(result: Mapping[str, Any]) -> None:
@@ -22,36 +26,76 @@ def show_table(result: Mapping[str, Any]) -> None:
     heads = [str(result["model"]), *([str(other["model"]), "difference", "95 %"] if other else [])]
     for head in heads:
         table.add_column(head, justify="right", overflow="fold")
-    apart: Mapping[str, Any] = result.get("differences") or {}
+    differences: Mapping[str, Any] = result.get("differences") or {}
     for name, value in figures_in(result).items():
-        cells = [_number(value)]
+        cells = [_format_number(value)]
         if other:
-            cells += [_number(other.get(name)), *_difference(apart.get(name))]
+            difference = _format_difference(differences.get(name))
+            cells += [_format_number(other.get(name)), *difference]
         table.add_row(name, *cells)
     Console(stderr=True, highlight=False).print(table)
 
 
 def figures_in(result: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a result, without what else it says."""
-    return {name: value for name, value in result.items() if name not in HIDDEN}
+    """The figures of a result, without its other keys."""
+    return {name: value for name, value in result.items() if name not in NO_FIGURES}
 
 
-def gated(result: Mapping[str, Any]) -> dict[str, float]:
-    """The figures that `--require` can name; a difference is `difference/exact`."""
-    apart: Mapping[str, Any] = result.get("differences") or {}
-    found = {f"difference/{name}": facts["difference"] for name, facts in apart.items()}
-    return {**figures_in(result), **found}
+def require_known(require: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse a gate on a figure that the evaluation does not give.
+
+    Raises:
+        UserError: naming those that it gives.
+    """
+    for text, gate in zip(require, _gates(require), strict=True):
+        if gate.figure not in names:
+            close = difflib.get_close_matches(gate.figure, names, n=1)
+            raise UserError(
+                f"--require {text}: there is no figure `{gate.figure}` here",
+                hint=f"did you mean {close[0]}?" if close else f"there is {', '.join(names)}",
+            )
 
 
-def _difference(facts: Mapping[str, Any] | None) -> tuple[str, str]:
-    if facts is None:
+def check_gates(require: Sequence[str], result: Mapping[str, Any]) -> None:
+    """Refuse an evaluation that does not keep its gates; a difference is `difference/exact`.
+
+    Raises:
+        GateError: naming each gate and the figure.
+    """
+    differences: Mapping[str, Any] = result.get("differences") or {}
+    figures = {
+        **figures_in(result),
+        **{f"difference/{name}": entry["difference"] for name, entry in differences.items()},
+    }
+    numbers = [name for name, value in figures.items() if _is_number(value)]
+    require_known(require, numbers)
+    broken = [
+        f"{gate.figure} is {figures[gate.figure]:.6g}, required {gate.sign} {gate.bound:g}"
+        for gate in _gates(require)
+        if not gate.holds(figures[gate.figure])
+    ]
+    if broken:
+        raise GateError("; ".join(broken))
+
+
+def _gates(require: Sequence[str]) -> list[Gate]:
+    """Gates of texts that the config has found to be some."""
+    return [gate for text in require if (gate := split_gate(text)) is not None]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _format_difference(interval: Mapping[str, Any] | None) -> tuple[str, str]:
+    if interval is None:
         return "", ""
-    low, high = facts["low"], facts["high"]
-    between = "" if low is None else f"{low:+.4g} to {high:+.4g}"
-    return f"{facts['difference']:+.4g}", between
+    low, high = interval["low"], interval["high"]
+    bounds = "" if low is None else f"{low:+.4g} to {high:+.4g}"
+    return f"{interval['difference']:+.4g}", bounds
 
 
-def _number(value: Any) -> str:
+def _format_number(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

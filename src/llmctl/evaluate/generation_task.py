@@ -8,22 +8,22 @@ from transformers import PreTrainedModel
 from llmctl.config.commands import EvaluateConfig
 from llmctl.decode.loop import Prompt, Response, decode
 from llmctl.errors import DataError
-from llmctl.evaluate.few_shot import BETWEEN, Asked, Asking
-from llmctl.evaluate.output import Row
+from llmctl.evaluate.few_shot import BETWEEN, FewShotPrompt, PromptFormat
+from llmctl.evaluate.task import Row
 from llmctl.evaluate.perplexity import Window, window_nats
-from llmctl.evaluate.prepare import Plan, Subject
-from llmctl.evaluate.task import Work
+from llmctl.evaluate.plan import EvaluationPlan, EvaluatedModel
+from llmctl.evaluate.task import EvaluationTask
 from llmctl.models.loading import stop_tokens
 from llmctl.reward.model import Exchange, RewardModel
 
 
-def answering(
+def generation_task(
     config: EvaluateConfig,
-    plan: Plan,
-    subject: Subject,
+    plan: EvaluationPlan,
+    subject: EvaluatedModel,
     load: Callable[[], PreTrainedModel],
     judge: Callable[[], RewardModel],
-) -> Work:
+) -> EvaluationTask:
     """The work of asking a model every question."""
     asking = subject.asking(config, plan.clock)
 
@@ -42,10 +42,10 @@ def answering(
             _reward(judge(), some, rows)
         return rows
 
-    return Work(len(plan.asked), config.batch_size, compute)
+    return EvaluationTask(len(plan.asked), config.batch_size, compute)
 
 
-def _asked(one: Asked) -> dict[str, Any]:
+def _asked(one: FewShotPrompt) -> dict[str, Any]:
     question = one.question
     return {
         "place": question.place,
@@ -57,10 +57,10 @@ def _asked(one: Asked) -> dict[str, Any]:
 
 def _write(
     config: EvaluateConfig,
-    subject: Subject,
-    asking: Asking,
+    subject: EvaluatedModel,
+    asking: PromptFormat,
     model: PreTrainedModel,
-    some: Sequence[Asked],
+    some: Sequence[FewShotPrompt],
     first: int,
 ) -> list[Response]:
     """A response to each question; its noise is that of its number."""
@@ -82,10 +82,10 @@ def _write(
 
 def _costs(
     config: EvaluateConfig,
-    subject: Subject,
-    asking: Asking,
+    subject: EvaluatedModel,
+    asking: PromptFormat,
     model: PreTrainedModel,
-    some: Sequence[Asked],
+    some: Sequence[FewShotPrompt],
 ) -> list[dict[str, Any]]:
     """What each reference costs the model as a response, with the token that ends it."""
     context, _ = subject.window(config)
@@ -100,7 +100,7 @@ def _costs(
     ]
 
 
-def _reply(asking: Asking, one: Asked, context: int) -> Window:
+def _reply(asking: PromptFormat, one: FewShotPrompt, context: int) -> Window:
     """The reference after its prompt, which loses its beginning where both are too long.
 
     Raises:
@@ -116,7 +116,7 @@ def _reply(asking: Asking, one: Asked, context: int) -> Window:
     return Window(tuple(found.tokens), found.trained.index(True))
 
 
-def _reward(judge: RewardModel, some: Sequence[Asked], rows: Sequence[dict[str, Any]]) -> None:
+def _reward(judge: RewardModel, some: Sequence[FewShotPrompt], rows: Sequence[dict[str, Any]]) -> None:
     """Have a reward model score the responses, without the examples before the questions."""
     exchanges = []
     for one, row in zip(some, rows, strict=True):

@@ -10,7 +10,7 @@ from llmctl.config.commands import EvaluateConfig
 from llmctl.config.commands.evaluate import GENERATED
 from llmctl.data.corpus import source_input
 from llmctl.data.examples import Example, read_examples
-from llmctl.data.prompts import PromptRow, read_prompts
+from llmctl.data.prompts import PromptExample, read_prompts
 from llmctl.data.rows import listed, read_records
 from llmctl.data.scan import read_documents
 from llmctl.data.schemas import Message
@@ -30,7 +30,7 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Question:
+class EvaluationExample:
     """What is asked, and what is right."""
 
     messages: tuple[Message, ...]
@@ -52,18 +52,18 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Data:
+class EvaluationData:
     """All rows, of one kind."""
 
     kind: Kind
     documents: list[Document]
-    questions: list[Question]
+    questions: list[EvaluationExample]
     """Labelled texts, too: the text is asked, and the label is right."""
     inputs: list[dict[str, Any]]
     """For the manifest."""
 
 
-def read_data(config: EvaluateConfig) -> Data:
+def read_data(config: EvaluateConfig) -> EvaluationData:
     """Read everything, as what the metrics and the first row's columns make of it.
 
     Raises:
@@ -74,16 +74,16 @@ def read_data(config: EvaluateConfig) -> Data:
     kind = _kind(config)
     if kind == "documents":
         documents, inputs = _read_documents(config)
-        return Data(kind, documents, [], inputs)
+        return EvaluationData(kind, documents, [], inputs)
     needy = [name for name in config.metrics if name != "perplexity"]
     if config.reward_model and not config.metrics:
         prompts = read_prompts(config.data, [], 0, config.skip_bad_rows)
         questions = [_asked(row) for row in prompts.train]
-        return Data(kind, [], questions, prompts.inputs)
+        return EvaluationData(kind, [], questions, prompts.inputs)
     questions, inputs = read_questions(
         config.data, config, "classify" if kind == "labels" else "chat", needy
     )
-    return Data(kind, [], questions, inputs)
+    return EvaluationData(kind, [], questions, inputs)
 
 
 def read_questions(
@@ -92,8 +92,8 @@ def read_questions(
     task: Literal["chat", "classify"],
     needy: Sequence[str] = (),
     role: str = "data",
-) -> tuple[list[Question], list[dict[str, Any]]]:
-    """Rows with what is asked and what is right, and their files for the manifest.
+) -> tuple[list[EvaluationExample], list[dict[str, Any]]]:
+    """RowLog with what is asked and what is right, and their files for the manifest.
 
     Args:
         names: of the data.
@@ -169,11 +169,11 @@ def _read_documents(config: EvaluateConfig) -> tuple[list[Document], list[dict[s
     return documents, inputs
 
 
-def _question(example: Example, needy: Sequence[str]) -> Question:
+def _question(example: Example, needy: Sequence[str]) -> EvaluationExample:
     place, line = example.place, example.line
     if example.label is not None:
         asked = {"role": "user", "content": example.text or ""}
-        return Question((asked,), example.label, None, place, line)
+        return EvaluationExample((asked,), example.label, None, place, line)
     if example.messages is None:
         wanted = listed(list(needy)) if needy else "perplexity of answers"
         raise DataError(
@@ -184,9 +184,9 @@ def _question(example: Example, needy: Sequence[str]) -> Question:
         )
     last = max(k for k, said in enumerate(example.messages) if said["role"] == "assistant")
     reference = str(example.messages[last]["content"])
-    return Question(example.messages[:last], reference, example.tools, place, line)
+    return EvaluationExample(example.messages[:last], reference, example.tools, place, line)
 
 
-def _asked(row: PromptRow) -> Question:
+def _asked(row: PromptExample) -> EvaluationExample:
     single = ({"role": "user", "content": row.prompt},) if isinstance(row.prompt, str) else None
-    return Question(single or tuple(row.prompt), row.answer, None, row.place, row.line)  # type: ignore[arg-type]
+    return EvaluationExample(single or tuple(row.prompt), row.answer, None, row.place, row.line)  # type: ignore[arg-type]

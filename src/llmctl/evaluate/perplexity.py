@@ -19,9 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmctl.config.commands import EvaluateConfig
 from llmctl.errors import DataError, ModelError
 from llmctl.evaluate.inputs import Document
-from llmctl.evaluate.output import Row
-from llmctl.evaluate.prepare import Plan, Subject
-from llmctl.evaluate.task import Work
+from llmctl.evaluate.task import Row
+from llmctl.evaluate.plan import EvaluationPlan, EvaluatedModel
+from llmctl.evaluate.task import EvaluationTask
 
 MOST_NATS = 700
 """A token: e to more than this is no float."""
@@ -237,9 +237,9 @@ class _Part(NamedTuple):
     bytes: int
 
 
-def reading(
-    config: EvaluateConfig, plan: Plan, subject: Subject, load: Callable[[], PreTrainedModel]
-) -> Work:
+def perplexity_task(
+    config: EvaluateConfig, plan: EvaluationPlan, subject: EvaluatedModel, load: Callable[[], PreTrainedModel]
+) -> EvaluationTask:
     """The work of measuring how likely a model finds documents.
 
     Raises:
@@ -263,7 +263,7 @@ def reading(
             for part in some
         ]
 
-    return Work(len(parts), AT_ONCE, compute)
+    return EvaluationTask(len(parts), AT_ONCE, compute)
 
 
 def _parts(number: int, document: Document, windows: list[Window]) -> list[_Part]:

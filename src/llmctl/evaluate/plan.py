@@ -14,20 +14,21 @@ from llmctl.config.commands.evaluate import GENERATED
 from llmctl.data.classification import listed
 from llmctl.errors import DataError, ModelError, UserError
 from llmctl.evaluate.few_shot import (
-    Asked,
-    Asking,
-    Choose,
+    FewShotPrompt,
+    PromptFormat,
+    ChooseShots,
     choose_shots,
-    require_room,
-    require_whole,
+    require_room_to_answer,
+    require_whole_references,
 )
-from llmctl.evaluate.inputs import Data, Kind, Question, read_data, read_questions
-from llmctl.evaluate.scorers import OF_ANSWERS, Scorer, make_scorer
+from llmctl.evaluate.inputs import EvaluationData, Kind, EvaluationExample, read_data, read_questions
+from llmctl.evaluate.scorers import ANSWER_METRICS, Scorer, make_scorer
 from llmctl.models import hub
 from llmctl.models.adapters import is_adapter, weights_sha256
-from llmctl.models.classifiers import own_labels
+from llmctl.models.causality import is_encoder
+from llmctl.models.classifiers import classifier_labels
 from llmctl.models.loading import context_size, load_config, load_tokenizer, local_folder
-from llmctl.models.vetting import is_encoder, read_object
+from llmctl.models.vetting import read_object
 from llmctl.runs.directory import resolve_model
 
 MOST_CONTEXT = 2048
@@ -40,13 +41,13 @@ DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """The data, and what is measured on them."""
 
-    data: Data
-    asked: list[Asked]
+    data: EvaluationData
+    asked: list[FewShotPrompt]
     """Questions with the examples before them."""
-    choose: Choose
+    choose: ChooseShots
     """The same with another number of examples."""
     metrics: tuple[str, ...]
     scorer: Scorer
@@ -61,7 +62,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """A model to judge, not loaded yet."""
 
     reference: str
@@ -72,10 +73,10 @@ class Subject:
     virtual_tokens: int
     """Positions that an adapter's learned prompt takes."""
 
-    def asking(self, config: EvaluateConfig, clock: str | None) -> Asking:
+    def asking(self, config: EvaluateConfig, clock: str | None) -> PromptFormat:
         """How questions are put to it."""
         chat = self.tokenizer.chat_template is not None and not config.plain
-        return Asking(self.tokenizer, self.shape, chat, config.system, clock)
+        return PromptFormat(self.tokenizer, self.shape, chat, config.system, clock)
 
     def window(self, config: EvaluateConfig) -> tuple[int, int]:
         """Tokens that it reads at a time, and from one window to the next.
@@ -94,7 +95,7 @@ class Subject:
         return context, stride
 
 
-def make_plan(config: EvaluateConfig, clock: str | None) -> Plan:
+def make_plan(config: EvaluateConfig, clock: str | None) -> EvaluationPlan:
     """Read the data and settle what is measured on them.
 
     Raises:
@@ -105,13 +106,13 @@ def make_plan(config: EvaluateConfig, clock: str | None) -> Plan:
     data = read_data(config)
     metrics = tuple(config.metrics) or (() if config.reward_model else DEFAULTS[data.kind])
     _require_used(config, data.kind, metrics)
-    others: list[Question] | None = None
+    others: list[EvaluationExample] | None = None
     more: list[dict[str, Any]] = []
     if config.shots_data:
         task: Literal["classify", "chat"] = "classify" if data.kind == "labels" else "chat"
         others, more = read_questions(config.shots_data, config, task, ["--shots"], "shots")
 
-    def choose(count: int) -> list[Asked]:
+    def choose(count: int) -> list[FewShotPrompt]:
         return choose_shots(data.questions, others, count, config.seed)[: config.limit]
 
     asked = choose(config.shots or 0)
@@ -119,7 +120,7 @@ def make_plan(config: EvaluateConfig, clock: str | None) -> Plan:
     scorer = make_scorer(settled, [one.question for one in asked])
     if config.reward_model:
         metrics += ("reward",)
-    return Plan(data, asked, choose, metrics, scorer, [*data.inputs, *more], clock)
+    return EvaluationPlan(data, asked, choose, metrics, scorer, [*data.inputs, *more], clock)
 
 
 def _require_used(config: EvaluateConfig, kind: Kind, metrics: tuple[str, ...]) -> None:
@@ -136,7 +137,7 @@ def _require_used(config: EvaluateConfig, kind: Kind, metrics: tuple[str, ...]) 
             raise UserError(f"{flag} goes with texts, and these are {kind}")
     needs = {
         "context": ("perplexity",),
-        "answer_regex": OF_ANSWERS,
+        "answer_regex": ANSWER_METRICS,
         "labels": ("accuracy", "f1"),
     }
     for name, wanted in needs.items():
@@ -144,7 +145,7 @@ def _require_used(config: EvaluateConfig, kind: Kind, metrics: tuple[str, ...]) 
             raise UserError(f"{config.flag(name)} goes with --metrics {listed(list(wanted))}")
 
 
-def look_at(config: EvaluateConfig, plan: Plan | None, reference: str) -> Subject:
+def inspect_model(config: EvaluateConfig, plan: EvaluationPlan | None, reference: str) -> EvaluatedModel:
     """A model's configuration and tokenizer, found to fit what is planned.
 
     Raises:
@@ -156,7 +157,7 @@ def look_at(config: EvaluateConfig, plan: Plan | None, reference: str) -> Subjec
     folder = local_folder(resolve_model(reference))
     adapter = read_object(folder / "adapter_config.json") if is_adapter(folder) else None
     virtual = int((adapter or {}).get("num_virtual_tokens") or 0)
-    subject = Subject(reference, shape, tokenizer, _labels(folder, shape, adapter), virtual)
+    subject = EvaluatedModel(reference, shape, tokenizer, _labels(folder, shape, adapter), virtual)
     if subject.labels is not None:
         _require_classifier(subject, plan)
         return subject
@@ -175,9 +176,9 @@ def look_at(config: EvaluateConfig, plan: Plan | None, reference: str) -> Subjec
         asking, shots = subject.asking(config, plan.clock), config.shots or 0
         if plan.generates or not shots:
             new = config.max_new_tokens if plan.generates else 1
-            require_room(asking, plan.choose, shots, new)
+            require_room_to_answer(asking, plan.choose, shots, new)
         if shots and "perplexity" in plan.metrics:
-            require_whole(asking, plan.choose, shots, subject.window(config)[0])
+            require_whole_references(asking, plan.choose, shots, subject.window(config)[0])
     return subject
 
 
@@ -219,7 +220,7 @@ def _labels(
         ModelError: an adapter for a classifier, without that.
     """
     if adapter is None:
-        return own_labels(shape)
+        return classifier_labels(shape)
     if adapter.get("task_type") != "SEQ_CLS":
         return None
     if not (folder / "config.json").exists():
@@ -230,7 +231,7 @@ def _labels(
     return tuple(str(named[number]) for number in sorted(named))
 
 
-def _require_classifier(subject: Subject, plan: Plan | None) -> None:
+def _require_classifier(subject: EvaluatedModel, plan: EvaluationPlan | None) -> None:
     """Refuse what a classifier cannot do.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any
 
 from llmctl.config.commands import EvaluateConfig
 from llmctl.errors import DataError, require_extra
-from llmctl.evaluate.inputs import Question
+from llmctl.evaluate.inputs import EvaluationExample
 from llmctl.ppo.rules import plain
 
 LIBRARIES = {
@@ -22,7 +22,7 @@ LIBRARIES = {
     "f1": "sklearn",
 }
 ROUGE = ("rouge1", "rouge2", "rougeL")
-OF_ANSWERS = ("exact", "accuracy", "f1")
+ANSWER_METRICS = ("exact", "accuracy", "f1")
 """Metrics that look at the answer within a response."""
 
 
@@ -50,7 +50,7 @@ class Scorer:
     def score(self, response: str, reference: str) -> dict[str, Any]:
         """What a row says beside response and reference."""
         found: dict[str, Any] = {}
-        if any(name in OF_ANSWERS for name in self.metrics) and self.pattern is not None:
+        if any(name in ANSWER_METRICS for name in self.metrics) and self.pattern is not None:
             found["answer"] = self.answer(response)
             found["expected"] = self.answer(reference)
         for name in self.metrics:
@@ -64,7 +64,7 @@ class Scorer:
                 case "accuracy" | "f1":
                     given = found.get("answer", response) or ""
                     found["label"] = find_label(given, self.labels)
-                    found["reference_label"] = self.spelled(found.get("expected", reference))
+                    found["reference_label"] = self.canonical_label(found.get("expected", reference))
                     found["right"] = float(found["label"] == found["reference_label"])
                 case "rouge":
                     scores = self._rouge.score(reference, response)
@@ -81,7 +81,7 @@ class Scorer:
         """The answer that the pattern finds in a text, None where it finds none."""
         return text if self.pattern is None else extract(self.pattern, text)
 
-    def spelled(self, label: str) -> str | None:
+    def canonical_label(self, label: str) -> str | None:
         """The label as it is listed, whatever its case; None where it is not."""
         return next((known for known in self.labels if plain(known) == plain(label)), None)
 
@@ -104,7 +104,7 @@ class Scorer:
         return CHRF()
 
 
-def make_scorer(config: EvaluateConfig, questions: Sequence[Question]) -> Scorer:
+def make_scorer(config: EvaluateConfig, questions: Sequence[EvaluationExample]) -> Scorer:
     """The metrics that a run asks for, fitted to its references.
 
     Raises:
@@ -115,7 +115,7 @@ def make_scorer(config: EvaluateConfig, questions: Sequence[Question]) -> Scorer
     pattern = None if config.answer_regex is None else re.compile(config.answer_regex)
     bare = Scorer(tuple(config.metrics), pattern, ())
     answers = [bare.answer(question.reference or "") for question in questions]
-    wanted = [name for name in config.metrics if name in OF_ANSWERS]
+    wanted = [name for name in config.metrics if name in ANSWER_METRICS]
     for question, answer in zip(questions, answers, strict=True):
         if wanted and answer is None:
             raise DataError(
@@ -128,7 +128,7 @@ def make_scorer(config: EvaluateConfig, questions: Sequence[Question]) -> Scorer
     known = dict.fromkeys(config.labels or [answer.strip() for answer in answers if answer])
     scorer = Scorer(tuple(config.metrics), pattern, tuple(known))
     for question, answer in zip(questions, answers, strict=True):
-        if scorer.spelled(answer or "") is None:
+        if scorer.canonical_label(answer or "") is None:
             raise DataError(
                 f"the label `{answer}` is none of --labels {','.join(config.labels)}",
                 file=question.place,

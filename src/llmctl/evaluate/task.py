@@ -1,20 +1,28 @@
-"""What is to be done on one model, in units that make a row each and chunks that are done at once.
+"""The work of an evaluation on one model, in units that make a row each, and where the rows go.
 
-A chunk is always the same units, so a run that was stopped within one does it again and gets the
-same rows; only those that are missing are added.
+Units are computed in chunks. A chunk is always the same units, so a run that was stopped within one
+computes it again and gets the same rows; only those that are missing are appended.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+
 
 from llmctl.console import ProgressBar
-from llmctl.evaluate.output import Row, Rows
+from llmctl.data.append_log import open_append_log
+from llmctl.runs.directory import Run
+from llmctl.runs.ownership import ROWS
+
+Row = dict[str, Any]
+BEGINS = b'{"side": "'
+"""How every row begins."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """Units to do, in order."""
+class EvaluationTask:
+    """Units to compute, in order."""
 
     units: int
     chunk: int
@@ -23,22 +31,58 @@ class Work:
     """The rows of some units that follow each other."""
 
 
-def carry_out(work: Work, side: str, rows: Rows, title: str) -> list[dict[str, Any]]:
-    """All rows of a side, those that were there and those that were missing.
+class RowLog(Protocol):
+    """RowLog in the order in which they were appended."""
+
+    rows: list[Row]
+
+    def append(self, row: Row) -> None:
+        """Append a row; where there is a file, it is on the disk afterwards."""
+        ...
+
+
+class RowsInMemory:
+    """A `RowLog` without a file."""
+
+    def __init__(self) -> None:
+        """Start without rows."""
+        self.rows: list[Row] = []
+
+    def append(self, row: Row) -> None:
+        """See `RowLog.append`."""
+        self.rows.append(row)
+
+
+@contextmanager
+def open_row_log(run: Run | None) -> Iterator[RowLog]:
+    """Open the rows.jsonl of a run, with the rows that an earlier call wrote; else a list."""
+    if run is None:
+        yield RowsInMemory()
+        return
+    with open_append_log(run.path / ROWS, _check_row, BEGINS) as row_log:
+        yield row_log
+
+
+def run_task(task: EvaluationTask, side: str, rows: RowLog, title: str) -> list[Row]:
+    """Compute the missing rows of a side, and return all of them.
 
     Args:
-        work: what to do.
-        side: whose rows these are, as the rows say it.
+        task: what to compute.
+        side: `model` or `compare`, written into every row.
         rows: gets them.
-        title: of the progress.
+        title: of the progress bar.
     """
     done = sum(row["side"] == side for row in rows.rows)
-    with ProgressBar(title, work.units, "row") as progress:
+    with ProgressBar(title, task.units, "row") as progress:
         progress.start_at(done)
-        for start in range(done - done % work.chunk, work.units, work.chunk):
-            chunk = range(start, min(start + work.chunk, work.units))
-            for number, row in zip(chunk, work.compute(chunk), strict=True):
+        for start in range(done - done % task.chunk, task.units, task.chunk):
+            chunk = range(start, min(start + task.chunk, task.units))
+            for number, row in zip(chunk, task.compute(chunk), strict=True):
                 if number >= done:
                     rows.append({"side": side, "row": number, **row})
             progress.update(chunk.stop)
     return [row for row in rows.rows if row["side"] == side]
+
+
+def _check_row(row: Row) -> str | None:
+    return None if isinstance(row.get("side"), str) else "holds a row that is not of an evaluation"

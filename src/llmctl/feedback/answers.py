@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llmctl.data.append_log import Journal, Row, open_journal, read_journal
+from llmctl.data.append_log import AppendLog, Row, open_append_log, read_append_log
 from llmctl.errors import OutputError
 from llmctl.feedback.questions import Question, are_ranks, canonical
 from llmctl.runs.lock import locked_file
@@ -19,7 +19,7 @@ from llmctl.runs.lock import locked_file
 class Answers:
     """What people have answered, one of whom is answering now."""
 
-    def __init__(self, journal: Journal, annotator: str) -> None:
+    def __init__(self, journal: AppendLog, annotator: str) -> None:
         """Take the rows of everybody, and the name of who is asked."""
         self._journal, self._annotator = journal, annotator
         self._keys = [key_of(row) for row in journal.rows]
@@ -65,7 +65,7 @@ class Answers:
 class Written:
     """The responses that a model has written so far."""
 
-    journal: Journal
+    journal: AppendLog
     settings: Mapping[str, Any]
     """What they depend on, beside the prompt."""
 
@@ -97,7 +97,7 @@ def open_answers(out: Path, annotator: str) -> Iterator[Answers]:
         OutputError: in use by another run, not a file of answers, or not to be written.
         ResourceError: the disk is full or fails.
     """
-    with locked_file(out), open_journal(out, check_answer) as journal:
+    with locked_file(out), open_append_log(out, check_answer) as journal:
         yield Answers(journal, annotator)
 
 
@@ -110,7 +110,7 @@ def open_written(out: Path, settings: Mapping[str, Any]) -> Iterator[Written]:
         ResourceError: the disk is full or fails.
     """
     path = written_path(out)
-    with open_journal(path, check_written) as journal:
+    with open_append_log(path, check_written) as journal:
         require_settings(journal.rows, settings, path)
         yield Written(journal, settings)
 
@@ -121,7 +121,7 @@ def read_answers(out: Path, annotator: str) -> dict[str, bool]:
     Raises:
         OutputError: not a file of answers.
     """
-    return settled(read_journal(out, check_answer).rows, annotator)
+    return settled(read_append_log(out, check_answer).rows, annotator)
 
 
 def read_written(out: Path, settings: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -130,7 +130,7 @@ def read_written(out: Path, settings: Mapping[str, Any]) -> dict[str, tuple[str,
     Raises:
         OutputError: it holds something else, or responses of other settings.
     """
-    rows = read_journal(written_path(out), check_written).rows
+    rows = read_append_log(written_path(out), check_written).rows
     require_settings(rows, settings, written_path(out))
     return by_prompt(rows)
 

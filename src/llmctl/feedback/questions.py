@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from llmctl.config.commands.rank import MOST_RESPONSES
-from llmctl.data.prompts import Ask, ChatMessage, ask_of, filled_lines
+from llmctl.data.prompts import PromptExample, parse_prompt, read_nonblank_lines
 from llmctl.data.rows import parse_row
+from llmctl.data.schemas import Message
 from llmctl.errors import DataError
 
 
@@ -23,7 +24,7 @@ from llmctl.errors import DataError
 class Entry:
     """A row of the data."""
 
-    ask: Ask
+    ask: PromptExample
     responses: tuple[str, ...] | None
     """None where a model is still to write them."""
 
@@ -32,7 +33,7 @@ class Entry:
 class Question:
     """A prompt, and responses to it that a person ranks."""
 
-    prompt: str | list[ChatMessage]
+    prompt: str | list[Message]
     responses: tuple[str, ...]
 
     @cached_property
@@ -83,11 +84,11 @@ def read_entries(file: Path) -> list[Entry]:
             cannot be ranked.
     """
     entries: dict[str, Entry] = {}
-    for number, line in filled_lines(file):
-        entry = Entry(Ask(line, f"{file}:{number}"), None)
+    for number, line in read_nonblank_lines(file):
+        entry = Entry(PromptExample(line, f"{file}:{number}"), None)
         if file.suffix in (".jsonl", ".json"):
             row = parse_row(line, str(file), number)
-            entry = Entry(ask_of(row, file, number), _responses(row, file, number))
+            entry = Entry(parse_prompt(row, file, number), _responses(row, file, number))
         text = canonical([entry.ask.prompt, entry.responses])
         try:
             text.encode()

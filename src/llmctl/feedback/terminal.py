@@ -6,7 +6,7 @@ In: a session, and lines such as `2 1=3`. Out: the questions on stderr, the answ
 import sys
 
 from llmctl.console import SEEN, log
-from llmctl.data.prompts import ChatMessage
+from llmctl.data.schemas import Message
 from llmctl.errors import UserError
 from llmctl.feedback.questions import Question
 from llmctl.feedback.session import Session
@@ -100,7 +100,7 @@ def _text(session: Session, question: Question) -> str:
     return "\n".join(parts)
 
 
-def turns(prompt: str | list[ChatMessage]) -> list[tuple[str, str]]:
+def turns(prompt: str | list[Message]) -> list[tuple[str, str]]:
     """Who says what in a prompt."""
     if isinstance(prompt, str):
         return [("prompt", prompt)]

@@ -49,7 +49,7 @@ Kind = Literal["CAUSAL_LM", "SEQ_CLS"]
 
 
 @dataclass(frozen=True)
-class Adapter:
+class AdapterInfo:
     """What an adapter's folder says before it is loaded."""
 
     folder: Path
@@ -70,7 +70,7 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).exists()
 
 
-def read_adapter(folder: Path) -> Adapter:
+def read_adapter(folder: Path) -> AdapterInfo:
     """What there is to know of an adapter without its weights.
 
     Raises:
@@ -96,7 +96,7 @@ def read_adapter(folder: Path) -> Adapter:
         base = f"{base}@{raw['revision']}"
     how: Any = said.get(BASE_LOADED_IN, "full")
     is_prompt = "num_virtual_tokens" in raw
-    return Adapter(folder, base, said.get(BASE_SHA256), how, is_prompt, rows)
+    return AdapterInfo(folder, base, said.get(BASE_SHA256), how, is_prompt, rows)
 
 
 def save_adapter(
@@ -169,7 +169,7 @@ def weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def require_base(adapter: Adapter, base: Path) -> None:
+def require_base(adapter: AdapterInfo, base: Path) -> None:
     """Refuse to put an adapter on weights that it was not trained on.
 
     Raises:
@@ -184,7 +184,9 @@ def require_base(adapter: Adapter, base: Path) -> None:
         )
 
 
-def put_adapter(model: PreTrainedModel, adapter: Adapter, kind: Kind = "CAUSAL_LM") -> "PeftModel":
+def put_adapter(
+    model: PreTrainedModel, adapter: AdapterInfo, kind: Kind = "CAUSAL_LM"
+) -> "PeftModel":
     """The model with the adapter on it, in eval mode.
 
     Through PEFT's own class: the Auto class of transformers loses DoRA's magnitudes.
@@ -200,7 +202,7 @@ def put_adapter(model: PreTrainedModel, adapter: Adapter, kind: Kind = "CAUSAL_L
         set_peft_model_state_dict,
     )
 
-    from llmctl.models.patched_lora import fuse  # peft
+    from llmctl.models.patched_lora import fuse_lora  # peft
 
     folder = adapter.folder
     _grow(model, adapter)
@@ -235,10 +237,10 @@ def put_adapter(model: PreTrainedModel, adapter: Adapter, kind: Kind = "CAUSAL_L
         )
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return fuse(adapted.eval())
+    return fuse_lora(adapted.eval())
 
 
-def _grow(model: PreTrainedModel, adapter: Adapter) -> None:
+def _grow(model: PreTrainedModel, adapter: AdapterInfo) -> None:
     """Give the model the rows that the adapter has values for."""
     embedding: Any = model.get_input_embeddings()
     there, wanted = embedding.weight.shape[0], max(adapter.rows, default=-1) + 1

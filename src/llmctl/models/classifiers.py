@@ -31,7 +31,7 @@ POOLER = "pooler"
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedClassifier:
     """A classifier on the CPU, in float32."""
 
     model: PreTrainedModel
@@ -43,7 +43,7 @@ def load_classifier(
     reference: str,
     labels: tuple[str, ...],
     dtype: torch.dtype = torch.float32,
-) -> Loaded:
+) -> LoadedClassifier:
     """The model with a head for these labels: its own where it is a classifier, else a new one.
 
     Random: seed before.
@@ -66,7 +66,7 @@ def load_classifier(
         raise ModelError(
             f"transformers has no classifier of the architecture {config.model_type}", file=folder
         )
-    own = own_labels(config)
+    own = classifier_labels(config)
     has_head = own is not None
     if own is not None and labels == SCORE and len(own) != 1:
         raise ModelError(
@@ -92,7 +92,7 @@ def load_classifier(
         )
     except BROKEN as error:
         raise ModelError(f"the model does not load: {first_line(error)}", file=folder) from None
-    return Loaded(model, _check_loaded(model, report, saved, folder, has_head=has_head))
+    return LoadedClassifier(model, _check_loaded(model, report, saved, folder, has_head=has_head))
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
@@ -133,7 +133,7 @@ def require_padding_unseen(model: Any, short: Sequence[int], long: Sequence[int]
         )
 
 
-def positions(model: Any) -> int | None:
+def learned_positions(model: Any) -> int | None:
     """Tokens that there are learned positions for; RoBERTa and its kin count from after padding.
 
     None where positions are computed.
@@ -151,7 +151,7 @@ def require_positions(model: Any, longest: int) -> None:
     Raises:
         UserError: with how many tokens there is room for.
     """
-    room = positions(model)
+    room = learned_positions(model)
     if room is not None and longest > room:
         raise UserError(
             f"a text of {longest:,} tokens: the model has {room:,} positions",
@@ -229,7 +229,7 @@ def _tensor_names(folder: Path) -> set[str]:
     return names
 
 
-def own_labels(shape: PreTrainedConfig) -> tuple[str, ...] | None:
+def classifier_labels(shape: PreTrainedConfig) -> tuple[str, ...] | None:
     """Labels by number of a model that is a classifier already; None for others."""
     names = shape.architectures or []
     if not any(name.endswith("ForSequenceClassification") for name in names):

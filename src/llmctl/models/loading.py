@@ -30,6 +30,7 @@ from llmctl.errors import ModelError, NetworkError
 from llmctl.files import follow_umask, replace_folder
 from llmctl.models import patched_attention
 from llmctl.models.adapters import AdapterInfo, is_adapter, put_adapter, read_adapter, require_base
+from llmctl.models.causality import require_causal_config
 from llmctl.models.hub import is_hub_id, split_revision
 from llmctl.models.quantized import LoadIn, first_not_finite, quantization, saved_precision
 from llmctl.models.vetting import (
@@ -40,7 +41,6 @@ from llmctl.models.vetting import (
     check_size,
     first_line,
     read_object,
-    require_causal_config,
     require_safetensors,
 )
 from llmctl.runs.directory import resolve_model, resolve_tokenizer

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmctl.errors import ModelError
-from llmctl.models.adapters import CONFIG, Adapter, put_adapter, read_adapter, require_base
+from llmctl.models.adapters import CONFIG, AdapterInfo, put_adapter, read_adapter, require_base
 from llmctl.models.classifiers import SCORE, load_classifier
 from llmctl.models.loading import (
     context_size,
@@ -43,7 +43,7 @@ ROWS, LONGEST = 4, 64
 class Mergeable:
     """An adapter that can be merged, and the folder of its base."""
 
-    adapter: Adapter
+    adapter: AdapterInfo
     base: Path
 
 

@@ -62,6 +62,6 @@ def in_float32(query: Tensor) -> bool:
     return torch.bfloat16 in (query.dtype, rounded) and 1 < length <= SHORT // size
 
 
-def put_in_force() -> None:
+def register_attention() -> None:
     """Have every model that transformers loads with SDPA use `attend`."""
     AttentionInterface.register("sdpa", attend)

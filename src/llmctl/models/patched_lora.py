@@ -99,7 +99,7 @@ class LowRankLinear(Linear):  # type: ignore[misc]
         )
 
 
-def fuse(model: PeftModel) -> PeftModel:
+def fuse_lora(model: PeftModel) -> PeftModel:
     """Have the model's low-rank layers compute so; quantized ones and others stay as they are."""
     for module in model.modules():
         if type(module) is Linear and type(module.get_base_layer()) is nn.Linear:

@@ -19,8 +19,9 @@ from transformers import (
 
 from llmctl.config.commands.pretrain import Shape
 from llmctl.errors import ModelError, UserError
+from llmctl.models.causality import require_causal_config
 from llmctl.models.loading import load_config, parameter_count
-from llmctl.models.vetting import BROKEN, require_causal_config
+from llmctl.models.vetting import BROKEN
 
 EXPERTS, EXPERTS_USED = 8, 2  # Mixtral's (Jiang et al., 2024, arXiv:2401.04088)
 TIED_BELOW = 2048
@@ -28,7 +29,7 @@ TIED_BELOW = 2048
 
 
 @dataclass(frozen=True)
-class Dials:
+class ModelSize:
     """Sizes of a Llama-style model: RoPE, RMSNorm, SwiGLU, grouped-query attention."""
 
     layers: int
@@ -40,19 +41,19 @@ class Dials:
 
 
 PRESETS = {
-    "nano": Dials(4, 128, 4, 4, 320, 256),
-    "tiny": Dials(6, 256, 4, 2, 704, 256),
-    "mini": Dials(8, 384, 6, 2, 1024, 512),
-    "small": Dials(12, 768, 12, 4, 2048, 1024),
-    "medium": Dials(24, 1024, 16, 4, 2816, 2048),
-    "large": Dials(24, 1536, 24, 8, 4096, 2048),
-    "1b": Dials(16, 2048, 32, 8, 8192, 4096),
-    "3b": Dials(28, 3072, 24, 8, 8192, 4096),
-    "8b": Dials(32, 4096, 32, 8, 14336, 8192),
+    "nano": ModelSize(4, 128, 4, 4, 320, 256),
+    "tiny": ModelSize(6, 256, 4, 2, 704, 256),
+    "mini": ModelSize(8, 384, 6, 2, 1024, 512),
+    "small": ModelSize(12, 768, 12, 4, 2048, 1024),
+    "medium": ModelSize(24, 1024, 16, 4, 2816, 2048),
+    "large": ModelSize(24, 1536, 24, 8, 4096, 2048),
+    "1b": ModelSize(16, 2048, 32, 8, 8192, 4096),
+    "3b": ModelSize(28, 3072, 24, 8, 8192, 4096),
+    "8b": ModelSize(32, 4096, 32, 8, 14336, 8192),
 }
 
 
-def resolve_dials(shape: Shape, preset: str) -> Dials:
+def resolve_size(shape: Shape, preset: str) -> ModelSize:
     """The preset with the user's dials put in; what depends on a changed width follows it.
 
     Raises:
@@ -102,7 +103,7 @@ def new_config(
         require_causal_config(config, shape.config_from)
         config.update({**ids, "vocab_size": max(vocab_size, config.vocab_size)})
         return config
-    dials = resolve_dials(shape, preset)
+    dials = resolve_size(shape, preset)
     if shape.arch == "gpt2":
         if dials.kv_heads != dials.heads and shape.kv_heads is not None:
             raise UserError("--kv-heads does not go with --arch gpt2")
@@ -132,12 +133,12 @@ def new_config(
             )
 
 
-def llama_config(dials: Dials, vocab_size: int, **ids: int | None) -> LlamaConfig:
+def llama_config(dials: ModelSize, vocab_size: int, **ids: int | None) -> LlamaConfig:
     """A Llama of these sizes; `ids` are of special tokens."""
     return LlamaConfig(**_llama_fields(dials, vocab_size), **ids)
 
 
-def _llama_fields(dials: Dials, vocab_size: int) -> dict[str, Any]:
+def _llama_fields(dials: ModelSize, vocab_size: int) -> dict[str, Any]:
     return {
         "vocab_size": vocab_size,
         "hidden_size": dials.hidden,

@@ -42,14 +42,14 @@ def quantization(config: PreTrainedConfig, load_in: LoadIn, dtype: torch.dtype) 
         ModelError: the weights are in few bits already.
         ResourceError: a library that they need is not installed.
     """
-    if (held := held_in(config)) is not None:
+    if (held := saved_precision(config)) is not None:
         if load_in != "full":
             raise ModelError(
                 f"this model is quantized already ({held}): it cannot be loaded in "
                 f"{load_in.removesuffix('bit')} bits",
                 hint=f"drop --load-in-{load_in}",
             )
-        guard(held)
+        prepare_library(held)
         return None
     if load_in == "full":
         return None
@@ -58,7 +58,7 @@ def quantization(config: PreTrainedConfig, load_in: LoadIn, dtype: torch.dtype) 
     heads, odd = _kept_layers(config)
     if load_in == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=heads)
-    guard("bitsandbytes")
+    prepare_library("bitsandbytes")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -68,7 +68,7 @@ def quantization(config: PreTrainedConfig, load_in: LoadIn, dtype: torch.dtype) 
     )
 
 
-def guard(library: str) -> None:
+def prepare_library(library: str) -> None:
     """Get a library ready to load or make weights in few bits, before any layer is built.
 
     Args:
@@ -86,7 +86,7 @@ def guard(library: str) -> None:
         bitsandbytes_modules.has_avx512bf16 = lambda: False
 
 
-def held_in(config: PreTrainedConfig) -> str | None:
+def saved_precision(config: PreTrainedConfig) -> str | None:
     """Library and bits of a model that was saved quantized, as `bitsandbytes 4 bits`; else None."""
     how = config.to_dict().get("quantization_config")
     if not how:
@@ -109,7 +109,7 @@ def require_full(config: PreTrainedConfig, folder: Path | str, what: str) -> Non
     Raises:
         ModelError: naming how it is quantized.
     """
-    if (held := held_in(config)) is not None:
+    if (held := saved_precision(config)) is not None:
         raise ModelError(
             f"this model is quantized ({held}) and cannot {what}",
             file=folder,
@@ -145,24 +145,24 @@ def is_quantized(module: nn.Module) -> bool:
     return type(weight).__name__ in IN_FEW_BITS or hasattr(weight.data, "__tensor_flatten__")
 
 
-def memory_of(model: nn.Module) -> int:
+def memory_bytes_of(model: nn.Module) -> int:
     """Bytes that a model's weights and buffers take, with the scales of those in few bits.
 
     `get_memory_footprint` counts weights of torchao as if they were full.
     """
-    storages = [tensor.untyped_storage() for _, tensor in held_tensors(model)]
+    storages = [tensor.untyped_storage() for _, tensor in stored_tensors(model)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def not_finite(model: nn.Module) -> str | None:
+def first_not_finite(model: nn.Module) -> str | None:
     """Name of the first weight that is, or has a scale that is, NaN or infinite; else None."""
-    for name, tensor in held_tensors(model, buffers=False):
+    for name, tensor in stored_tensors(model, buffers=False):
         if tensor.is_floating_point() and not torch.isfinite(tensor.sum()):
             return name
     return None
 
 
-def held_tensors(model: nn.Module, *, buffers: bool = True) -> Iterator[tuple[str, Tensor]]:
+def stored_tensors(model: nn.Module, *, buffers: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that a model holds, by the name of the weight that it is of or belongs to."""
     for name, value in model.named_parameters():
         yield from ((name, tensor) for tensor in _plain([value]))

@@ -12,12 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from llmctl.errors import ModelError
 
@@ -52,52 +47,6 @@ LARGEST = {
 MOST = {r"(layers?|blocks?|stages)$": 1000, r"(experts?|heads?|labels?|groups?)$": 100_000}
 """Of what config.json counts, each of which becomes a Python object."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-
-def is_encoder(config: PreTrainedConfig) -> bool:
-    """Whether a model of this configuration reads a text from both sides, as BERT does.
-
-    Some architectures can do either, by a switch that is off unless a configuration says so.
-    """
-    decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
-    either = type(config) in MODEL_FOR_MASKED_LM_MAPPING or config.model_type == "bert-generation"
-    looks_ahead = getattr(config, "use_bidirectional_attention", None) in (True, "all")
-    return (either and not decodes) or looks_ahead
-
-
-def require_causal_config(config: PreTrainedConfig, source: str | Path) -> None:
-    """Refuse what is no causal language model, and say what can be done with it.
-
-    The configuration tells: transformers loads a BERT as a language model, too, which sees the
-    answers that it is to give.
-
-    Args:
-        config: of the model.
-        source: where it is, for the message.
-
-    Raises:
-        ModelError: an encoder, an encoder-decoder, or an architecture without a language model.
-    """
-    if config.is_encoder_decoder:
-        raise ModelError(
-            f"{config.model_type} is an encoder-decoder, not a causal language model",
-            file=source,
-            hint="use a decoder, such as a Llama, Qwen or GPT-2",
-        )
-    if is_encoder(config):
-        raise ModelError(
-            f"{config.model_type} is not a causal language model: it reads a text from both sides, "
-            "and would see the answers that it is to give",
-            file=source,
-            hint="make it a classifier (llmctl sft --task classify) or a reward model (llmctl "
-            "reward), or use a decoder",
-        )
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(
-            f"transformers has no causal language model of the architecture {config.model_type}",
-            file=source,
-            hint="use a decoder, such as a Llama, Qwen or GPT-2",
-        )
 
 
 def check_files(folder: Path) -> None:

@@ -1,35 +1,13 @@
 """Quality gates: what a recipe demands of a stage's figures, and whether it holds."""
 
 import difflib
-import operator
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llmctl.config.gates import SIGNS, Gate, parse_gate
 from llmctl.errors import GateError, UserError
-
-SIGNS: dict[str, Callable[[float, float], bool]] = {
-    ">=": operator.ge,
-    "<=": operator.le,
-    ">": operator.gt,
-    "<": operator.lt,
-    "==": operator.eq,
-}
-
-
-@dataclass(frozen=True)
-class Gate:
-    """What one figure must be."""
-
-    figure: str
-    sign: str
-    bound: float
-
-    def __str__(self) -> str:
-        """As a person reads it."""
-        return f"{self.figure} {self.sign} {self.bound:g}"
 
 
 @dataclass(frozen=True)
@@ -53,19 +31,15 @@ def parse_gates(values: Mapping[str, Any], file: Path, line: int | None) -> tupl
     """
     gates = []
     for figure, text in values.items():
-        found = re.fullmatch(r"(>=|<=|==|>|<)\s*(-?[0-9.]+(?:[eE][-+]?[0-9]+)?)", str(text).strip())
-        try:
-            bound = float(found[2]) if found else None
-        except ValueError:
-            bound = None
-        if found is None or bound is None:
+        gate = parse_gate(figure, str(text))
+        if gate is None:
             raise UserError(
                 f"gates: {figure}: expected a sign and a number, got {text!r}",
                 file=file,
                 line=line,
                 hint=f'such as {figure}: ">=0.9"; signs are {", ".join(SIGNS)}',
             )
-        gates.append(Gate(figure, found[1], bound))
+        gates.append(gate)
     return tuple(gates)
 
 
@@ -85,8 +59,7 @@ def judge(gates: tuple[Gate, ...], result: Mapping[str, Any]) -> tuple[Verdict, 
                 hint=f"it gave {', '.join(list(found)[:12])}",
             )
     return tuple(
-        Verdict(gate, found[gate.figure], SIGNS[gate.sign](found[gate.figure], gate.bound))
-        for gate in gates
+        Verdict(gate, found[gate.figure], gate.holds(found[gate.figure])) for gate in gates
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from llmctl.errors import from_json
 from llmctl.pipeline.references import Stage
-from llmctl.runs.ownership import as_object
+from llmctl.runs.ownership import parse_object
 from llmctl.signals import handled_by
 
 
@@ -32,7 +32,7 @@ def launch(stage: Stage, controls: dict[str, bool]) -> dict[str, Any]:
             code = _run(command, said.fileno())
             said.seek(0)
             lines = said.read().splitlines()
-    result = as_object(lines[-1]) if lines else {}
+    result = parse_object(lines[-1]) if lines else {}
     if code:
         told = result.get("error")
         raise from_json(told if isinstance(told, dict) else {}, code)

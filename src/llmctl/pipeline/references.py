@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmctl.config.gates import Gate
 from llmctl.config.sections import StageConfig
 from llmctl.console import log
 from llmctl.errors import Interrupted, Terminated, UserError
-from llmctl.pipeline.gates import Gate, parse_gates
+from llmctl.pipeline.gates import parse_gates
 from llmctl.pipeline.result_names import require_given
 from llmctl.pipeline.steps import Recipe, Step
 

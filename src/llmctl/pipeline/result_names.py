@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from llmctl.config.gates import Gate
 from llmctl.errors import UserError
-from llmctl.pipeline.gates import Gate
 
 TRAINING = (
     *("step", "best_step", "tokens", "tokens_per_second", "loss", "grad_norm", "memory_bytes"),

@@ -29,7 +29,7 @@ from llmctl.pipeline.status import (
 from llmctl.pipeline.view import View, show_gates
 from llmctl.runs import lock
 from llmctl.runs.directory import read_manifest
-from llmctl.runs.ownership import entered
+from llmctl.runs.ownership import made_directory
 from llmctl.signals import reason
 
 HOW: dict[Todo, str] = {
@@ -100,7 +100,7 @@ class Cycle:
         """
         read_journal(self.out)  # refuses a directory that is one run
         require_page(self.out)
-        with writing(self.out), entered(self.out), lock.locked(self.out):
+        with writing(self.out), made_directory(self.out), lock.locked(self.out):
             journal = open_journal(self.out, self.recipe, self.stages)
             view = View(self.stages)
             try:

@@ -25,10 +25,10 @@ from llmctl.config.commands import (
     SftConfig,
 )
 from llmctl.config.finetuning import LowRank, Quantized
-from llmctl.data.classification import load_labelled
+from llmctl.data.classification import load_classification_data
 from llmctl.data.preference_pairs import load_pairs, load_preferences
 from llmctl.data.prompts import read_prompts
-from llmctl.data.sft import load_supervised
+from llmctl.data.sft import load_sft_data
 from llmctl.data.tokenized import Tokenized
 from llmctl.errors import UserError
 from llmctl.models import presets
@@ -39,7 +39,7 @@ from llmctl.planning.shape import VOCABULARY, Shape, config_of, shape_of, too_lo
 from llmctl.planning.work import Episodes, Work
 from llmctl.ppo.hyperparameters import CPU_PASS_LOGITS, GPU_PASS_LOGITS, for_ppo
 from llmctl.ppo.prompts import PromptFormat, encode_prompts
-from llmctl.ppo.rewards import weighted
+from llmctl.ppo.rewards import parse_weight
 from llmctl.training.adapters import adapt, trainable_parameters
 from llmctl.training.base_model import Prepared, load_in
 from llmctl.training.batches import Sequences
@@ -139,9 +139,9 @@ def _lengths(recipe: Tuned) -> tuple[list[int], float, int]:
         pairs = load_pairs(recipe, None).train
         return pairs.lengths.tolist(), counted_share(pairs.chosen, pairs.rejected), 1
     if recipe.task == "classify":
-        data = load_labelled(recipe)
+        data = load_classification_data(recipe)
         return data.train.lengths.tolist(), 0.0, len(data.labels)
-    examples = load_supervised(recipe, recipe.prompt_tuning or 0, None)
+    examples = load_sft_data(recipe, recipe.prompt_tuning or 0, None)
     rows = Sequences(examples.train, 0, examples.max_length if recipe.packing else None)
     return rows.lengths, counted_share(examples.train), 1
 
@@ -208,7 +208,7 @@ def _judges(recipe: PpoConfig, policy: int, asked: PlanConfig) -> int:
     """Parameters of reward models; adapters on the policy's own weights count as whole models."""
     if asked.shape is not None:
         return policy * len(recipe.reward_model)
-    names = [weighted("--reward-model", text)[0] for text in recipe.reward_model]
+    names = [parse_weight("--reward-model", text)[0] for text in recipe.reward_model]
     models = [presets.meta_model(load_config(name), scores=True) for name in names]
     return sum(parameter_count(model) for model in models)
 

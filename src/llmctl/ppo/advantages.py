@@ -1,7 +1,8 @@
-"""From scores and log-probabilities to rewards per token, advantages and returns.
+"""The mathematics of a rollout: scores and log-probabilities in, token rewards, advantages and
+returns out.
 
 Tensors are (B, R): B episodes of at most R response tokens. `mask` is true on sampled tokens up to
-and including the one that ended the response; what stands elsewhere changes nothing.
+and including the one that ended the response; values elsewhere change nothing.
 """
 
 from collections.abc import Callable
@@ -11,38 +12,46 @@ import torch
 from torch import Tensor
 
 KlEstimator = Literal["k1", "k3"]
-Sum = Callable[[Tensor], Tensor]
+AllReduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all processes."""
 
 
-def alone(found: Tensor) -> Tensor:
-    """The sum over all processes where there is one."""
-    return found
+def single_process(tensor: Tensor) -> Tensor:
+    """Return the tensor: its sum over all processes where there is one."""
+    return tensor
 
 
-def masked_mean(values: Tensor, mask: Tensor, total: Sum = alone) -> Tensor:
-    """The mean of values (B, R) over the mask, of all processes."""
+def masked_mean(values: Tensor, mask: Tensor, all_reduce: AllReduce = single_process) -> Tensor:
+    """Mean of values (B, R) over the mask, of all processes."""
     sums = torch.stack([values.where(mask, 0.0).double().sum(), mask.double().sum()])
-    sums = total(sums)
+    sums = all_reduce(sums)
     return (sums[0] / sums[1]).to(values.dtype)
 
 
-def whiten(values: Tensor, mask: Tensor, total: Sum = alone) -> Tensor:
+def masked_variance(values: Tensor, mask: Tensor, all_reduce: AllReduce = single_process) -> Tensor:
+    """Population variance of values (B, R) over the mask, of all processes."""
+    mean = masked_mean(values, mask, all_reduce)
+    return masked_mean((values - mean) ** 2, mask, all_reduce)
+
+
+def whiten(values: Tensor, mask: Tensor, all_reduce: AllReduce = single_process) -> Tensor:
     """Values (B, R) of mean 0 and variance 1 over the mask, of all processes; 0 elsewhere.
 
-    The variance is the population's. Engstrom et al. (2020, arXiv:2005.12729) count this among what
-    makes PPO work.
+    (A - mean) / sqrt(variance + 1e-8), the variance that of the population. Here over all tokens of
+    a step, as TRL's PPOTrainer did; a minibatch at a time in Huang et al. (2022, The 37
+    Implementation Details of Proximal Policy Optimization, detail 7).
     """
-    mean = masked_mean(values, mask, total)
-    variance = masked_mean((values - mean) ** 2, mask, total)
+    mean = masked_mean(values, mask, all_reduce)
+    variance = masked_variance(values, mask, all_reduce)
     return ((values - mean) * torch.rsqrt(variance + 1e-8)).where(mask, 0.0)
 
 
 def kl_penalty(log_probs: Tensor, reference: Tensor, estimator: KlEstimator) -> Tensor:
-    """Estimates (B, R) of KL(policy || reference) from a token sampled by the policy.
+    """Estimates (B, R) of KL(p || q), p the policy that sampled the tokens, q the reference.
 
-    k1 = log p - log q is unbiased and may be negative; k3 = exp(-k1) - 1 + k1 never is, and varies
-    less (Schulman, 2020, Approximating KL Divergence).
+    k1 = log p - log q is unbiased and may be negative. k3 = q/p - 1 - log(q/p) = exp(-k1) - 1 + k1
+    is unbiased too, never negative, and varies less (Schulman, 2020, Approximating KL Divergence,
+    http://joschu.net/blog/kl-approx.html).
 
     Args:
         log_probs: log p (B, R) of the sampled tokens under the policy.
@@ -54,22 +63,23 @@ def kl_penalty(log_probs: Tensor, reference: Tensor, estimator: KlEstimator) -> 
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """Rewards (B, R): minus the penalty at every token, plus the score at the last.
+    """Rewards (B, R): r_t = -beta KL_t, plus the score at the last token of a response.
 
-    Ziegler et al. (2019, arXiv:1909.08593, eq. 2); the score stands on the token that ended the
-    response, its EOS where it has one.
+    Their sum with k1 is R(x, y) = r(x, y) - beta log(p(y|x) / q(y|x)) (Ziegler et al., 2019,
+    arXiv:1909.08593, eq. 2); a penalty at each token as in Ouyang et al. (2022, arXiv:2203.02155,
+    section 3.5). The score falls on the token that ended the response, its EOS where it has one.
 
     Args:
-        scores: (B,) of whole responses.
+        scores: r (B,) of whole responses.
         kl: (B, R) see `kl_penalty`.
         mask: (B, R); a row without a token gets no score.
         kl_coef: beta.
     """
     rewards = (-kl_coef * kl).where(mask, 0.0)
     lengths = mask.sum(1)
-    at = (lengths - 1).clamp(min=0)[:, None]
-    earned = scores.to(rewards).where(lengths > 0, 0.0)
-    return rewards.scatter_add(1, at, earned[:, None])
+    last = (lengths - 1).clamp(min=0)[:, None]
+    scores = scores.to(rewards).where(lengths > 0, 0.0)
+    return rewards.scatter_add(1, last, scores[:, None])
 
 
 def generalized_advantages(
@@ -77,7 +87,8 @@ def generalized_advantages(
 ) -> Tensor:
     """Generalized advantage estimates (B, R) (Schulman et al., 2016, arXiv:1506.02438, eq. 16).
 
-    A_t = delta_t + discount_t lam A_{t+1}, where delta_t = r_t + discount_t V_{t+1} - V_t.
+    A_t = sum_l (gamma lam)^l delta_{t+l}, computed as A_t = delta_t + gamma lam A_{t+1}, where
+    delta_t = r_t + gamma V_{t+1} - V_t.
 
     Args:
         rewards: r (B, R).
@@ -87,18 +98,21 @@ def generalized_advantages(
         lam: lambda, from 0 (one step) to 1 (the whole return).
     """
     deltas = rewards + discounts * next_values - values
-    carry, decay = torch.zeros_like(deltas[:, 0]), discounts * lam
-    found = []
+    advantage, decay = torch.zeros_like(deltas[:, 0]), discounts * lam
+    advantages = []
     for t in reversed(range(deltas.shape[1])):
-        carry = deltas[:, t] + decay[:, t] * carry
-        found.append(carry)
-    return torch.stack(found[::-1], 1)
+        advantage = deltas[:, t] + decay[:, t] * advantage
+        advantages.append(advantage)
+    return torch.stack(advantages[::-1], 1)
 
 
 def response_advantages(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, both (B, R) and 0 outside the mask, of responses that end with it.
+    """Advantages A and returns A + V, both (B, R) and 0 outside the mask.
+
+    A response ends with its mask: V is 0 after its last token. A_t + V_t is the lambda-return, the
+    target of the value model.
 
     Args:
         rewards: (B, R) see `token_rewards`.
@@ -108,26 +122,27 @@ def response_advantages(
         lam: see `generalized_advantages`.
     """
     rewards, values = rewards.where(mask, 0.0), values.where(mask, 0.0)
-    following = torch.nn.functional.pad(values[:, 1:], (0, 1))
-    goes_on = torch.nn.functional.pad(mask[:, 1:], (0, 1))
+    next_values = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    continues = torch.nn.functional.pad(mask[:, 1:], (0, 1))
     advantages = generalized_advantages(
-        rewards, values, following, gamma * goes_on.to(rewards.dtype), lam
+        rewards, values, next_values, gamma * continues.to(rewards.dtype), lam
     )
     advantages = advantages.where(mask, 0.0)
     return advantages, (advantages + values).where(mask, 0.0)
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horizon: float) -> float:
-    """The coefficient after a batch whose mean KL per response was `kl`, in nats.
+    """Coefficient beta after a batch, by proportional control in log space.
 
-    Proportional control in log space (Ziegler et al., 2019, arXiv:1909.08593, section 2.2).
+    e = clip(KL / target - 1, -0.2, 0.2), beta <- beta (1 + K e) (Ziegler et al., 2019,
+    arXiv:1909.08593, section 2.2), with K = episodes / horizon as in their code.
 
     Args:
         kl_coef: beta so far.
-        kl: of the batch.
-        target: what it should be.
+        kl: mean KL of a response of the batch, in nats.
+        target: the KL to hold, in nats.
         episodes: of the batch.
-        horizon: episodes in which a large error moves beta by a factor of about e^0.2.
+        horizon: episodes in which a clipped error moves beta by a factor of about e^0.2.
     """
     error = min(0.2, max(-0.2, kl / target - 1))
     return kl_coef * (1 + error * episodes / horizon)

@@ -1,7 +1,8 @@
-"""Episodes as tensors: what was asked and answered, and what is known of each token of an answer.
+"""Episodes as tensors: the token ids of prompts and responses in, batches of like length and the
+experience that updates need out.
 
-A rank holds B episodes. (B, R) tensors are padded at the right to the longest answer; `mask` says
-which tokens there are. Sequences of tokens are cut into passes of like length.
+A rank holds B episodes. (B, R) tensors are padded at the right to the longest response; `mask` says
+which tokens there are.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Sequences:
+class PromptResponses:
     """B prompts with their responses, as token ids."""
 
     prompts: list[list[int]]
@@ -23,39 +24,38 @@ class Sequences:
         """B."""
         return len(self.prompts)
 
-    def mask(self, width: int | None = None) -> Tensor:
+    def mask(self) -> Tensor:
         """(B, R) true on the tokens of each response."""
         lengths = torch.tensor([len(response) for response in self.responses])
-        longest = int(lengths.max()) if width is None else width
-        return torch.arange(longest) < lengths[:, None]
+        return torch.arange(int(lengths.max())) < lengths[:, None]
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Some rows of the episodes, as a model takes them."""
+    """Rows of the episodes that go through a model together."""
 
     rows: Tensor
-    """(b,) their numbers."""
+    """(b,) their indices."""
     tokens: Tensor
     """(b, L) prompts and responses, padded at the right: attention is causal, nothing sees it."""
-    places: Tensor
-    """(n,) of b x (L - 1): after which token each token of a response is chosen."""
-    chosen: Tensor
+    positions: Tensor
+    """(n,) indices into b x (L - 1) of the tokens that predict the response tokens."""
+    targets: Tensor
     """(n,) tokens of the responses, row by row."""
     mask: Tensor
-    """(b, R) which of the episodes' columns they are."""
+    """(b, R) the episodes' columns that they fill."""
 
-    def spread(self, values: Tensor) -> Tensor:
-        """Values (n,) of the tokens as (b, R), 0 where there is none."""
+    def unflatten(self, values: Tensor) -> Tensor:
+        """Values (n,) of the response tokens as (b, R), 0 where there is none."""
         return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
 
 
-def passes(
-    sequences: Sequences,
+def make_passes(
+    sequences: PromptResponses,
     rows: Sequence[int],
     *,
-    most_tokens: int,
-    most_chosen: int,
+    max_tokens: int,
+    max_response_tokens: int,
     mask: Tensor,
     device: torch.device,
 ) -> Iterator[Pass]:
@@ -63,18 +63,19 @@ def passes(
 
     Args:
         sequences: all of this rank's.
-        rows: which of them.
-        most_tokens: of a pass, padding included; one row is always taken.
-        most_chosen: response tokens of a pass, of each of which there are V logits.
-        mask: (B, R) of the episodes, on the CPU: to look at it on a GPU would be a wait.
-        device: where to.
+        rows: indices of those to take.
+        max_tokens: of a pass, padding included; one row is always taken.
+        max_response_tokens: of a pass; each has V logits.
+        mask: (B, R) of the episodes, on the CPU: reading it on a GPU would synchronize.
+        device: of the passes.
     """
     length = {row: len(sequences.prompts[row]) + len(sequences.responses[row]) for row in rows}
     group: list[int] = []
     for row in sorted(rows, key=lambda row: (-length[row], row)):
         longest = length[group[0]] if group else 0
-        chosen = sum(len(sequences.responses[r]) for r in (*group, row))
-        if group and ((len(group) + 1) * longest > most_tokens or chosen > most_chosen):
+        response_tokens = sum(len(sequences.responses[r]) for r in (*group, row))
+        too_long = (len(group) + 1) * longest > max_tokens
+        if group and (too_long or response_tokens > max_response_tokens):
             yield make_pass(sequences, group, mask, device)
             group = []
         group.append(row)
@@ -83,37 +84,41 @@ def passes(
 
 
 def make_pass(
-    sequences: Sequences, rows: Sequence[int], mask: Tensor, device: torch.device, pad: int = 0
+    sequences: PromptResponses,
+    rows: Sequence[int],
+    mask: Tensor,
+    device: torch.device,
+    pad: int = 0,
 ) -> Pass:
-    """These rows as one pass; what `pad` is makes no difference."""
-    whole = [sequences.prompts[row] + sequences.responses[row] for row in rows]
-    longest = max(map(len, whole))
-    padded = [tokens + [pad] * (longest - len(tokens)) for tokens in whole]
-    places = [
-        number * (longest - 1) + len(sequences.prompts[row]) - 1 + i
-        for number, row in enumerate(rows)
+    """Put rows into one pass; the padding token makes no difference."""
+    texts = [sequences.prompts[row] + sequences.responses[row] for row in rows]
+    longest = max(map(len, texts))
+    padded = [tokens + [pad] * (longest - len(tokens)) for tokens in texts]
+    positions = [
+        index * (longest - 1) + len(sequences.prompts[row]) - 1 + i
+        for index, row in enumerate(rows)
         for i in range(len(sequences.responses[row]))
     ]
-    chosen = [token for row in rows for token in sequences.responses[row]]
-    parts = (
+    targets = [token for row in rows for token in sequences.responses[row]]
+    tensors = (
         torch.tensor(rows),
         torch.tensor(padded),
-        torch.tensor(places),
-        torch.tensor(chosen),
+        torch.tensor(positions),
+        torch.tensor(targets),
         mask[list(rows)],
     )
     if device.type == "cuda":
-        return Pass(*(part.pin_memory().to(device, non_blocking=True) for part in parts))
-    return Pass(*(part.to(device) for part in parts))
+        return Pass(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors))
+    return Pass(*(tensor.to(device) for tensor in tensors))
 
 
 @dataclass(frozen=True)
-class Episodes:
-    """A step's episodes of one rank, with all that their updates need; on the device."""
+class Experience:
+    """One rank's episodes of a step, with all that the updates need; on the device."""
 
-    sequences: Sequences
+    sequences: PromptResponses
     first: int
-    """Number of the first of them among those of all ranks."""
+    """Index of the first episode among those of all ranks."""
     mask: Tensor
     """(B, R), on the CPU."""
     log_probs: Tensor
@@ -124,5 +129,5 @@ class Episodes:
     """(B, R)."""
     returns: Tensor
     """(B, R)."""
-    sampled: Tensor
-    """(B, R) log-probabilities as the sampler gave them."""
+    sampler_log_probs: Tensor
+    """(B, R) as the sampler computed them."""

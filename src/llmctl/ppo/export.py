@@ -13,7 +13,7 @@ from llmctl.models.adapters import save_adapter
 from llmctl.models.loading import save_model, write_folder
 from llmctl.ppo.setup import Setup
 from llmctl.ppo.trainer import PpoTrainer
-from llmctl.runs.ownership import SAMPLES, as_object
+from llmctl.runs.ownership import SAMPLES, parse_object
 from llmctl.training.export import put_best, write_adapter
 from llmctl.training.fault_tolerance import together
 from llmctl.training.run_state import RunState
@@ -83,7 +83,7 @@ def _samples(state: RunState) -> list[dict[str, Any]]:
     """Rows of the kept step."""
     file = state.run.path / SAMPLES
     lines = file.read_bytes().splitlines() if file.exists() else []
-    rows = [dict(as_object(line)) for line in lines]
+    rows = [dict(parse_object(line)) for line in lines]
     return [row for row in rows if row.get("step") == state.progress.best_step]
 
 

@@ -29,7 +29,7 @@ from llmctl.errors import ModelError, UserError
 from llmctl.models.adapters import is_adapter, read_adapter, weights_sha256
 from llmctl.models.hub import model_input
 from llmctl.models.loading import find_base, local_folder
-from llmctl.models.patched_lora import fuse
+from llmctl.models.patched_lora import fuse_lora
 from llmctl.ppo.episodes import Pass
 from llmctl.ppo.rewards import Source, named_apart, rule_source, weighted
 from llmctl.ppo.rules import Told, find_rule
@@ -287,7 +287,7 @@ def _value_model(config: PpoConfig, base: Any, origin: RewardModel | None) -> An
         return adapt(classifier_on(base), config, task="classify")
     about = deepcopy(origin.model.peft_config["default"])
     about.inference_mode, about.trainable_token_indices = False, None  # the policy's tokens only
-    value_model = fuse(get_peft_model(classifier_on(base), about))
+    value_model = fuse_lora(get_peft_model(classifier_on(base), about))
     learned = dict(origin.model.named_parameters())
     with torch.no_grad():
         for name, weight in value_model.named_parameters():

@@ -57,7 +57,7 @@ class PromptFormat:
             ModelError: the chat template refuses them.
         """
         if self.chat is not None:
-            return self.chat.prompt(self.rewarded(row))
+            return self.chat.encode_prompt(self.rewarded(row))
         if not row.is_single:
             raise DataError(
                 "a conversation, and this model has no chat template",

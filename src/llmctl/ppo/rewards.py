@@ -1,7 +1,8 @@
-"""Several rewards as one: each a function from texts to scores, normalised by itself and weighted.
+"""Several rewards as one: functions from samples to scores in, a weighted sum out.
 
-Llama 2 (Touvron et al., 2023, arXiv:2307.09288, section 3.2.2) joins helpfulness and safety so; a
-weight may also be negative.
+Each reward model's scores are normalized first, r <- (r - mean) / std. Ziegler et al. (2019,
+arXiv:1909.08593, section 2) take mean and std over the reference's responses; Llama 2 adds up two
+reward models whose scores are whitened (Touvron et al., 2023, arXiv:2307.09288, section 3.2.3).
 """
 
 import math
@@ -13,135 +14,143 @@ import torch
 from torch import Tensor
 
 from llmctl.errors import UserError
-from llmctl.ppo.advantages import Sum
-from llmctl.ppo.rules import Rule, Told, require_finite
+from llmctl.ppo.advantages import AllReduce
+from llmctl.ppo.rules import Rule, Sample, require_finite
 
-LEAST_DEVIATION = 1e-6
-"""Of scores that do not vary: dividing by less would make noise of rounding."""
-Raw = dict[str, Tensor]
-"""Scores (N,) of each source, as it gave them."""
-Scorer = Callable[[Sequence[Told], Sequence[bool]], Tensor]
-"""Scores (N,) of responses, told which of them ended by themselves."""
+MIN_STD = 1e-6
+"""Scores that do not vary are divided by this: by less, rounding would become noise."""
+RawScores = dict[str, Tensor]
+"""Scores (N,) of each reward, by its name, before normalization."""
+Scorer = Callable[[Sequence[Sample], Sequence[bool]], Tensor]
+"""Scores (N,) of samples, given which of the responses ended by themselves."""
 
 
 @dataclass
-class Scale:
-    """Mean and deviation of a source's scores: how they are brought to mean 0 and variance 1."""
+class RunningMoments:
+    """Mean and standard deviation of scores, batch by batch."""
 
     mean: float = 0.0
-    deviation: float = 1.0
+    std: float = 1.0
     count: float = 0.0
     squares: float = 0.0
     """Sum of squared distances from the mean."""
 
-    def take(self, scores: Tensor, total: Sum) -> None:
-        """Count scores (N,) of all processes in (Chan et al., 1979, parallel variance)."""
+    def update(self, scores: Tensor, all_reduce: AllReduce) -> None:
+        """Add scores (N,) of all processes.
+
+        With d the difference of the means, S_AB = S_A + S_B + d^2 n_A n_B / (n_A + n_B) (Chan,
+        Golub and LeVeque, 1979, Updating Formulae and a Pairwise Algorithm for Computing Sample
+        Variances, eq. 2.1).
+        """
         scores = scores.double()
-        n, sum_ = total(torch.tensor([len(scores), float(scores.sum())], dtype=torch.float64))
+        n, sum_ = all_reduce(torch.tensor([len(scores), float(scores.sum())], dtype=torch.float64))
         mean = float(sum_ / n)
-        squares = float(total(((scores - mean) ** 2).sum()[None])[0])
-        both, shift = self.count + float(n), mean - self.mean
-        self.squares += squares + shift**2 * self.count * float(n) / both
-        self.mean += shift * float(n) / both
-        self.count = both
-        self.deviation = math.sqrt(self.squares / max(1.0, self.count - 1))
+        squares = float(all_reduce(((scores - mean) ** 2).sum()[None])[0])
+        count, shift = self.count + float(n), mean - self.mean
+        self.squares += squares + shift**2 * self.count * float(n) / count
+        self.mean += shift * float(n) / count
+        self.count = count
+        self.std = math.sqrt(self.squares / max(1.0, self.count - 1))
 
     @property
-    def deviation_used(self) -> float:
-        """What scores are divided by."""
-        return max(self.deviation, LEAST_DEVIATION)
+    def divisor(self) -> float:
+        """Standard deviation, or the least that scores are divided by."""
+        return max(self.std, MIN_STD)
 
-    def apply(self, scores: Tensor, clip: float) -> Tensor:
-        """Scores (N,) normalised, and held within `clip` where that is not 0."""
-        found = (scores - self.mean) / self.deviation_used
-        return found.clamp(-clip, clip) if clip else found
+    def normalize(self, scores: Tensor, clip: float) -> Tensor:
+        """Scores (N,) of mean 0 and variance 1, clipped to +- `clip` unless that is 0."""
+        normalized = (scores - self.mean) / self.divisor
+        return normalized.clamp(-clip, clip) if clip else normalized
 
 
 @dataclass
-class Source:
-    """One reward."""
+class RewardSource:
+    """One reward of the weighted sum."""
 
     name: str
-    """As metrics call it: the last part of a path, or the rule."""
+    """In metrics: the last part of a path, or the rule."""
     weight: float
     score: Scorer
     is_model: bool
-    scale: Scale = field(default_factory=Scale)
+    moments: RunningMoments = field(default_factory=RunningMoments)
 
 
 @dataclass(frozen=True)
-class Scored:
-    """What responses were found to be worth."""
+class CombinedScores:
+    """Scores of N responses."""
 
     total: Tensor
-    """(N,) weighted sum of the normalised scores: what PPO maximises."""
-    raw: Raw
+    """(N,) weighted sum of the normalized scores: what PPO maximizes."""
+    raw: RawScores
 
 
 @dataclass(frozen=True)
-class Rewards:
+class RewardSum:
     """All rewards of a run."""
 
-    sources: list[Source]
+    sources: list[RewardSource]
     normalization: str
-    """reference, running or none; rules are never normalised."""
+    """reference, running or none; rules are never normalized."""
     clip: float
     missing_eos_penalty: float
 
-    def raw(self, told: Sequence[Told], ended: Sequence[bool]) -> Raw:
-        """Scores (N,) of each source.
+    def raw(self, samples: Sequence[Sample], ended: Sequence[bool]) -> RawScores:
+        """Score samples with each reward.
 
         Raises:
-            DataError: a source that fails, or gives what is no number.
+            DataError: a reward that fails, or gives NaN or infinity.
         """
-        found = {}
+        raw = {}
         for source in self.sources:
-            scores = source.score(told, ended).float()
-            require_finite(source.name, scores.tolist(), told)
-            found[source.name] = scores
-        return found
+            scores = source.score(samples, ended).float()
+            require_finite(source.name, scores.tolist(), samples)
+            raw[source.name] = scores
+        return raw
 
     @property
     def is_unmeasured(self) -> bool:
-        """Whether a scale is wanted that nothing has been measured for."""
+        """Whether moments are needed that no score was added to."""
         models = [source for source in self.sources if source.is_model]
-        return self.normalization != "none" and any(not model.scale.count for model in models)
+        return self.normalization != "none" and any(not model.moments.count for model in models)
 
-    def measure(self, raw: Raw, total: Sum) -> None:
-        """Count scores in for the normalisation."""
+    def measure(self, raw: RawScores, all_reduce: AllReduce) -> None:
+        """Add scores to the moments of each reward model."""
         for source in self.sources:
             if source.is_model and self.normalization != "none":
-                source.scale.take(raw[source.name], total)
+                source.moments.update(raw[source.name], all_reduce)
 
-    def combine(self, raw: Raw, ended: Sequence[bool]) -> Scored:
-        """Normalise, weigh and add; then the penalty for responses that did not end."""
+    def combine(self, raw: RawScores, ended: Sequence[bool]) -> CombinedScores:
+        """Normalize, weight and add the scores; penalize responses that did not end.
+
+        The penalty stands for the EOS trick (Huang et al., 2024, arXiv:2403.17031, section 7).
+        """
         total = torch.zeros(len(ended))
         for source in self.sources:
             scores = raw[source.name]
             if source.is_model and self.normalization != "none":
-                scores = source.scale.apply(scores, self.clip)
+                scores = source.moments.normalize(scores, self.clip)
             total = total + source.weight * scores
         total -= self.missing_eos_penalty * ~torch.tensor(list(ended), dtype=torch.bool)
-        return Scored(total, raw)
+        return CombinedScores(total, raw)
 
     def state(self) -> list[list[float]]:
-        """For a checkpoint: the scale of each source."""
-        scales = (source.scale for source in self.sources)
-        return [[s.mean, s.deviation, s.count, s.squares] for s in scales]
+        """Moments of each reward, for a checkpoint."""
+        moments = (source.moments for source in self.sources)
+        return [[m.mean, m.std, m.count, m.squares] for m in moments]
 
     def restore(self, state: list[list[float]]) -> None:
-        """Put back what `state` took."""
-        for source, scale in zip(self.sources, state, strict=True):
-            source.scale = Scale(*scale)
+        """Restore the moments that `state` gave."""
+        for source, moments in zip(self.sources, state, strict=True):
+            source.moments = RunningMoments(*moments)
 
 
-def rule_source(name: str, weight: float, rule: Rule) -> Source:
-    """A rule as a reward."""
-    return Source(name, weight, lambda told, _: torch.tensor(rule(told)), is_model=False)
+def rule_reward(name: str, weight: float, rule: Rule) -> RewardSource:
+    """Make a reward of a rule."""
+    return RewardSource(name, weight, lambda samples, _: torch.tensor(rule(samples)), False)
 
 
-def weighted(flag: str, text: str) -> tuple[str, float]:
-    """What a reward is called and what it weighs: `runs/helpful=0.7`, 1 where nothing is said.
+def parse_weight(flag: str, text: str) -> tuple[str, float]:
+    """Split `runs/helpful=0.7` into name and weight, by default 1.
 
     Raises:
         UserError: a weight of 0, or one that is not finite.
@@ -158,8 +167,8 @@ def weighted(flag: str, text: str) -> tuple[str, float]:
     return stem, weight
 
 
-def named_apart(references: Sequence[str]) -> list[str]:
-    """A short name for each, as metrics show it: the folder's, numbered where two are alike."""
+def unique_names(references: Sequence[str]) -> list[str]:
+    """Short name of each reward for metrics: its folder's, numbered where two are alike."""
     shorts = [text if ":" in text else Path(text).name or text for text in references]
     return [
         short if shorts.count(short) == 1 else f"{short}-{shorts[: i + 1].count(short)}"

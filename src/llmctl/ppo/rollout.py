@@ -1,7 +1,8 @@
-"""Sample responses from a policy: `decode.py`'s loop, that generate uses too.
+"""Sample responses from a policy with the decoding loop of `llmctl generate`.
 
-A text depends on its prompt, the seed and the number of its episode alone. Prompts of like length
-share a batch, samples of one prompt share its prefill, and what has ended is computed no more.
+In: a model and prompts. Out: a `Rollout`. A text depends on its prompt, the seed and its stream id
+alone. Prompts of like length share a batch, samples of one prompt share its prefill, and finished
+sequences are computed no more.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -18,19 +19,19 @@ from llmctl.config.sections import Sampling
 from llmctl.decode.forward import Forward, HuggingFaceForward
 from llmctl.decode.llama import fast_forward
 from llmctl.decode.loop import Prompt, Response, decode
-from llmctl.ppo.episodes import Sequences
+from llmctl.ppo.episodes import PromptResponses
 from llmctl.signals import StopFlag
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
-class Halted(Exception):
-    """A signal came while responses were sampled; what was sampled is thrown away."""
+class RolloutInterrupted(Exception):
+    """A signal came while responses were sampled; they are thrown away."""
 
 
 @dataclass(frozen=True)
-class Sampler:
-    """How responses are sampled."""
+class RolloutSampler:
+    """Settings of sampling."""
 
     tokenizer: Any
     max_new_tokens: int
@@ -45,69 +46,69 @@ class Sampler:
         self,
         model: Any,
         prompts: Sequence[Sequence[int]],
-        numbers: Sequence[int],
+        stream_ids: Sequence[int],
         flag: StopFlag,
         autocast: Autocast,
     ) -> "Rollout":
         """Continue each prompt once.
 
         Args:
-            model: plain causal language model, its adapters in force.
+            model: plain causal language model, its adapters active.
             prompts: token ids.
-            numbers: of the episodes, which decide the noise.
+            stream_ids: random stream of each: same (seed, id), same text.
             flag: set where a signal came.
-            autocast: in which numbers the model computes.
+            autocast: precision that the model computes in.
 
         Raises:
-            Halted: a signal came.
+            RolloutInterrupted: a signal came.
         """
         sampling = Sampling(
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=1.0
         )
-        asked = [Prompt(list(p), number) for p, number in zip(prompts, numbers, strict=True)]
-        forward = _Watched(model, prompts[0], flag, autocast)
+        streams = zip(prompts, stream_ids, strict=True)
         responses = decode(
             model,
-            asked,
+            [Prompt(list(tokens), stream_id) for tokens, stream_id in streams],
             sampling,
             eos=self.eos,
-            forward=forward,
+            forward=_InterruptibleForward(model, prompts[0], flag, autocast),
             seed=self.seed,
             batch_size=self.batch_size,
             tokenizer=self.tokenizer,
             log_probs=True,
         )
-        found = sorted(responses, key=lambda response: response.index)
-        return Rollout(Sequences([list(p) for p in prompts], [r.tokens for r in found]), found)
+        ordered = sorted(responses, key=lambda response: response.index)
+        tokens = [response.tokens for response in ordered]
+        return Rollout(PromptResponses([list(p) for p in prompts], tokens), ordered)
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Responses and what is known of them at once."""
+    """Sampled responses, as tokens and as text."""
 
-    sequences: Sequences
+    sequences: PromptResponses
     responses: Sequence[Response]
 
     @property
     def ended(self) -> list[bool]:
-        """Whether each ended by itself."""
+        """Whether each response ended by itself."""
         return [response.finish_reason == "eos" for response in self.responses]
 
     @property
     def texts(self) -> list[str]:
-        """What each says."""
+        """Text of each response."""
         return [response.text for response in self.responses]
 
     def log_probs(self, width: int) -> Tensor:
         """(B, R) of the sampled tokens at the sampling temperature, 0 where there is none."""
-        found = torch.zeros(len(self.responses), width)
+        log_probs = torch.zeros(len(self.responses), width)
         for row, response in enumerate(self.responses):
-            found[row, : len(response.tokens)] = torch.tensor(response.log_probs)
-        return found
+            log_probs[row, : len(response.tokens)] = torch.tensor(response.log_probs)
+        return log_probs
 
 
-class _Watched:
-    """The fast pass where it covers the model with its adapter, else transformers'.
+class _InterruptibleForward:
+    """The fused forward pass where it covers the model with its adapter, else transformers'.
 
     A signal stops it before the next token.
     """
@@ -131,31 +132,31 @@ class _Watched:
 
     def step(self, tokens: Tensor) -> Tensor:
         if self._flag.received:
-            raise Halted
+            raise RolloutInterrupted
         with self._autocast():
             return self._forward.step(tokens)
 
 
 def adapted_weights(block: nn.Module) -> dict[str, Tensor]:
-    """The weights that a block computes with: each layer's own and its adapter's change to it.
+    """Weights of a block, by name, each layer's with its adapter's low-rank update added.
 
-    What is no low-rank change alone (DoRA) or not to be added (quantized) keeps PEFT's names, which
-    the fast pass does not know.
+    Where adding is not enough (DoRA) or not possible (quantized) all keep PEFT's names, which the
+    fused pass does not know.
     """
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     layers = {name: m for name, m in block.named_modules() if isinstance(m, LoraLayer)}
     for name, weight in block.named_parameters():
         if not any(name.startswith(f"{prefix}.") for prefix in layers):
-            found[name] = weight.detach()
+            weights[name] = weight.detach()
     for name, layer in layers.items():
         base: Any = layer.get_base_layer()
         active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
         if type(base) is not nn.Linear or any(layer.use_dora[adapter] for adapter in active):
             return dict(block.named_parameters())
-        changed = base.weight.detach()
+        merged = base.weight.detach()
         for adapter in active:
-            changed = changed.float() + layer.get_delta_weight(adapter).float()
-        found[f"{name}.weight"] = changed
+            merged = merged.float() + layer.get_delta_weight(adapter).float()
+        weights[f"{name}.weight"] = merged
         if base.bias is not None:
-            found[f"{name}.bias"] = base.bias.detach()
-    return found
+            weights[f"{name}.bias"] = base.bias.detach()
+    return weights

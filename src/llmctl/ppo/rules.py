@@ -1,6 +1,6 @@
-"""Rules that score responses without a model: built-in ones, and functions of the user's.
+"""Reward rules, which score responses without a model: built-in ones, and functions of the user's.
 
-In: the name of a rule. Out: a function from prompts, responses and right answers to scores.
+In: the name of a rule. Out: a function from samples to scores.
 """
 
 import importlib
@@ -15,89 +15,89 @@ from typing import Any
 from llmctl.errors import DataError, UserError
 
 BUILT_IN = "exact, regex:PATTERN, length:WORDS, repetition, python:package.module.function"
-GRAM = 3
-"""Words in a row that count as one for `repetition`."""
+NGRAM = 3
+"""Words of the n-grams that `repetition` counts."""
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a rule is told of one response."""
+class Sample:
+    """One response, as a reward sees it."""
 
     prompt: Any
     """Text, or a list of messages."""
     response: str
-    answer: str | None
-    """What is right, where the data says it."""
+    reference: str | None
+    """The right answer, where the data has one."""
     name: str
-    """Where the prompt stands."""
+    """File and line of the prompt."""
 
 
-Rule = Callable[[Sequence[Told]], list[float]]
+Rule = Callable[[Sequence[Sample]], list[float]]
 
 
 def find_rule(name: str) -> Rule:
-    """The function of a rule.
+    """Find the function of a rule.
 
     Raises:
-        UserError: no such rule, or an argument that makes no sense.
+        UserError: no such rule, or an invalid argument.
     """
     kind, _, argument = name.partition(":")
     if kind == "exact" and not argument:
-        return _each(exact)
+        return _for_each(exact)
     if kind == "repetition" and not argument:
-        return _each(lambda told: repetition(told.response))
+        return _for_each(lambda sample: repetition(sample.response))
     if kind == "regex" and argument:
         try:
             pattern = re.compile(argument)
         except re.error as error:
             raise UserError(f"--reward-rule {name}: no regular expression: {error}") from None
-        return _each(lambda told: float(pattern.search(told.response) is not None))
+        return _for_each(lambda sample: float(pattern.search(sample.response) is not None))
     if kind == "length" and argument:
         if not argument.isdecimal() or not int(argument):
             raise UserError(f"--reward-rule {name}: expected a number of words, got {argument!r}")
-        return _each(lambda told: length(told.response, int(argument)))
+        return _for_each(lambda sample: length(sample.response, int(argument)))
     if kind == "python" and argument:
-        return _python(name, argument)
+        return _import_rule(name, argument)
     raise UserError(f"no reward rule `{name}`", hint=f"there is {BUILT_IN}")
 
 
-def exact(told: Told) -> float:
+def exact(sample: Sample) -> float:
     """1 for the right answer, but for case, white space and one full stop; else 0.
 
     Raises:
         DataError: the prompt comes without an answer.
     """
-    if told.answer is None:
+    if sample.reference is None:
         raise DataError(
-            f"--reward-rule exact needs answers, and {told.name} has none",
+            f"--reward-rule exact needs answers, and {sample.name} has none",
             hint="give the rows a column `answer`",
         )
-    return float(plain(told.response) == plain(told.answer))
+    return float(normalize_answer(sample.response) == normalize_answer(sample.reference))
 
 
 def length(response: str, words: int) -> float:
-    """Minus how far a response is from so many words, as a share of them; -1 at the least."""
+    """Minus the distance from a number of words, as a share of it; at least -1."""
     return -min(1.0, abs(len(response.split()) - words) / words)
 
 
 def repetition(response: str) -> float:
-    """Minus the share of runs of three words that stood in the response before."""
-    said = response.split()
-    grams = [tuple(said[i : i + GRAM]) for i in range(len(said) - GRAM + 1)]
-    return len(set(grams)) / len(grams) - 1 if grams else 0.0
+    """Minus the share of trigrams of words that stood in the response before."""
+    words = response.split()
+    ngrams = [tuple(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1)]
+    return len(set(ngrams)) / len(ngrams) - 1 if ngrams else 0.0
 
 
-def plain(text: str) -> str:
-    """A text without case, superfluous white space and a full stop at its end."""
+def normalize_answer(text: str) -> str:
+    """Remove case, superfluous white space and a full stop at the end."""
     return " ".join(text.casefold().split()).removesuffix(".").rstrip()
 
 
-def _each(score: Callable[[Told], float]) -> Rule:
-    return lambda told: [score(one) for one in told]
+def _for_each(score: Callable[[Sample], float]) -> Rule:
+    return lambda samples: [score(sample) for sample in samples]
 
 
-def _python(name: str, path: str) -> Rule:
-    """A function of the user's: prompts, completions and answers in, a score each out."""
+def _import_rule(name: str, path: str) -> Rule:
+    """Import a function of the user's: prompts, completions and answers in, a score each out."""
     module_name, _, function_name = path.rpartition(".")
     if not module_name:
         raise UserError(
@@ -116,43 +116,44 @@ def _python(name: str, path: str) -> Rule:
     if not callable(function):
         raise UserError(f"--reward-rule {name}: {path} is no function")
 
-    def score(told: Sequence[Told]) -> list[float]:
-        found = _call(function, name, told)
-        if len(found) != len(told):
+    def score(samples: Sequence[Sample]) -> list[float]:
+        scores = _call(function, name, samples)
+        if len(scores) != len(samples):
             raise DataError(
-                f"--reward-rule {name} gave {len(found):,} scores for {len(told):,} responses"
+                f"--reward-rule {name} gave {len(scores):,} scores for {len(samples):,} responses"
             )
-        return found
+        return scores
 
     return score
 
 
-def _call(function: Callable[..., Any], name: str, told: Sequence[Told]) -> list[float]:
-    """Call code that may fail in any way, and say at which texts it did."""
+def _call(function: Callable[..., Any], name: str, samples: Sequence[Sample]) -> list[float]:
+    """Call a function that may raise anything, and report the texts that it failed on."""
     columns = {
-        "prompts": [one.prompt for one in told],
-        "completions": [one.response for one in told],
-        "answers": [one.answer for one in told],
+        "prompts": [sample.prompt for sample in samples],
+        "completions": [sample.response for sample in samples],
+        "answers": [sample.reference for sample in samples],
     }
     try:
         return [float(score) for score in function(**columns)]
     except Exception as error:  # a user's function may raise anything
         raise DataError(
-            f"--reward-rule {name} raised {type(error).__name__}: {error}, given {len(told):,} "
-            f"responses, the first to {told[0].name}: {told[0].response[:80]!r}",
+            f"--reward-rule {name} raised {type(error).__name__}: {error}, given {len(samples):,} "
+            f"responses, the first to {samples[0].name}: {samples[0].response[:80]!r}",
             hint="it is called with prompts, completions and answers, lists of one length, by name",
         ) from error
 
 
-def require_finite(source: str, scores: Sequence[float], told: Sequence[Told]) -> None:
-    """Refuse a score that is no number.
+def require_finite(source: str, scores: Sequence[float], samples: Sequence[Sample]) -> None:
+    """Refuse a score that is NaN or infinite.
 
     Raises:
         DataError: naming the source and the text.
     """
-    for score, one in zip(scores, told, strict=True):
+    for score, sample in zip(scores, samples, strict=True):
         if not math.isfinite(score):
             raise DataError(
-                f"{source} gave {score} for the response to {one.name}: {one.response[:80]!r}",
+                f"{source} gave {score} for the response to {sample.name}: "
+                f"{sample.response[:80]!r}",
                 hint="a score must be a finite number",
             )

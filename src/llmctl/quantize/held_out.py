@@ -167,7 +167,7 @@ def _rendered(
     documents: list[list[int]] = []
     prompts: list[list[int]] = []
     total = 0
-    for sequences in ChatFormat(tokenizer).batch(examples, "assistant"):
+    for sequences in ChatFormat(tokenizer).encode_examples(examples, "assistant"):
         for encoded in sequences:
             documents.append(list(encoded.tokens))
             total += len(encoded.tokens)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llmctl.reporting.records import Record, clean
 from llmctl.reporting.tables import key_figures
-from llmctl.runs.lineage import Input, Step, line_of, portable
+from llmctl.runs.lineage import LineageStep, RunInput, lineage_of, portable
 
 SPINE = ("model", "base", "tokens", "adapter", "tokenizer")
 """Roles that hand a model on."""
@@ -85,7 +85,7 @@ def _nodes(records: Sequence[Record]) -> dict[str, _Node]:
     shown = {str(record.path.resolve()): record for record in records}
     found: dict[str, _Node] = {}
     for record in records:
-        for step in line_of(record.path, record.manifest):
+        for step in lineage_of(record.path, record.manifest):
             key = str(step.path.resolve())
             if key not in found:
                 found |= {one.key: one for one in _outside(step) if one.key not in found}
@@ -93,7 +93,7 @@ def _nodes(records: Sequence[Record]) -> dict[str, _Node]:
     return found
 
 
-def _node(key: str, step: Step, record: Record | None) -> _Node:
+def _node(key: str, step: LineageStep, record: Record | None) -> _Node:
     named = {_key(one): one.role for one in step.inputs if one.run or not one.is_data}
     data = [one.path for one in step.inputs if one.run is None and one.is_data]
     more = f" +{len(data) - 1}" if len(data) > 1 else ""
@@ -110,7 +110,7 @@ def _node(key: str, step: Step, record: Record | None) -> _Node:
     )
 
 
-def _key(one: Input) -> str:
+def _key(one: RunInput) -> str:
     return str(one.run.resolve()) if one.run else f"outside:{one.path}"
 
 
@@ -124,7 +124,7 @@ def _figure(record: Record) -> str:
     return f"{first.value} {BRIEF.get(first.label, first.label.partition(',')[0].lower())}"
 
 
-def _outside(step: Step) -> list[_Node]:
+def _outside(step: LineageStep) -> list[_Node]:
     """Models that no run of this disk made."""
     models = [one for one in step.inputs if one.run is None and not one.is_data]
     return [

@@ -16,8 +16,8 @@ from llmctl.config.base import read_recipe
 from llmctl.console import SEEN
 from llmctl.errors import DataError, UserError
 from llmctl.redact import redact
-from llmctl.runs.listing import Summary, summarize, survey
-from llmctl.runs.ownership import METRICS, SAMPLES, as_object, read_json
+from llmctl.runs.listing import RunSummary, list_runs, summarize
+from llmctl.runs.ownership import METRICS, SAMPLES, parse_object, read_json
 
 ROWS = "rows.jsonl"
 REPORT = "report.json"
@@ -36,7 +36,7 @@ class Record:
     name: str
     """Short, and no other run's of this report."""
     stage: str
-    summary: Summary
+    summary: RunSummary
     manifest: dict[str, Any]
     status: dict[str, Any]
     recipe: dict[str, Any]
@@ -76,7 +76,7 @@ def read_records(named: Sequence[Path]) -> tuple[list[Record], list[str]]:
     Raises:
         DataError: nothing there, no run, or one that cannot be read.
     """
-    found: dict[Path, Summary] = {}
+    found: dict[Path, RunSummary] = {}
     notes: list[str] = []
     for path in named:
         for summary in _summaries(path):
@@ -134,14 +134,14 @@ def _gates(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield str(stage.get("name")), gate
 
 
-def _summaries(path: Path) -> list[Summary]:
+def _summaries(path: Path) -> list[RunSummary]:
     if not path.exists():
         raise DataError("no such directory", file=path, hint="pass a run, or a folder of runs")
     if not path.is_dir():
         raise DataError("not a directory", file=path, hint="pass a run, or a folder of runs")
     if _is_one(path):
         return [summarize(path, datetime.now(UTC))]
-    found = [s for s in survey(path) if not (Path(s.path) / PIPELINE).exists()]
+    found = [s for s in list_runs(path) if not (Path(s.path) / PIPELINE).exists()]
     if not found:
         raise DataError("no runs in this directory", file=path, hint="pass a run's directory")
     return found
@@ -153,7 +153,7 @@ def _is_one(path: Path) -> bool:
     return any((path / name).exists() for name in records) and not (path / PIPELINE).exists()
 
 
-def _read(summary: Summary, name: str) -> Record:
+def _read(summary: RunSummary, name: str) -> Record:
     path = Path(summary.path)
     metrics, bad = _lines(path / METRICS)
     samples, _ = _lines(path / SAMPLES)
@@ -205,7 +205,7 @@ def _lines(file: Path, most: int | None = None) -> tuple[list[dict[str, Any]], i
     if not file.is_file() or file.stat().st_size > MOST_BYTES:
         return [], 0
     lines = [line for line in file.read_bytes().split(b"\n") if line.strip()]
-    found = [as_object(line) for line in lines[:most]]
+    found = [parse_object(line) for line in lines[:most]]
     known: dict[str, str] = {}
     return [clean(row, known) for row in found if row], sum(not row for row in found)
 

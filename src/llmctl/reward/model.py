@@ -16,16 +16,16 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from llmctl.data.chat.responses import ResponseFormat
 from llmctl.data.schemas import Message
-from llmctl.data.tokenized import Encoded
+from llmctl.data.tokenized import EncodedSequence
 from llmctl.errors import DataError, ModelError
 from llmctl.models.adapters import is_adapter, put_adapter, read_adapter, require_base
 from llmctl.models.classifiers import (
     SCORE,
+    classifier_labels,
+    learned_positions,
     load_classifier,
     logits_of,
-    own_labels,
     pad_right,
-    positions,
     require_padding_unseen,
 )
 from llmctl.models.loading import context_size, find_base, load_config, load_tokenizer, local_folder
@@ -94,7 +94,7 @@ class RewardModel:
         texts = [self.encoded(exchange) for exchange in exchanges]
         return self.score_encoded(texts, batch_size=batch_size)
 
-    def score_encoded(self, texts: Sequence[Encoded], *, batch_size: int = 32) -> Tensor:
+    def score_encoded(self, texts: Sequence[EncodedSequence], *, batch_size: int = 32) -> Tensor:
         """The same for texts that are encoded already.
 
         Raises:
@@ -105,16 +105,18 @@ class RewardModel:
             raise ModelError("this reward model gives a score that is not finite", file=self.folder)
         return scores
 
-    def encoded(self, exchange: Exchange) -> Encoded:
+    def encoded(self, exchange: Exchange) -> EncodedSequence:
         """The same with where the response stands."""
         if isinstance(exchange.prompt, str):
-            whole = self.written.text(exchange.prompt, exchange.response, ended=exchange.ended)
+            whole = self.written.encode_text(
+                exchange.prompt, exchange.response, ended=exchange.ended
+            )
         else:
             said = {"role": "assistant", "content": exchange.response}
-            whole = self.written.conversation(
+            whole = self.written.encode_conversation(
                 [*exchange.prompt, said], len(exchange.prompt), ended=exchange.ended
             )
-        found = self.written.shortened(whole, len(whole.tokens) - self.max_length)
+        found = self.written.truncate_prompt(whole, len(whole.tokens) - self.max_length)
         shown = repr(exchange.response[:40])
         if found is None:
             raise DataError(
@@ -175,7 +177,7 @@ def load_reward_model(
     rows = int(model.get_input_embeddings().weight.shape[0])
     _check_padding(model, pad, rows)
     written = ResponseFormat(tokenizer, shape)
-    limits = (context_size(shape), positions(model), int(tokenizer.model_max_length))
+    limits = (context_size(shape), learned_positions(model), int(tokenizer.model_max_length))
     room = min(limit for limit in (*limits, 1 << 40) if limit is not None)
     return RewardModel(
         reference=reference,
@@ -192,7 +194,7 @@ def load_reward_model(
 
 @torch.no_grad()
 def score_encoded(
-    model: Any, texts: Sequence[Encoded], pad: int, takes_types: bool, batch_size: int = 32
+    model: Any, texts: Sequence[EncodedSequence], pad: int, takes_types: bool, batch_size: int = 32
 ) -> Tensor:
     """Scores (N,) of texts by a model in eval mode, float32 on the CPU, in their order."""
     order = sorted(range(len(texts)), key=lambda place: len(texts[place].tokens))
@@ -204,7 +206,7 @@ def score_encoded(
     return scores
 
 
-def score_batch(texts: Sequence[Encoded], pad: int, takes_types: bool) -> dict[str, Tensor]:
+def score_batch(texts: Sequence[EncodedSequence], pad: int, takes_types: bool) -> dict[str, Tensor]:
     """What a reward model is given: ids and mask (B, L), and token types where it takes them."""
     batch = pad_right([text.tokens for text in texts], pad)
     if takes_types:
@@ -223,7 +225,7 @@ def _require_score(shape: PreTrainedConfig, folder: Path) -> None:
     Raises:
         ModelError: saying what it is.
     """
-    labels = own_labels(shape)
+    labels = classifier_labels(shape)
     hint = "train one: llmctl reward --model BASE --data preferences.jsonl -o runs/reward"
     if labels is None:
         kind = (shape.architectures or [shape.model_type])[0]
@@ -240,7 +242,7 @@ def _require_score_of_adapter(folder: Path) -> None:
     """The same for an adapter, whose model's configuration may stand beside it."""
     if (folder / "config.json").exists():
         shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if own_labels(shape) is not None:
+        if classifier_labels(shape) is not None:
             _require_score(shape, folder)
 
 

@@ -13,11 +13,11 @@ from typing import Any
 from llmctl import hardware
 from llmctl.config.commands import RewardConfig
 from llmctl.console import ProgressBar, show_recipes
-from llmctl.data.preferences import sides_of
-from llmctl.data.rows import Record, checked_text, listed, read_records
-from llmctl.data.schemas import PAIR_LAYOUTS, Message, conversation, from_json, layout_of
+from llmctl.data.preferences import parse_sides
+from llmctl.data.rows import Record, checked_text, quote_names, read_records
+from llmctl.data.schemas import PAIR_LAYOUTS, Message, conversation, from_json, match_layout
 from llmctl.data.sources import find_sources
-from llmctl.data.tokenized import Encoded
+from llmctl.data.tokenized import EncodedSequence
 from llmctl.decode.output import open_rows
 from llmctl.errors import DataError
 from llmctl.files import check_out
@@ -68,7 +68,7 @@ def score_file(config: RewardConfig) -> dict[str, Any] | None:
     return {"stage": "reward", "out": str(config.out), "model": config.model, **facts}
 
 
-def _encoded(model: RewardModel, record: Record, *, has_turns: bool) -> dict[str, Encoded]:
+def _encoded(model: RewardModel, record: Record, *, has_turns: bool) -> dict[str, EncodedSequence]:
     """The texts of a row that get a score each, by its name."""
     try:
         found = exchanges_of(record, has_turns=has_turns)
@@ -90,7 +90,7 @@ def exchanges_of(record: Record, *, has_turns: bool) -> dict[str, Exchange]:
     """
     row = record.row
     if {"chosen", "rejected"} <= row.keys():
-        sides = sides_of(record, layout_of(row, PAIR_LAYOUTS, None, None))
+        sides = parse_sides(record, match_layout(row, PAIR_LAYOUTS, None, None))
         return {
             f"score_{name}": _answered(list(side.messages), "messages")
             if side.messages is not None
@@ -106,7 +106,7 @@ def exchanges_of(record: Record, *, has_turns: bool) -> dict[str, Exchange]:
     if "text" in row:
         return {"score": Exchange("", checked_text(row["text"], "text"))}
     raise DataError(
-        f"nothing to score in these columns: {listed(list(row))}",
+        f"nothing to score in these columns: {quote_names(list(row))}",
         hint="it takes `prompt` + `response`, `messages`, `text`, or `chosen` + `rejected`",
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 from llmctl import metrics
 from llmctl.files import replace_file
 from llmctl.redact import redact
-from llmctl.runs.lineage import Input, Step, inputs_of, line_of, portable
+from llmctl.runs.lineage import LineageStep, RunInput, inputs_of, lineage_of, portable
 from llmctl.runs.ownership import read_json
 
 CARD = "README.md"
@@ -62,7 +62,7 @@ def card(path: Path, folder: Path, manifest: Mapping[str, Any]) -> str:
     """The text of one card."""
     from huggingface_hub import ModelCardData  # a third of a second
 
-    line, kind = line_of(path, manifest), kind_of(folder)
+    line, kind = lineage_of(path, manifest), kind_of(folder)
     header = ModelCardData(**_header(line, kind, folder)).to_yaml(line_break="\n")
     parts = [f"---\n{header}\n---", f"# {path.absolute().name}", _summary(line, kind, folder)]
     for title, text in _sections(line, kind, folder):
@@ -96,7 +96,7 @@ def license_of(folder: Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _header(line: list[Step], kind: str, folder: Path) -> dict[str, Any]:
+def _header(line: list[LineageStep], kind: str, folder: Path) -> dict[str, Any]:
     """What the Hub reads: only what is known, and only names that it can have."""
     stage, is_adapter = str(line[-1].manifest.get("stage")), _is_adapter(folder)
     bases = [i for step in line for i in step.inputs if i.role in ("model", "base") and not i.run]
@@ -114,7 +114,7 @@ def _header(line: list[Step], kind: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def _summary(line: list[Step], kind: str, folder: Path) -> str:
+def _summary(line: list[LineageStep], kind: str, folder: Path) -> str:
     manifest = line[-1].manifest
     count = manifest.get("parameters") or (manifest.get("result") or {}).get("parameters")
     size = f" of {metrics.compact(count)} parameters" if isinstance(count, int) else ""
@@ -124,7 +124,7 @@ def _summary(line: list[Step], kind: str, folder: Path) -> str:
     return f"{made} ({version})." if version else f"{made}."
 
 
-def _sections(line: list[Step], kind: str, folder: Path) -> Iterator[tuple[str, str]]:
+def _sections(line: list[LineageStep], kind: str, folder: Path) -> Iterator[tuple[str, str]]:
     manifest = line[-1].manifest
     yield "How to use it", _usage(kind, folder)
     yield "How it was made", _made(line)
@@ -161,7 +161,7 @@ def _usage(kind: str, folder: Path) -> str:
     return "```python\n" + "\n".join(lines) + "\n```"
 
 
-def _made(line: list[Step]) -> str:
+def _made(line: list[LineageStep]) -> str:
     """The command, then every run before it and every file that went in."""
     command = [portable(str(word)) for word in line[-1].manifest.get("command") or []]
     parts = [f"```sh\n{shlex.join(command)}\n```"] if command else []
@@ -174,12 +174,12 @@ def _made(line: list[Step]) -> str:
     return "\n\n".join(parts)
 
 
-def _step_row(step: Step) -> tuple[str, str, str]:
+def _step_row(step: LineageStep) -> tuple[str, str, str]:
     named = [_named(one) for one in inputs_of(step.path, step.manifest)]
     return str(step.manifest.get("stage")), _code(step.path.absolute().name), "; ".join(named)
 
 
-def _named(one: Input) -> str:
+def _named(one: RunInput) -> str:
     """An input by its name here, and by what tells it from all others."""
     mark = one.revision or one.sha256
     kind = "revision" if one.revision else "sha256"

@@ -45,7 +45,7 @@ fault: Callable[[str, Path], None] = _nothing
 
 
 @dataclass(frozen=True)
-class Content:
+class CheckpointContent:
     """What a checkpoint holds. Tensors of rank 0 matter, but for `rng`, which every rank has."""
 
     step: int
@@ -67,7 +67,7 @@ class Owner:
 
 def save(
     root: Path,
-    content: Content,
+    content: CheckpointContent,
     owner: Owner,
     *,
     rank: int = 0,
@@ -138,7 +138,7 @@ def clean(root: Path) -> None:
             fault("delete", path)
 
 
-def size(content: Content) -> int:
+def size(content: CheckpointContent) -> int:
     """Bytes that a checkpoint takes, about."""
     tensors = [*content.model.values(), *content.optimizer.values()]
     return sum(t.numel() * t.element_size() for t in tensors) + 1_000_000
@@ -163,7 +163,7 @@ def _prepare(root: Path, staging: Path, needed: int) -> None:
     staging.mkdir()
 
 
-def _commit(staging: Path, final: Path, content: Content, owner: Owner) -> None:
+def _commit(staging: Path, final: Path, content: CheckpointContent, owner: Owner) -> None:
     follow_umask(staging)
     files = {
         file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)}

@@ -27,15 +27,15 @@ from llmctl.files import finite, replace_file, write_json, writing
 from llmctl.redact import redact, redacted
 from llmctl.runs import lock, trackers
 from llmctl.runs.cards import write_cards
-from llmctl.runs.energy import Meter
+from llmctl.runs.energy import EnergyMeter
 from llmctl.runs.ownership import (
     LOGS,
     METRICS,
     Claim,
-    as_object,
-    can_go_on,
     claim,
-    entered,
+    is_resumable,
+    made_directory,
+    parse_object,
     read_json,
 )
 from llmctl.runs.provenance import origin
@@ -51,7 +51,7 @@ class Run:
     is_main: bool = True
     manifest: dict[str, Any] = field(default_factory=dict)
     status: dict[str, Any] = field(default_factory=dict)
-    meter: Meter = field(default_factory=Meter)
+    meter: EnergyMeter = field(default_factory=EnergyMeter)
     under_way: bool = False
     """Whether training began: until then a resumed run stays what it was if this call fails."""
     tracking: trackers.Tracking | None = None
@@ -71,14 +71,14 @@ class Run:
             if self.tracking is not None and name == METRICS:
                 self.tracking.log(shown)
 
-    def forget_metrics_after(self, step: int) -> None:
+    def drop_metrics_after(self, step: int) -> None:
         """Begin training: drop the lines of steps that will be done again, and what is no line."""
         self.under_way = True
         for path in (self.path / name for name in LOGS if self.is_main):
             if not path.exists():
                 continue
             lines = path.read_bytes().split(b"\n")
-            steps = (as_object(line).get("step") for line in lines)
+            steps = (parse_object(line).get("step") for line in lines)
             kept = [
                 line + b"\n"
                 for line, found in zip(lines, steps, strict=True)
@@ -88,11 +88,11 @@ class Run:
         if self.tracking is not None:
             metrics = self.path / METRICS
             lines = metrics.read_bytes().splitlines() if metrics.exists() else []
-            rows = [as_object(line) for line in lines]
+            rows = [parse_object(line) for line in lines]
             known = self.manifest.get("trackers", {})
             self.record(trackers=self.tracking.start(self.manifest["run_id"], known, rows))
 
-    def tell_end(self, code: int) -> None:
+    def end_tracking(self, code: int) -> None:
         """Let trackers go, last of all: one may wait long for its server."""
         if self.tracking is not None:
             self.tracking.finish(redacted(self.manifest.get("result", {})), code)
@@ -132,12 +132,12 @@ def open_run(stage: str, config: StageConfig) -> Iterator[Run]:
         with writing(run.path):
             yield run
         return
-    with writing(run.path), entered(run.path), lock.locked(run.path):
+    with writing(run.path), made_directory(run.path), lock.locked(run.path):
         owned = claim(run.path, overwrite=config.overwrite, resuming=is_resuming(config))
         try:
             with writing(run.path), lock.still_there(run.path):
                 _begin(run, config)
-                run.tracking = trackers.asked_for(config, stage, run.path)
+                run.tracking = trackers.requested_trackers(config, stage, run.path)
                 yield run
             with writing(run.path), lock.still_there(run.path):
                 run.record(finished=now(), energy=run.meter.add(run.manifest))
@@ -148,10 +148,10 @@ def open_run(stage: str, config: StageConfig) -> Iterator[Run]:
         except BaseException as error:
             with suppress(OSError):  # a full disk must not hide why the run failed
                 _fail(run, error, owned)
-            run.tell_end(error.code if isinstance(error, UserError) else 1)
+            run.end_tracking(error.code if isinstance(error, UserError) else 1)
             raise
         owned.settle()
-        run.tell_end(0)
+        run.end_tracking(0)
 
 
 def finished_already(stage: str, config: StageConfig) -> dict[str, Any] | None:
@@ -163,7 +163,7 @@ def finished_already(stage: str, config: StageConfig) -> dict[str, Any] | None:
         OutputError: another run is at work in the directory, or what finished there is no such run.
         ResourceError: a tracker is asked for that is not installed.
     """
-    trackers.asked_for(config, stage, config.out)
+    trackers.requested_trackers(config, stage, config.out)
     if config.out is None:
         return None
     if rank() == 0 and not config.dry_run and lock.is_held(config.out):
@@ -244,7 +244,7 @@ def _begin(run: Run, config: StageConfig) -> None:
     run.record()
     if not (run.path / "recipe.yaml").exists():
         run.keep_recipe(config)
-    started = can_go_on(run.path)
+    started = is_resumable(run.path)
     if started and "step" in status:
         run.status["step"] = status["step"]
     run.set_status("running", pid=os.getpid(), host=socket.gethostname(), resumable=started)
@@ -259,7 +259,7 @@ def _fail(run: Run, error: BaseException, owned: Claim) -> None:
         return  # deleted while running: not to be made again
     signalled = reason(error)
     known = signalled or (error if isinstance(error, UserError) else None)
-    resumable = can_go_on(run.path)
+    resumable = is_resumable(run.path)
     stays = owned.earlier and not run.under_way and (resumable or owned.has_ended())
     if not resumable and not stays and known and not isinstance(error, DivergedError):
         owned.withdraw()

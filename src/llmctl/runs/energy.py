@@ -24,7 +24,7 @@ NAME_BYTES = 96
 
 
 @dataclass
-class Meter:
+class EnergyMeter:
     """Counts from one reading to the next."""
 
     marked: float = field(default_factory=time.monotonic)
@@ -53,7 +53,7 @@ class Meter:
         earlier = manifest.get("energy") or {"kwh": 0.0, "seconds": 0.0}
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         machines = max(1, int(os.environ.get("WORLD_SIZE", "1")) // local)
-        now = Meter()
+        now = EnergyMeter()
         busy = (now.core_seconds - self.core_seconds) * local
         joules = self.package_joules if self.packages else busy * CORE_WATTS
         assumed = f"CPU assumed to draw {CORE_WATTS:g} W for each busy core"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmctl.runs.ownership import OWN_FOLDERS, is_llmctls, read_json
+from llmctl.runs.ownership import OWN_FOLDERS, is_llmctl_manifest, read_json
 
 HUB_ID = re.compile(r"([\w][\w.-]*/[\w.-]+)(?:@[\w./-]+)?")
 """A name on the Hub, and perhaps the revision that it is pinned to."""
@@ -20,7 +20,7 @@ _FOLDERS_BEFORE = re.compile(r"(^|=)~?/.*/")
 
 
 @dataclass(frozen=True)
-class Input:
+class RunInput:
     """One thing that a run was given."""
 
     role: str
@@ -43,20 +43,20 @@ class Input:
 
 
 @dataclass(frozen=True)
-class Step:
+class LineageStep:
     """A run in a line of runs."""
 
     path: Path
     manifest: Mapping[str, Any]
-    inputs: tuple[Input, ...]
+    inputs: tuple[RunInput, ...]
 
 
-def inputs_of(path: Path, manifest: Mapping[str, Any]) -> tuple[Input, ...]:
+def inputs_of(path: Path, manifest: Mapping[str, Any]) -> tuple[RunInput, ...]:
     """What a run was given, with the runs that made it."""
     found = manifest.get("inputs")
     entries = [e for e in found if isinstance(e, dict)] if isinstance(found, list) else []
     return tuple(
-        Input(
+        RunInput(
             role=str(entry.get("role", "input")),
             path=str(entry.get("path", "")),
             sha256=_text(entry.get("sha256")),
@@ -79,12 +79,12 @@ def run_of(reference: str, near: Path) -> Path | None:
     for place in places:
         folder = place.parent if place.name in OWN_FOLDERS else place
         is_itself = folder.absolute() == near.absolute()
-        if not is_itself and is_llmctls(read_json(folder / "manifest.json")):
+        if not is_itself and is_llmctl_manifest(read_json(folder / "manifest.json")):
             return folder
     return None
 
 
-def line_of(path: Path, manifest: Mapping[str, Any]) -> list[Step]:
+def lineage_of(path: Path, manifest: Mapping[str, Any]) -> list[LineageStep]:
     """The run and those it stands on, the eldest first, each once."""
     return list(_walk(path, manifest, set()))
 
@@ -98,13 +98,13 @@ def portable(word: str) -> str:
     return _FOLDERS_BEFORE.sub(r"\1…/", word.replace(here, "")) if "/" in word else word
 
 
-def _walk(path: Path, manifest: Mapping[str, Any], seen: set[Path]) -> Iterator[Step]:
+def _walk(path: Path, manifest: Mapping[str, Any], seen: set[Path]) -> Iterator[LineageStep]:
     seen.add(path.resolve())
     inputs = inputs_of(path, manifest)
     for one in inputs:
         if one.run is not None and one.run.resolve() not in seen:
             yield from _walk(one.run, read_json(one.run / "manifest.json"), seen)
-    yield Step(path, manifest, inputs)
+    yield LineageStep(path, manifest, inputs)
 
 
 def _text(value: Any) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from llmctl.files import finite
 from llmctl.runs.lock import LOCK, is_held
-from llmctl.runs.ownership import ASIDE, EVENTS, OWN_FOLDERS, is_llmctls
+from llmctl.runs.ownership import ASIDE, EVENTS, OWN_FOLDERS, is_llmctl_manifest
 
 DEEPEST = 5
 """Levels of folders to look into."""
@@ -22,7 +22,7 @@ NOT_SEARCHED = {*OWN_FOLDERS, EVENTS, "checkpoints", ASIDE, "node_modules", "__p
 
 
 @dataclass(frozen=True)
-class Summary:
+class RunSummary:
     """How one run stands."""
 
     path: str
@@ -41,7 +41,7 @@ class Summary:
     """The command that resumes it."""
 
 
-def survey(root: Path) -> list[Summary]:
+def list_runs(root: Path) -> list[RunSummary]:
     """Every run under a directory, itself included, the newest first."""
     found: dict[str, Path] = {}
     for path in _run_folders(root, DEEPEST):
@@ -50,7 +50,7 @@ def survey(root: Path) -> list[Summary]:
     return sorted((summarize(path, now) for path in found.values()), key=lambda s: s.age_seconds)
 
 
-def summarize(path: Path, now: datetime) -> Summary:
+def summarize(path: Path, now: datetime) -> RunSummary:
     """How a run stands now; a broken file makes it `damaged`, never an error."""
     status, manifest = _object(path / "status.json"), _object(path / "manifest.json")
     state = _state(path, status, manifest)
@@ -61,7 +61,7 @@ def summarize(path: Path, now: datetime) -> Summary:
     last = _last_metrics(path / "metrics.jsonl")
     plan = _typed(manifest.get("plan"), dict) or {}
     updated = _updated(path, status)
-    return Summary(
+    return RunSummary(
         path=str(path),
         stage=stage,
         status=state,
@@ -103,7 +103,7 @@ def _is_run(folder: Path, names: Any) -> bool:
     if not records or LOCK in names:
         return bool(records)
     manifest = _object(folder / "manifest.json")
-    return len(records) == 2 if manifest is None else is_llmctls(manifest)
+    return len(records) == 2 if manifest is None else is_llmctl_manifest(manifest)
 
 
 def _state(path: Path, status: dict[str, Any] | None, manifest: dict[str, Any] | None) -> str:

@@ -67,7 +67,7 @@ class Claim:
 
     def has_ended(self) -> bool:
         """Whether the run that is resumed could say itself how it ended."""
-        state = as_object(self.earlier.get("status.json", b"")).get("state")
+        state = parse_object(self.earlier.get("status.json", b"")).get("state")
         return state in ("preempted", "failed", "diverged")
 
     def restore(self) -> None:
@@ -115,7 +115,7 @@ def claim(path: Path, *, overwrite: bool, resuming: bool) -> Claim:
     _recover(path)
     present = {p.name for p in path.iterdir()} - {LOCK, *(f".{name}.tmp" for name in OWN_FILES)}
     state = read_json(path / "status.json").get("state")
-    is_ours = is_llmctls(read_json(path / MANIFEST))
+    is_ours = is_llmctl_manifest(read_json(path / MANIFEST))
     if present and not is_ours:
         _refuse_foreign(path, present, overwrite)
     elif present and not overwrite and (state == "completed" or not resuming):
@@ -134,7 +134,7 @@ def claim(path: Path, *, overwrite: bool, resuming: bool) -> Claim:
     return Claim(path, frozenset(), {p.name: p.read_bytes() for p in records if p.is_file()})
 
 
-def can_go_on(path: Path) -> bool:
+def is_resumable(path: Path) -> bool:
     """Whether a run has something to resume from: a checkpoint, or rows of an evaluation."""
     rows = path / ROWS
     has_rows = rows.is_file() and rows.stat().st_size > 0
@@ -142,7 +142,7 @@ def can_go_on(path: Path) -> bool:
 
 
 @contextmanager
-def entered(path: Path) -> Iterator[None]:
+def made_directory(path: Path) -> Iterator[None]:
     """Make the directory; where the body fails and leaves it empty, so are those made for it."""
     if (path.is_symlink() or path.exists()) and not path.is_dir():
         raise OutputError("a file is in the way of the run directory", file=path)
@@ -160,7 +160,7 @@ def entered(path: Path) -> Iterator[None]:
         raise
 
 
-def is_llmctls(manifest: Mapping[str, Any]) -> bool:
+def is_llmctl_manifest(manifest: Mapping[str, Any]) -> bool:
     """Whether a run of llmctl's wrote the manifest."""
     versions = manifest.get("versions")
     return isinstance(versions, Mapping) and "llmctl" in versions
@@ -169,12 +169,12 @@ def is_llmctls(manifest: Mapping[str, Any]) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty where there is none."""
     try:
-        return as_object(path.read_bytes())
+        return parse_object(path.read_bytes())
     except OSError:
         return {}
 
 
-def as_object(text: bytes) -> dict[str, Any]:
+def parse_object(text: bytes) -> dict[str, Any]:
     """The JSON object, empty where it is none."""
     try:
         value = json.loads(text)
@@ -201,7 +201,7 @@ def _recover(path: Path) -> None:
     shutil.rmtree(path / DOOMED, ignore_errors=True)
     if not (path / ASIDE).is_dir():
         return
-    here, aside = (is_llmctls(read_json(p / MANIFEST)) for p in (path, path / ASIDE))
+    here, aside = (is_llmctl_manifest(read_json(p / MANIFEST)) for p in (path, path / ASIDE))
     if here and aside:
         _drop_aside(path)
     elif here or aside:

@@ -19,7 +19,7 @@ from llmctl.files import sha256_file
 from llmctl.runs.checkpoint import (
     MANIFEST,
     PREFIX,
-    Content,
+    CheckpointContent,
     Owner,
     manifest_of,
     newest_first,
@@ -36,7 +36,7 @@ DERIVED = {"max_steps": ("warmup", "decay")}
 """What follows from a setting, and may differ where it may."""
 
 
-def newest(root: Path, run_id: str | None) -> tuple[Path | None, frozenset[int]]:
+def newest_valid(root: Path, run_id: str | None) -> tuple[Path | None, frozenset[int]]:
     """This run's newest valid checkpoint, and the steps of its damaged ones that are newer.
 
     Says which ones it passed over and why. One whose best checkpoint is lost is passed over too: it
@@ -139,10 +139,10 @@ def earlier_manifest(config: Resumable) -> dict[str, Any]:
     return read_manifest(config.resume_from.parent.parent) if config.resume_from else {}
 
 
-def load(path: Path, rank: int = 0) -> Content:
+def load(path: Path, rank: int = 0) -> CheckpointContent:
     """Read a checkpoint that `defect` found nothing wrong with."""
     manifest = manifest_of(path)
-    return Content(
+    return CheckpointContent(
         step=manifest["step"],
         model=_read(path / "model.safetensors"),
         optimizer=_read(path / "optimizer.safetensors"),

@@ -87,7 +87,7 @@ class Tracking:
         self.working.clear()
 
 
-def asked_for(config: StageConfig, stage: str, path: Path | None) -> Tracking | None:
+def requested_trackers(config: StageConfig, stage: str, path: Path | None) -> Tracking | None:
     """The trackers that a command is to report to, not yet at work; None without any.
 
     Raises:

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmctl.config.finetuning import Adapter, LowRank
 from llmctl.errors import ModelError, UserError
-from llmctl.models.patched_lora import fuse
+from llmctl.models.patched_lora import fuse_lora
 from llmctl.models.quantized import HEADS, loaded_in
 
 ALL_LINEAR = "all-linear"
@@ -70,7 +70,7 @@ def adapt(
         if weight.requires_grad:
             weight.data = weight.data.float()  # small updates vanish in bf16
     assert isinstance(adapted, PeftModel)
-    return fuse(adapted)
+    return fuse_lora(adapted)
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:

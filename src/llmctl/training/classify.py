@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from llmctl.config.commands import SftConfig
-from llmctl.data.classification import Labelled, Texts
+from llmctl.data.classification import ClassificationData, EncodedTexts
 from llmctl.runs.directory import Run
 from llmctl.training.base_model import Prepared, load_with_head, prepare
 from llmctl.training.batches import Batch
@@ -21,7 +21,7 @@ from llmctl.training.objective import Loss, Validation, validation_of
 class TextRows:
     """N texts as (B, L) tensors, padded at the right; each weighs 1."""
 
-    def __init__(self, texts: Texts, pad: int) -> None:
+    def __init__(self, texts: EncodedTexts, pad: int) -> None:
         """Take the texts; `pad` fills the rest of a row."""
         self.texts, self.pad = texts, pad
         self.lengths: list[int] = texts.lengths.tolist()
@@ -86,7 +86,7 @@ class Classification:
 
 
 def prepare_classification(
-    config: SftConfig, data: Labelled, accelerator: Accelerator, device: str
+    config: SftConfig, data: ClassificationData, accelerator: Accelerator, device: str
 ) -> Prepared:
     """Load the model with a head for the labels, adapt it, arrange the texts.
 
@@ -120,7 +120,7 @@ def prepare_classification(
 
 def build_classification(
     config: SftConfig,
-    data: Labelled,
+    data: ClassificationData,
     prepared: Prepared,
     run: Run,
     accelerator: Accelerator,

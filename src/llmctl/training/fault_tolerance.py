@@ -21,9 +21,9 @@ from llmctl.console import log
 from llmctl.errors import DivergedError, ModelError, ResourceError, UserError
 from llmctl.files import writing
 from llmctl.runs import checkpoint
-from llmctl.runs.checkpoint import Content, manifest_of
+from llmctl.runs.checkpoint import CheckpointContent, manifest_of
 from llmctl.runs.directory import Run, open_run
-from llmctl.runs.resume import defect, load, lost_best, newest, require_same
+from llmctl.runs.resume import defect, load, lost_best, newest_valid, require_same
 from llmctl.signals import StopFlag
 from llmctl.training.meter import Meter
 from llmctl.training.run_state import Progress, RunState
@@ -206,7 +206,7 @@ def save(state: RunState, meter: Meter) -> None:
         run.set_status("running", step=done.step, resumable=True)
 
 
-def _require_finite(content: Content) -> None:
+def _require_finite(content: CheckpointContent) -> None:
     """Refuse to keep weights that no later check of a loss would catch: the last step's, for one.
 
     Raises:
@@ -220,7 +220,7 @@ def _require_finite(content: Content) -> None:
             )
 
 
-def find_checkpoint(state: RunState, config: Checkpoints, needed: int) -> Content | None:
+def find_checkpoint(state: RunState, config: Checkpoints, needed: int) -> CheckpointContent | None:
     """Load the checkpoint to resume from, if this call resumes, and set the state to it.
 
     Rank 0 chooses and verifies, all ranks load.
@@ -242,14 +242,14 @@ def find_checkpoint(state: RunState, config: Checkpoints, needed: int) -> Conten
             _require_room(state, needed)
     path, has_best = broadcast_object_list(chosen)
     if path is None:
-        state.run.forget_metrics_after(-1)  # samples of step 0, too
+        state.run.drop_metrics_after(-1)  # samples of step 0, too
         return None
     with together(state.accelerator), writing(path):
         content = load(path, state.rank)
     state.progress = Progress(**content.state["progressed"])
     if not has_best:
         state.progress.forget_best()
-    state.run.forget_metrics_after(content.step)
+    state.run.drop_metrics_after(content.step)
     if state.rank == 0:
         log.info("resuming from %s", path)
         now = surroundings(state.device)
@@ -278,7 +278,7 @@ def _choose(state: RunState, config: Checkpoints) -> tuple[Path | None, bool]:
         checkpoint.clean(root)
     path, has_best = None, True
     if config.resume:
-        path, damaged = newest(root, state.owner.run_id)
+        path, damaged = newest_valid(root, state.owner.run_id)
         state.damaged |= damaged
     if path is None:
         path = config.resume_from

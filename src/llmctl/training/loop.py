@@ -23,7 +23,7 @@ from llmctl.config.finetuning import Tuning
 from llmctl.config.sections import Resumable
 from llmctl.console import ProgressBar
 from llmctl.errors import DataError, UserError
-from llmctl.runs.checkpoint import Content
+from llmctl.runs.checkpoint import CheckpointContent
 from llmctl.runs.directory import Run
 from llmctl.signals import StopFlag, stop_flag
 from llmctl.training.batches import Batch, Batches, on_device
@@ -77,7 +77,7 @@ class Trainer:
         self.watch(figures)
         return figures
 
-    def capture(self) -> Content:
+    def capture(self) -> CheckpointContent:
         """All that decides how the run goes on, and what the next line counts. Collective."""
         sums = self._summed()
         extra = None if sums is None else {"counts": sums}

@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid
 from llmctl.config.commands import RewardConfig
 from llmctl.console import log
 from llmctl.data.preference_pairs import Pairs, PreferenceData
-from llmctl.data.tokenized import Encoded
+from llmctl.data.tokenized import EncodedSequence
 from llmctl.errors import ModelError
 from llmctl.models.classifiers import SCORE
 from llmctl.reward.model import has_types, load_reward_model, score_batch, score_encoded
@@ -51,10 +51,10 @@ class ScoredPairs:
         """N."""
         return len(self.pairs)
 
-    def texts(self, number: int) -> tuple[Encoded, Encoded]:
+    def texts(self, number: int) -> tuple[EncodedSequence, EncodedSequence]:
         """The chosen and the rejected text of a pair."""
         chosen, rejected = (
-            Encoded(tokens.tolist(), trained.tolist(), True)
+            EncodedSequence(tokens.tolist(), trained.tolist(), True)
             for tokens, trained in (
                 self.pairs.chosen.sequence(number),
                 self.pairs.rejected.sequence(number),
@@ -255,7 +255,7 @@ def _hold_offset(model: Any) -> None:
             weight.requires_grad_(False)
 
 
-def _require_same(folder: Path, texts: list[Encoded], wanted: Tensor, device: str) -> None:
+def _require_same(folder: Path, texts: list[EncodedSequence], wanted: Tensor, device: str) -> None:
     """Refuse a result that does not score as the model did in training.
 
     Raises:

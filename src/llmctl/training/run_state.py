@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from llmctl.config.commands import PpoConfig, PretrainConfig
 from llmctl.config.finetuning import Tuning
-from llmctl.runs.checkpoint import Content, Owner
+from llmctl.runs.checkpoint import CheckpointContent, Owner
 from llmctl.runs.directory import Run
 from llmctl.training.hyperparameters import Hyperparameters
 
@@ -93,7 +93,7 @@ class RunState:
     intervals: Intervals
     flops_per_token: float | None
     """Training FLOPs of the model; None where they are not known."""
-    capture: Callable[[], Content]
+    capture: Callable[[], CheckpointContent]
     """All that decides how the run goes on; collective."""
     evaluate: Callable[[], dict[str, float]] | None
     """Measure `val_loss` and more, leaving no trace; collective. None without validation data."""

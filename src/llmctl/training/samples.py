@@ -130,12 +130,14 @@ def prompts_of(
         if not chats:
             return [(text, encode_text(chat.tokenizer, text)) for text in config.sample_prompt]
         turns = [[{"role": "user", "content": text}] for text in config.sample_prompt]
-        return [(t[-1]["content"], chat.prompt(t)) for t in turns]
+        return [(t[-1]["content"], chat.encode_prompt(t)) for t in turns]
     prompts = []
     for example in val[: config.samples]:
         if example.messages is not None:
             last = max(i for i, m in enumerate(example.messages) if m["role"] == "assistant")
             before = list(example.messages[:last])
             if before:
-                prompts.append((str(before[-1]["content"]), chat.prompt(before, example.tools)))
+                prompts.append(
+                    (str(before[-1]["content"]), chat.encode_prompt(before, example.tools))
+                )
     return prompts

@@ -10,7 +10,7 @@ from torch import Tensor
 from llmctl.config.commands import SftConfig
 from llmctl.console import log
 from llmctl.data.audit.audit import Audit, audit, log_summary, require_sound
-from llmctl.data.sft import SupervisedData
+from llmctl.data.sft import SftData
 from llmctl.runs.directory import Run
 from llmctl.training.base_model import (
     Prepared,
@@ -56,9 +56,7 @@ class SupervisedTokens:
         return torch.stack([losses.sum(), tokens.correct, losses.new_tensor(batch["weight"])])
 
 
-def audited(
-    config: SftConfig, data: SupervisedData, *, is_main: bool
-) -> tuple[SupervisedData, Audit]:
+def audited(config: SftConfig, data: SftData, *, is_main: bool) -> tuple[SftData, Audit]:
     """Keep the examples that have something to learn from, and the report on all of them.
 
     Raises:
@@ -72,7 +70,7 @@ def audited(
 
 
 def prepare_sft(
-    config: SftConfig, data: SupervisedData, accelerator: Accelerator, device: str
+    config: SftConfig, data: SftData, accelerator: Accelerator, device: str
 ) -> Prepared:
     """Load the model, fit it to the tokens, adapt it, arrange the rows.
 
@@ -114,7 +112,7 @@ def prepare_sft(
 
 def build_sft(
     config: SftConfig,
-    data: SupervisedData,
+    data: SftData,
     prepared: Prepared,
     run: Run,
     accelerator: Accelerator,

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from llmctl import hardware
 from llmctl.errors import ModelError
-from llmctl.runs.checkpoint import Content
+from llmctl.runs.checkpoint import CheckpointContent
 from llmctl.training.run_state import Progress
 
 WITHOUT_EFFECT = ("transformers_version", "_name_or_path", "dtype", "use_cache")
@@ -29,7 +29,7 @@ def capture(
     state: Mapping[str, Any] | None = None,
     *,
     rank: int = 0,
-) -> Content:
+) -> CheckpointContent:
     """All that decides how the run goes on. Collective: every rank calls it; rank 0 gets tensors.
 
     Args:
@@ -46,7 +46,7 @@ def capture(
     }
     tensors = {name: value for name, value in moments.items() if torch.is_tensor(value)}
     scalars = {name: value for name, value in moments.items() if name not in tensors}
-    return Content(
+    return CheckpointContent(
         step=progress.step,
         model=_gathered(_trained(model), rank),
         optimizer=_gathered(tensors, rank),
@@ -62,7 +62,7 @@ def capture(
 
 
 @torch.no_grad()
-def restore(model: nn.Module, optimizers: list[Optimizer], content: Content) -> None:
+def restore(model: nn.Module, optimizers: list[Optimizer], content: CheckpointContent) -> None:
     """Put back what `capture` took, but for the random generators: see `set_generators`.
 
     Raises:

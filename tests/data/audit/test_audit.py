@@ -21,8 +21,8 @@ from llmctl.data.audit.audit import audit, log_summary, require_sound
 from llmctl.data.audit.show import SCREEN, marked, pieces, print_report, printable
 from llmctl.data.chat.render import ChatFormat
 from llmctl.data.examples import Example
-from llmctl.data.sft import SupervisedData
-from llmctl.data.tokenized import Encoded, collect
+from llmctl.data.sft import SftData
+from llmctl.data.tokenized import EncodedSequence, collect
 from llmctl.errors import DataError
 
 BOS, EOS, UNK, PAD, START, END, OTHER, WORD = range(8)
@@ -61,15 +61,15 @@ def model(tmp_path):
 
 @pytest.fixture
 def make(tokenizer):
-    """Examples as they would come out of `load_supervised`."""
+    """Examples as they would come out of `load_sft_data`."""
 
     def data(train, val=None, max_length=100, **facts):
         def examples(rows, name):
             text = ({"role": "user", "content": "word"},)
             return [Example(text, None, None, None, name, k + 1) for k in range(len(rows))]
 
-        given = SupervisedData(
-            train=collect([row] for row in train).shortened(max_length, "cut"),
+        given = SftData(
+            train=collect([row] for row in train).truncated(max_length, "cut"),
             val=None if val is None else collect([row] for row in val),
             train_examples=examples(train, "train.jsonl"),
             val_examples=examples(val or [], "val.jsonl"),
@@ -105,7 +105,7 @@ def chat(words=1, end=END, trained=True, ends=True, bos=1):
     """A question of one word and an answer of `words` and its end: bos + words + 3 tokens."""
     answer = [WORD] * words + [end]
     tokens = [BOS] * bos + [START, WORD, *answer]
-    return Encoded(tokens, [False] * (bos + 2) + [trained] * len(answer), ends and trained)
+    return EncodedSequence(tokens, [False] * (bos + 2) + [trained] * len(answer), ends and trained)
 
 
 def found(report):
@@ -177,7 +177,7 @@ def test_rows_without_a_trained_token(look, count, level):
 
 
 def test_prompts_that_fill_the_length_are_told_from_missing_answers(look):
-    long = Encoded([BOS, *[WORD] * 30, END], [False] * 31 + [True], True)
+    long = EncodedSequence([BOS, *[WORD] * 30, END], [False] * 31 + [True], True)
     report = look([long] * 3, max_length=20, asked={"truncation": "cut"})
     assert "raise --max-length" in report.errors[0].hint
 
@@ -225,7 +225,7 @@ def test_a_single_foreign_end_among_many_is_a_warning(look):
 def test_turns_in_the_middle_without_an_end_are_a_warning(look):
     tokens = [BOS, START, WORD, WORD, START, WORD, WORD, END]
     trained = [False, False, False, True, False, False, True, True]
-    report = look([Encoded(tokens, trained, True)] * 5)
+    report = look([EncodedSequence(tokens, trained, True)] * 5)
     assert found(report) == {"open_turns": "warning"}
     assert (report.turns.total, report.turns.open) == (10, 5)
 
@@ -278,7 +278,7 @@ def test_validation_must_say_something(look):
 @pytest.mark.parametrize(("count", "level"), [(1, None), (2, "warning"), (21, "error")])
 def test_unknown_tokens(look, count, level):
     tokens = [BOS, START, *[UNK] * count, *[WORD] * (97 - count), END]
-    report = look([Encoded(tokens, [False] * 99 + [True], True)])
+    report = look([EncodedSequence(tokens, [False] * 99 + [True], True)])
     assert found(report) == ({"unknown": level} if level else {})
     assert (report.train.unknown_tokens, report.train.unknown_share) == (count, count / 100)
 
@@ -317,7 +317,7 @@ def test_a_few_duplicates_are_none(look):
 
 
 def test_a_row_of_one_token_is_a_warning(look):
-    report = look([chat()] * 20 + [Encoded([BOS], [False], False)])
+    report = look([chat()] * 20 + [EncodedSequence([BOS], [False], False)])
     assert found(report) == {"untrained_rows": "warning", "short": "warning"}
 
 
@@ -357,12 +357,12 @@ def test_the_example_has_its_trained_tokens_marked(make):
 
 def test_a_long_example_is_cut_to_a_screen_and_its_answer_stays(make):
     tokens = [BOS, START, *[WORD] * 3000, WORD, END]
-    data = make([Encoded(tokens, [False] * 3002 + [True, True], True)], max_length=5000)
+    data = make([EncodedSequence(tokens, [False] * 3002 + [True, True], True)], max_length=5000)
     text = marked(pieces(data, 0))
     assert len(text) < SCREEN
     assert "characters" in text
     assert text.endswith("« word <|end|>»")
-    turns = Encoded([START, WORD] * 4000, [False, True] * 4000, True)
+    turns = EncodedSequence([START, WORD] * 4000, [False, True] * 4000, True)
     text = marked(pieces(make([turns], max_length=9000), 0))
     assert len(text) < 2 * SCREEN
     assert text.endswith("[…]")

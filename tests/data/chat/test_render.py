@@ -13,7 +13,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from llmctl.data.chat import render
 from llmctl.data.chat.render import ChatFormat, shared
-from llmctl.data.chat.templates import SPECIALS, TEMPLATES, choose_template, read_template
+from llmctl.data.chat.templates import TEMPLATE_TOKENS, TEMPLATES, read_template, set_chat_template
 from llmctl.errors import DataError, ModelError, UserError
 
 WORDS = [
@@ -94,7 +94,7 @@ def tokenizer_of(built):
             clean_up_tokenization_spaces=False,
         )
         if template in TEMPLATES:
-            choose_template(tokenizer, template)
+            set_chat_template(tokenizer, template)
         else:
             tokenizer.chat_template = template
         return tokenizer
@@ -150,12 +150,12 @@ def test_a_trained_turn_stands_after_exactly_its_prompt(tokenizer_of, kind, temp
     chat = ChatFormat(tokenizer)
     for messages in conversations(12, spelled=True):
         numbers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        prompts = [chat.prompt(messages[:i]) for i in numbers]
-        found = chat.examples(messages, "assistant")
+        prompts = [chat.encode_prompt(messages[:i]) for i in numbers]
+        found = chat.encode_conversation(messages, "assistant")
         begins = [(e.tokens, begin) for e in found for begin, _ in spans(e)]
         assert [tokens[:begin] for tokens, begin in begins] == prompts
         assert len(found) in (1, len(numbers))
-        for encoded in [*found, *chat.examples(messages, "all")]:
+        for encoded in [*found, *chat.encode_conversation(messages, "all")]:
             assert len(encoded.tokens) == len(encoded.trained)
             assert not encoded.trained[0]
             assert encoded.ends == (template != PLAIN)
@@ -170,8 +170,8 @@ def test_ordinary_text_gives_the_tokens_of_apply_chat_template(
     chat = ChatFormat(tokenizer)
     for messages in conversations(12):
         theirs = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)
-        assert chat.prompt(messages[:-1]) == theirs["input_ids"]
-        (ours,) = chat.examples(messages, "all")[-1:]
+        assert chat.encode_prompt(messages[:-1]) == theirs["input_ids"]
+        (ours,) = chat.encode_conversation(messages, "all")[-1:]
         if ours.tokens[: len(theirs["input_ids"])] == theirs["input_ids"]:
             whole = tokenizer.apply_chat_template(messages)["input_ids"]
             assert tokenizer.decode(ours.tokens) == tokenizer.decode(whole)
@@ -194,13 +194,16 @@ def test_an_answer_that_merges_into_its_prompt_is_kept_apart(tokenizer_of, kind)
     chat = ChatFormat(tokenizer)
     messages = talk("uhi", "a\n\nfoo", "uho", "a\n\nfoo")
     whole = tokenizer.apply_chat_template(messages)["input_ids"]
-    prompt = chat.prompt(messages[:1])
-    found = chat.examples(messages, "assistant")
+    prompt = chat.encode_prompt(messages[:1])
+    found = chat.encode_conversation(messages, "assistant")
     assert whole[: len(prompt)] != prompt
     for encoded, i in zip(found, (1, 3), strict=True):
-        prompt = chat.prompt(messages[:i])
+        prompt = chat.encode_prompt(messages[:i])
         assert encoded.tokens[: len(prompt)] == prompt
-    (first, second), (both,) = chat.examples(messages, "all"), chat.examples(messages, "prompt")
+    (first, second), (both,) = (
+        chat.encode_conversation(messages, "all"),
+        chat.encode_conversation(messages, "prompt"),
+    )
     known = shared(first.tokens, second.tokens)
     assert sum(second.trained) == len(second.tokens) - known
     assert both.tokens == whole
@@ -215,17 +218,17 @@ def test_a_template_that_forgets_gives_each_turn_its_own_sequence(tokenizer_of) 
     chat = ChatFormat(tokenizer)
     messages = talk("ubar", "aone", "ubaz", "atwo")
     messages[1]["thought"] = messages[3]["thought"] = "foo"
-    found = chat.examples(messages, "assistant")
+    found = chat.encode_conversation(messages, "assistant")
     assert [tokenizer.decode([t for t, w in zip(*e[:2], strict=True) if w]) for e in found] == [
         "<think>foo</think>one<|im_end|>",
         "<think>foo</think>two<|im_end|>",
     ]
     for encoded, i in zip(found, (1, 3), strict=True):
-        prompt = chat.prompt(messages[:i])
+        prompt = chat.encode_prompt(messages[:i])
         assert encoded.tokens[: len(prompt)] == prompt
-    assert chat.examples(messages, "completion") == found[1:]
+    assert chat.encode_conversation(messages, "completion") == found[1:]
     with pytest.raises(ModelError, match="writes earlier turns anew"):
-        chat.examples(messages, "prompt")
+        chat.encode_conversation(messages, "prompt")
 
 
 @pytest.mark.parametrize(
@@ -238,7 +241,7 @@ def test_a_prompt_unlike_what_is_trained_is_refused(tokenizer_of, prompt, answer
     )
     chat = ChatFormat(tokenizer_of("bytes", template))
     with pytest.raises(ModelError, match="training and use would differ") as refused:
-        chat.examples(talk("uhi", "aho"), "assistant")
+        chat.encode_conversation(talk("uhi", "aho"), "assistant")
     assert (refused.value.code, prompt[-6:] in str(refused.value)) == (4, True)
     with pytest.raises(ModelError, match="training and use would differ"):
         _ = chat.end_of_turn
@@ -255,13 +258,15 @@ def test_what_each_way_trains_on(tokenizer_of) -> None:
     tokenizer = tokenizer_of("bytes", "chatml")
     chat = ChatFormat(tokenizer)
     messages = talk("sS", "uU", "aA", "tT", "aB", "aC", "uV")
-    found = {way: chat.examples(messages, way) for way in ("assistant", "completion", "all")}
+    found = {
+        way: chat.encode_conversation(messages, way) for way in ("assistant", "completion", "all")
+    }
     asked = "<|im_start|>assistant\n"
     assert [len(sequences) for sequences in found.values()] == [1, 1, 1]
     assert texts_of(tokenizer, found["assistant"][0]) == [f"{x}<|im_end|>" for x in "ABC"]
     assert texts_of(tokenizer, found["completion"][0]) == ["C<|im_end|>"]
     assert found["all"][0].trained == [False] + [True] * (len(found["all"][0].tokens) - 1)
-    (prompt,) = chat.examples(messages, "prompt")
+    (prompt,) = chat.encode_conversation(messages, "prompt")
     assert "".join(texts_of(tokenizer, prompt)) == (
         "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n"
         + asked
@@ -279,15 +284,17 @@ def test_weight_and_a_greeting_are_context(tokenizer_of) -> None:
     chat = ChatFormat(tokenizer)
     messages = talk("aWelcome", "uU", "aA", "uV", "aB", weight=0)
     for way in ("assistant", "all"):
-        (encoded,) = chat.examples(messages, way)
+        (encoded,) = chat.encode_conversation(messages, way)
         kept = "".join(texts_of(tokenizer, encoded))
         assert ("A<|im_end|>" in kept, "B<|im_end|>" in kept) == (True, False)
         assert encoded.ends
-    assert "Welcome" not in "".join(texts_of(tokenizer, chat.examples(messages, "assistant")[0]))
+    assert "Welcome" not in "".join(
+        texts_of(tokenizer, chat.encode_conversation(messages, "assistant")[0])
+    )
     seen = ChatFormat(tokenizer_of("bytes", "{{ messages | tojson }}")).prompt(messages)
     assert "weight" not in tokenizer.decode(seen)
     for way, said in (("completion", messages), ("assistant", messages[:2])):
-        (nothing,) = chat.examples(said, way)
+        (nothing,) = chat.encode_conversation(said, way)
         assert (any(nothing.trained), nothing.ends) == (False, False)
 
 
@@ -295,7 +302,7 @@ def test_text_is_text(tokenizer_of) -> None:
     tokenizer = tokenizer_of("prepend", "chatml")
     tokenizer.chat_template = None
     chat = ChatFormat(tokenizer)
-    encoded = chat.text("<s>the cat</s>")
+    encoded = chat.encode_text("<s>the cat</s>")
     assert (encoded.tokens[0], encoded.tokens[-1]) == (1, 2)
     assert (encoded.tokens.count(1), encoded.tokens.count(2)) == (1, 1)
     assert tokenizer.decode(encoded.tokens[1:-1]).strip() == "<s>the cat</s>"
@@ -303,12 +310,12 @@ def test_text_is_text(tokenizer_of) -> None:
     assert encoded.ends
     rendered = ("<s>the cat", "the cat</s>\n", "the <s> cat", "the cat")
     assert [chat.is_rendered(text) for text in rendered] == [True, True, False, False]
-    assert chat.text("") == ([1, 2], [False, True], True)
+    assert chat.encode_text("") == ([1, 2], [False, True], True)
     tokenizer.eos_token = None
-    assert not ChatFormat(tokenizer).text("the cat").ends
+    assert not ChatFormat(tokenizer).encode_text("the cat").ends
     assert (chat.end_of_turn, chat.double_bos) == (None, False)
     with pytest.raises(ModelError, match="no chat template"):
-        chat.prompt(talk("uhi"))
+        chat.encode_prompt(talk("uhi"))
 
 
 # Where turns end
@@ -321,7 +328,7 @@ def test_the_end_of_turn_is_trained_wherever_the_template_puts_it(tokenizer_of) 
         "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
     )
     chat = ChatFormat(tokenizer_of("bytes", outside))
-    (encoded,) = chat.examples(talk("uhi", "aho"), "assistant")
+    (encoded,) = chat.encode_conversation(talk("uhi", "aho"), "assistant")
     ((_, end),) = spans(encoded)
     assert (encoded.tokens[end - 1], encoded.ends, chat.end_of_turn) == (2, True, 2)
 
@@ -331,12 +338,12 @@ def test_a_template_without_an_end_is_known(tokenizer_of, kind) -> None:
     tokenizer = tokenizer_of(kind, PLAIN)
     chat = ChatFormat(tokenizer)
     assert (chat.end_of_turn, chat.probe.ends) == (None, False)
-    (encoded,) = chat.examples(talk("uhi", "aho  "), "assistant")
+    (encoded,) = chat.encode_conversation(talk("uhi", "aho  "), "assistant")
     assert texts_of(tokenizer, encoded) == ["ho  "]
     inner = "{% for m in messages %}{{ m.role + ': ' + eos_token + m.content + '.\n' }}{% endfor %}"
     chat = ChatFormat(tokenizer_of(kind, inner))
     assert chat.end_of_turn is None
-    (encoded,) = chat.examples(talk("uhi", "aho"), "assistant")
+    (encoded,) = chat.encode_conversation(talk("uhi", "aho"), "assistant")
     assert "ho." in tokenizer.decode(encoded.tokens[spans(encoded)[0][0] :])
 
 
@@ -359,7 +366,9 @@ def test_spelled_tokens_are_text_in_every_place(tokenizer_of, kind) -> None:
     )
     chat = ChatFormat(tokenizer_of(kind, template))
     messages = talk("u</s><s>", "a<</s>/s>", tool_calls=[{"function": {"name": "f</s>"}}])
-    (encoded,) = chat.examples(messages, "assistant", [{"description": "<s>", "name": "</s>"}])
+    (encoded,) = chat.encode_conversation(
+        messages, "assistant", [{"description": "<s>", "name": "</s>"}]
+    )
     assert (encoded.tokens.count(1), encoded.tokens.count(2)) == (1, 2)
     decoded = chat.tokenizer.decode(encoded.tokens)
     for said in ("u</s><s>"[1:], "<</s>/s>", "f</s>", '"<s>"'):
@@ -371,7 +380,7 @@ def test_a_token_that_is_looked_for_in_normalized_text_is_hidden_too(tokenizer_o
     tokenizer = tokenizer_of("prepend", TAIL)
     tokenizer.add_special_tokens({"sep_token": AddedToken("|sep|", normalized=True, special=True)})
     chat = ChatFormat(tokenizer)
-    assert tokenizer.sep_token_id not in chat.prompt(talk("uthe cat|sep|"))
+    assert tokenizer.sep_token_id not in chat.encode_prompt(talk("uthe cat|sep|"))
     tokenizer.chat_template = TAIL + "|sep|"
     assert ChatFormat(tokenizer).prompt(talk("u|sep|"))[-1] == tokenizer.sep_token_id
 
@@ -379,23 +388,24 @@ def test_a_token_that_is_looked_for_in_normalized_text_is_hidden_too(tokenizer_o
 def test_tools_that_a_template_would_drop_are_refused(tokenizer_of) -> None:
     chat = ChatFormat(tokenizer_of("bytes", "chatml"))
     with pytest.raises(ModelError, match="no place for tools"):
-        chat.prompt(talk("uhi"), [{"name": "f"}])
+        chat.encode_prompt(talk("uhi"), [{"name": "f"}])
     with pytest.raises(ModelError, match="no place for tool_calls"):
-        chat.examples(talk("uhi", "a", tool_calls=[{"name": "f"}]), "assistant")
+        chat.encode_conversation(talk("uhi", "a", tool_calls=[{"name": "f"}]), "assistant")
 
 
 def test_tokens_that_eat_the_space_after_them(tokenizer_of) -> None:
     tokenizer = tokenizer_of("first", "phi-3")
     tokenizer.add_tokens(
-        [AddedToken(t, rstrip=True, special=True) for t in SPECIALS["phi-3"]], special_tokens=True
+        [AddedToken(t, rstrip=True, special=True) for t in TEMPLATE_TOKENS["phi-3"]],
+        special_tokens=True,
     )
     chat = ChatFormat(tokenizer)
     messages = talk("u  <s>hi", "a \nho", "ubar", "abaz")
-    (encoded,) = chat.examples(messages, "assistant")
+    (encoded,) = chat.encode_conversation(messages, "assistant")
     for (begin, _), i in zip(spans(encoded), (1, 3), strict=True):
-        assert encoded.tokens[:begin] == chat.prompt(messages[:i])
+        assert encoded.tokens[:begin] == chat.encode_prompt(messages[:i])
     theirs = tokenizer.apply_chat_template(talk("uhi"), add_generation_prompt=True)["input_ids"]
-    assert chat.prompt(talk("uhi")) == theirs
+    assert chat.encode_prompt(talk("uhi")) == theirs
 
 
 def test_a_tokenizer_in_python_works_too() -> None:
@@ -403,10 +413,10 @@ def test_a_tokenizer_in_python_works_too() -> None:
     tokenizer.chat_template = TAIL
     chat = ChatFormat(tokenizer)
     messages = talk("uhi</s>", "aho", "u<pad>", "ahe")
-    (encoded,) = chat.examples(messages, "assistant")
+    (encoded,) = chat.encode_conversation(messages, "assistant")
     assert texts_of(tokenizer, encoded) == ["ho</s>", "he</s>"]
     assert encoded.tokens.count(1) == 4
-    assert encoded.tokens[: spans(encoded)[1][0]] == chat.prompt(messages[:3])
+    assert encoded.tokens[: spans(encoded)[1][0]] == chat.encode_prompt(messages[:3])
 
 
 # Named templates
@@ -415,17 +425,17 @@ def test_a_tokenizer_in_python_works_too() -> None:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_named_templates_hold_every_message_and_end_turns(tokenizer_of, built, name) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(built["bytes"]))
-    added = choose_template(tokenizer, name)
+    added = set_chat_template(tokenizer, name)
     needs_eos = "eos_token" in tokenizer.chat_template
-    assert added == [*(["</s>"] if needs_eos else []), *SPECIALS.get(name, ())]
-    assert choose_template(tokenizer, name) == []
+    assert added == [*(["</s>"] if needs_eos else []), *TEMPLATE_TOKENS.get(name, ())]
+    assert set_chat_template(tokenizer, name) == []
     chat = ChatFormat(tokenizer)
-    encoded = chat.examples(talk("sS1", "uU1", "aA1", "uU2", "aA2"), "assistant")[-1]
+    encoded = chat.encode_conversation(talk("sS1", "uU1", "aA1", "uU2", "aA2"), "assistant")[-1]
     text = tokenizer.decode(encoded.tokens)
     places = [text.index(said) for said in ("S1", "U1", "A1", "U2", "A2")]
     assert places == sorted(places)
     assert tokenizer.decode([chat.end_of_turn]) in (tokenizer.eos_token, added[-1])
-    (bare,) = chat.examples(talk("uU", "aA"), "assistant")
+    (bare,) = chat.encode_conversation(talk("uU", "aA"), "assistant")
     assert (bare.ends, encoded.ends, len(spans(bare))) == (True, True, 1)
 
 
@@ -434,12 +444,12 @@ def test_a_system_message_without_its_user_is_refused_not_dropped(tokenizer_of, 
     chat = ChatFormat(tokenizer_of("bytes", name))
     for messages in (talk("uU", "sS", "aA"), talk("uU", "tT", "aA")):
         with pytest.raises(ModelError, match="refuses these messages: this format has"):
-            chat.examples(messages, "assistant")
+            chat.encode_conversation(messages, "assistant")
 
 
 def test_the_llama_2_format_to_the_letter(tokenizer_of) -> None:
     chat = ChatFormat(tokenizer_of("bytes", "llama-2"))
-    (encoded,) = chat.examples(talk("sS", "uU", "aA", "uV", "aB"), "assistant")
+    (encoded,) = chat.encode_conversation(talk("sS", "uU", "aA", "uV", "aB"), "assistant")
     assert chat.tokenizer.decode(encoded.tokens) == (
         "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nU [/INST] A </s><s>[INST] V [/INST] B </s>"
     )
@@ -447,9 +457,9 @@ def test_the_llama_2_format_to_the_letter(tokenizer_of) -> None:
 
 def test_a_model_keeps_its_template_and_a_base_gets_chatml(tokenizer_of) -> None:
     tokenizer = tokenizer_of("bytes", TAIL)
-    assert (choose_template(tokenizer, None), tokenizer.chat_template) == ([], TAIL)
+    assert (set_chat_template(tokenizer, None), tokenizer.chat_template) == ([], TAIL)
     tokenizer.chat_template = None
-    assert choose_template(tokenizer, None) == ["<|im_start|>", "<|im_end|>"]
+    assert set_chat_template(tokenizer, None) == ["<|im_start|>", "<|im_end|>"]
     assert ChatFormat(tokenizer).end_of_turn == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
@@ -457,7 +467,7 @@ def test_a_template_from_a_file(tokenizer_of, tmp_path) -> None:
     file = tmp_path / "mine.jinja"
     file.write_text("é" + TAIL)
     tokenizer = tokenizer_of("bytes", "chatml")
-    assert choose_template(tokenizer, str(file)) == []
+    assert set_chat_template(tokenizer, str(file)) == []
     assert tokenizer.chat_template == "é" + TAIL
     for content, error, message in (
         (b"\xe9", DataError, "not UTF-8 at byte 0"),
@@ -486,7 +496,7 @@ def test_a_template_from_a_file(tokenizer_of, tmp_path) -> None:
 def test_a_hostile_file_is_refused_in_time(tokenizer_of, tmp_path, bomb) -> None:
     (tmp_path / "bomb").write_text(bomb)
     tokenizer = tokenizer_of("bytes", "chatml")
-    choose_template(tokenizer, str(tmp_path / "bomb"))
+    set_chat_template(tokenizer, str(tmp_path / "bomb"))
     begun = time.monotonic()
     with pytest.raises(ModelError, match="the chat template "):
         ChatFormat(tokenizer).examples(talk("uhi", "aho"), "assistant")
@@ -516,9 +526,9 @@ def test_a_batch_names_the_row_that_a_template_refuses(tokenizer_of) -> None:
         return SimpleNamespace(text=text, messages=messages, tools=None, place="a.jsonl", line=line)
 
     rows = [row(1, "the cat"), row(2, None, "uhi", "aho"), row(3, None, "ubad", "aho")]
-    found = chat.batch(rows, "assistant")
-    assert next(found) == [chat.text("the cat")]
-    assert next(found) == chat.examples(talk("uhi", "aho"), "assistant")
+    found = chat.encode_examples(rows, "assistant")
+    assert next(found) == [chat.encode_text("the cat")]
+    assert next(found) == chat.encode_conversation(talk("uhi", "aho"), "assistant")
     with pytest.raises(ModelError, match=r"a.jsonl:3: the chat template refuses .* no"):
         next(found)
 

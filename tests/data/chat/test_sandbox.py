@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llmctl.data.chat import sandbox, sandbox_process
-from llmctl.data.chat.sandbox import CHAT_TEMPLATE, render_chat, render_cuts
+from llmctl.data.chat.sandbox import CHATML_TEMPLATE, render_chat, render_cuts
 from llmctl.decode.prompts import encode_chat
 from llmctl.errors import ModelError
 
@@ -54,7 +54,7 @@ def tokenizer(tokens: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(tokens / "tokenizer")
 
 
-@pytest.mark.parametrize("template", [CHAT_TEMPLATE, CHATML, LLAMA3, MISTRAL, GENERATION])
+@pytest.mark.parametrize("template", [CHATML_TEMPLATE, CHATML, LLAMA3, MISTRAL, GENERATION])
 @pytest.mark.parametrize("messages", [TALK, TALK[1:2], HI * 1])
 def test_the_text_is_what_transformers_makes(tokenizer, template, messages) -> None:
     tokenizer.chat_template = template

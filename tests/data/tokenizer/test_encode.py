@@ -8,7 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tokenizers.trainers import BpeTrainer
 
 from llmctl.data.tokenizer import encode
-from llmctl.data.tokenizer.encode import Cutter, Mismatch, RunTooLong, encoder
+from llmctl.data.tokenizer.encode import Cutter, Mismatch, RunTooLong, fastest_encoder
 from llmctl.data.tokenizer.train import train_tokenizer
 
 WHITE = [
@@ -85,7 +85,7 @@ def cut(text, cuts, draw):
 @pytest.mark.parametrize("name", KINDS)
 def test_pieces_encode_to_the_ids_of_the_whole(tokenizers, monkeypatch, name, plain):
     monkeypatch.setattr(encode, "PIECE_CHARACTERS", 40)
-    coder, draw = encoder(tokenizers[name], plain=plain), random.Random(7)
+    coder, draw = fastest_encoder(tokenizers[name], plain=plain), random.Random(7)
     assert coder.cuts == KINDS[name]
     for text in random_texts(120, seed=3):
         pieces = cut(text, coder.cuts, draw)
@@ -158,9 +158,9 @@ def wrong_fastokens(monkeypatch, tokenizers):
 @pytest.mark.usefixtures("wrong_fastokens")
 def test_a_fast_encoder_is_compared_at_the_start_and_now_and_then(tokenizers, monkeypatch):
     with pytest.raises(Mismatch, match="q"):
-        encoder(tokenizers["bpe"]).encode(["a", "q"])
+        fastest_encoder(tokenizers["bpe"]).encode(["a", "q"])
     monkeypatch.setattr(encode, "CHECK_EVERY", 100)
-    coder = encoder(tokenizers["bpe"])
+    coder = fastest_encoder(tokenizers["bpe"])
     coder.encode(["a" * 10])
     coder.encode(["q" * 50])
     with pytest.raises(Mismatch):
@@ -169,11 +169,11 @@ def test_a_fast_encoder_is_compared_at_the_start_and_now_and_then(tokenizers, mo
 
 @pytest.mark.usefixtures("wrong_fastokens")
 def test_plain_does_without_the_fast_encoder(tokenizers):
-    ids, _ = encoder(tokenizers["bpe"], plain=True).encode(["q"])
+    ids, _ = fastest_encoder(tokenizers["bpe"], plain=True).encode(["q"])
     assert ids.tolist() == tokenizers["bpe"].encode("q", add_special_tokens=False).ids
 
 
 def test_a_missing_fast_encoder_is_done_without(tokenizers, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastokens", None)
-    ids, _ = encoder(tokenizers["bpe"]).encode(["the cat"])
+    ids, _ = fastest_encoder(tokenizers["bpe"]).encode(["the cat"])
     assert ids.tolist() == tokenizers["bpe"].encode("the cat", add_special_tokens=False).ids

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, NonNegativeFloat, PositiveInt, model_validator
 
 from llmctl.config.base import Also, Fields, Input
+from llmctl.config.gates import split_gate
 from llmctl.config.sections import (
     Control,
     Loading,
@@ -20,7 +21,6 @@ from llmctl.config.sections import (
 METRICS = ("perplexity", "rouge", "bleu", "chrf", "wer", "exact", "accuracy", "f1")
 GENERATED = METRICS[1:]
 """Those of what a model writes, which take references."""
-GATE = re.compile(r"\s*(?P<name>[^<>=\s]+)\s*(?P<sign>>=|<=|>|<)\s*(?P<bound>[-+.\deE]+)\s*")
 
 
 def _listed(value: Any) -> Any:
@@ -147,7 +147,7 @@ class EvaluateConfig(
             except re.error as error:
                 raise ValueError(f"--answer-regex: no regular expression: {error}") from None
         for text in self.require:
-            if GATE.fullmatch(text) is None or not _is_number(GATE.fullmatch(text)["bound"]):  # type: ignore[index]
+            if split_gate(text) is None:
                 raise ValueError(f"--require {text}: expected FIGURE>=NUMBER, such as exact>=0.9")
         return self
 
@@ -171,11 +171,3 @@ class EvaluateConfig(
         if "" in self.stop:
             raise ValueError("--stop: expected some text, got ''")
         return self
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

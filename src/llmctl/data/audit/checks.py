@@ -10,8 +10,14 @@ from typing import Literal
 import numpy as np
 
 from llmctl.config.commands import AuditConfig, SftConfig
-from llmctl.data.audit.statistics import Figures, Roles, Turns, beyond, doubled
-from llmctl.data.sft import SupervisedData
+from llmctl.data.audit.statistics import (
+    SequenceStatistics,
+    TokenRoles,
+    Turns,
+    has_double_bos,
+    lacks_embedding,
+)
+from llmctl.data.sft import SftData
 
 MOST_UNTRAINED = 0.1
 """Share of rows without a trained token that odd rows explain; above it, flags and data clash."""
@@ -29,7 +35,7 @@ MANY_DUPLICATES = 0.01
 
 
 @dataclass(frozen=True)
-class Finding:
+class AuditFinding:
     """Something that is wrong, or odd."""
 
     level: Literal["error", "warning"]
@@ -43,13 +49,13 @@ class Finding:
 
 
 def examine(
-    data: SupervisedData,
+    data: SftData,
     config: SftConfig | AuditConfig,
-    roles: Roles,
-    train: Figures,
-    val: Figures | None,
+    roles: TokenRoles,
+    train: SequenceStatistics,
+    val: SequenceStatistics | None,
     turns: Turns | None,
-) -> Iterator[Finding]:
+) -> Iterator[AuditFinding]:
     """Every finding: errors first, then warnings.
 
     Args:
@@ -72,11 +78,11 @@ def examine(
     yield from (finding for finding in found if finding.level == "warning")
 
 
-def _learnable(data: SupervisedData, train: Figures) -> Iterator[Finding]:
+def _learnable(data: SftData, train: SequenceStatistics) -> Iterator[AuditFinding]:
     """Is there anything to learn?"""
     if train.rows == 0:
         hint = "raise --max-length, or use --truncation cut" if data.dropped else "add examples"
-        yield Finding("error", "no_rows", "no row is left to train on", hint)
+        yield AuditFinding("error", "no_rows", "no row is left to train on", hint)
         return
     if train.untrained_rows == 0:
         return
@@ -95,18 +101,20 @@ def _learnable(data: SupervisedData, train: Figures) -> Iterator[Finding]:
         else f"no token to train on in {_of(train.untrained_rows, train.rows)}"
         + ("" if many else ": they are left out")
     )
-    yield Finding("error" if many else "warning", "untrained_rows", what, hint, *_at(data, first))
+    yield AuditFinding(
+        "error" if many else "warning", "untrained_rows", what, hint, *_at(data, first)
+    )
 
 
 def _tokens(
-    data: SupervisedData, roles: Roles, train: Figures, val: Figures | None
-) -> Iterator[Finding]:
+    data: SftData, roles: TokenRoles, train: SequenceStatistics, val: SequenceStatistics | None
+) -> Iterator[AuditFinding]:
     """Are they the model's own, and what they seem to be?"""
     strange = train.beyond_embedding + (val.beyond_embedding if val else 0)
     if strange:
-        (places,) = np.nonzero(beyond(data.train, roles))
+        (places,) = np.nonzero(lacks_embedding(data.train, roles))
         highest = max(int(part.tokens.max(initial=0)) for part in (data.train, data.val) if part)
-        yield Finding(
+        yield AuditFinding(
             "error",
             "beyond_embedding",
             f"token ids of up to {highest:,} ({strange:,} tokens), and the model has only"
@@ -117,8 +125,8 @@ def _tokens(
     twice = train.double_bos + (val.double_bos if val else 0)
     if twice:
         total = train.sequences + (val.sequences if val else 0)
-        (places,) = np.nonzero(doubled(data.train, roles))
-        yield Finding(
+        (places,) = np.nonzero(has_double_bos(data.train, roles))
+        yield AuditFinding(
             "error",
             "double_bos",
             f"BOS twice at the beginning of {_of(twice, total, 'sequences')}",
@@ -126,7 +134,7 @@ def _tokens(
             *_at(data, int(places[0]) if len(places) else None),
         )
     if rendered := data.rendered:
-        yield Finding(
+        yield AuditFinding(
             "error" if len(rendered) > MOST_RENDERED * train.rows else "warning",
             "rendered",
             f"special tokens, as letters, begin or end texts: {_of(len(rendered), train.rows)}",
@@ -135,7 +143,7 @@ def _tokens(
             rendered[0].line,
         )
     if train.unknown_share > MANY_UNKNOWN:
-        yield Finding(
+        yield AuditFinding(
             "error" if train.unknown_share > MOST_UNKNOWN else "warning",
             "unknown",
             f"{_percent(train.unknown_share)} of the tokens are unknown to the tokenizer",
@@ -144,16 +152,16 @@ def _tokens(
 
 
 def _ends(
-    data: SupervisedData,
+    data: SftData,
     config: SftConfig | AuditConfig,
-    train: Figures,
+    train: SequenceStatistics,
     turns: Turns | None,
-) -> Iterator[Finding]:
+) -> Iterator[AuditFinding]:
     """Does the model learn to stop?"""
     if turns is not None and turns.foreign_sequence is not None:
         name = data.tokenizer.convert_ids_to_tokens(turns.foreign_token)
         many = turns.foreign > (1 - LEAST_ENDED) * turns.total
-        yield Finding(
+        yield AuditFinding(
             "error" if many else "warning",
             "foreign_end",
             f"generation does not stop at {name} ({turns.foreign_token}), and that ends"
@@ -167,7 +175,7 @@ def _ends(
     if config.train_on == "prompt" or train.ended_share is None:
         return
     if train.ended_share < LEAST_ENDED:
-        yield Finding(
+        yield AuditFinding(
             "error",
             "no_end",
             f"only {_percent(train.ended_share)} of the rows end with a token that is trained on"
@@ -177,7 +185,7 @@ def _ends(
             else "choose a template that ends turns with a special token: --chat-template chatml",
         )
     elif turns is not None and turns.open > (1 - LEAST_ENDED) * turns.total:
-        yield Finding(
+        yield AuditFinding(
             "warning",
             "open_turns",
             f"no special token ends {_of(turns.open, turns.total, 'turns')}: the model learns to"
@@ -187,12 +195,12 @@ def _ends(
 
 
 def _lengths(
-    data: SupervisedData, config: SftConfig | AuditConfig, train: Figures
-) -> Iterator[Finding]:
+    data: SftData, config: SftConfig | AuditConfig, train: SequenceStatistics
+) -> Iterator[AuditFinding]:
     """What is lost, or too short?"""
     if train.truncated_rows:
         refused = config.truncation == "auto" and train.truncated > MOST_TRUNCATED
-        yield Finding(
+        yield AuditFinding(
             "error" if refused else "warning",
             "truncated",
             f"{_of(train.truncated_rows, train.rows)} {'would lose' if refused else 'lose'} their"
@@ -201,14 +209,14 @@ def _lengths(
             " or drop",
         )
     if data.dropped:
-        yield Finding(
+        yield AuditFinding(
             "warning",
             "dropped",
             f"left out for more than {data.max_length:,} tokens: {data.dropped:,} sequences",
             "raise --max-length to keep them",
         )
     if train.short:
-        yield Finding(
+        yield AuditFinding(
             "warning",
             "short",
             f"fewer than two tokens, and nothing to predict: {train.short:,} sequences",
@@ -217,12 +225,12 @@ def _lengths(
 
 
 def _validation(
-    data: SupervisedData, config: SftConfig | AuditConfig, val: Figures | None
-) -> Iterator[Finding]:
+    data: SftData, config: SftConfig | AuditConfig, val: SequenceStatistics | None
+) -> Iterator[AuditFinding]:
     """Does the validation loss say something?"""
     if data.overlap:
         ours = next(e for e in data.train_examples if e.name == data.overlap[0])
-        yield Finding(
+        yield AuditFinding(
             "error",
             "overlap",
             f"this example also validates ({len(data.overlap):,} such in all)",
@@ -232,21 +240,21 @@ def _validation(
         )
     asked = bool(config.val_size or config.val_fraction or config.val_data)
     if (val is None and asked) or (val is not None and val.rows == 0):
-        yield Finding(
+        yield AuditFinding(
             "error",
             "no_validation",
             "no row is left to validate on",
             "raise --max-length, use --truncation cut, or pass --val-size 0 to go without",
         )
     elif val is not None and val.trained_tokens == 0:
-        yield Finding(
+        yield AuditFinding(
             "error",
             "untrained_validation",
             f"none of the {val.rows:,} rows that validate has a token that counts in the loss",
             "raise --max-length, or check these rows and --train-on",
         )
     if data.shared_prompts:
-        yield Finding(
+        yield AuditFinding(
             "warning",
             "shared_prompts",
             f"validation prompts that are trained on with another answer: {data.shared_prompts:,}",
@@ -254,24 +262,24 @@ def _validation(
         )
 
 
-def _rows(data: SupervisedData, roles: Roles) -> Iterator[Finding]:
+def _rows(data: SftData, roles: TokenRoles) -> Iterator[AuditFinding]:
     """What was read?"""
     if data.duplicates > MANY_DUPLICATES * data.examples:
-        yield Finding(
+        yield AuditFinding(
             "warning",
             "duplicates",
             f"near-equal to an earlier one: {_of(data.duplicates, data.examples)}",
             "leave them out, unless they are meant to weigh more",
         )
     if data.skipped:
-        yield Finding(
+        yield AuditFinding(
             "warning",
             "skipped",
             f"left out because they could not be read: {data.skipped:,} rows",
             "see what is wrong with them: --skip-bad-rows 0",
         )
     if data.tokenizer.pad_token_id in roles.stops:
-        yield Finding(
+        yield AuditFinding(
             "warning",
             "pad_is_eos",
             "the padding token ends turns: harmless here, where padding is told by its place alone",
@@ -279,7 +287,7 @@ def _rows(data: SupervisedData, roles: Roles) -> Iterator[Finding]:
         )
 
 
-def _at(data: SupervisedData, sequence: int | None) -> tuple[str | None, int | None]:
+def _at(data: SftData, sequence: int | None) -> tuple[str | None, int | None]:
     """Where the example of a training sequence stands."""
     if sequence is None:
         return None, None
@@ -287,7 +295,7 @@ def _at(data: SupervisedData, sequence: int | None) -> tuple[str | None, int | N
     return example.place, example.line
 
 
-def _sequence(data: SupervisedData, token: int) -> int:
+def _sequence(data: SftData, token: int) -> int:
     """Which training sequence a token is of."""
     return int(np.searchsorted(data.train.starts, token, side="right") - 1)
 

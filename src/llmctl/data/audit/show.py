@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from llmctl.data.audit.audit import Audit
-from llmctl.data.audit.checks import Finding
-from llmctl.data.audit.statistics import Figures, among, special_ids
-from llmctl.data.sft import SupervisedData
+from llmctl.data.audit.checks import AuditFinding
+from llmctl.data.audit.statistics import SequenceStatistics, among, special_token_ids
+from llmctl.data.sft import SftData
 from llmctl.redact import redact
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Piece(NamedTuple):
     is_special: bool
 
 
-def print_report(report: Audit, data: SupervisedData) -> None:
+def print_report(report: Audit, data: SftData) -> None:
     """Print everything to stdout."""
     rows, number = table(report), example_number(data)
     place = None if number is None else data.place(number)
@@ -89,7 +89,7 @@ def table(report: Audit) -> list[tuple[str, str, str]]:
     ]
 
 
-def example_number(data: SupervisedData) -> int | None:
+def example_number(data: SftData) -> int | None:
     """The sequence to show: the first that is trained on and whole, else the first."""
     if not len(data.train):
         return None
@@ -97,11 +97,11 @@ def example_number(data: SupervisedData) -> int | None:
     return int(np.argmax(wanted))
 
 
-def pieces(data: SupervisedData, number: int) -> Iterator[Piece]:
+def pieces(data: SftData, number: int) -> Iterator[Piece]:
     """The text of a training sequence, no more of it than a screen holds, safe to print."""
     tokens, trained = data.train.sequence(number)
     tokens = tokens[:DECODED]
-    special = among(tokens, special_ids(data.tokenizer))
+    special = among(tokens, special_token_ids(data.tokenizer))
     kinds = list(zip(trained[:DECODED].tolist(), special.tolist(), strict=True))
     left, end, before = SCREEN, 0, ""
     for (is_trained, is_special), group in groupby(kinds):
@@ -161,14 +161,14 @@ def _size(text: str) -> int:
     return len(text) + (LINE - 1) * text.count("\n")
 
 
-def _decode(data: SupervisedData, tokens: list[int]) -> str:
+def _decode(data: SftData, tokens: list[int]) -> str:
     text: str = data.tokenizer.decode(
         tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
     return text
 
 
-def _figures(figures: Figures, max_length: int) -> list[tuple[str, str]]:
+def _figures(figures: SequenceStatistics, max_length: int) -> list[tuple[str, str]]:
     ended = figures.ended_share
     return [
         ("rows", f"{figures.rows:,}"),
@@ -199,7 +199,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _said(finding: Finding) -> str:
+def _said(finding: AuditFinding) -> str:
     """Place and message on one line."""
     line = "" if finding.line is None else f":{finding.line}"
     place = "" if finding.file is None else f"{finding.file}{line}: "

@@ -16,7 +16,7 @@ Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Roles:
+class TokenRoles:
     """Ids of tokens that mean something to an audit."""
 
     stops: frozenset[int]
@@ -31,7 +31,7 @@ class Roles:
 
 
 @dataclass(frozen=True)
-class Figures:
+class SequenceStatistics:
     """What N sequences, made of some rows, are like."""
 
     rows: int
@@ -81,20 +81,20 @@ class Turns:
     """Where it stands first."""
 
 
-def roles_of(
+def token_roles(
     tokenizer: PreTrainedTokenizerBase,
     stops: frozenset[int],
     added_tokens: tuple[str, ...],
     embedding_rows: int | None,
-) -> Roles:
+) -> TokenRoles:
     """The roles that a tokenizer gives to its tokens."""
     added = tokenizer.convert_tokens_to_ids(list(added_tokens))
     others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, *stops)
     # Byte-level tokenizers write everything, and often call their only special token unknown too.
     unknown = None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
-    return Roles(
+    return TokenRoles(
         stops,
-        special_ids(tokenizer),
+        special_token_ids(tokenizer),
         tokenizer.bos_token_id,
         unknown,
         frozenset(map(int, added)),
@@ -102,13 +102,13 @@ def roles_of(
     )
 
 
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids of the tokens that no text is made of, whether or not they have a role."""
     added = {k for k, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset(added.union(tokenizer.all_special_ids))
 
 
-def measure(data: Tokenized, roles: Roles) -> Figures:
+def sequence_statistics(data: Tokenized, roles: TokenRoles) -> SequenceStatistics:
     """Count everything; all is 0 where there is nothing."""
     rows, tokens, lengths = _count(data.rows), len(data.tokens), data.lengths
     some = lengths if len(lengths) else np.zeros(1, np.int64)
@@ -117,7 +117,7 @@ def measure(data: Tokenized, roles: Roles) -> Figures:
     ended = _count(data.rows[whole & data.ends & _stopping(data, roles)])
     endable, truncated = _count(data.rows[whole]), _count(data.rows[cut])
     unknown = int((data.tokens == roles.unknown).sum()) if roles.unknown is not None else 0
-    return Figures(
+    return SequenceStatistics(
         rows=rows,
         sequences=len(data),
         tokens=tokens,
@@ -133,15 +133,15 @@ def measure(data: Tokenized, roles: Roles) -> Figures:
         truncated=truncated / max(1, rows),
         ended_rows=ended,
         ended_share=ended / endable if endable else None,
-        double_bos=int(doubled(data, roles).sum()),
+        double_bos=int(has_double_bos(data, roles).sum()),
         unknown_tokens=unknown,
         unknown_share=unknown / max(1, tokens),
-        beyond_embedding=int(beyond(data, roles).sum()),
+        beyond_embedding=int(lacks_embedding(data, roles).sum()),
         short=int((data.full_lengths < 2).sum()),
     )
 
 
-def doubled(data: Tokenized, roles: Roles) -> Mask:
+def has_double_bos(data: Tokenized, roles: TokenRoles) -> Mask:
     """(N,) whether a sequence begins with BOS twice."""
     found = np.zeros(len(data), np.bool_)
     if roles.bos is not None:
@@ -151,14 +151,14 @@ def doubled(data: Tokenized, roles: Roles) -> Mask:
     return found
 
 
-def beyond(data: Tokenized, roles: Roles) -> Mask:
+def lacks_embedding(data: Tokenized, roles: TokenRoles) -> Mask:
     """(T,) whether a token has no embedding, and is not about to get one."""
     if roles.embedding_rows is None:
         return np.zeros(len(data.tokens), np.bool_)
     return (data.tokens >= roles.embedding_rows) & ~among(data.tokens, roles.added)
 
 
-def turns_of(data: Tokenized, roles: Roles) -> Turns:
+def turn_statistics(data: Tokenized, roles: TokenRoles) -> Turns:
     """Look at the last token of every run of trained ones, which must be turns."""
     goes_on = np.append(data.trained[1:], False)  # the first of a sequence is never trained
     is_end = data.trained & ~goes_on
@@ -179,7 +179,7 @@ def turns_of(data: Tokenized, roles: Roles) -> Turns:
     )
 
 
-def _stopping(data: Tokenized, roles: Roles) -> Mask:
+def _stopping(data: Tokenized, roles: TokenRoles) -> Mask:
     """(N,) whether a token at which generation stops is trained on."""
     found = among(data.tokens, roles.stops) & data.trained
     total = np.concatenate([[0], np.cumsum(found)])

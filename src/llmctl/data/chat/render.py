@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmctl.data.chat.sandbox import render_cuts
 from llmctl.data.chat.templates import TRUSTED
-from llmctl.data.tokenized import Encoded
+from llmctl.data.tokenized import EncodedSequence
 from llmctl.errors import ModelError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class ChatFormat:
                 is resumed tomorrow has the same data; None for now.
         """
         self.tokenizer, self._clock = tokenizer, clock
-        self._specials = Specials(tokenizer)
+        self._specials = SpecialTokens(tokenizer)
         self._variables = tokenizer.special_tokens_map
 
     @cached_property
@@ -100,7 +100,7 @@ class ChatFormat:
         messages: Sequence[Mapping[str, Any]],
         train_on: TrainOn,
         tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> list[Encoded]:
+    ) -> list[EncodedSequence]:
         """The training sequences of a conversation: one, if at all possible.
 
         Where the template writes earlier turns anew once there are later ones, or where a token
@@ -136,14 +136,16 @@ class ChatFormat:
             )
         return self._apart(answered, whole, turns, train_on)
 
-    def text(self, text: str) -> Encoded:
+    def text(self, text: str) -> EncodedSequence:
         """Tokens of a plain text: BOS where the tokenizer puts it, and EOS where there is one."""
         tokens, eos = encode_text(self.tokenizer, text), self.tokenizer.eos_token_id
         if eos is not None:
             tokens.append(int(eos))
         return _encoded(tokens, [True] * len(tokens), eos is not None and len(tokens) > 1)
 
-    def batch(self, examples: "Iterable[Example]", train_on: TrainOn) -> Iterator[list[Encoded]]:
+    def batch(
+        self, examples: "Iterable[Example]", train_on: TrainOn
+    ) -> Iterator[list[EncodedSequence]]:
         """The training sequences of each example.
 
         Raises:
@@ -167,7 +169,7 @@ class ChatFormat:
         return any(token.start() == 0 or token.end() == len(inner) for token in found)
 
     @cached_property
-    def probe(self) -> Encoded:
+    def probe(self) -> EncodedSequence:
         """A question and its answer, to look at.
 
         Raises:
@@ -232,7 +234,9 @@ class ChatFormat:
         end += len(own) if text.startswith(own, end) else 0
         return _Turn(begin, max(begin, end), False, weight)
 
-    def _sequence(self, text: str, turns: Sequence[_Turn], train_on: TrainOn) -> Encoded | None:
+    def _sequence(
+        self, text: str, turns: Sequence[_Turn], train_on: TrainOn
+    ) -> EncodedSequence | None:
         """One sequence of all turns; None where a token reaches over the border of one."""
         cuts = [cut for turn in turns for cut in (turn.begin, turn.end)]
         tokens, borders = self._specials.borders(text, cuts)
@@ -250,9 +254,9 @@ class ChatFormat:
 
     def _apart(
         self, texts: Sequence[str], whole: str, turns: Sequence[_Turn], train_on: TrainOn
-    ) -> list[Encoded]:
+    ) -> list[EncodedSequence]:
         """A sequence for each turn: the tokens of its prompt, then those of what it adds."""
-        found: list[Encoded] = []
+        found: list[EncodedSequence] = []
         for text, turn in zip(texts, turns, strict=True):
             if train_on != "all" and not turn.weight:
                 continue
@@ -282,9 +286,11 @@ class ChatFormat:
         return prompt + answer + rest, begin, begin + len(answer) + end
 
 
-def _encoded(tokens: list[int], trained: list[bool], ends: bool) -> Encoded:
+def _encoded(tokens: list[int], trained: list[bool], ends: bool) -> EncodedSequence:
     """A sequence whose first token, which nothing predicts, is not trained on."""
-    return Encoded(tokens, [is_trained and k > 0 for k, is_trained in enumerate(trained)], ends)
+    return EncodedSequence(
+        tokens, [is_trained and k > 0 for k, is_trained in enumerate(trained)], ends
+    )
 
 
 def _answers(messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -298,7 +304,7 @@ def _tail(text: str) -> str:
     return repr(text[-24:].replace(BREAK, ""))
 
 
-class Specials:
+class SpecialTokens:
     """The special tokens of one tokenizer, which changes no more."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,6 +1,6 @@
 """A response and what it answers as the tokens that one model reads, and where the response stands.
 
-In: conversations or texts. Out: `Encoded` sequences whose `trained` marks the response, its end
+In: conversations or texts. Out: `EncodedSequence` sequences whose `trained` marks the response, its end
 included. Decoders get their chat template, encoders such as BERT the two texts that their tokenizer
 joins: `[CLS] prompt [SEP] response [SEP]`.
 """
@@ -11,10 +11,10 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from llmctl.data.chat.render import ChatFormat, encode_text, shared
-from llmctl.data.chat.templates import choose_template
+from llmctl.data.chat.templates import set_chat_template
 from llmctl.data.examples import Example
-from llmctl.data.tokenized import Encoded
-from llmctl.models.vetting import is_encoder
+from llmctl.data.tokenized import EncodedSequence
+from llmctl.models.causality import is_encoder
 
 
 def prepare_template(
@@ -30,7 +30,7 @@ def prepare_template(
     """
     if choice is None and is_encoder(shape):
         return []
-    return choose_template(tokenizer, choice)
+    return set_chat_template(tokenizer, choice)
 
 
 class ResponseFormat:
@@ -55,7 +55,7 @@ class ResponseFormat:
             number for number, token in tokenizer.added_tokens_decoder.items() if token.special
         } | set(tokenizer.all_special_ids)
 
-    def example(self, example: Example, prompt: int) -> Encoded:
+    def example(self, example: Example, prompt: int) -> EncodedSequence:
         """A whole conversation of which the first `prompt` messages are answered, or a plain text.
 
         Raises:
@@ -64,7 +64,7 @@ class ResponseFormat:
         if example.messages is not None:
             return self.conversation(example.messages, prompt, example.tools)
         text = example.text or ""
-        return self._single(text) if self.is_pair else self.chat.text(text)
+        return self._single(text) if self.is_pair else self.chat.encode_text(text)
 
     def conversation(
         self,
@@ -73,7 +73,7 @@ class ResponseFormat:
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         ended: bool = True,
-    ) -> Encoded:
+    ) -> EncodedSequence:
         """A conversation of which the first messages, `prompt` of them, are answered by the rest.
 
         What a template writes after the response's end is left out. A response that was cut off
@@ -90,17 +90,17 @@ class ResponseFormat:
             for place, message in enumerate(messages)
         ]
         train_on: Any = "completion" if prompt == len(messages) - 1 else "assistant"
-        found = self.chat.examples(marked, train_on, tools)[-1]
+        found = self.chat.encode_conversation(marked, train_on, tools)[-1]
         end = max((k + 1 for k, counts in enumerate(found.trained) if counts), default=0)
         if not end:  # a response that says nothing, in a template that ends it with nothing
-            tokens = self.chat.prompt(messages[:prompt], tools)
-            return Encoded(tokens, [False] * len(tokens), False)
+            tokens = self.chat.encode_prompt(messages[:prompt], tools)
+            return EncodedSequence(tokens, [False] * len(tokens), False)
         tokens, trained = found.tokens[:end], found.trained[:end]
         while not ended and trained and trained[-1] and tokens[-1] in self._special:
             tokens, trained = tokens[:-1], trained[:-1]
-        return Encoded(tokens, trained, ended and found.ends)
+        return EncodedSequence(tokens, trained, ended and found.ends)
 
-    def text(self, prompt: str, response: str, *, ended: bool = True) -> Encoded:
+    def text(self, prompt: str, response: str, *, ended: bool = True) -> EncodedSequence:
         """A text and how it goes on; EOS after it where it ended and the tokenizer has one."""
         if self.is_pair:
             return self._pair(prompt, response) if prompt else self._single(response)
@@ -109,9 +109,9 @@ class ResponseFormat:
         eos = self.tokenizer.eos_token_id
         ends = ended and eos is not None
         tokens += [int(eos)] if ends else []
-        return Encoded(tokens, [place >= begin for place in range(len(tokens))], ends)
+        return EncodedSequence(tokens, [place >= begin for place in range(len(tokens))], ends)
 
-    def shortened(self, encoded: Encoded, excess: int) -> Encoded | None:
+    def shortened(self, encoded: EncodedSequence, excess: int) -> EncodedSequence | None:
         """The sequence without so many tokens of its prompt, from the left; None if it has fewer.
 
         A special token that it begins with stays.
@@ -121,25 +121,25 @@ class ResponseFormat:
         if begin - head < excess:
             return None
         first = head + max(0, excess)
-        return Encoded(
+        return EncodedSequence(
             encoded.tokens[:head] + encoded.tokens[first:],
             encoded.trained[:head] + encoded.trained[first:],
             encoded.ends,
         )
 
-    def _single(self, text: str) -> Encoded:
+    def _single(self, text: str) -> EncodedSequence:
         """A text by itself, as the tokenizer writes it."""
         found = self.tokenizer(text, split_special_tokens=True)
         tokens = [int(token) for token in found["input_ids"]]
-        return Encoded(tokens, [False] * len(tokens), True)
+        return EncodedSequence(tokens, [False] * len(tokens), True)
 
-    def _pair(self, prompt: str, response: str) -> Encoded:
+    def _pair(self, prompt: str, response: str) -> EncodedSequence:
         """Two texts as the tokenizer joins them; what follows the first text's end is trained."""
         found = self.tokenizer(prompt, response, split_special_tokens=True)
         tokens = [int(token) for token in found["input_ids"]]
         sides = found.sequence_ids()
         begin = sides.index(1) if 1 in sides else len(tokens) - 1
-        return Encoded(tokens, [place >= begin for place in range(len(tokens))], True)
+        return EncodedSequence(tokens, [place >= begin for place in range(len(tokens))], True)
 
 
 def _flat(messages: Sequence[Mapping[str, Any]]) -> str:

@@ -26,7 +26,7 @@ TEMPLATE_SIZE = 250_000
 """Characters; the longest of well-known models have a tenth of it."""
 HINT = "such a template is broken or hostile: use another tokenizer, or continue plain text"
 
-CHAT_TEMPLATE = """\
+CHATML_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}
     {{- '<|im_start|>' + message['role'] + '\\n' }}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from llmctl.data.chat.sandbox import CHAT_TEMPLATE, TEMPLATE_SIZE
+from llmctl.data.chat.sandbox import CHATML_TEMPLATE, TEMPLATE_SIZE
 from llmctl.errors import DataError, ModelError, UserError
 
 EOS = "</s>"
@@ -18,14 +18,14 @@ EOS = "</s>"
 _FOLDER = Path(__file__).with_name("chat_templates")
 
 TEMPLATES = {
-    "chatml": CHAT_TEMPLATE,
+    "chatml": CHATML_TEMPLATE,
     **{file.stem: file.read_text(encoding="utf-8") for file in sorted(_FOLDER.glob("*.jinja"))},
 }
 """The forms of conversation that well-known models were trained on; llmctl wrote the jinja."""
 
 TRUSTED = frozenset(TEMPLATES.values())
 
-SPECIALS = {
+TEMPLATE_TOKENS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "gemma": ("<start_of_turn>", "<end_of_turn>"),
     "llama-3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -34,7 +34,7 @@ SPECIALS = {
 """Special tokens that they write by name; the others end turns with `eos_token`."""
 
 
-def choose_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> list[str]:
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> list[str]:
     """Give the tokenizer the chat template of this name or file, else its own, else ChatML.
 
     Returns:
@@ -57,7 +57,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> l
         tokenizer.add_special_tokens({"eos_token": EOS})
         added.append(EOS)
     known = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    lacking = [token for token in SPECIALS.get(name, ()) if token not in known]
+    lacking = [token for token in TEMPLATE_TOKENS.get(name, ()) if token not in known]
     if lacking:
         tokenizer.add_special_tokens(
             {"extra_special_tokens": lacking}, replace_extra_special_tokens=False

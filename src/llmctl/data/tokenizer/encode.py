@@ -45,14 +45,16 @@ class Mismatch(Exception):
 
 
 @dataclass(frozen=True)
-class Encoder:
+class TokenizerEncoder:
     """How to encode texts, and where a long text can be cut without changing an id."""
 
     encode: Encode
     cuts: Cuts
 
 
-def encoder(tokenizer: Tokenizer, *, sample: str = "", plain: bool = False) -> Encoder:
+def fastest_encoder(
+    tokenizer: Tokenizer, *, sample: str = "", plain: bool = False
+) -> TokenizerEncoder:
     """The fastest exact encoder for a tokenizer; ids of the text alone, without bos or eos.
 
     Args:
@@ -63,9 +65,9 @@ def encoder(tokenizer: Tokenizer, *, sample: str = "", plain: bool = False) -> E
     content = json.loads(tokenizer.to_str())
     cuts = _cuts(tokenizer, content, sample)
     if content["model"]["type"] == "WordLevel" and cuts == "anywhere":
-        return Encoder(_characters(content["model"]), cuts)
+        return TokenizerEncoder(_characters(content["model"]), cuts)
     fast = None if plain else _fastokens(tokenizer)
-    return Encoder(fast or _tokenizers(tokenizer), cuts)
+    return TokenizerEncoder(fast or _tokenizers(tokenizer), cuts)
 
 
 def _tokenizers(tokenizer: Tokenizer) -> Encode:
