@@ -387,7 +387,7 @@ def test_what_was_written_is_not_written_again(rank, roomy, prompts, tmp_path, m
     options = ("--model", roomy, "--responses", 2, *SAMPLED)
     assert rank(prompts, "1", "1", "1", options=options).code == 0
     before = (tmp_path / "out.responses.jsonl").read_bytes()
-    monkeypatch.setattr(generating, "load_to_write", None)
+    monkeypatch.setattr(generating, "load_for_generation", None)
     bob = rank(prompts, "1", "1", "1", options=options, annotator="Bob")
     assert bob.code == 0, bob.err
     assert (tmp_path / "out.responses.jsonl").read_bytes() == before
