@@ -32,7 +32,7 @@ from llmctl.data.chat.templates import read_template
 from llmctl.data.preference_pairs import load_pairs
 from llmctl.files import sha256_file
 from llmctl.training import dpo
-from llmctl.training.dpo import ComparedPairs, DpoLoss, is_displaced, log_probabilities
+from llmctl.training.dpo import ComparedPairRows, DpoLoss, is_displaced, log_probabilities
 from llmctl.training.token_loss import token_loss_of
 
 TEMPLATE_TOKENS = ["[PAD]", "[UNK]", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -180,7 +180,7 @@ def test_log_probabilities_are_of_the_response_alone_whatever_pads_it(base, pair
     data = load_pairs(settings(base, pairs, val_size=0))
     found, token_loss = [], token_loss_of(model, chunked=False)
     for pad in (0, 40):
-        batch = ComparedPairs(data.train, pad).batch([3, 0, 11])
+        batch = ComparedPairRows(data.train, pad).batch([3, 0, 11])
         assert (batch["input_ids"] == pad).any()
         with torch.no_grad():
             found.append(log_probabilities(model, token_loss, batch)[0])

@@ -17,7 +17,7 @@ from transformers import (
 
 from llmctl.data.tokenized import EncodedSequence, collect, pack
 from llmctl.errors import ModelError, UserError
-from llmctl.training.batches import Sequences, on_device
+from llmctl.training.batches import SequenceRows, on_device
 from llmctl.training.model_checks import require_isolated
 from llmctl.training.token_loss import require_chunkable, token_loss_of
 
@@ -131,7 +131,7 @@ def test_packing_finds_the_fullest_bin():
 @pytest.mark.parametrize("size", [None, 24])
 def test_loss_is_that_of_each_sequence_alone(make, size):
     model, data = make(), sequences(4, 11, 7, 2, 9)
-    rows = Sequences(data, pad=0, size=size)
+    rows = SequenceRows(data, pad=0, size=size)
     batch = rows.batch(range(len(rows)))
     assert batch["tokens"] == 33
     found = token_loss_of(model, chunked=False)(model, batch)
@@ -143,7 +143,7 @@ def test_loss_is_that_of_each_sequence_alone(make, size):
 @pytest.mark.parametrize("size", [None, 24])
 def test_chunked_loss_has_the_same_value_and_gradients(size, monkeypatch):
     monkeypatch.setattr("llmctl.training.token_loss.CHUNK_LOGITS", 120)  # three positions
-    model, rows = llama(), Sequences(sequences(4, 11, 7), pad=0, size=size)
+    model, rows = llama(), SequenceRows(sequences(4, 11, 7), pad=0, size=size)
     batch = rows.batch(range(len(rows)))
     gradients = []
     for chunked in (False, True):
@@ -158,7 +158,7 @@ def test_chunked_loss_has_the_same_value_and_gradients(size, monkeypatch):
 
 
 def test_chunking_a_model_that_changes_its_logits_is_refused():
-    rows = Sequences(sequences(9), pad=0)
+    rows = SequenceRows(sequences(9), pad=0)
     batch = rows.batch([0])
     model = llama()
     require_chunkable(model, token_loss_of(model, chunked=True), batch)
@@ -169,7 +169,7 @@ def test_chunking_a_model_that_changes_its_logits_is_refused():
 
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_packed_sequences_are_seen_to_be_apart(make):
-    rows = Sequences(sequences(6, 7, 8), pad=0, size=30)
+    rows = SequenceRows(sequences(6, 7, 8), pad=0, size=30)
     assert require_isolated(make(), rows, 40) < 1e-5
 
 
@@ -182,14 +182,14 @@ def test_a_model_that_leaks_is_refused():
         def forward(self, input_ids, position_ids, use_cache):
             return self.inner(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
 
-    rows = Sequences(sequences(6, 7, 8), pad=0, size=30)
+    rows = SequenceRows(sequences(6, 7, 8), pad=0, size=30)
     with pytest.raises(ModelError, match="leaks"):
         require_isolated(Leaking(), rows, 40)
 
 
 def test_nothing_looks_at_padding():
-    model, rows = llama(), Sequences(sequences(4, 11), pad=0)
-    other = Sequences(rows.data, pad=7)
+    model, rows = llama(), SequenceRows(sequences(4, 11), pad=0)
+    other = SequenceRows(rows.data, pad=7)
     losses = []
     for some in (rows, other):
         batch = some.batch([0, 1])
@@ -200,7 +200,7 @@ def test_nothing_looks_at_padding():
 
 
 def test_labels_start_no_sequence():
-    rows = Sequences(sequences(4, 5, 6), pad=0, size=20)
+    rows = SequenceRows(sequences(4, 5, 6), pad=0, size=20)
     batch = rows.batch([0])
     starts = batch["position_ids"][0] == 0
     assert int(starts.sum()) == 3
@@ -208,7 +208,7 @@ def test_labels_start_no_sequence():
 
 
 def test_micro_batches_add_up_to_the_batch():
-    model, rows = llama(), Sequences(sequences(4, 11, 7, 2, 9, 3), pad=0)
+    model, rows = llama(), SequenceRows(sequences(4, 11, 7, 2, 9, 3), pad=0)
     token_loss = token_loss_of(model, chunked=False)
 
     def gradient(parts):
@@ -227,7 +227,7 @@ def test_micro_batches_add_up_to_the_batch():
 
 def test_cross_entropy_is_the_reference():
     model, data = llama(), sequences(8)
-    batch = Sequences(data, pad=0).batch([0])
+    batch = SequenceRows(data, pad=0).batch([0])
     logits = model(input_ids=batch["input_ids"]).logits
     expected = cross_entropy(
         logits[0, :-1], batch["labels"][0, 1:], ignore_index=-100, reduction="sum"
@@ -249,7 +249,7 @@ def test_the_experts_are_kept_in_balance():
         router_aux_loss_coef=0.5,
     )
     model = MixtralForCausalLM(shape).eval()
-    batch = Sequences(sequences(9), pad=0).batch([0])
+    batch = SequenceRows(sequences(9), pad=0).batch([0])
     found = token_loss_of(model, chunked=False)(model, on_device(batch, model.device))
     whole = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
     ours = found.losses.sum() / batch["weight"] + found.balance

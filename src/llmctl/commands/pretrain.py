@@ -23,7 +23,7 @@ from llmctl.training.base_model import base_of
 from llmctl.training.export import export_pretrained
 from llmctl.training.fault_tolerance import together
 from llmctl.training.loop import train
-from llmctl.training.pretrain import build, prepare, with_largest_batch
+from llmctl.training.pretrain import build_pretraining, prepare_pretraining, with_largest_batch
 from llmctl.training.stage import run_stage
 
 
@@ -40,14 +40,14 @@ def _pretrain(
     with together(accelerator):
         tokens, inputs = _tokens(config, run)
     with together(accelerator):
-        prepared = prepare(config, tokens, accelerator, device)
+        prepared = prepare_pretraining(config, tokens, accelerator, device)
     if config.find_batch_size:
         prepared = with_largest_batch(config, prepared, known)
     models = [base_of(config.model).as_input()] if config.model else []
     run.record(inputs=[*inputs, *models], **prepared.facts())
     values = prepared.hyperparameters
     with hardware.memory_errors(values.batch_size, values.grad_accum):
-        trainer = build(config, prepared, run)
+        trainer = build_pretraining(config, prepared, run)
         metrics = train(trainer, config)
     written = export_pretrained(trainer, prepared.tokenizer)
     return {**written, "parameters": prepared.parameters, **metrics}
@@ -72,7 +72,9 @@ def _tokens(config: PretrainConfig, run: Run) -> tuple[Path, list[dict[str, Any]
 def _show(config: PretrainConfig, accelerator: Accelerator, device: str) -> dict[str, Any] | None:
     """Check what can be checked without writing; print the recipe, and the plan on stderr."""
     if config.tokens is not None:
-        prepared = prepare(config, Path(config.tokens).expanduser(), accelerator, device)
+        prepared = prepare_pretraining(
+            config, Path(config.tokens).expanduser(), accelerator, device
+        )
         outlook = foreseen_pretrain(prepared.hyperparameters, prepared.architecture, device)
     else:
         vocabulary, _ = load_vocabulary(str(config.tokenizer or config.model))

@@ -57,7 +57,7 @@ class Base:
         return model_input("model", self.reference, self.sha256)
 
 
-class Encoded(Protocol):
+class Digestible(Protocol):
     """Rows that are encoded for the model."""
 
     def digest(self) -> str:
@@ -68,11 +68,11 @@ class Encodings(Protocol):
     """Training and validation data that are encoded for the model."""
 
     @property
-    def train(self) -> Encoded:
+    def train(self) -> Digestible:
         """Rows to train on."""
 
     @property
-    def val(self) -> Encoded | None:
+    def val(self) -> Digestible | None:
         """Rows to validate on."""
 
     @property

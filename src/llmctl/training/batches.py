@@ -161,7 +161,7 @@ class RowBatches:
         return "examples " + ", ".join(map(str, examples[:NAMED])) + rest
 
 
-class Sequences:
+class SequenceRows:
     """N rows, each one sequence, or several packed into at most `size` tokens.
 
     Attention is causal, so padding at the right needs no mask: nothing looks at it, and no label

@@ -34,7 +34,7 @@ from llmctl.training.base_model import (
     require_prompts,
     without_dropout,
 )
-from llmctl.training.batches import IGNORED, Batch, Sequences, on_device, validation_shares
+from llmctl.training.batches import IGNORED, Batch, SequenceRows, on_device, validation_shares
 from llmctl.training.distributed import autocast
 from llmctl.training.fault_tolerance import together
 from llmctl.training.loop import Trainer, assemble
@@ -91,12 +91,12 @@ class DpoLoss:
         return right - self.label_smoothing * logsigmoid(-margin)
 
 
-class ComparedPairs:
+class ComparedPairRows:
     """N pairs as batches of sequences, padded at the right."""
 
     def __init__(self, pairs: Pairs, pad: int) -> None:
         """Take the pairs; `pad` fills the rest of a row."""
-        self._sequences = Sequences(_one_after_the_other(pairs.chosen, pairs.rejected), pad)
+        self._sequences = SequenceRows(_one_after_the_other(pairs.chosen, pairs.rejected), pad)
         self.lengths: list[int] = pairs.lengths.tolist()
         """(N,) tokens of the longer side of each."""
         self.weights = pairs.weights.astype(np.float64)
@@ -106,7 +106,7 @@ class ComparedPairs:
         return len(self.lengths)
 
     def batch(self, numbers: Sequence[int]) -> Batch:
-        """`Sequences.batch` of the 2B sequences, `counts` (2B,) of their tokens that count,
+        """`SequenceRows.batch` of the 2B sequences, `counts` (2B,) of their tokens that count,
         and `numbers` and `weights` (B,) of the pairs, which add up to `weight`.
         """
         batch = self._sequences.batch([*numbers, *(len(self) + number for number in numbers)])
@@ -140,8 +140,8 @@ class DirectPreference:
         pair_loss: DpoLoss,
         token_loss: TokenLoss,
         model: Any,
-        train: ComparedPairs,
-        val: ComparedPairs | None,
+        train: ComparedPairRows,
+        val: ComparedPairRows | None,
         validation: Validation | None,
     ) -> None:
         """Take the losses, and the model that they are for, not wrapped yet."""
@@ -290,8 +290,8 @@ def prepare_dpo(
     model, stops = load_language_model(config, data, end_of_turn(data), device)
     without_dropout(model)
     pad = data.tokenizer.pad_token_id or 0
-    train = ComparedPairs(data.train, pad)
-    val = None if data.val is None else ComparedPairs(data.val, pad)
+    train = ComparedPairRows(data.train, pad)
+    val = None if data.val is None else ComparedPairRows(data.val, pad)
 
     def loss(copied: Any, batch: Batch) -> Tensor:
         token_loss = token_loss_of(copied, chunked=config.chunked_loss)
@@ -327,8 +327,8 @@ def build_dpo(
     """
     model, values = prepared.model, prepared.hyperparameters
     train, val = prepared.train, prepared.val
-    assert isinstance(train, ComparedPairs)
-    assert val is None or isinstance(val, ComparedPairs)
+    assert isinstance(train, ComparedPairRows)
+    assert val is None or isinstance(val, ComparedPairRows)
     validation = validation_of(val, values.batch_size, accelerator, device, values.precision)
     token_loss = token_loss_of(model, chunked=config.chunked_loss)
     pair_loss = DpoLoss(config.loss, config.beta, config.label_smoothing)

@@ -34,7 +34,7 @@ EARLIER_ARGUMENT = "adam_epsilon"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StepOutcome:
     """Loss, norm and signal of a step over all ranks, before any of them updates a weight."""
 
     loss: Tensor
@@ -90,7 +90,9 @@ def _is_lost_peer(error: RuntimeError) -> bool:
     return isinstance(error, DistError) or any(sign in str(error) for sign in signs)
 
 
-def agree(state: RunState, loss: Tensor, grad_norm: Tensor, tokens: int, flag: StopFlag) -> Verdict:
+def agree(
+    state: RunState, loss: Tensor, grad_norm: Tensor, tokens: int, flag: StopFlag
+) -> StepOutcome:
     """The mean loss and the tokens of all ranks, and the signal that any of them received.
 
     One transfer from a GPU per step pays for the promise that no step uses a number that is not
@@ -98,31 +100,31 @@ def agree(state: RunState, loss: Tensor, grad_norm: Tensor, tokens: int, flag: S
     """
     finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
     if state.world == 1:
-        return Verdict(loss, grad_norm, tokens, bool(finite), flag.received)
+        return StepOutcome(loss, grad_norm, tokens, bool(finite), flag.received)
     counted = torch.tensor([tokens, flag.received], dtype=torch.float64)
     facts = torch.cat([torch.stack([loss, finite]).double(), counted.to(loss.device)])
     losses, checks, counts, signals = state.accelerator.gather(facts[None]).T.tolist()
     mean = loss.new_tensor(sum(losses) / len(losses))
-    return Verdict(mean, grad_norm, round(sum(counts)), min(checks) > 0, int(max(signals)))
+    return StepOutcome(mean, grad_norm, round(sum(counts)), min(checks) > 0, int(max(signals)))
 
 
-def accept(state: RunState, verdict: Verdict, batch: Callable[[], str]) -> bool:
+def accept(state: RunState, outcome: StepOutcome, batch: Callable[[], str]) -> bool:
     """Whether the optimizer may take the step; the same on every rank.
 
     Args:
         state: the run; a refused step is counted in its progress.
-        verdict: of all ranks.
+        outcome: of all ranks.
         batch: says which examples the step was computed from.
 
     Raises:
         DivergedError: loss or gradients are not finite, and the run is to stop at that, or was so
             too often.
     """
-    if verdict.finite:
+    if outcome.finite:
         return True
     done, intervals = state.progress, state.intervals
     done.skipped_steps += 1
-    loss, grad_norm = float(verdict.loss), float(verdict.grad_norm)
+    loss, grad_norm = float(outcome.loss), float(outcome.grad_norm)
     what = f"step {done.step + 1:,}: loss {loss:g}, gradient norm {grad_norm:g} ({batch()})"
     if intervals.on_nan == "skip" and done.skipped_steps <= intervals.max_nan_skips:
         log.warning("skipped %s; %d so far", what, done.skipped_steps)
@@ -140,7 +142,7 @@ def accept(state: RunState, verdict: Verdict, batch: Callable[[], str]) -> bool:
     raise error
 
 
-def finish_step(state: RunState, meter: Meter, verdict: Verdict) -> None:
+def finish_step(state: RunState, meter: Meter, outcome: StepOutcome) -> None:
     """Log, evaluate and save where due; then end the run if a signal came.
 
     Raises:
@@ -149,10 +151,10 @@ def finish_step(state: RunState, meter: Meter, verdict: Verdict) -> None:
     """
     done, intervals = state.progress, state.intervals
     done.step += 1
-    done.tokens += verdict.tokens
+    done.tokens += outcome.tokens
     last = done.step == intervals.max_steps
     if done.step % intervals.log_every == 0 or last:
-        meter.log(verdict.loss, verdict.grad_norm)
+        meter.log(outcome.loss, outcome.grad_norm)
     improved = False
     due = done.step % intervals.eval_every == 0 or last
     if due and state.evaluate is not None:
@@ -166,11 +168,11 @@ def finish_step(state: RunState, meter: Meter, verdict: Verdict) -> None:
     if due:
         with meter.paused():
             state.sample(done.step)
-    if improved or last or verdict.signal or done.step % intervals.save_every == 0:
+    if improved or last or outcome.signal or done.step % intervals.save_every == 0:
         with meter.paused():
             save(state, meter)
-    if verdict.signal:
-        raise StopFlag.error(verdict.signal, done.step)
+    if outcome.signal:
+        raise StopFlag.error(outcome.signal, done.step)
 
 
 def is_over(state: RunState) -> bool:

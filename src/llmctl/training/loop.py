@@ -29,7 +29,7 @@ from llmctl.signals import StopFlag, stop_flag
 from llmctl.training.batches import Batch, Batches, on_device
 from llmctl.training.distributed import autocast, is_sharded, place
 from llmctl.training.fault_tolerance import (
-    Verdict,
+    StepOutcome,
     accept,
     agree,
     find_checkpoint,
@@ -240,7 +240,7 @@ def fit(trainer: Trainer) -> dict[str, Any]:
             loss = accumulate(trainer, batches)
             tokens = sum(batch["tokens"] for batch in batches)
             batches = micro_batches(trainer, done.step + 1)  # while a GPU still computes
-            verdict = update(
+            outcome = update(
                 state,
                 trainer.optimizers,
                 trainer.model.parameters(),
@@ -251,7 +251,7 @@ def fit(trainer: Trainer) -> dict[str, Any]:
                 name=lambda: trainer.batches.name(done.step),
             )
             progress_bar.update(done.step + 1, meter.text)
-            finish_step(state, meter, verdict)
+            finish_step(state, meter, outcome)
     return meter.final()
 
 
@@ -313,7 +313,7 @@ def update(
     *,
     max_grad_norm: float,
     name: Callable[[], str],
-) -> Verdict:
+) -> StepOutcome:
     """Clip the gradients, and update the weights where all numbers are finite. Collective.
 
     Args:
@@ -334,10 +334,10 @@ def update(
     """
     norm = nn.utils.clip_grad_norm_(weights, max_grad_norm or math.inf)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    verdict = agree(state, loss, norm, tokens, flag)
-    accepted = accept(state, verdict, name)
+    outcome = agree(state, loss, norm, tokens, flag)
+    accepted = accept(state, outcome, name)
     for optimizer in optimizers:
         if accepted:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return verdict
+    return outcome

@@ -10,10 +10,8 @@ from torch import Tensor
 
 from llmctl import hardware
 from llmctl.console import duration, log, short
+from llmctl.metrics import is_result, line_name
 from llmctl.training.run_state import RunState
-
-BACKGROUND = ("_low", "_high", "_std", "_prompts", "reference_score")
-"""How the names of figures end that stand in the metrics, and not in the line of an evaluation."""
 
 
 class Meter:
@@ -87,9 +85,9 @@ class Meter:
         state.run.log({**facts, **metrics})
         if state.rank == 0:
             shown = "  ".join(
-                _worded(name, value)
+                f"{short_name} {value:.4g}"
                 for name, value in metrics.items()
-                if not name.endswith(BACKGROUND)
+                if (short_name := line_name(name))
             )
             best = "  best" if improved else ""
             log.info("step %s  %s%s  %s", f"{done.step:,}", shown, best, duration(elapsed))
@@ -100,16 +98,15 @@ class Meter:
         self.keep_time()
         done = self.state.progress
         speed = round(done.tokens / max(done.training_seconds, 1e-9), 1)
-        keep = ("loss", "grad_norm", "memory_bytes", "skipped_steps")
-        return {
-            "step": done.step,
-            "tokens": done.tokens,
-            **{name: done.last_log[name] for name in keep if name in done.last_log},
-            **done.best_eval,
-            "best_step": done.best_step,
-            "tokens_per_second": speed,
-            "mfu": self._mfu(speed),
+        means = {"tokens_per_second": speed, "mfu": self._mfu(speed)}
+        command = str(self.state.run.manifest["stage"])
+        last = {
+            name: value
+            for name, value in done.last_log.items()
+            if is_result(name, command) and name not in means
         }
+        totals = {"step": done.step, "tokens": done.tokens}
+        return {**last, **totals, **done.best_eval, "best_step": done.best_step, **means}
 
     def _speed(self) -> float:
         """Tokens per second since the last call."""
@@ -123,8 +120,3 @@ class Meter:
         if self._peak is None or self.state.flops_per_token is None:
             return None
         return speed * self.state.flops_per_token / (self._peak * self.state.world)
-
-
-def _worded(name: str, value: float) -> str:
-    short_names = {"val_perplexity": "perplexity", "val_bits_per_byte": "bits/byte"}
-    return f"{short_names.get(name, name)} {value:.4g}"

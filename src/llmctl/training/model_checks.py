@@ -8,7 +8,7 @@ from torch import Tensor
 from llmctl.errors import ModelError
 
 if TYPE_CHECKING:
-    from llmctl.training.batches import Sequences
+    from llmctl.training.batches import SequenceRows
 
 TOLERANCE = 1e-5
 """Largest change of a logit, relative to the largest one: where nothing leaks there is none."""
@@ -18,7 +18,7 @@ LONGEST = 64
 
 
 @torch.no_grad()
-def require_isolated(model: Any, rows: "Sequences", vocabulary: int) -> float:
+def require_isolated(model: Any, rows: "SequenceRows", vocabulary: int) -> float:
     """Change the first sequence of a packed row: the logits of the others must stay.
 
     Models differ in how they make their masks, and one that ignores positions would train every

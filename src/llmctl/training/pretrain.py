@@ -63,7 +63,7 @@ class PreparedPretraining:
         }
 
 
-def prepare(
+def prepare_pretraining(
     config: PretrainConfig, tokens: Path, accelerator: Accelerator, device: str
 ) -> PreparedPretraining:
     """Open the tokens, choose the architecture, count its parameters, and fill in the rest.
@@ -157,7 +157,7 @@ def _nats(model: Any, batch: Batch) -> Tensor:
     return torch.stack([nats, nats.new_tensor(targets.numel())])
 
 
-def build(config: PretrainConfig, prepared: PreparedPretraining, run: Run) -> Trainer:
+def build_pretraining(config: PretrainConfig, prepared: PreparedPretraining, run: Run) -> Trainer:
     """Allocate the model and its optimizers, place them, and put the trainer together.
 
     Raises:

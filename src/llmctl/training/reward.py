@@ -21,13 +21,13 @@ from llmctl.data.preference_pairs import Pairs, PreferenceData
 from llmctl.data.tokenized import EncodedSequence
 from llmctl.errors import ModelError
 from llmctl.models.classifiers import SCORE
-from llmctl.reward.model import has_types, load_reward_model, score_batch, score_encoded
+from llmctl.reward.model import load_reward_model, needs_token_types, score_batch, score_encoded
 from llmctl.runs.directory import Run
 from llmctl.training.base_model import Prepared, load_with_head, new_tokens_of, prepare
 from llmctl.training.batches import Batch
 from llmctl.training.loop import Trainer, assemble
 from llmctl.training.objective import Loss, Validation, validation_of
-from llmctl.training.reward_report import Scored, log_report, report
+from llmctl.training.reward_report import PairScores, log_report, report
 
 CHECKED = 4
 """Pairs whose scores must be the same once the result is loaded again."""
@@ -37,12 +37,12 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 """Keys of a batch that the model is given."""
 
 
-class ScoredPairs:
+class ScoredPairRows:
     """N pairs of texts to score as (2B, L) tensors, padded at the right."""
 
-    def __init__(self, pairs: Pairs, pad: int, *, takes_types: bool) -> None:
+    def __init__(self, pairs: Pairs, pad: int, *, uses_token_types: bool) -> None:
         """Take the pairs; `pad` fills the rest of a row."""
-        self.pairs, self.pad, self.takes_types = pairs, pad, takes_types
+        self.pairs, self.pad, self.uses_token_types = pairs, pad, uses_token_types
         self.lengths: list[int] = pairs.lengths.tolist()
         """(N,) tokens of the longer side of each."""
         self.weights = pairs.weights.astype(np.float64)
@@ -66,7 +66,7 @@ class ScoredPairs:
         """The model's inputs (2B, L), `margins` and `weights` (B,), `weight` and `tokens`."""
         pairs = [self.texts(number) for number in numbers]
         texts = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
-        batch: Batch = dict(score_batch(texts, self.pad, self.takes_types))
+        batch: Batch = dict(score_batch(texts, self.pad, self.uses_token_types))
         batch["margins"] = torch.from_numpy(self.pairs.margins[list(numbers)])
         batch["weights"] = torch.from_numpy(self.pairs.weights[list(numbers)])
         batch["weight"] = float(self.weights[list(numbers)].sum())
@@ -141,9 +141,16 @@ def prepare_reward(
     )
     if not config.center_rewards:
         _hold_offset(model)
-    pad, takes_types = int(data.tokenizer.pad_token_id), has_types(model.config, data.written)
-    train = ScoredPairs(data.train, pad, takes_types=takes_types)
-    val = None if data.val is None else ScoredPairs(data.val, pad, takes_types=takes_types)
+    pad, uses_token_types = (
+        int(data.tokenizer.pad_token_id),
+        needs_token_types(model.config, data.written),
+    )
+    train = ScoredPairRows(data.train, pad, uses_token_types=uses_token_types)
+    val = (
+        None
+        if data.val is None
+        else ScoredPairRows(data.val, pad, uses_token_types=uses_token_types)
+    )
     objective = PairwisePreference(config.center_rewards or 0.0, None)
     return prepare(
         config,
@@ -226,11 +233,11 @@ def check_of(
     validation pairs. A `ModelError` says by how much its scores differ.
     """
     train = prepared.train
-    assert isinstance(train, ScoredPairs)
+    assert isinstance(train, ScoredPairRows)
     texts = [text for number in range(min(CHECKED, len(train))) for text in train.texts(number)]
 
     def remember(model: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        scores = score_encoded(model, texts, train.pad, train.takes_types)
+        scores = score_encoded(model, texts, train.pad, train.uses_token_types)
 
         def check(written: dict[str, Any]) -> dict[str, Any]:
             for folder in (path for name, path in written.items() if name in ("model", "adapter")):
@@ -274,7 +281,7 @@ def _judge(folder: Path, val: Any, device: str) -> dict[str, Any]:
     if val is None:
         log.warning("no pair was held out: nothing says how good this reward model is")
         return {}
-    assert isinstance(val, ScoredPairs)
+    assert isinstance(val, ScoredPairRows)
     pairs = val.pairs
     lengths = [
         np.where(side.trained_counts, side.trained_counts, side.lengths).astype(np.float64)
@@ -283,7 +290,7 @@ def _judge(folder: Path, val: Any, device: str) -> dict[str, Any]:
     texts = [text for number in range(len(pairs)) for text in val.texts(number)]
     scores = load_reward_model(str(folder), device=device).score_encoded(texts).double().numpy()
     judged = report(
-        Scored(
+        PairScores(
             scores[::2],
             scores[1::2],
             pairs.weights.astype(np.float64),

@@ -23,7 +23,7 @@ STRONG = 0.5
 
 
 @dataclass(frozen=True)
-class Scored:
+class PairScores:
     """N pairs with their scores."""
 
     chosen: Array
@@ -37,7 +37,7 @@ class Scored:
     rejected_lengths: Array
 
 
-def report(scored: Scored) -> dict[str, Any]:
+def report(scored: PairScores) -> dict[str, Any]:
     """Every figure, by name."""
     count = float(scored.weights.sum())
     right = _wins(scored.chosen - scored.rejected, scored.weights)

@@ -16,7 +16,7 @@ from llmctl.data.chat.render import ChatFormat
 from llmctl.data.examples import Example
 from llmctl.data.shards import TokenSplit
 from llmctl.decode.forward import HuggingFaceForward
-from llmctl.decode.loop import Prompt, decode, room
+from llmctl.decode.loop import Prompt, decode, limit_new_tokens
 from llmctl.decode.prompts import encode_text
 from llmctl.errors import ModelError
 from llmctl.models.patched_attention import CAUSAL
@@ -53,7 +53,9 @@ class TextSampler:
         self.run, self.model, self.stops, self.tokenizer = run, model, stops, tokenizer
         self.sampling = Sampling(max_new_tokens=config.sample_tokens, temperature=0)
         usable = [] if is_sharded(accelerator) else prompts
-        self.prompts = [(t, tokens) for t, tokens in usable if room(tokens, model.config, 1) > 0]
+        self.prompts = [
+            (t, tokens) for t, tokens in usable if limit_new_tokens(tokens, model.config, 1) > 0
+        ]
 
     def write(self, step: int) -> None:
         """Answer on the main process; greedy, so that only the model changes."""

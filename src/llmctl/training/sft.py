@@ -19,7 +19,7 @@ from llmctl.training.base_model import (
     prepare,
     require_prompts,
 )
-from llmctl.training.batches import Batch, Sequences, on_device
+from llmctl.training.batches import Batch, SequenceRows, on_device
 from llmctl.training.distributed import autocast
 from llmctl.training.loop import Trainer, assemble
 from llmctl.training.model_checks import require_causal, require_isolated
@@ -82,8 +82,8 @@ def prepare_sft(
     require_prompts(config, data.val, "examples")
     model, stops = load_language_model(config, data, data.end_of_turn, device)
     pad = data.tokenizer.pad_token_id or 0
-    train = Sequences(data.train, pad, data.max_length if config.packing else None)
-    val = None if data.val is None else Sequences(data.val, pad)
+    train = SequenceRows(data.train, pad, data.max_length if config.packing else None)
+    val = None if data.val is None else SequenceRows(data.val, pad)
 
     def check() -> None:
         require_causal(model, data.embedding_rows)

@@ -51,7 +51,7 @@ class TokenLoss:
 
         Args:
             model: causal language model, perhaps wrapped (adapter, DDP, FSDP).
-            batch: as `batches.Sequences` makes it: `input_ids` and `labels` (B, L), `places` (N,),
+            batch: as `SequenceRows` makes it: `input_ids` and `labels` (B, L), `places` (N,),
                 and what else the model takes.
         """
         inputs = {name: value for name, value in batch.items() if name not in OURS}
