@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmctl import metrics
+from llmctl import metrics, numbers
 from llmctl.files import replace_file
 from llmctl.redact import redact
 from llmctl.runs.lineage import LineageStep, RunInput, inputs_of, lineage_of, portable
@@ -117,7 +117,7 @@ def _header(line: list[LineageStep], kind: str, folder: Path) -> dict[str, Any]:
 def _summary(line: list[LineageStep], kind: str, folder: Path) -> str:
     manifest = line[-1].manifest
     count = manifest.get("parameters") or (manifest.get("result") or {}).get("parameters")
-    size = f" of {metrics.compact(count)} parameters" if isinstance(count, int) else ""
+    size = f" of {numbers.compact(count)} parameters" if isinstance(count, int) else ""
     version = (manifest.get("versions") or {}).get("llmctl", "")
     what = f"an adapter to {KINDS[kind]}" if _is_adapter(folder) else KINDS[kind]
     made = f"{what[0].upper()}{what[1:]}{size}, made by `llmctl {manifest.get('stage')}`"
@@ -195,7 +195,7 @@ def _figures(manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def _energy(energy: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     device = f" on {manifest['device']}" if manifest.get("device") else ""
-    spent = f"{metrics.energy(energy['kwh'])} in {metrics.seconds(energy['seconds'])}{device}"
+    spent = f"{numbers.energy(energy['kwh'])} in {numbers.seconds(energy['seconds'])}{device}"
     return f"About {spent}, for this run alone. How it was found: {energy['method']}."
 
 

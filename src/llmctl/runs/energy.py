@@ -1,7 +1,7 @@
-"""How much energy a run takes: read from the hardware's counters, estimated where it has none.
+"""Measure the energy of a run by the hardware's counters; estimate it where there are none.
 
-In: two moments of a run. Out: kilowatt-hours, and in words how they were found. Only processors
-are counted: no memory, no cooling, no power supply.
+In: two moments of a run. Out: kilowatt-hours, and in words how they were measured. Only processors
+count: no memory, no cooling, no power supply.
 """
 
 import ctypes
@@ -25,29 +25,34 @@ NAME_BYTES = 96
 
 @dataclass
 class EnergyMeter:
-    """Counts from one reading to the next."""
+    """Energy used from one reading of the counters to the next."""
 
     marked: float = field(default_factory=time.monotonic)
     core_seconds: float = field(default_factory=lambda: _core_seconds())
     packages: dict[Path, int] = field(default_factory=lambda: _packages())
-    """Microjoules that each CPU has used, where that can be read."""
+    """Microjoules used by each CPU, where that can be read."""
     package_joules: float = 0.0
     gpus: list[tuple[str, float]] = field(default_factory=lambda: list(_gpus()))
-    """Name of each GPU that this process may use, and the joules it has used."""
+    """Name of each GPU that this process may use, and the joules used by it."""
 
     def tick(self) -> None:
-        """Read the CPUs' counters: they start anew every half hour or so."""
+        """Read the CPUs' counters, which wrap around every half hour or so."""
         now = _packages()
         for path, before in self.packages.items():
             used = now.get(path, before) - before
-            self.package_joules += (used if used >= 0 else used + _range(path)) / 1e6
+            if used < 0:
+                used += int(path.with_name("max_energy_range_uj").read_text())
+            self.package_joules += used / 1e6
         self.packages = now
 
     def add(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
-        """What the run has used since the last reading, on top of what its manifest says.
+        """Add the energy used since the last reading to what the manifest has.
 
         Args:
             manifest: names the device; its `energy` is that of the run up to the last reading.
+
+        Returns:
+            The manifest's new `energy`: kwh, seconds and method.
         """
         self.tick()
         earlier = manifest.get("energy") or {"kwh": 0.0, "seconds": 0.0}
@@ -57,30 +62,30 @@ class EnergyMeter:
         busy = (now.core_seconds - self.core_seconds) * local
         joules = self.package_joules if self.packages else busy * CORE_WATTS
         assumed = f"CPU assumed to draw {CORE_WATTS:g} W for each busy core"
-        how = ["CPU by its own counter (RAPL)" if self.packages else assumed]
+        methods = ["CPU by its own counter (RAPL)" if self.packages else assumed]
         before, after = self.gpus[:local], now.gpus[:local]
         if before and len(before) == len(after) and before[0][0] == manifest.get("device"):
             joules += sum(b[1] - a[1] for a, b in zip(before, after, strict=True))
-            how.append("GPU by its own counter (NVML)")
+            methods.append("GPU by its own counter (NVML)")
         if machines > 1:
-            how.append(f"one machine's times {machines}")
+            methods.append(f"one machine's times {machines}")
         seconds = now.marked - self.marked
         self.__dict__.update(vars(now))
         return {
             "kwh": earlier["kwh"] + joules * machines / KWH,
             "seconds": round(earlier["seconds"] + seconds, 3),
-            "method": "; ".join(how) + "; without memory and cooling",
+            "method": "; ".join(methods) + "; without memory and cooling",
         }
 
 
 def _core_seconds() -> float:
-    """Seconds of a core that this process and its finished children have kept busy."""
-    used = os.times()
-    return used.user + used.system + used.children_user + used.children_system
+    """Return the core-seconds used by this process and its finished children."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _packages() -> dict[Path, int]:
-    """The counter of every CPU; it is readable by root only, on most machines."""
+    """Read the counter of every CPU; only root may, on most machines."""
     try:
         domains = sorted(POWERCAP.glob("intel-rapl:?"))
         whole = [d for d in domains if (d / "name").read_text().startswith("package")]
@@ -89,13 +94,8 @@ def _packages() -> dict[Path, int]:
         return {}
 
 
-def _range(file: Path) -> int:
-    """Where a counter starts anew."""
-    return int(file.with_name("max_energy_range_uj").read_text())
-
-
 def _gpus() -> Iterator[tuple[str, float]]:
-    """Name and joules of the GPUs that CUDA_VISIBLE_DEVICES allows, in its order."""
+    """Yield name and joules of the GPUs that CUDA_VISIBLE_DEVICES allows, in its order."""
     with _nvml() as nvml:
         if nvml is None:
             return
@@ -105,12 +105,12 @@ def _gpus() -> Iterator[tuple[str, float]]:
         names = map(str, range(count.value)) if allowed is None else allowed.split(",")
         for name in names:
             device, used = ctypes.c_void_p(), ctypes.c_ulonglong()
-            find = (
+            error = (
                 nvml.nvmlDeviceGetHandleByIndex_v2(int(name), ctypes.byref(device))
                 if name.strip().isdigit()
                 else nvml.nvmlDeviceGetHandleByUUID(name.strip().encode(), ctypes.byref(device))
             )
-            if find or nvml.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(used)):
+            if error or nvml.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(used)):
                 return  # as CUDA does, which stops at the first that is none; or too old a GPU
             text = ctypes.create_string_buffer(NAME_BYTES)
             nvml.nvmlDeviceGetName(device, text, NAME_BYTES)
@@ -119,7 +119,7 @@ def _gpus() -> Iterator[tuple[str, float]]:
 
 @contextmanager
 def _nvml() -> Iterator[Any]:
-    """NVIDIA's management library, None where there is no driver."""
+    """Open NVIDIA's management library (NVML); None where there is no driver."""
     try:
         nvml = ctypes.CDLL(NVML)
     except OSError:

@@ -1,8 +1,8 @@
 """Trackers: TensorBoard, Trackio and W&B, all fed from the stream of metrics.jsonl.
 
-In: rows as they are written there, and how the run ended. Out: what each tracker keeps.
-TensorBoard's files stand in the run's directory; the others keep theirs where they always do. A
-tracker that fails is left with a warning: it never ends a run.
+In: rows as they are written there, and how the run ended. Out: what each tracker keeps, written by
+accelerate's tracker classes. TensorBoard's files stand in the run's directory; the others keep
+theirs where they always do. A tracker that fails is left with a warning: it never ends a run.
 """
 
 import contextlib
@@ -25,7 +25,8 @@ from llmctl.runs.ownership import EVENTS
 PROJECT = "llmctl"
 OFF = ("1", "ON", "YES", "TRUE")
 SECONDS_TO_START = 30
-NO_FIGURES = ("step", "time")
+POSITION = ("step", "time")
+"""Fields of a row that say where it stands; they are no metrics."""
 
 Row = Mapping[str, Any]
 Outcome = TypeVar("Outcome")
@@ -36,8 +37,8 @@ class Tracker:
     """One tracker at work."""
 
     name: str
-    facts: dict[str, Any]
-    """What the manifest keeps, to go on with the same run of the tracker's."""
+    record: dict[str, Any]
+    """Kept in the manifest, to continue the same run of the tracker's."""
 
     log: Callable[[Row], bool]
     finish: Callable[[Row, int], bool]
@@ -56,39 +57,42 @@ class Tracking:
     working: list[Tracker] = field(default_factory=list)
 
     def start(self, run_id: str, known: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
-        """Open them, where training begins or goes on; return what the manifest should keep.
+        """Open the trackers, where training begins or continues.
 
         Args:
             run_id: names the run to trackers that have not seen it.
             known: what an earlier call returned.
-            rows: of the metrics that stand: what came after a resumed checkpoint is not among them.
+            rows: metrics that stand, without those after the checkpoint that a run resumes from.
+
+        Returns:
+            What the manifest should keep.
         """
         openers = {EVENTS: _tensorboard, "trackio": _trackio, "wandb": _wandb}
         for name in self.names:
-            opened = _safely(
+            tracker = _safely(
                 name, openers[name], self.path, self.recipe, run_id, known.get(name, {}), rows
             )
-            if opened is not None:
-                self.working.append(opened)
-                where = ", ".join(f"{key} {value}" for key, value in opened.facts.items())
+            if tracker is not None:
+                self.working.append(tracker)
+                where = ", ".join(f"{key} {value}" for key, value in tracker.record.items())
                 log.info("%s: %s", name, where)
-        return {**known, **{tracker.name: tracker.facts for tracker in self.working}}
+        return {**known, **{tracker.name: tracker.record for tracker in self.working}}
 
     def log(self, row: Row) -> None:
-        """Pass a row on."""
+        """Pass a row on to each tracker."""
         for tracker in list(self.working):
             if _safely(tracker.name, tracker.log, row) is None:
                 self.working.remove(tracker)
 
     def finish(self, result: Row, code: int) -> None:
-        """Say how the run ended, and wait until each tracker has it all."""
+        """Report how the run ended, and wait until each tracker has it all."""
         for tracker in self.working:
             _safely(tracker.name, tracker.finish, result, code)
         self.working.clear()
 
 
 def requested_trackers(config: StageConfig, stage: str, path: Path | None) -> Tracking | None:
-    """The trackers that a command is to report to, not yet at work; None without any.
+    """Return the trackers that a command reports to, not yet at work; None without any.
 
     Raises:
         ResourceError: one is not installed; with what to type.
@@ -99,126 +103,99 @@ def requested_trackers(config: StageConfig, stage: str, path: Path | None) -> Tr
     return Tracking(names, path, config.recipe(stage)) if names and path else None
 
 
-def _safely(name: str, do: Callable[..., Outcome], *given: Any) -> Outcome | None:
-    """What `do` returns, None with a warning where it fails; stdout is the run's alone."""
+def _safely(name: str, call: Callable[..., Outcome], *arguments: Any) -> Outcome | None:
+    """Return what `call` does, None with a warning where it fails; keep stdout for the result."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            return do(*given)
+            return call(*arguments)
     except Exception as error:  # trackers raise what they like, and none of it may end a run
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        log.warning("%s failed, and the run goes on without it: %s", name, said)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        log.warning("%s failed, and the run goes on without it: %s", name, reason)
         return None
 
 
-def _figures(row: Row, prefix: str = "") -> dict[str, float]:
-    """The numbers of a row, without those that say where it stands."""
+def _metrics(row: Row, prefix: str = "") -> dict[str, float]:
+    """Return the numbers of a row, without those that say where it stands."""
     return {
         f"{prefix}{name}": value
         for name, value in row.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and name not in NO_FIGURES
+        if isinstance(value, int | float) and not isinstance(value, bool) and name not in POSITION
     }
 
 
 def _tensorboard(
     path: Path, recipe: dict[str, Any], _: str, __: Mapping[str, Any], rows: Sequence[Row]
 ) -> Tracker:
-    """Event files, written anew from the metrics that stand: what is done again is not there twice.
+    """Write event files anew from the metrics that stand, so that no step is there twice.
 
-    TensorBoard draws times from its own clock; here they are those of training.
+    Their times are those of training, not TensorBoard's clock.
     """
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    from accelerate.tracking import TensorBoardTracker
+    from tensorboard.plugins.text.summary_v2 import text_pb
 
-    folder = path / EVENTS
-    shutil.rmtree(folder, ignore_errors=True)
-    writer = EventFileWriter(str(folder))
+    shutil.rmtree(path / EVENTS, ignore_errors=True)
+    tracker = _started(TensorBoardTracker(EVENTS, path))
     began = time.time() - (float(rows[-1].get("time", 0)) if rows else 0.0)
-    last = [0]
+    last = 0
 
-    def write(values: list[Any], step: int, wall_time: float) -> None:
-        event = Event(step=step, wall_time=wall_time, summary=Summary(value=values))
-        writer.add_event(event)
+    def write_text(tag: str, content: dict[str, Any], wall_time: float) -> None:
+        shown = "\n".join(f"    {line}" for line in json.dumps(content, indent=2).splitlines())
+        tracker.writer.file_writer.add_summary(text_pb(tag, shown), last, wall_time)
 
-    def log_row(row: Row) -> None:
-        last[0] = int(row.get("step", last[0]))
-        figures = _figures(row)
-        values = [Summary.Value(tag=tag, simple_value=figures[tag]) for tag in figures]
-        write(values, last[0], began + float(row.get("time", 0)))
-
-    def live(row: Row) -> bool:
-        log_row(row)
-        writer.flush()
+    def log_row(row: Row) -> bool:
+        nonlocal last
+        last = int(row.get("step", last))
+        tracker.log(_metrics(row), step=last, walltime=began + float(row.get("time", 0)))
         return True
 
     def finish(result: Row, _: int) -> bool:
-        figures = _figures(result, "final/")
-        values = [Summary.Value(tag=tag, simple_value=figures[tag]) for tag in figures]
         if result:
-            write([*values, _text("result", dict(result))], last[0], time.time())
-        writer.close()
+            tracker.log(_metrics(result, "final/"), step=last)
+            write_text("result", dict(result), time.time())
+        tracker.finish()
         return True
 
-    write([_text("recipe", recipe)], 0, began)
+    write_text("recipe", recipe, began)
     for row in rows:
         log_row(row)
-    writer.flush()
-    return Tracker(EVENTS, {"path": EVENTS}, live, finish)
-
-
-def _text(tag: str, content: dict[str, Any]) -> Any:
-    """A summary that TensorBoard shows as text: an object as JSON, in a block of code."""
-    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-    from tensorboard.compat.proto.tensor_pb2 import TensorProto
-
-    shown = "\n".join(f"    {line}" for line in json.dumps(content, indent=2).splitlines())
-    return Summary.Value(
-        tag=tag,
-        metadata=SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text")),
-        tensor=TensorProto(dtype="DT_STRING", string_val=[shown.encode()]),
-    )
+    return Tracker(EVENTS, {"path": EVENTS}, log_row, finish)
 
 
 def _trackio(
     path: Path, recipe: dict[str, Any], run_id: str, known: Mapping[str, Any], rows: Sequence[Row]
 ) -> Tracker:
-    """A run in Trackio's own database, or on the Space that TRACKIO_SPACE_ID names.
+    """Open a run in Trackio's own database, or on the Space that TRACKIO_SPACE_ID names.
 
-    In a local database it is written anew from the metrics that stand. What a Space has stays:
-    steps done again come twice there.
+    A local database is written anew from the metrics that stand. A Space keeps what it has: steps
+    done again come twice there.
     """
     import trackio
+    from accelerate.tracking import TrackioTracker
 
     name = str(known.get("run") or f"{path.absolute().name}-{run_id[:8]}")
     project = str(known.get("project") or os.environ.get("TRACKIO_PROJECT") or PROJECT)
-    local = not (os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL"))
-    if known and local:
+    is_local = not (os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL"))
+    if known and is_local:
         for earlier in trackio.Api().runs(project):
             if earlier.name == name:
                 earlier.delete()
-    run = trackio.init(
-        project,
-        name=name,
-        config=recipe,
-        resume="allow",
-        embed=False,
-        auto_log_cpu=False,
-        auto_log_gpu=False,
-    )
-    last = [0]
+    quiet = {"embed": False, "auto_log_cpu": False, "auto_log_gpu": False}
+    tracker = _started(TrackioTracker(project, name=name, config=recipe, resume="allow", **quiet))
+    last = 0
 
     def log_row(row: Row) -> bool:
-        last[0] = int(row.get("step", last[0]))
-        run.log(_figures(row), step=last[0])
+        nonlocal last
+        last = int(row.get("step", last))
+        tracker.log(_metrics(row), step=last)
         return True
 
     def finish(result: Row, _: int) -> bool:
-        if figures := _figures(result, "final/"):
-            run.log(figures, step=last[0])
+        if metrics := _metrics(result, "final/"):
+            tracker.log(metrics, step=last)
         trackio.finish()
         return True
 
-    for row in rows if local or not known else []:
+    for row in rows if is_local or not known else []:
         log_row(row)
     return Tracker("trackio", {"project": project, "run": name}, log_row, finish)
 
@@ -226,53 +203,65 @@ def _trackio(
 def _wandb(
     path: Path, recipe: dict[str, Any], run_id: str, known: Mapping[str, Any], rows: Sequence[Row]
 ) -> Tracker:
-    """A run of W&B's, offline where the Hub is switched off too, or nobody is logged in.
+    """Open a run of W&B's, offline where the Hub is switched off too, or nobody is logged in.
 
-    A resumed one goes on under the same id. It is given the metrics that stand: what a kill kept
-    from W&B is then there, and steps that its server has it passes over.
+    A resumed run continues under the same id. It is given the metrics that stand: those that a kill
+    kept from W&B are then there, and its server passes over steps that it has.
     """
     import wandb
+    from accelerate.tracking import WandBTracker
 
     id_ = str(known.get("id") or run_id)
     project = str(known.get("project") or os.environ.get("WANDB_PROJECT") or PROJECT)
+    settings = wandb.Settings(
+        silent=True,
+        console="off",
+        init_timeout=SECONDS_TO_START,
+        disable_git=True,
+        disable_code=True,
+        x_disable_meta=True,  # the command line, which may hold a secret
+        x_disable_stats=True,
+    )
     hooks = sys.exit, sys.excepthook  # W&B's would show a traceback with the secrets in it
     try:
-        run = wandb.init(
-            project=project,
-            id=id_,
-            name=path.absolute().name,
-            config=recipe,
-            mode=_wandb_mode(),
-            resume="allow",
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                init_timeout=SECONDS_TO_START,
-                disable_git=True,
-                disable_code=True,
-                x_disable_meta=True,  # the command line, which may hold a secret
-                x_disable_stats=True,
-            ),
+        tracker = _started(
+            WandBTracker(
+                project,
+                id=id_,
+                name=path.absolute().name,
+                config=recipe,
+                mode=_wandb_mode(),
+                resume="allow",
+                settings=settings,
+            )
         )
     finally:
         sys.exit, sys.excepthook = hooks
 
     def log_row(row: Row) -> bool:
-        run.log(_figures(row), step=int(row.get("step", 0)))
+        tracker.log(_metrics(row), step=int(row.get("step", 0)))
         return True
 
     def finish(result: Row, code: int) -> bool:
-        run.summary.update(dict(result))
-        run.finish(exit_code=code)
+        tracker.run.summary.update(dict(result))
+        tracker.run.finish(exit_code=code)
         return True
 
     for row in rows:
         log_row(row)
-    return Tracker("wandb", {"project": project, "id": id_, "folder": run.dir}, log_row, finish)
+    record = {"project": project, "id": id_, "folder": tracker.run.dir}
+    return Tracker("wandb", record, log_row, finish)
+
+
+def _started(tracker: Any) -> Any:
+    """Start one of accelerate's trackers, in this process whatever its rank: ours is the main."""
+    tracker.main_process_only = False
+    tracker.start()
+    return tracker
 
 
 def _wandb_mode() -> Any:
-    """How W&B should run: as WANDB_MODE says, else online where that can be."""
+    """Return W&B's mode: as WANDB_MODE says, else online where that can be."""
     import wandb
 
     if mode := os.environ.get("WANDB_MODE"):
