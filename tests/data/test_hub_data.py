@@ -79,5 +79,5 @@ def test_a_data_set_on_the_hub_is_streamed_and_pinned_to_its_commit(endpoint, tm
 def test_a_data_set_that_the_hub_does_not_know_is_refused(endpoint, tmp_path):
     ran = tokenize(endpoint, tmp_path, "owner/none")
     assert ran.returncode == 3
-    assert "no such data set on the Hub" in ran.stderr
+    assert "the Hub knows no such data set" in ran.stderr
     assert not (tmp_path / "run").exists()

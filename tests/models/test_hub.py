@@ -188,7 +188,7 @@ def test_a_revision_that_is_not_there_is_named(cli, online, tmp_path):
         "error: the Hub knows no revision `v9` of `org/small`\n"
         "pass a branch, a tag or a commit after the @\n"
     )
-    with pytest.raises(DataError, match="no revision `v9` of this data set"):
+    with pytest.raises(DataError, match="no revision `v9` of `org/rows`"):
         find_sources(["org/rows@v9"], tmp_path)
 
 

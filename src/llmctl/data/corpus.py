@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,10 +23,10 @@ from numpy.typing import NDArray
 
 from llmctl.config.sections import Corpus as CorpusConfig
 from llmctl.console import ProgressBar, log
-from llmctl.data.documents import hash_text, read_pieces
+from llmctl.data.documents import hash_text, text_input
 from llmctl.data.scan import PROGRESS_BYTES, Scan, SplitPlan, plan_split, read_documents, scan
 from llmctl.data.shards import ShardWriter
-from llmctl.data.sources import Source, find_sources, manifest_input
+from llmctl.data.sources import Source, find_sources
 from llmctl.data.tokenizer.encode import (
     RUN_CHARACTERS,
     Cutter,
@@ -228,7 +227,7 @@ class Corpus:
         """The manifest's record of what was read."""
         roles = {"data": self.sources, "val-data": self.val_sources}
         return [
-            source_input(role, source, self.column)
+            text_input(role, source, self.column)
             for role, sources in roles.items()
             for source in sources
         ]
@@ -337,18 +336,6 @@ def _halves(text: str, cut: int, is_last: bool) -> Iterator[tuple[str, int, bool
         yield text[:cut], 0, cut <= len(text)
     if cut < len(text):
         yield text[max(cut, 0) :], 1, is_last
-
-
-def source_input(role: str, source: Source, column: str) -> dict[str, Any]:
-    """Record a source of text for the manifest."""
-
-    def digest() -> str:
-        text = sha256()
-        for piece in read_pieces(source, column):
-            text.update(piece.text.encode())
-        return text.hexdigest()
-
-    return manifest_input(role, source, digest)
 
 
 def _check_sizes(train: SplitWriter, val: SplitWriter | None, expected: int) -> None:

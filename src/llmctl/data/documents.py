@@ -9,7 +9,7 @@ file and the line or byte.
 import codecs
 import tempfile
 from collections.abc import Iterator, Sequence
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +23,8 @@ from llmctl.data.rows import (
     open_source,
     read_records,
 )
-from llmctl.data.sources import Source, find_sources
+from llmctl.data.sources import Source, find_sources, manifest_input
 from llmctl.errors import DataError
-from llmctl.files import sha256_file
 
 
 class Piece(NamedTuple):
@@ -111,13 +110,11 @@ def read_texts(data: Sequence[str], most: int) -> tuple[list[str], list[str], li
                 rows.append(name)
                 continue
             for source in sources:
-                assert source.path is not None
                 text = _opening(source, most)
                 if not text.strip():
                     raise DataError("an empty file: there is no text in it", file=source.name)
                 texts.append(text)
-                digest = sha256_file(source.path)
-                inputs.append({"role": "data", "path": source.name, "sha256": digest})
+                inputs.append(text_input("data", source, "text"))
     return texts, rows, inputs
 
 
@@ -128,6 +125,18 @@ def _opening(source: Source, most: int) -> str:
         if len(text) >= most:
             break
     return text[:most]
+
+
+def text_input(role: str, source: Source, column: str) -> dict[str, Any]:
+    """Return the manifest's record of a source of documents."""
+
+    def digest() -> str:
+        text_hash = sha256()
+        for piece in read_pieces(source, column):
+            text_hash.update(piece.text.encode())
+        return text_hash.hexdigest()
+
+    return manifest_input(role, source, digest)
 
 
 def hash_text(raw: bytes) -> int:

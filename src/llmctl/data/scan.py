@@ -1,6 +1,6 @@
 """Read a corpus once: check it, count it, and decide which documents validate.
 
-In: sources. Out: a `Scan` of what is there and a `SplitPlan` for the split. A document's side follows
+In: sources. Out: a `Scan` of what is there and a `SplitPlan`. A document's side follows
 from the hash of its text alone, so equal documents are never on both sides.
 """
 

@@ -1,6 +1,6 @@
-"""Read every row that `--data` names, each file once, and make something checked of each.
+"""Read every row that `--data` names, each file once, and make checked items of each.
 
-In: names with or without weights, the layouts that rows may have, and what makes items of a row.
+In: names with or without weights, the layouts that rows may have, a function from a row to items.
 Out: `ItemSet` objects, one for each name.
 """
 
@@ -17,12 +17,12 @@ from typing import Any, Generic, TypeVar
 from llmctl.console import log
 from llmctl.data.rows import Record, read_records
 from llmctl.data.schemas import Layout, match_layout
-from llmctl.data.sources import Source, find_sources, manifest_input
+from llmctl.data.sources import Source, find_sources, manifest_input, split_weight
 from llmctl.errors import DataError, UserError
 
 Item = TypeVar("Item")
 Make = Callable[[Record, Layout], Sequence[Item]]
-"""The items of a row, none where it is sound and says nothing; raises DataError where it is not."""
+"""Returns the items of a row, none where it has nothing to say; raises DataError for a bad row."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class ItemSet(Generic[Item]):
 
     name: str
     weight: float | None
-    """Its share of the mixture, where shares were given."""
+    """Its share of the mixture; None where no shares are given."""
     examples: list[Item]
     skipped: list[str]
-    """What was wrong with each row that was left out."""
+    """Error of each row that was left out."""
     inputs: list[dict[str, Any]]
     """For the manifest."""
 
@@ -47,14 +47,14 @@ def read_sets(
     skip_bad_rows: int = 0,
     role: str = "data",
 ) -> list[ItemSet[Item]]:
-    """Every item that `data` names, in order, each file once.
+    """Read every item that `data` names, in order, each file once.
 
     Args:
         data: files, folders, globs, Hub ids or built-in data, each with `=WEIGHT` or none.
-        layouts: what a row may be.
-        make: makes items of a row.
+        layouts: which columns a row may have.
+        make: returns the items of a row.
         skip_bad_rows: how many rows, of all sources, may be left out for their errors.
-        role: what the manifest calls these inputs.
+        role: of these inputs in the manifest.
 
     Raises:
         DataError: rows that are no items, with file and line, or none at all.
@@ -93,43 +93,39 @@ def read_sets(
 
 
 def _weights(data: Sequence[str]) -> list[tuple[str, float | None]]:
-    """Each name, and the weight that it ends with."""
+    """Split each name from the weight that it ends with; all have one, or none has."""
     named = [_weight(name) for name in data]
     lacking = [name for name, weight in named if weight is None]
-    given = [name for name, weight in named if weight is not None]
-    if lacking and given:
+    weighted = [name for name, weight in named if weight is not None]
+    if lacking and weighted:
         raise UserError(
-            f"--data {lacking[0]} has no weight, but {given[0]} has one",
+            f"--data {lacking[0]} has no weight, but {weighted[0]} has one",
             hint=f"give all of them one, as in --data {lacking[0]}=0.5, or none",
         )
     return named
 
 
-def _weight(name: str) -> tuple[str, float | None]:
-    stem, sign, number = name.rpartition("=")
-    if not sign or Path(name).expanduser().exists():
+def _weight(text: str) -> tuple[str, float | None]:
+    name, weight = split_weight(text)
+    if not weight:
         return name, None
-    try:
-        weight = float(number)
-    except ValueError:
-        return name, None
-    if not 0 < weight < math.inf:
-        raise UserError(f"--data {name}: the weight {number} is not a positive number")
-    return stem, weight
+    if not 0 < float(weight[1:]) < math.inf:
+        raise UserError(f"--data {text}: the weight {weight[1:]} is not a positive number")
+    return name, float(weight[1:])
 
 
 def _sources(name: str, spool: Path) -> list[Source]:
-    """What a name stands for; plain text beside rows, such as a folder's README, is left out."""
-    found = find_sources([name], spool)
-    rows = [source for source in found if source.kind != "text"]
+    """Resolve a name, without plain text beside rows, such as a folder's README."""
+    sources = find_sources([name], spool)
+    rows = [source for source in sources if source.kind != "text"]
     if not rows:
         raise DataError(
             "plain text, which has no rows of examples",
-            file=found[0].name,
+            file=sources[0].name,
             hint="pass jsonl, json, csv or parquet; plain text is for llmctl pretrain",
         )
-    if len(rows) < len(found):
-        log.info("%s: left out %d files of plain text", name, len(found) - len(rows))
+    if len(rows) < len(sources):
+        log.info("%s: left out %d files of plain text", name, len(sources) - len(rows))
     return rows
 
 
@@ -139,9 +135,9 @@ def _read(
     make: Make[Item],
     tolerate: Callable[[DataError], None],
 ) -> list[Item]:
-    """The items of a source, all in the layout of its first row."""
+    """Read the items of a source, all in the layout of its first row."""
     items: list[Item] = []
-    layout, first, is_empty = None, None, True
+    known, first, is_empty = None, None, True
 
     def skip(error: DataError) -> None:
         nonlocal is_empty
@@ -151,21 +147,21 @@ def _read(
     for record in read_records(source, on_bad=skip):
         is_empty = False
         try:
-            found = match_layout(record.row, layouts, layout, first)
-            items.extend(make(record, found))
+            layout = match_layout(record.row, layouts, known, first)
+            items.extend(make(record, layout))
         except DataError as error:
             error.file, error.line = record.place, record.line
             tolerate(error)
         else:
-            layout, first = found, first or record.line
-    if layout is None:
+            known, first = layout, first or record.line
+    if known is None:
         what = "an empty file: no rows in it" if is_empty else "no row of it can be read"
         raise DataError(what, file=source.name)
     return items
 
 
 def _identity(source: Source) -> str:
-    """What tells a source from all others, however it is spelled."""
+    """Return a key of a source that does not depend on its spelling."""
     return source.name if source.path is None else str(source.path.resolve())
 
 

@@ -1,8 +1,8 @@
-"""Where text comes from: what `--data` names, resolved to sources in a fixed order.
+"""Resolve what `--data` names to sources, in a fixed order.
 
 In: file names, folders, globs, Hub ids, built-in data, `-`. Out: `Source` objects, each saying how
-it is read. Nothing is read here but stdin and pipes, which are kept in a spool folder,
-since a corpus is read more than once; a Hub data set is pinned to its commit for the same reason.
+it is read. Stdin and pipes are copied to a spool folder, since a corpus is read more than once; a
+Hub data set is pinned to its commit for the same reason.
 """
 
 import shutil
@@ -41,19 +41,19 @@ class Source:
     """One thing to read documents from."""
 
     name: str
-    """As messages and the manifest call it."""
+    """In messages and in the manifest."""
 
     kind: Kind
     path: Path | None = None
     size: int = 0
-    """Bytes on disk, packed as they are; 0 where that is not known."""
+    """Bytes on disk, compressed as they are; 0 where that is not known."""
 
     revision: str | None = None
     """Commit of a data set on the Hub."""
 
 
 def find_sources(data: Sequence[str], spool: Path) -> list[Source]:
-    """Every source that `--data` names, each file once, folders in order of name.
+    """Resolve names to sources, each file once, folders in order of name.
 
     Args:
         data: as given on the command line.
@@ -63,8 +63,8 @@ def find_sources(data: Sequence[str], spool: Path) -> list[Source]:
         DataError: nothing there, or a kind of file that holds no text.
         NetworkError: a Hub data set that cannot be reached, told at once and not after retries.
     """
-    found = [source for name in data for source in _named(name, spool)]
-    return list({source.path or source.name: source for source in found}.values())
+    sources = [source for name in data for source in _named(name, spool)]
+    return list({source.path or source.name: source for source in sources}.values())
 
 
 def manifest_input(role: str, source: Source, digest: Callable[[], str]) -> dict[str, Any]:
@@ -79,6 +79,19 @@ def manifest_input(role: str, source: Source, digest: Callable[[], str]) -> dict
     if source.revision is not None:
         return {**entry, "sha256": None, "revision": source.revision}
     return {**entry, "sha256": digest() if source.path is None else sha256_file(source.path)}
+
+
+def split_weight(text: str) -> tuple[str, str]:
+    """Split `NAME=WEIGHT` into the name and `=WEIGHT`, empty where there is none or a file has it.
+
+    Raises nothing: what a weight may be depends on what is weighted.
+    """
+    name, sign, number = text.rpartition("=")
+    try:
+        float(number)
+    except ValueError:
+        return text, ""
+    return (name, sign + number) if sign and not Path(text).expanduser().exists() else (text, "")
 
 
 def _named(name: str, spool: Path) -> Iterator[Source]:
@@ -97,7 +110,7 @@ def _named(name: str, spool: Path) -> Iterator[Source]:
     elif any(c in name for c in "*?["):
         yield from _matching(path)
     elif _is_hub_id(name):
-        yield Source(name, "hub", revision=hub.download(name, "dataset", []).name)
+        yield Source(name, "hub", revision=hub.download(name, [], "dataset", DataError).name)
     else:
         raise DataError(
             "no such file",
@@ -126,19 +139,19 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _in_folder(folder: Path) -> Iterator[Source]:
-    """Files of known kinds under a folder, hidden ones aside."""
+    """Yield the files of known kinds under a folder, without hidden ones."""
     left_out: Counter[str] = Counter()
-    none = True
+    is_empty = True
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if hidden or not path.is_file():
             continue
         if _suffix(path) in KINDS:
-            none = False
+            is_empty = False
             yield _file(path)
         else:
             left_out[_suffix(path) or path.name] += 1
-    if none:
+    if is_empty:
         raise DataError(f"an empty corpus: no file of {KNOWN} in this folder", file=folder)
     if left_out:
         log.info(
@@ -165,7 +178,7 @@ def _file(path: Path) -> Source:
 
 
 def _suffix(path: Path) -> str:
-    """The suffix that tells the kind, below .gz or .zst."""
+    """Return the suffix that tells the kind, the one before .gz or .zst."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in PACKED else suffix
 

@@ -1,4 +1,4 @@
-"""What a model is evaluated on: names of data in; documents, questions or labelled texts out."""
+"""Read evaluation data: names of data in; documents, prompts with references or labels out."""
 
 import tempfile
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from llmctl.config.commands import EvaluateConfig
 from llmctl.config.commands.evaluate import GENERATED
-from llmctl.data.corpus import source_input
+from llmctl.data.documents import text_input
 from llmctl.data.examples import Example, read_examples
 from llmctl.data.prompts import PromptExample, read_prompts
-from llmctl.data.rows import listed, read_records
+from llmctl.data.rows import quote_names, read_records
 from llmctl.data.scan import read_documents
 from llmctl.data.schemas import Message
 from llmctl.data.sources import find_sources
@@ -31,7 +31,7 @@ class Document:
 
 @dataclass(frozen=True)
 class EvaluationExample:
-    """What is asked, and what is right."""
+    """A prompt and its reference; of a labelled text, the text and its label."""
 
     messages: tuple[Message, ...]
     """A conversation that ends before the assistant's turn."""
@@ -42,13 +42,22 @@ class EvaluationExample:
 
     @property
     def name(self) -> str:
-        """Where it stands, as messages say it."""
+        """Place and line for messages."""
         return self.place if self.line is None else f"{self.place}:{self.line}"
 
     @property
     def text(self) -> str:
-        """What is asked, as a person would read it."""
+        """The last message."""
         return str(self.messages[-1]["content"])
+
+    def as_row(self) -> dict[str, Any]:
+        """The columns of rows.jsonl that say what was evaluated."""
+        return {
+            "place": self.place,
+            "line": self.line,
+            "prompt": self.text,
+            "reference": self.reference,
+        }
 
 
 @dataclass(frozen=True)
@@ -57,14 +66,13 @@ class EvaluationData:
 
     kind: Kind
     documents: list[Document]
-    questions: list[EvaluationExample]
-    """Labelled texts, too: the text is asked, and the label is right."""
+    examples: list[EvaluationExample]
     inputs: list[dict[str, Any]]
     """For the manifest."""
 
 
 def read_data(config: EvaluateConfig) -> EvaluationData:
-    """Read everything, as what the metrics and the first row's columns make of it.
+    """Read all data, as the kind that the metrics and the first row's columns tell.
 
     Raises:
         DataError: rows that are broken, or none; no references for a metric that needs them.
@@ -75,32 +83,32 @@ def read_data(config: EvaluateConfig) -> EvaluationData:
     if kind == "documents":
         documents, inputs = _read_documents(config)
         return EvaluationData(kind, documents, [], inputs)
-    needy = [name for name in config.metrics if name != "perplexity"]
+    with_reference = [name for name in config.metrics if name != "perplexity"]
     if config.reward_model and not config.metrics:
         prompts = read_prompts(config.data, [], 0, config.skip_bad_rows)
-        questions = [_asked(row) for row in prompts.train]
-        return EvaluationData(kind, [], questions, prompts.inputs)
-    questions, inputs = read_questions(
-        config.data, config, "classify" if kind == "labels" else "chat", needy
+        examples = [_from_prompt(row) for row in prompts.train]
+        return EvaluationData(kind, [], examples, prompts.inputs)
+    examples, inputs = read_references(
+        config.data, config, "classify" if kind == "labels" else "chat", with_reference
     )
-    return EvaluationData(kind, [], questions, inputs)
+    return EvaluationData(kind, [], examples, inputs)
 
 
-def read_questions(
+def read_references(
     names: Sequence[str],
     config: EvaluateConfig,
     task: Literal["chat", "classify"],
-    needy: Sequence[str] = (),
+    metrics: Sequence[str] = (),
     role: str = "data",
 ) -> tuple[list[EvaluationExample], list[dict[str, Any]]]:
-    """RowLog with what is asked and what is right, and their files for the manifest.
+    """Read prompts with their references or labels, and the manifest's inputs.
 
     Args:
         names: of the data.
-        config: says how to read it.
+        config: how to read it.
         task: conversations, or texts with a label.
-        needy: metrics that need references.
-        role: what the manifest calls these inputs.
+        metrics: those that need references.
+        role: of these inputs in the manifest.
 
     Raises:
         DataError: as `read_data`.
@@ -108,17 +116,17 @@ def read_questions(
     sets = read_examples(
         names, columns=config.columns, skip_bad_rows=config.skip_bad_rows, task=task, role=role
     )
-    examples = [example for found in sets for example in found.examples]
-    inputs = [facts for found in sets for facts in found.inputs]
-    return [_question(example, needy) for example in examples], inputs
+    examples = [example for data_set in sets for example in data_set.examples]
+    inputs = [entry for data_set in sets for entry in data_set.inputs]
+    return [_from_example(example, metrics) for example in examples], inputs
 
 
 def _kind(config: EvaluateConfig) -> Kind:
-    """What the data are, by what was asked for and by the first row."""
+    """Tell the kind of the data by the metrics and the first row."""
     columns = _first_columns(config.data)
-    needy = [name for name in config.metrics if name in GENERATED]
-    if columns is None and (needy or config.reward_model):
-        what = f"--metrics {needy[0]}" if needy else "--reward-model"
+    generated = [name for name in config.metrics if name in GENERATED]
+    if columns is None and (generated or config.reward_model):
+        what = f"--metrics {generated[0]}" if generated else "--reward-model"
         raise DataError(
             f"{what} is of answers to prompts, and this is plain text",
             file=config.data[0],
@@ -127,10 +135,10 @@ def _kind(config: EvaluateConfig) -> Kind:
     if columns is None:
         return "documents"
     roles = {pair.split("=")[0].strip() for text in config.columns for pair in text.split(",")}
-    named = {"text", "label"} <= columns and not config.columns
-    if "label" in roles or (named and config.metrics != ["perplexity"]):
+    is_labelled = {"text", "label"} <= columns and not config.columns
+    if "label" in roles or (is_labelled and config.metrics != ["perplexity"]):
         return "labels"
-    if needy or config.reward_model or config.columns:
+    if generated or config.reward_model or config.columns:
         return "questions"
     return "documents" if config.text_column in columns else "questions"
 
@@ -162,31 +170,31 @@ def _read_documents(config: EvaluateConfig) -> tuple[list[Document], list[dict[s
             if is_last:
                 documents.append(Document("".join(pieces), place, line))
                 pieces = []
-        inputs = [source_input("data", source, config.text_column) for source in sources]
+        inputs = [text_input("data", source, config.text_column) for source in sources]
     documents = [document for document in documents if document.text.strip()]
     if not documents:
         raise DataError("an empty file: there is no text in it", file=config.data[0])
     return documents, inputs
 
 
-def _question(example: Example, needy: Sequence[str]) -> EvaluationExample:
+def _from_example(example: Example, metrics: Sequence[str]) -> EvaluationExample:
     place, line = example.place, example.line
     if example.label is not None:
-        asked = {"role": "user", "content": example.text or ""}
-        return EvaluationExample((asked,), example.label, None, place, line)
+        message = {"role": "user", "content": example.text or ""}
+        return EvaluationExample((message,), example.label, None, place, line)
     if example.messages is None:
-        wanted = listed(list(needy)) if needy else "perplexity of answers"
+        wanted = quote_names(list(metrics)) if metrics else "perplexity of answers"
         raise DataError(
             f"no reference for {wanted}: this row is a text",
             file=place,
             line=line,
             hint="name the columns: --columns prompt=NAME,response=NAME",
         )
-    last = max(k for k, said in enumerate(example.messages) if said["role"] == "assistant")
+    last = max(k for k, message in enumerate(example.messages) if message["role"] == "assistant")
     reference = str(example.messages[last]["content"])
     return EvaluationExample(example.messages[:last], reference, example.tools, place, line)
 
 
-def _asked(row: PromptExample) -> EvaluationExample:
+def _from_prompt(row: PromptExample) -> EvaluationExample:
     single = ({"role": "user", "content": row.prompt},) if isinstance(row.prompt, str) else None
     return EvaluationExample(single or tuple(row.prompt), row.answer, None, row.place, row.line)  # type: ignore[arg-type]

@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from llmctl.errors import ModelError, UserError
-from llmctl.models.adapters import is_adapter
-from llmctl.models.loading import DERIVED, load_config, local_folder
+from llmctl.models.adapters import is_adapter, put_adapter, read_adapter, require_base
+from llmctl.models.loading import DERIVED, find_base, load_config, local_folder
 from llmctl.models.quantized import require_full
 from llmctl.models.vetting import BROKEN, check_shards, first_line, require_safetensors
 from llmctl.runs.directory import resolve_model
@@ -26,6 +26,8 @@ SCORE = ("LABEL_0",)
 """The label of a reward model, whose one logit is the score; transformers calls it so."""
 TOLERANCE = 1e-3
 """Largest change of a logit, relative to the largest logit, that is rounding."""
+PROBE_LENGTHS = (3, 8)
+"""Tokens of the texts on which padding is seen to change nothing."""
 POOLER = "pooler"
 """Between an encoder and its head; many are saved without theirs."""
 
@@ -110,6 +112,31 @@ def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return logits.float()
 
 
+def load_tuned_classifier(
+    folder: Path, labels: tuple[str, ...], dtype: torch.dtype, base: Any | None = None
+) -> Any:
+    """The classifier of a folder; of an adapter's folder, on its base.
+
+    Args:
+        folder: of a model or an adapter.
+        labels: of its head.
+        dtype: of its weights.
+        base: the classifier below an adapter, where it is loaded already; it is not checked again.
+
+    Raises:
+        ModelError: it is broken, or the base is not the one that the adapter was trained on.
+        NetworkError: a base on the Hub that cannot be had.
+    """
+    if not is_adapter(folder):
+        return load_classifier(str(folder), labels, dtype).model
+    adapter = read_adapter(folder)
+    if base is None:
+        base_folder = find_base(adapter)
+        require_base(adapter, base_folder)
+        base = load_classifier(str(base_folder), labels, dtype).model
+    return put_adapter(base, adapter, "SEQ_CLS")
+
+
 @torch.no_grad()
 def require_padding_unseen(model: Any, short: Sequence[int], long: Sequence[int], pad: int) -> None:
     """Refuse a model whose answer to a text depends on how long its neighbours are.
@@ -131,6 +158,18 @@ def require_padding_unseen(model: Any, short: Sequence[int], long: Sequence[int]
             f"padding changes the answer of this model by {change:.1%}",
             hint="this architecture cannot classify texts in batches",
         )
+
+
+def probe_padding(model: Any, pad: int) -> None:
+    """Call `require_padding_unseen` with texts of any tokens.
+
+    Raises:
+        ModelError: padding changes an answer.
+    """
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    tokens = [token for token in range(min(rows, 2 * max(PROBE_LENGTHS) + 2)) if token != pad]
+    short, long = (tokens[-length:] for length in PROBE_LENGTHS)
+    require_padding_unseen(model, short, long, pad)
 
 
 def learned_positions(model: Any) -> int | None:

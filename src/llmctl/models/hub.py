@@ -1,28 +1,29 @@
-"""Fetch from the Hugging Face Hub, with its many failures told as ours."""
+"""Fetch from the Hugging Face Hub: names in, local folders and commits out, one error a failure."""
 
 import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from llmctl.console import is_terminal
-from llmctl.errors import DataError, ModelError, NetworkError
+from llmctl.errors import NetworkError, UserError
 from llmctl.runs.directory import resolve_model
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the form of a repository's, with or without `@` and a revision."""
+    """Whether a name has the form of a repository's, with or without `@revision`."""
     return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(@\w[\w./-]*)?", name))
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """`owner/name@revision` in its two parts: a branch, a tag or a commit; None without one."""
+    """Split `owner/name@revision`: a branch, a tag or a commit; None without one."""
     repository, _, revision = name.partition("@")
     return repository, revision or None
 
 
 def commit_of(reference: str) -> str | None:
-    """The commit of a model that was fetched from the Hub; None for what lies here."""
+    """Return the commit of a model that was fetched from the Hub; None for a local one."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -39,7 +40,7 @@ def commit_of(reference: str) -> str | None:
 
 
 def base_reference(reference: str) -> tuple[str, str | None]:
-    """A model as PEFT names it: the absolute path of its folder, or its Hub id and its commit."""
+    """Return a model as PEFT names it: the absolute path of its folder, or Hub id and commit."""
     path = Path(resolve_model(reference)).expanduser()
     if path.exists():
         return str(path.resolve()), None
@@ -47,18 +48,28 @@ def base_reference(reference: str) -> tuple[str, str | None]:
 
 
 def model_input(role: str, reference: str, sha256: str | None) -> dict[str, str | None]:
-    """What a manifest says of a model or tokenizer that went in, with its commit on the Hub."""
+    """Return the manifest's record of a model or tokenizer, with its commit on the Hub."""
     entry = {"role": role, "path": reference, "sha256": sha256}
     commit = commit_of(reference)
     return entry if commit is None else {**entry, "revision": commit}
 
 
-def download(reference: str, repo_type: str, patterns: Sequence[str]) -> Path:
-    """The local folder of a repository on the Hub, with the files that match.
+def download(
+    reference: str,
+    patterns: Sequence[str],
+    repo_type: Literal["model", "dataset"] = "model",
+    missing: type[UserError] = NetworkError,
+) -> Path:
+    """Return the local folder of a repository on the Hub, with the files that match.
+
+    Args:
+        reference: `owner/name`, or `owner/name@revision`.
+        patterns: globs of files; none for the commit alone.
+        repo_type: what the repository holds.
+        missing: error for what the Hub does not have or does not hand out.
 
     Raises:
-        DataError: there is no such data set, or no such revision of it.
-        ModelError: there is no such model or revision, or the name cannot be one.
+        UserError: of the class `missing`: no such repository or revision, or it wants a login.
         NetworkError: the Hub is switched off or cannot be reached.
     """
     import huggingface_hub
@@ -68,8 +79,7 @@ def download(reference: str, repo_type: str, patterns: Sequence[str]) -> Path:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if not is_terminal():
         disable_progress_bars()
-    missing = DataError if repo_type == "dataset" else ModelError
-    what = "data set" if repo_type == "dataset" else "model"
+    place, what = ("folder", "model") if repo_type == "model" else ("file", "data set")
     name, revision = split_revision(reference)
     try:
         return Path(
@@ -77,22 +87,22 @@ def download(reference: str, repo_type: str, patterns: Sequence[str]) -> Path:
                 name, repo_type=repo_type, revision=revision, allow_patterns=list(patterns)
             )
         )
+    except errors.GatedRepoError:
+        raise missing(f"`{name}` on the Hub wants a login", hint="run: hf auth login") from None
     except errors.RevisionNotFoundError:
         raise missing(
-            f"the Hub knows no revision `{revision}` of this {what}",
-            file=name,
+            f"the Hub knows no revision `{revision}` of `{name}`",
             hint="pass a branch, a tag or a commit after the @",
         ) from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise missing(
-            f"nothing of this name here, and no such {what} on the Hub (or it wants a login)",
-            file=name,
-            hint="check the spelling, or run: hf auth login",
+            f"no {place} `{reference}` here, and the Hub knows no such {what}",
+            hint="check the spelling and the path, or run: hf auth login",
         ) from None
     except OSError:
         offline = huggingface_hub.is_offline_mode()
         raise NetworkError(
-            f"no file `{reference}` here, and the Hub "
+            f"no {place} `{reference}` here, and the Hub "
             + ("is switched off (HF_HUB_OFFLINE)" if offline else "cannot be reached"),
-            hint="pass the path of a local file or folder",
+            hint=f"pass the path of a local {place}",
         ) from None

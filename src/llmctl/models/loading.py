@@ -4,17 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,12 +16,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from llmctl.errors import ModelError, NetworkError
+from llmctl.errors import ModelError
 from llmctl.files import follow_umask, replace_folder
 from llmctl.models import patched_attention
 from llmctl.models.adapters import AdapterInfo, is_adapter, put_adapter, read_adapter, require_base
 from llmctl.models.causality import require_causal_config
-from llmctl.models.hub import is_hub_id, split_revision
+from llmctl.models.hub import download, is_hub_id
 from llmctl.models.quantized import LoadIn, first_not_finite, quantization, saved_precision
 from llmctl.models.vetting import (
     BROKEN,
@@ -69,32 +59,7 @@ def local_folder(reference: str) -> Path:
         return path
     if not is_hub_id(reference):
         raise ModelError("no such model folder", file=reference)
-    name, revision = split_revision(reference)
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=SAFE_FILES)
-        )
-    except GatedRepoError:
-        raise NetworkError(
-            f"`{name}` on the Hub wants a login", hint="run: hf auth login"
-        ) from None
-    except RevisionNotFoundError:
-        raise NetworkError(
-            f"the Hub knows no revision `{revision}` of `{name}`",
-            hint="pass a branch, a tag or a commit after the @",
-        ) from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise NetworkError(
-            f"no folder `{reference}` here, and the Hub knows no such model",
-            hint="check the spelling and the path",
-        ) from None
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        offline = isinstance(error, OfflineModeIsEnabled) or huggingface_hub.is_offline_mode()
-        raise NetworkError(
-            f"no folder `{reference}` here, and the Hub "
-            + ("is switched off (HF_HUB_OFFLINE)" if offline else "cannot be reached"),
-            hint="pass the path of a run or a model folder",
-        ) from None
+    return download(reference, SAFE_FILES)
 
 
 def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:

@@ -13,12 +13,12 @@ from importlib import import_module
 from pathlib import Path
 
 from llmctl.config.commands import DpoConfig, PpoConfig, RewardConfig, SftConfig
-from llmctl.data.sources import find_sources
+from llmctl.data.sources import find_sources, split_weight
 from llmctl.errors import DataError, UserError
 from llmctl.models.hub import split_revision
 from llmctl.pipeline.capacity import require_room
 from llmctl.pipeline.predicted import Foretold, foretell, require_fitting, trained
-from llmctl.pipeline.references import Stage, split_weight
+from llmctl.pipeline.references import Stage
 
 
 def check(stages: Sequence[Stage], *, deep: bool) -> None:
@@ -53,7 +53,7 @@ def _check_outside(stage: Stage) -> None:
         for text in texts:
             if text == "-":
                 raise DataError(f"{field}: a life cycle does not read stdin", hint="name a file")
-            stem = text if Path(text).expanduser().exists() else split_weight(text)[0]
+            stem, _ = split_weight(text)
             if "data" in kinds[field]:
                 with tempfile.TemporaryDirectory(prefix="llmctl-") as spool:
                     find_sources([stem], Path(spool))

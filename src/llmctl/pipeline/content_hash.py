@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from llmctl import __version__
+from llmctl.data.sources import split_weight
 from llmctl.files import sha256_file, sha256_folder
-from llmctl.pipeline.references import Stage, split_weight
+from llmctl.pipeline.references import Stage
 from llmctl.runs.directory import read_manifest
 
 CODE = Path(__file__).parents[1]
@@ -54,7 +55,7 @@ def content(text: str) -> str:
     """What tells a thing that is no stage from another: the hash of its content, else its name."""
     if text.startswith(RULE):
         return _code_of(text.removeprefix(RULE).partition(".")[0]) or text
-    stem, _ = (text, "") if Path(text).expanduser().exists() else split_weight(text)
+    stem, _ = split_weight(text)
     path = Path(stem).expanduser()
     if path.is_file():
         return sha256_file(path)

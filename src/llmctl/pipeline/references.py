@@ -15,9 +15,9 @@ from typing import Any
 from llmctl.config.gates import Gate
 from llmctl.config.sections import StageConfig
 from llmctl.console import log
+from llmctl.data.sources import split_weight
 from llmctl.errors import Interrupted, Terminated, UserError
-from llmctl.pipeline.gates import parse_gates
-from llmctl.pipeline.result_names import require_given
+from llmctl.pipeline.gates import parse_gates, require_known_metrics
 from llmctl.pipeline.steps import Recipe, Step
 
 VARIABLE = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
@@ -145,7 +145,7 @@ def _resolve(
         error.file, error.line = str(file), error.line or step.line
         raise
     gates = parse_gates(step.gates, file, step.line)
-    require_given(gates, step.stage, file, step.line)
+    require_known_metrics(gates, step.stage, file, step.line)
     needs = {key: tuple(found) for key, found in names.needs.items()}
     outside = {key: tuple(found) for key, found in names.outside.items()}
     spelled = {key: tuple(found) for key, found in names.spelled.items()}
@@ -219,16 +219,6 @@ class _Names:
         there = Path(name)
         if there.exists() and not (found.out.exists() and there.samefile(found.out)):
             log.warning("`%s` means the stage, not the file here: write ./%s for that", name, name)
-
-
-def split_weight(text: str) -> tuple[str, str]:
-    """A name, and the `=WEIGHT` that it ends with, or nothing."""
-    stem, sign, number = text.rpartition("=")
-    try:
-        float(number)
-    except ValueError:
-        return text, ""
-    return (stem, sign + number) if sign else (text, "")
 
 
 WORDS = {

@@ -1,8 +1,9 @@
 """Several rewards as one: functions from samples to scores in, a weighted sum out.
 
-Each reward model's scores are normalized first, r <- (r - mean) / std. Ziegler et al. (2019,
-arXiv:1909.08593, section 2) take mean and std over the reference's responses; Llama 2 adds up two
-reward models whose scores are whitened (Touvron et al., 2023, arXiv:2307.09288, section 3.2.3).
+Each reward model's scores are normalized first, r <- (r - mean) / std, so that weights mean the
+same for all: with mean and std of the reference's responses as in Ziegler et al. (2019,
+arXiv:1909.08593, section 2). Llama 2 whitens its combined rewards, too (Touvron et al., 2023,
+arXiv:2307.09288, section 3.2.3).
 """
 
 import math
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llmctl.data.sources import split_weight
 from llmctl.errors import UserError
 from llmctl.ppo.advantages import AllReduce
 from llmctl.ppo.rules import Rule, Sample, require_finite
@@ -38,9 +40,9 @@ class RunningMoments:
     def update(self, scores: Tensor, all_reduce: AllReduce) -> None:
         """Add scores (N,) of all processes.
 
-        With d the difference of the means, S_AB = S_A + S_B + d^2 n_A n_B / (n_A + n_B) (Chan,
+        S <- S + S_batch + d^2 n n_batch / (n + n_batch), with d the difference of the means (Chan,
         Golub and LeVeque, 1979, Updating Formulae and a Pairwise Algorithm for Computing Sample
-        Variances, eq. 2.1).
+        Variances).
         """
         scores = scores.double()
         n, sum_ = all_reduce(torch.tensor([len(scores), float(scores.sum())], dtype=torch.float64))
@@ -155,16 +157,11 @@ def parse_weight(flag: str, text: str) -> tuple[str, float]:
     Raises:
         UserError: a weight of 0, or one that is not finite.
     """
-    stem, sign, number = text.rpartition("=")
-    if not sign or Path(text).expanduser().exists():
-        return text, 1.0
-    try:
-        weight = float(number)
-    except ValueError:
-        return text, 1.0
+    name, number = split_weight(text)
+    weight = float(number.removeprefix("=") or 1)
     if not weight or not math.isfinite(weight):
         raise UserError(f"{flag} {text}: the weight must be a number other than 0")
-    return stem, weight
+    return name, weight
 
 
 def unique_names(references: Sequence[str]) -> list[str]:

@@ -1,7 +1,8 @@
-"""Open a tokenizer to encode with: the library's own object and the ids that frame a document.
+"""Load a tokenizer to encode documents with.
 
-A folder that says it is a plain `tokenizers` file is opened without transformers, which takes
-seconds to import; anything else goes through AutoTokenizer.
+In: a run, a folder or a Hub id. Out: a `tokenizers.Tokenizer` and the ids that frame a document. A
+plain `tokenizers` folder is loaded without transformers, which takes seconds to import; any other
+goes through AutoTokenizer.
 """
 
 import json
@@ -29,7 +30,7 @@ PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer and the ids that matter to a stream of documents."""
+    """A tokenizer and the ids that frame documents."""
 
     tokenizer: Tokenizer
     """Encodes a text that spells a special token as ordinary text."""
@@ -41,18 +42,18 @@ class Vocabulary:
     unknown: int | None
 
     prefix: tuple[int, ...]
-    """What the tokenizer puts before every text, such as bos."""
+    """Ids that the tokenizer puts before every text, such as bos."""
 
     @property
     def size(self) -> int:
-        """Tokens in the vocabulary: one more than the largest id."""
+        """Number of ids: one more than the largest."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def vocabulary_of(
     tokenizer: Tokenizer, *, eos: str | None, bos: str | None = None, unknown: str | None = None
 ) -> Vocabulary:
-    """Get a tokenizer ready to encode documents.
+    """Prepare a tokenizer to encode documents.
 
     Raises:
         ModelError: it has no token to end a document with.
@@ -66,18 +67,21 @@ def vocabulary_of(
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
-    frame = tokenizer.encode("").ids
+    added = tokenizer.encode("").ids
     return Vocabulary(
         tokenizer,
         eos=end,
         bos=None if bos is None else tokenizer.token_to_id(bos),
         unknown=None if unknown is None else tokenizer.token_to_id(unknown),
-        prefix=tuple(frame[:-1] if frame[-1:] == [end] else frame),
+        prefix=tuple(added[:-1] if added[-1:] == [end] else added),
     )
 
 
 def load_vocabulary(reference: str) -> tuple[Vocabulary, Callable[[Path], None]]:
-    """A tokenizer from a run, a folder or the Hub, and how to save it to another folder.
+    """Load a tokenizer from a run, a folder or the Hub.
+
+    Returns:
+        The tokenizer, and a function that saves it to another folder.
 
     Raises:
         ModelError: there is no tokenizer, or not one that can be used.
@@ -87,16 +91,16 @@ def load_vocabulary(reference: str) -> tuple[Vocabulary, Callable[[Path], None]]
     if not folder.is_dir():
         if reference.startswith((".", "/", "~")) or not hub.is_hub_id(reference):
             raise ModelError("no such tokenizer folder", file=reference)
-        folder = hub.download(reference, "model", PATTERNS)
-    config = _config(folder)
+        folder = hub.download(reference, PATTERNS, missing=ModelError)
+    config = _read_config(folder)
     is_plain = config.get("tokenizer_class") in PLAIN_CLASSES
     if not is_plain or not (folder / "tokenizer.json").is_file():
-        return _through_transformers(folder)
+        return _load_through_transformers(folder)
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the library raises nothing narrower
         raise ModelError(f"not a tokenizer: {error}", file=folder / "tokenizer.json") from None
-    names = {role: _content(config.get(f"{role}_token")) for role in ("eos", "bos", "unk")}
+    names = {role: _token_text(config.get(f"{role}_token")) for role in ("eos", "bos", "unk")}
     vocabulary = vocabulary_of(tokenizer, eos=names["eos"], bos=names["bos"], unknown=names["unk"])
 
     def save(target: Path) -> None:
@@ -108,7 +112,7 @@ def load_vocabulary(reference: str) -> tuple[Vocabulary, Callable[[Path], None]]
     return vocabulary, save
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "tokenizer_config.json").read_bytes())
     except FileNotFoundError:
@@ -119,13 +123,13 @@ def _config(folder: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _content(token: Any) -> str | None:
+def _token_text(token: Any) -> str | None:
     """A token's text; old configs wrap it in an object."""
     text = token["content"] if isinstance(token, dict) else token
     return None if text is None else str(text)
 
 
-def _through_transformers(folder: Path) -> tuple[Vocabulary, Callable[[Path], None]]:
+def _load_through_transformers(folder: Path) -> tuple[Vocabulary, Callable[[Path], None]]:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
