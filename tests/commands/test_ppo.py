@@ -59,8 +59,8 @@ def world(tmp_path, monkeypatch):
 
 def ppo(cli, base, *arguments, rule="python:ppo_rules.letter", quick=QUICK):
     rewards = ("--reward-rule", rule) if rule else ()
-    asked = ("--data", "prompts.jsonl", "--plain")
-    return cli("ppo", "--model", base, *asked, *rewards, *quick, *arguments)
+    prompts = ("--data", "prompts.jsonl", "--plain")
+    return cli("ppo", "--model", base, *prompts, *rewards, *quick, *arguments)
 
 
 def metrics(run):
@@ -87,16 +87,15 @@ def same(one, other):
 def test_a_policy_learns_what_is_paid_for(cli, base, world):
     result = ppo(cli, base, "--max-steps", 20, "--batch-size", 16, "--json", "-o", "run")
     assert result.code == 0, result.err
-    found = json.loads(result.out)
+    summary = json.loads(result.out)
     first, *_, last = steps("run")
     assert first["kl"] == 0
     assert last["score"] > 2 * first["score"] > 0
-    assert found["score"] == last["score"]
-    assert found["episodes"] == 320
-    assert (
-        0 <= found["val_win_rate_low"] <= found["val_win_rate"] <= found["val_win_rate_high"] <= 1
-    )
-    assert found["val_win_rate"] > 0.5
+    assert summary["score"] == last["score"]
+    assert summary["episodes"] == 320
+    low, high = summary["val_win_rate_low"], summary["val_win_rate_high"]
+    assert 0 <= low <= summary["val_win_rate"] <= high <= 1
+    assert summary["val_win_rate"] > 0.5
     samples = [json.loads(line) for line in Path("run/samples.jsonl").read_text().splitlines()]
     assert {"step", "prompt", "before", "now", "score", "score_before"} == set(samples[0])
     for name in ("clip_fraction", "entropy", "eos_share", "explained_variance", "alarms", "length"):
@@ -130,14 +129,14 @@ def test_lora_shares_one_set_of_weights(cli, base, world):
     from llmctl.ppo.models import load_models
 
     config = PpoConfig(model=str(base), data=["x"], reward_rule=["repetition"], lora=True)
-    actors = load_models(config, load_tokenizer(str(base)), "", "cpu").actors
-    theirs = {weight.data_ptr() for weight in actors.reference.parameters()}
-    for part in (actors.policy, actors.value):
+    actor_critic = load_models(config, load_tokenizer(str(base)), "", "cpu").actor_critic
+    theirs = {weight.data_ptr() for weight in actor_critic.reference.parameters()}
+    for part in (actor_critic.policy, actor_critic.value):
         frozen = [w for w in part.parameters() if not w.requires_grad]
         assert frozen
         assert {weight.data_ptr() for weight in frozen} <= theirs
-    trained = {id(w) for w in actors.parameters() if w.requires_grad}
-    assert trained.isdisjoint({id(w) for w in actors.reference.parameters()})
+    trained = {id(w) for w in actor_critic.parameters() if w.requires_grad}
+    assert trained.isdisjoint({id(w) for w in actor_critic.reference.parameters()})
 
 
 def test_lora_learns_and_leaves_adapters(cli, base, world):
@@ -287,9 +286,9 @@ def test_passes_of_any_size_give_the_same_model(cli, base, world):
 def test_adaptive_penalty_and_early_stop(cli, base, world):
     options = ("--max-steps", 4, "--val-size", 0, "--kl-target", 1e-3, "--kl-horizon", 16)
     assert ppo(cli, base, *options, "--stop-kl", 1e-9, "-o", "run").code == 0
-    found = steps("run")
-    assert found[-1]["kl_coef"] > found[1]["kl_coef"]
-    assert found[1]["updates"] < 4
+    lines = steps("run")
+    assert lines[-1]["kl_coef"] > lines[1]["kl_coef"]
+    assert lines[1]["updates"] < 4
 
 
 def test_every_response_has_the_same_length_where_eos_is_ignored(cli, base, world):
@@ -389,11 +388,11 @@ def test_bad_rows_may_be_skipped(cli, base, world):
 
 
 def test_exact_needs_answers(cli, base, world):
-    Path("asked.txt").write_text("The cat\nA dog\n")
-    arguments = ("--data", "asked.txt", "--reward-rule", "exact", *QUICK, "--max-steps", 1)
+    Path("prompts.txt").write_text("The cat\nA dog\n")
+    arguments = ("--data", "prompts.txt", "--reward-rule", "exact", *QUICK, "--max-steps", 1)
     result = cli("ppo", "--plain", "--model", base, *arguments, "-o", "run")
     assert result.code == 3
-    assert "exact needs answers, and asked.txt:" in result.err
+    assert "exact needs answers, and prompts.txt:" in result.err
 
 
 def test_a_dry_run_writes_nothing(cli, base, world):

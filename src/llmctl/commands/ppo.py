@@ -13,7 +13,7 @@ from llmctl.planning.outlook import outlook, show_dry_run
 from llmctl.planning.recipe import ppo_work, shape_to_train
 from llmctl.ppo.export import export, log_summary
 from llmctl.ppo.loop import fit, resume
-from llmctl.ppo.setup import build, prepare
+from llmctl.ppo.setup import build_ppo, prepare_ppo
 from llmctl.runs.directory import Run
 from llmctl.training.fault_tolerance import together
 from llmctl.training.stage import clock_of, run_stage
@@ -25,17 +25,18 @@ def run(config: PpoConfig) -> dict[str, Any] | None:
 
 
 def _show(config: PpoConfig, accelerator: Accelerator, device: str) -> dict[str, Any] | None:
-    """Do what a dry run does."""
-    setup = prepare(config, accelerator, device)
-    policy = setup.models.actors.policy
-    judges = (judge for judge in setup.models.judges if not judge.is_shared)
+    """Show a dry run: recipe and outlook."""
+    prepared = prepare_ppo(config, accelerator, device)
+    models = prepared.models
+    policy = models.actor_critic.policy
+    unshared = (source.model for source in models.reward_models if not source.is_shared)
     work = ppo_work(
         config,
-        setup.hyperparameters,
+        prepared.hyperparameters,
         shape_to_train(policy.config),
-        [len(tokens) for tokens in setup.asked.tokens],
-        setup.trained_parameters,
-        sum(parameter_count(judge.model.model) for judge in judges),
+        [len(tokens) for tokens in prepared.prompts.tokens],
+        prepared.trained_parameters,
+        sum(parameter_count(reward_model.model) for reward_model in unshared),
         device=device,
         world=accelerator.num_processes,
     )
@@ -43,16 +44,16 @@ def _show(config: PpoConfig, accelerator: Accelerator, device: str) -> dict[str,
 
 
 def _align(config: PpoConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:
-    """Prepare, train, export; return what came of it."""
+    """Prepare, train, export; return the result."""
     clock = clock_of(config, run)
     with together(accelerator):
-        setup = prepare(config, accelerator, device, clock)
-    run.record(**setup.facts(device))
-    with hardware.memory_errors(setup.hyperparameters.batch_size):
-        trainer, judge = build(config, setup, run, accelerator, device, torch.get_num_threads())
+        prepared = prepare_ppo(config, accelerator, device, clock)
+    run.record(**prepared.manifest_entries(device))
+    with hardware.memory_errors(prepared.hyperparameters.batch_size):
+        threads = torch.get_num_threads()
+        trainer, win_rate = build_ppo(config, prepared, run, accelerator, device, threads)
         resume(trainer, config)
         run.keep_recipe(config)
-        metrics = fit(trainer, judge)
+        metrics = fit(trainer, win_rate)
     log_summary(trainer.state)
-    sizes = {"parameters": setup.parameters, "trained_parameters": setup.trained_parameters}
-    return {**export(config, trainer, setup), **sizes, **metrics}
+    return {**export(config, trainer, prepared), **prepared.sizes, **metrics}

@@ -42,7 +42,7 @@ from llmctl.ppo.prompts import PromptFormat, encode_prompts
 from llmctl.ppo.rewards import parse_weight
 from llmctl.training.adapters import adapt, trainable_parameters
 from llmctl.training.base_model import Prepared, load_in
-from llmctl.training.batches import Sequences
+from llmctl.training.batches import SequenceRows
 from llmctl.training.hyperparameters import (
     COMPUTE_OPTIMAL,
     Hyperparameters,
@@ -51,7 +51,7 @@ from llmctl.training.hyperparameters import (
     method_of,
     preset_for,
 )
-from llmctl.training.pretrain import LONGEST_CONTEXT, prepare
+from llmctl.training.pretrain import LONGEST_CONTEXT, prepare_pretraining
 
 PROMPT = 512
 """Tokens of a prompt likewise."""
@@ -142,7 +142,7 @@ def _lengths(recipe: Tuned) -> tuple[list[int], float, int]:
         data = load_classification_data(recipe)
         return data.train.lengths.tolist(), 0.0, len(data.labels)
     examples = load_sft_data(recipe, recipe.prompt_tuning or 0, None)
-    rows = Sequences(examples.train, 0, examples.max_length if recipe.packing else None)
+    rows = SequenceRows(examples.train, 0, examples.max_length if recipe.packing else None)
     return rows.lengths, counted_share(examples.train), 1
 
 
@@ -277,7 +277,7 @@ def plan_pretrain(recipe: PretrainConfig, asked: PlanConfig, device: str) -> Pla
     """The work of a recipe, on its tokens where they are at hand."""
     folder = Path(recipe.tokens or "").expanduser()
     if asked.shape is None and recipe.tokens and (folder / "tokens").is_dir():
-        setup = prepare(recipe, folder, Accelerator(cpu=device == "cpu"), device)
+        setup = prepare_pretraining(recipe, folder, Accelerator(cpu=device == "cpu"), device)
         context = setup.hyperparameters.context
         assert context is not None
         values = for_pretraining(

@@ -28,12 +28,6 @@ def masked_mean(values: Tensor, mask: Tensor, all_reduce: AllReduce = single_pro
     return (sums[0] / sums[1]).to(values.dtype)
 
 
-def masked_variance(values: Tensor, mask: Tensor, all_reduce: AllReduce = single_process) -> Tensor:
-    """Population variance of values (B, R) over the mask, of all processes."""
-    mean = masked_mean(values, mask, all_reduce)
-    return masked_mean((values - mean) ** 2, mask, all_reduce)
-
-
 def whiten(values: Tensor, mask: Tensor, all_reduce: AllReduce = single_process) -> Tensor:
     """Values (B, R) of mean 0 and variance 1 over the mask, of all processes; 0 elsewhere.
 
@@ -42,7 +36,7 @@ def whiten(values: Tensor, mask: Tensor, all_reduce: AllReduce = single_process)
     Implementation Details of Proximal Policy Optimization, detail 7).
     """
     mean = masked_mean(values, mask, all_reduce)
-    variance = masked_variance(values, mask, all_reduce)
+    variance = masked_mean((values - mean) ** 2, mask, all_reduce)
     return ((values - mean) * torch.rsqrt(variance + 1e-8)).where(mask, 0.0)
 
 

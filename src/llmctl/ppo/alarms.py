@@ -1,6 +1,6 @@
-"""Signs that a run goes wrong, read off its metrics, each with what to do about it.
+"""Alarms: signs that a run goes wrong, each with a remedy.
 
-In: the metrics of the last steps. Out: sentences. An alarm is raised once, and again after it has
+In: the metrics of the last steps. Out: warnings. An alarm is raised once, and again after it has
 been silent for a while.
 """
 
@@ -11,15 +11,15 @@ from typing import Any
 from llmctl.console import log
 
 STEPS = 5
-"""Steps in a row that make a sign persistent."""
+"""Steps in a row for which a sign must hold."""
 SILENCE = 20
 """Steps after which an alarm is repeated."""
 
-READ = (
+WATCHED = (
     *("kl", "length", "score", "score_std", "entropy", "eos_share"),
     *("explained_variance", "clip_fraction"),
 )
-"""Metrics that alarms look at."""
+"""Metrics that alarms read."""
 
 Steps = list[Mapping[str, Any]]
 
@@ -29,7 +29,7 @@ def _all(steps: Steps, holds: Callable[[Mapping[str, Any]], bool]) -> bool:
 
 
 def negative_kl(steps: Steps) -> str | None:
-    """KL below 0 for long: what is sampled is not what is scored."""
+    """KL below 0 for long: samples are not those of the policy that is scored."""
     if not _all(steps, lambda step: step["kl"] < -1.0):
         return None
     return (
@@ -39,7 +39,7 @@ def negative_kl(steps: Steps) -> str | None:
 
 
 def exploding_kl(steps: Steps) -> str | None:
-    """KL that no longer is a small deviation."""
+    """KL far above a small deviation."""
     if not _all(steps, lambda step: step["kl"] > 50.0):
         return None
     return (
@@ -49,23 +49,23 @@ def exploding_kl(steps: Steps) -> str | None:
 
 
 def longer_and_better(steps: Steps) -> str | None:
-    """A score that rises with the length alone."""
+    """Score and length of responses that rise together."""
     if len(steps) < 2 * STEPS:
         return None
     first, last = steps[:STEPS], steps[-STEPS:]
-    before, now = (sum(step["length"] for step in part) / STEPS for part in (first, last))
+    earlier, now = (sum(step["length"] for step in part) / STEPS for part in (first, last))
     rise = sum(step["score"] for step in last) - sum(step["score"] for step in first)
-    if rise <= 0 or now < 2 * before:
+    if rise <= 0 or now < 2 * earlier:
         return None
     return (
-        f"the score rises while responses grew from {before:.0f} to {now:.0f} tokens: the reward "
+        f"the score rises while responses grew from {earlier:.0f} to {now:.0f} tokens: the reward "
         "may pay for length; look at samples.jsonl, add --reward-rule length:N or "
         "--missing-eos-penalty 1"
     )
 
 
 def collapsed_entropy(steps: Steps) -> str | None:
-    """A policy that says one thing only."""
+    """Entropy that falls below a tenth of the first."""
     first = steps[0]["entropy"]
     if not _all(steps, lambda step: step["entropy"] < 0.1 * first):
         return None
@@ -76,7 +76,7 @@ def collapsed_entropy(steps: Steps) -> str | None:
 
 
 def falling_eos(steps: Steps) -> str | None:
-    """Responses that no longer end."""
+    """Responses that end by themselves half as often as they did."""
     first = max(step["eos_share"] for step in steps)
     if first < 0.2 or not _all(steps, lambda step: step["eos_share"] < 0.5 * first):
         return None
@@ -87,7 +87,7 @@ def falling_eos(steps: Steps) -> str | None:
 
 
 def useless_values(steps: Steps) -> str | None:
-    """A value model that is worse than none."""
+    """Value model that predicts worse than a constant."""
     if not _all(steps, lambda step: step["explained_variance"] < 0):
         return None
     return (
@@ -97,7 +97,7 @@ def useless_values(steps: Steps) -> str | None:
 
 
 def clipping(steps: Steps) -> str | None:
-    """Updates so large that clipping stops most of them."""
+    """Updates so large that clipping stops much of them."""
     if not _all(steps, lambda step: step["clip_fraction"] > 0.4):
         return None
     return (
@@ -107,7 +107,7 @@ def clipping(steps: Steps) -> str | None:
 
 
 def flat_scores(steps: Steps) -> str | None:
-    """Scores that do not tell one response from another."""
+    """Scores that are the same for every response."""
     if not _all(steps, lambda step: step["score_std"] == 0):
         return None
     return (
@@ -126,14 +126,14 @@ class Alarms:
     """The alarms of one run."""
 
     def __init__(self) -> None:
-        """Nothing has been seen yet."""
+        """Begin without a step."""
         self.steps: deque[Mapping[str, Any]] = deque(maxlen=10 * STEPS)
         self.last: dict[str, int] = {}
-        """Step at which each was last raised."""
+        """Step at which each alarm was last raised, by its name."""
 
-    def look(self, step: int, metrics: Mapping[str, Any]) -> list[str]:
-        """Take a step in; the names of the alarms it raises, each said."""
-        self.steps.append({name: metrics[name] for name in READ})
+    def check(self, step: int, metrics: Mapping[str, Any]) -> list[str]:
+        """Add a step; log the alarms that it raises, and return their names."""
+        self.steps.append({name: metrics[name] for name in WATCHED})
         raised = []
         for alarm in ALARMS:
             text = alarm(list(self.steps))
@@ -145,10 +145,10 @@ class Alarms:
         return raised
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the state for a checkpoint."""
         return {"steps": list(self.steps), "last": self.last}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Put back what `state` took."""
+        """Restore what `state` gave."""
         self.steps.extend(state["steps"])
         self.last = dict(state["last"])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class PromptResponses:
+class EpisodeTokens:
     """B prompts with their responses, as token ids."""
 
     prompts: list[list[int]]
@@ -51,7 +51,7 @@ class Pass:
 
 
 def make_passes(
-    sequences: PromptResponses,
+    sequences: EpisodeTokens,
     rows: Sequence[int],
     *,
     max_tokens: int,
@@ -84,7 +84,7 @@ def make_passes(
 
 
 def make_pass(
-    sequences: PromptResponses,
+    sequences: EpisodeTokens,
     rows: Sequence[int],
     mask: Tensor,
     device: torch.device,
@@ -116,7 +116,7 @@ def make_pass(
 class Experience:
     """One rank's episodes of a step, with all that the updates need; on the device."""
 
-    sequences: PromptResponses
+    sequences: EpisodeTokens
     first: int
     """Index of the first episode among those of all ranks."""
     mask: Tensor

@@ -1,7 +1,11 @@
-"""A step's episodes: sample, score, and work out what each token was worth."""
+"""Collect a step's experience: sample, score, compute advantages.
+
+In: a `PpoTrainer`. Out: an `Experience`, and the step's first metrics in `trainer.metrics`.
+"""
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,127 +19,126 @@ from llmctl.ppo.advantages import (
     token_rewards,
     whiten,
 )
-from llmctl.ppo.episodes import Episodes, passes
-from llmctl.ppo.rewards import Raw, Scored
-from llmctl.ppo.rollout import Halted, Rollout
-from llmctl.ppo.rules import Told
-from llmctl.ppo.trainer import Asked, PpoTrainer
+from llmctl.ppo.episodes import Experience, Pass, make_passes
+from llmctl.ppo.prompts import EncodedPrompts
+from llmctl.ppo.rewards import CombinedScores, RawScores
+from llmctl.ppo.rollout import Rollout, RolloutInterrupted
+from llmctl.ppo.trainer import PpoTrainer
 from llmctl.signals import StopFlag
 from llmctl.training.fault_tolerance import together
 
 FORWARD_ONLY = 4
-"""How many times as many tokens a pass without gradients may hold."""
+"""A pass without gradients may hold this many times as many tokens."""
 
 
-def collect(trainer: PpoTrainer, flag: StopFlag) -> Episodes | None:
-    """The episodes of the step at hand; None where a signal came on any rank. Collective.
+def collect_experience(trainer: PpoTrainer, flag: StopFlag) -> Experience | None:
+    """Collect the current step's experience; None where a signal came on any rank. Collective.
 
     Raises:
-        DataError: a reward that fails, or gives what is no number.
+        DataError: a reward that fails, or gives NaN or infinity.
     """
-    begun = time.perf_counter()
+    started = time.perf_counter()
     step, state = trainer.state.progress.step, trainer.state
-    values = trainer.hyperparameters
-    first = (step * state.world + state.rank) * values.batch_size
-    prompts = [n for n in trainer.order.batch(step) for _ in range(trainer.config.num_samples)]
-    numbers = list(range(first, first + values.batch_size))
-    found: tuple[Rollout, Raw] | None = None
+    batch_size = trainer.hyperparameters.batch_size
+    first = (step * state.world + state.rank) * batch_size
+    prompts = [i for i in trainer.order.batch(step) for _ in range(trainer.config.num_samples)]
+    stream_ids = list(range(first, first + batch_size))
+    scored: tuple[Rollout, RawScores] | None = None
     with together(state.accelerator):
         try:
-            rollout = sample(trainer, trainer.asked, prompts, numbers, flag)
-            raw = trainer.rewards.raw(tell(trainer.asked, prompts, rollout), rollout.ended)
-            found = rollout, raw
-        except Halted:
+            rollout = sample_responses(trainer, trainer.prompts, prompts, stream_ids, flag)
+            samples = trainer.prompts.samples(prompts, rollout.texts)
+            scored = rollout, trainer.rewards.raw(samples, rollout.ended)
+        except RolloutInterrupted:
             pass
-    if stopped(trainer, flag) or found is None:
+    if received_signal(trainer, flag) or scored is None:
         return None
-    rollout, raw = found
+    rollout, raw = scored
     if trainer.rewards.normalization == "running":
-        trainer.rewards.measure(raw, trainer.total)
-    episodes = weigh(trainer, rollout, trainer.rewards.combine(raw, rollout.ended))
-    trainer.latest["rollout_seconds"] = round(time.perf_counter() - begun, 4)
-    return episodes
+        trainer.rewards.measure(raw, trainer.all_reduce)
+    scores = trainer.rewards.combine(raw, rollout.ended)
+    experience = compute_advantages(trainer, rollout, scores)
+    trainer.metrics["rollout_seconds"] = round(time.perf_counter() - started, 4)
+    return experience
 
 
-def stopped(trainer: PpoTrainer, flag: StopFlag) -> int:
+def received_signal(trainer: PpoTrainer, flag: StopFlag) -> int:
     """The signal that any rank received, 0 without one. Collective."""
     if trainer.state.world == 1:
         return flag.received
-    return int(trainer.gathered([flag.received]).max())
+    return int(trainer.all_gather([flag.received]).max())
 
 
-def sample(
+def sample_responses(
     trainer: PpoTrainer,
-    asked: Asked,
-    prompts: list[int],
-    numbers: list[int],
+    prompts: EncodedPrompts,
+    indices: list[int],
+    stream_ids: list[int],
     flag: StopFlag,
     *,
-    of_reference: bool = False,
+    from_reference: bool = False,
 ) -> Rollout:
-    """Responses of the policy, or of the reference, to these prompts.
+    """Sample a response of the policy, or of the reference, to each prompt of these indices.
 
     Raises:
-        Halted: a signal came.
+        RolloutInterrupted: a signal came.
     """
-    actors = trainer.actors
-    model = actors.reference if of_reference else actors.policy
-    tokens = [asked.tokens[n] for n in prompts]
+    models = trainer.actor_critic
+    model = models.reference if from_reference else models.policy
+    tokens = [prompts.tokens[i] for i in indices]
     with threads_set(trainer.sampling_threads(len(tokens))), torch.no_grad():
-        return trainer.sampler.sample(model, tokens, numbers, flag, actors.autocast)
-
-
-def tell(asked: Asked, prompts: list[int], rollout: Rollout) -> list[Told]:
-    """What rewards are told of each response."""
-    return [asked.told(n, text) for n, text in zip(prompts, rollout.texts, strict=True)]
+        return trainer.sampler.sample(model, tokens, stream_ids, flag, models.autocast)
 
 
 @torch.no_grad()
-def weigh(trainer: PpoTrainer, rollout: Rollout, scored: Scored) -> Episodes:
-    """Values, rewards, advantages and returns of every token; and the step's first metrics."""
-    actors, config = trainer.actors, trainer.config
+def compute_advantages(trainer: PpoTrainer, rollout: Rollout, scores: CombinedScores) -> Experience:
+    """Compute values, rewards, advantages and returns of every token, and the step's metrics."""
+    models, config = trainer.actor_critic, trainer.config
     mask = rollout.sequences.mask()
-    sampled = rollout.log_probs(mask.shape[1])
+    sampler_log_probs = rollout.log_probs(mask.shape[1])
     reference, values, computed = (torch.zeros(mask.shape) for _ in range(3))
-    for batch in all_passes(trainer, rollout, mask, FORWARD_ONLY):
+    for batch in forward_passes(trainer, rollout, mask, FORWARD_ONLY):
         rows = batch.rows.cpu()
-        reference[rows] = batch.spread(actors.reference_log_probs(batch)).float().cpu()
-        values[rows] = batch.spread(actors.values(batch)).float().cpu()
-        if not trainer.exact:
-            computed[rows] = batch.spread(actors.log_probs(batch)[0]).float().cpu()
-    log_probs = sampled if trainer.exact else computed
+        reference[rows] = batch.unflatten(models.reference_log_probs(batch)).float().cpu()
+        values[rows] = batch.unflatten(models.values(batch)).float().cpu()
+        if not trainer.reuses_log_probs:
+            computed[rows] = batch.unflatten(models.log_probs(batch)[0]).float().cpu()
+    log_probs = sampler_log_probs if trainer.reuses_log_probs else computed
     kl = kl_penalty(log_probs, reference, config.kl_estimator)
-    rewards = token_rewards(scored.total, kl, mask, trainer.kl_coef)
+    rewards = token_rewards(scores.total, kl, mask, trainer.kl_coef)
     advantages, returns = response_advantages(rewards, values, mask, config.gamma, config.lam)
     if config.whiten_advantages:
-        advantages = whiten(advantages, mask, trainer.total)
-    trainer.latest = metrics_of(trainer, rollout, scored, mask, log_probs - reference, log_probs)
-    trainer.latest["explained_variance"] = explained_variance(trainer, values, returns, mask)
-    device = actors.device
-    return Episodes(
+        advantages = whiten(advantages, mask, trainer.all_reduce)
+    log_ratio = log_probs - reference
+    trainer.metrics = rollout_metrics(trainer, rollout, scores, mask, log_ratio, log_probs)
+    trainer.metrics["explained_variance"] = explained_variance(trainer, values, returns, mask)
+    tensors = (log_probs, values, advantages, returns, sampler_log_probs)
+    return Experience(
         rollout.sequences,
         trainer.state.rank * trainer.hyperparameters.batch_size,
         mask,
-        *(part.to(device) for part in (log_probs, values, advantages, returns, sampled)),
+        *(tensor.to(models.device) for tensor in tensors),
     )
 
 
-def all_passes(trainer: PpoTrainer, rollout: Rollout, mask: Tensor, factor: int) -> Any:
-    """Every row of a rollout, in passes of so many times the usual tokens."""
-    return passes(
+def forward_passes(
+    trainer: PpoTrainer, rollout: Rollout, mask: Tensor, factor: int
+) -> Iterator[Pass]:
+    """Every row of a rollout, in passes of `factor` times the usual tokens."""
+    return make_passes(
         rollout.sequences,
         range(len(rollout.sequences)),
-        most_tokens=factor * trainer.ppo.pass_tokens,
-        most_chosen=factor * trainer.most_chosen,
+        max_tokens=factor * trainer.ppo.pass_tokens,
+        max_response_tokens=factor * trainer.max_response_tokens,
         mask=mask,
-        device=trainer.actors.device,
+        device=trainer.actor_critic.device,
     )
 
 
-def metrics_of(
+def rollout_metrics(
     trainer: PpoTrainer,
     rollout: Rollout,
-    scored: Scored,
+    scores: CombinedScores,
     mask: Tensor,
     log_ratio: Tensor,
     log_probs: Tensor,
@@ -146,27 +149,27 @@ def metrics_of(
     sampled tokens, whose mean it is.
     """
     tokens = mask.sum()
-    sums = [scored.total.sum(), *(raw.sum() for raw in scored.raw.values())]
+    sums = [scores.total.sum(), *(raw.sum() for raw in scores.raw.values())]
     sums += [
-        (scored.total**2).sum(),
+        (scores.total**2).sum(),
         log_ratio.where(mask, 0.0).sum(),
         -log_probs.where(mask, 0.0).sum(),
         torch.tensor(sum(rollout.ended)),
         tokens,
         torch.tensor(len(rollout.sequences)),
     ]
-    found = trainer.total(torch.stack([part.double().cpu() for part in sums])).tolist()
-    *means, squares, kl, surprise, ended, tokens_all, count = found
-    named = dict(zip(["score", *(f"score/{n}" for n in scored.raw)], means, strict=True))
-    mean = named["score"] / count
+    totals = trainer.all_reduce(torch.stack([part.double().cpu() for part in sums])).tolist()
+    *score_sums, squares, kl, surprise, ended, all_tokens, count = totals
+    names = ["score", *(f"score/{name}" for name in scores.raw)]
+    means = {name: total / count for name, total in zip(names, score_sums, strict=True)}
     return {
-        **{name: value / count for name, value in named.items()},
-        "score_std": math.sqrt(max(0.0, squares / count - mean**2)),
+        **means,
+        "score_std": math.sqrt(max(0.0, squares / count - means["score"] ** 2)),
         "kl": kl / count,
-        "entropy": surprise / tokens_all,
+        "entropy": surprise / all_tokens,
         "eos_share": ended / count,
-        "length": tokens_all / count,
-        "response_tokens": round(tokens_all),
+        "length": all_tokens / count,
+        "response_tokens": round(all_tokens),
         "step_episodes": round(count),
     }
 
@@ -174,9 +177,9 @@ def metrics_of(
 def explained_variance(trainer: PpoTrainer, values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """1 - Var(returns - values) / Var(returns) over all tokens; 1 is a perfect value model."""
 
-    def variance(found: Tensor) -> float:
-        mean = masked_mean(found, mask, trainer.total)
-        return float(masked_mean((found - mean) ** 2, mask, trainer.total))
+    def variance(tensor: Tensor) -> float:
+        mean = masked_mean(tensor, mask, trainer.all_reduce)
+        return float(masked_mean((tensor - mean) ** 2, mask, trainer.all_reduce))
 
-    whole = variance(returns)
-    return 1 - variance(returns - values) / whole if whole > 0 else 0.0
+    total = variance(returns)
+    return 1 - variance(returns - values) / total if total > 0 else 0.0

@@ -1,7 +1,7 @@
-"""Write what a PPO run leaves: the policy, the value model beside it, and a summary.
+"""Write the results of a PPO run: the policy, the value model beside it, and a summary in the log.
 
-The policy is a plain model or adapter. The summary says how often it wins, at what KL, and what it
-now writes.
+The policy is a plain model or adapter. The summary tells its win rate, at what KL, and some of its
+responses.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from llmctl.console import log
 from llmctl.files import writing
 from llmctl.models.adapters import save_adapter
 from llmctl.models.loading import save_model, write_folder
-from llmctl.ppo.setup import Setup
+from llmctl.ppo.setup import PreparedPpo
 from llmctl.ppo.trainer import PpoTrainer
 from llmctl.runs.ownership import SAMPLES, parse_object
 from llmctl.training.export import put_best, write_adapter
@@ -19,75 +19,70 @@ from llmctl.training.fault_tolerance import together
 from llmctl.training.run_state import RunState
 
 WIDTH = 72
-"""Characters of a text that are shown."""
+"""Most characters of a text that the summary shows."""
 
 
-def export(config: PpoConfig, trainer: PpoTrainer, setup: Setup) -> dict[str, Any]:
+def export(config: PpoConfig, trainer: PpoTrainer, prepared: PreparedPpo) -> dict[str, Any]:
     """Write the weights that did best on the held-out prompts, the last where there are none.
 
     Raises:
         ModelError: an adapter and its merged model do not agree.
         ResourceError: the disk is full.
     """
-    state, run = trainer.state, trainer.state.run
-    put_best(state, trainer.actors)
+    state, run, tokenizer = trainer.state, trainer.state.run, prepared.tokenizer
+    put_best(state, trainer.actor_critic)
     with together(state.accelerator), writing(run.path):
         if state.rank != 0:
             return {}
-        policy, value_model = trainer.actors.policy, setup.models.value_model
+        policy, value_model = trainer.actor_critic.policy, prepared.models.value_model
         if not config.has_adapter:
-            write_folder(
-                value_model, value_model.state_dict(), setup.tokenizer, run.path / "value_model"
-            )
-            save_model(policy, policy.state_dict(), setup.tokenizer, run.path / "model")
+            weights = value_model.state_dict()
+            write_folder(value_model, weights, tokenizer, run.path / "value_model")
+            save_model(policy, policy.state_dict(), tokenizer, run.path / "model")
             return {"model": str(run.path / "model")}
         save_adapter(
             value_model,
-            setup.tokenizer,
+            tokenizer,
             run.path / "value_model",
-            base=setup.base.reference,
-            base_sha256=setup.base.sha256,
+            base=prepared.base.reference,
+            base_sha256=prepared.base.sha256,
             generation_config=None,
         )
         value_model.config.save_pretrained(run.path / "value_model")
-        return write_adapter(policy, None, setup.tokenizer, state, setup.base, merges=config.merge)
+        return write_adapter(policy, None, tokenizer, state, prepared.base, merges=config.merge)
 
 
 def log_summary(state: RunState) -> None:
-    """Say what the kept model, that of the best step, does on the held-out prompts."""
-    found = state.progress.best_eval
-    if state.rank != 0 or not found:
+    """Log how the kept model, that of the best step, does on the held-out prompts."""
+    metrics = state.progress.best_eval
+    if state.rank != 0 or not metrics:
         return
-    log.info("on %d held-out prompts, step %s:", found["val_prompts"], state.progress.best_step)
-    low, high = found["val_win_rate_low"], found["val_win_rate_high"]
+    log.info("on %d held-out prompts, step %s:", metrics["val_prompts"], state.progress.best_step)
+    low, high = metrics["val_win_rate_low"], metrics["val_win_rate_high"]
+    mean, std = metrics["val_reference_score"], metrics["val_reference_std"]
     rows = [
-        ("wins against the reference", found["val_win_rate"], f"({low:.3f} to {high:.3f}, 95 %)"),
-        ("score", found["val_score"], _beside(found)),
-        ("KL from the reference", found["val_kl"], "nats a response"),
-        ("ended by themselves", found["val_eos_share"], f"{found['val_length']:.0f} tokens"),
+        ("wins against the reference", "val_win_rate", f"({low:.3f} to {high:.3f}, 95 %)"),
+        ("score", "val_score", f"the reference's is {mean:.3f} ± {std:.3f}"),
+        ("KL from the reference", "val_kl", "nats a response"),
+        ("ended by themselves", "val_eos_share", f"{metrics['val_length']:.0f} tokens"),
     ]
-    for name, value, more in rows:
-        log.info("  %-28s %8.3f  %s", name, value, more)
-    for row in _samples(state):
-        log.info("  prompt: %s", _short(row["prompt"]))
-        log.info("    before %6.2f: %s", row["score_before"], _short(row["before"]))
-        log.info("    now    %6.2f: %s", row["score"], _short(row["now"]))
+    for label, name, note in rows:
+        log.info("  %-28s %8.3f  %s", label, metrics[name], note)
+    for sample in _best_samples(state):
+        log.info("  prompt: %s", _shorten(sample["prompt"]))
+        log.info("    before %6.2f: %s", sample["score_before"], _shorten(sample["before"]))
+        log.info("    now    %6.2f: %s", sample["score"], _shorten(sample["now"]))
 
 
-def _beside(found: dict[str, float]) -> str:
-    mean, deviation = found["val_reference_score"], found["val_reference_std"]
-    return f"the reference's is {mean:.3f} ± {deviation:.3f}"
-
-
-def _samples(state: RunState) -> list[dict[str, Any]]:
-    """Rows of the kept step."""
+def _best_samples(state: RunState) -> list[dict[str, Any]]:
+    """Rows of samples.jsonl of the kept step."""
     file = state.run.path / SAMPLES
     lines = file.read_bytes().splitlines() if file.exists() else []
     rows = [dict(parse_object(line)) for line in lines]
     return [row for row in rows if row.get("step") == state.progress.best_step]
 
 
-def _short(text: str) -> str:
-    """A text on one line, and not too long."""
+def _shorten(text: str) -> str:
+    """Put a text on one line of at most WIDTH characters."""
     flat = " ".join(text.split())
     return flat if len(flat) <= WIDTH else flat[: WIDTH - 1] + "…"

@@ -1,4 +1,4 @@
-"""Every number that decides a PPO run, resolved from flags, prompts, model and machine."""
+"""Hyperparameters of PPO: fields, prompts, model and machine in, every number out."""
 
 from dataclasses import replace
 from typing import Any
@@ -14,19 +14,19 @@ from llmctl.training.hyperparameters import (
 CPU_PASS_TOKENS, GPU_PASS_TOKENS = 4096, 16_384
 CPU_PASS_LOGITS, GPU_PASS_LOGITS = 1 << 26, 1 << 29
 """Logits of a forward and backward pass at most: 256 MB and 2 GB in float32."""
-UNDECISIVE = (
+IRRELEVANT = (
     *("stage", "threads", "processes", "device", "keep", "save_every", "eval_every", "log_every"),
     *("early_stop", "samples", "merge", "on_nan", "max_nan_skips", "skip_bad_rows"),
     *("model", "data", "val_data", "reward_model"),  # by their content instead
     *("episodes", "epochs"),  # by max_steps
 )
-"""Fields that change how a run goes or is shown, or are told in another way."""
+"""Fields that do not change the weights, or that the identity holds in another form."""
 
 
 def for_ppo(
     config: PpoConfig, *, parameters: int, prompts: int, world_size: int, device: str
 ) -> Hyperparameters:
-    """Fill in what the user left open.
+    """Fill in the fields that the user left open.
 
     Args:
         config: the command's fields.
@@ -62,12 +62,12 @@ def for_ppo(
 
 
 def ppo_identity(config: PpoConfig, values: Hyperparameters) -> dict[str, Any]:
-    """What decides the weights, by flag."""
+    """Everything that decides the weights, by flag: a run that resumes must have the same."""
     assert values.ppo is not None
-    given = {k: v for k, v in config.recipe("ppo").items() if k not in UNDECISIVE}
+    fields = {k: v for k, v in config.recipe("ppo").items() if k not in IRRELEVANT}
     resolved = ("max_steps", "lr", "precision")
     return {
-        **given,
+        **fields,
         **{name: getattr(values, name) for name in resolved},
         "value_lr": values.ppo.value_lr,
         "pass_tokens": values.ppo.pass_tokens,

@@ -1,7 +1,7 @@
-"""The loop of PPO: sample, score, update; then what every training command does after a step.
+"""The loop of PPO: collect experience, update; then what every training command does after a step.
 
-In: a `PpoTrainer`. Out: trained models, checkpoints, metrics. `experience.py` makes the episodes of
-a step, `update.py` learns from them, `win_rate.py` compares with the reference.
+In: a `PpoTrainer`. Out: trained models, checkpoints, metrics. `experience.py` samples and scores,
+`update.py` learns from it, `win_rate.py` compares with the reference.
 """
 
 import time
@@ -14,14 +14,14 @@ import torch
 from llmctl.config.sections import Checkpoints
 from llmctl.console import ProgressBar
 from llmctl.ppo.advantages import adapt_kl_coef
-from llmctl.ppo.episodes import Episodes
-from llmctl.ppo.experience import collect, sample, stopped, tell
-from llmctl.ppo.rewards import Raw
-from llmctl.ppo.rollout import Halted
-from llmctl.ppo.self_checks import EXACT, check
+from llmctl.ppo.episodes import Experience
+from llmctl.ppo.experience import collect_experience, received_signal, sample_responses
+from llmctl.ppo.rewards import RawScores
+from llmctl.ppo.rollout import RolloutInterrupted
+from llmctl.ppo.self_checks import EXACT, run_self_checks
 from llmctl.ppo.trainer import PpoTrainer
-from llmctl.ppo.update import update
-from llmctl.ppo.win_rate import NUMBERS, Judge
+from llmctl.ppo.update import update_models
+from llmctl.ppo.win_rate import HELD_OUT_STREAMS, WinRate
 from llmctl.signals import StopFlag, stop_flag
 from llmctl.training.fault_tolerance import (
     find_checkpoint,
@@ -35,14 +35,14 @@ from llmctl.training.optimizers import set_lr
 from llmctl.training.state import checkpoint_bytes, restore, set_generators
 
 REFERENCE_EPISODES = 128
-"""Responses of the reference by whose scores those of training are normalised."""
-Found = TypeVar("Found")
+"""Most responses of the reference whose scores normalize those of training."""
+Result = TypeVar("Result")
 FINAL = ("score", "kl", "kl_coef", "entropy", "length", "eos_share", "clip_fraction", "episodes")
-"""Metrics of the last step that the result shows; scores of each source too."""
+"""Metrics of the last step that the result shows; scores of each reward too."""
 
 
-def fit(trainer: PpoTrainer, judge: Judge) -> dict[str, Any]:
-    """Train until the plan's last step and return the final metrics.
+def fit(trainer: PpoTrainer, win_rate: WinRate) -> dict[str, Any]:
+    """Train until the last step and return the final metrics.
 
     Raises:
         DivergedError: a loss or a gradient is NaN or infinite; nothing was updated with it.
@@ -50,144 +50,144 @@ def fit(trainer: PpoTrainer, judge: Judge) -> dict[str, Any]:
         ModelError: a self-check before the first update failed.
         Interrupted, Terminated: a signal came; the run is saved.
     """
-    state = trainer.state
-    done, meter = state.progress, Meter(state)
-    with (
-        stop_flag() as flag,
-        ProgressBar(state.title, trainer.hyperparameters.max_steps) as progress_bar,
-    ):
-        progress_bar.start_at(done.step)
+    state, values = trainer.state, trainer.hyperparameters
+    progress, meter = state.progress, Meter(state)
+    with stop_flag() as flag, ProgressBar(state.title, values.max_steps) as progress_bar:
+        progress_bar.start_at(progress.step)
         if not is_over(state):
-            begin(trainer, judge, flag, meter)
+            prepare_reference(trainer, win_rate, flag, meter)
         while not is_over(state):
-            begun, rate = time.perf_counter(), trainer.hyperparameters.lr_at(done.step)
-            set_lr(trainer.optimizers[:1], rate)
-            set_lr(trainer.optimizers[1:], rate * trainer.ppo.value_lr / trainer.hyperparameters.lr)
-            episodes = collect(trainer, flag)
-            if episodes is None:
-                leave(trainer, flag, meter)
-            if done.step == 0:
-                first_checks(trainer, episodes)
-            verdict = update(trainer, episodes, flag)
-            complete(trainer, time.perf_counter() - begun)
-            finish_step(state, meter, verdict)
-            progress_bar.update(done.step, _shown(trainer))
-    last = done.last_log
-    shown = {k: v for k, v in last.items() if k in FINAL or k.startswith("score/")}
-    return {**meter.final(), **shown}
+            started, lr = time.perf_counter(), values.lr_at(progress.step)
+            set_lr(trainer.optimizers[:1], lr)
+            set_lr(trainer.optimizers[1:], lr * trainer.ppo.value_lr / values.lr)
+            experience = collect_experience(trainer, flag)
+            if experience is None:
+                save_and_exit(trainer, flag, meter)
+            if progress.step == 0:
+                check_first_step(trainer, experience)
+            outcome = update_models(trainer, experience, flag)
+            complete_metrics(trainer, time.perf_counter() - started)
+            finish_step(state, meter, outcome)
+            progress_bar.update(progress.step, _progress_text(trainer))
+    last = progress.last_log
+    final = {k: v for k, v in last.items() if k in FINAL or k.startswith("score/")}
+    return {**meter.final(), **final}
 
 
 def resume(trainer: PpoTrainer, config: Checkpoints) -> None:
-    """Put the trainer in the state of the checkpoint that the call asks for, if it asks for one."""
-    size = checkpoint_bytes(trainer.actors, trainer.optimizers)
+    """Restore the checkpoint that the call asks for, if it asks for one."""
+    size = checkpoint_bytes(trainer.actor_critic, trainer.optimizers)
     content = find_checkpoint(trainer.state, config, size)
     if content is not None:
-        restore(trainer.actors, trainer.optimizers, content)
+        restore(trainer.actor_critic, trainer.optimizers, content)
         set_generators(content.rng)
         trainer.restore(content.state["ppo"])
 
 
-def begin(trainer: PpoTrainer, judge: Judge, flag: StopFlag, meter: Meter) -> None:
-    """Measure the reference's scores where nothing was measured yet; have it answer. Collective.
+def prepare_reference(trainer: PpoTrainer, win_rate: WinRate, flag: StopFlag, meter: Meter) -> None:
+    """Measure the reference's scores once, and sample its held-out responses. Collective.
 
     Raises:
         DataError: a reward that fails.
         Interrupted, Terminated: a signal came.
     """
     if trainer.rewards.is_unmeasured:
-        raw = attempt(trainer, flag, meter, lambda: reference_scores(trainer, flag))
-        assert raw is not None  # leave does not return
-        measure(trainer, raw)
-    attempt(trainer, flag, meter, lambda: judge.begin(flag))
+        raw = run_or_exit(trainer, flag, meter, lambda: reference_scores(trainer, flag))
+        assert raw is not None  # a signal does not return
+        set_scales(trainer, raw)
+    run_or_exit(trainer, flag, meter, lambda: win_rate.sample_reference(flag))
 
 
-def attempt(
-    trainer: PpoTrainer, flag: StopFlag, meter: Meter, work: Callable[[], Found]
-) -> Found | None:
-    """Do this rank's part of something that a signal may stop on any rank. Collective.
+def run_or_exit(
+    trainer: PpoTrainer, flag: StopFlag, meter: Meter, work: Callable[[], Result]
+) -> Result | None:
+    """Do this rank's part of work that a signal may stop on any rank. Collective.
 
     Raises:
         DataError: a reward that fails, on any rank.
         Interrupted, Terminated: a signal came.
     """
-    found: Found | None = None
-    with together(trainer.state.accelerator), suppress(Halted):
-        found = work()
-    if stopped(trainer, flag):
-        leave(trainer, flag, meter)
-    return found
+    result: Result | None = None
+    with together(trainer.state.accelerator), suppress(RolloutInterrupted):
+        result = work()
+    if received_signal(trainer, flag):
+        save_and_exit(trainer, flag, meter)
+    return result
 
 
-def reference_scores(trainer: PpoTrainer, flag: StopFlag) -> Raw:
-    """Scores of this rank's share of the reference's responses.
+def reference_scores(trainer: PpoTrainer, flag: StopFlag) -> RawScores:
+    """Score this rank's share of the reference's responses to prompts of training.
 
     Raises:
-        Halted: a signal came.
+        RolloutInterrupted: a signal came.
         DataError: a reward that fails.
     """
-    asked, state = trainer.asked, trainer.state
-    wanted = max(state.world, min(REFERENCE_EPISODES, 2 * len(asked)))
-    mine = range(state.rank, wanted, state.world)
-    prompts = [number % len(asked) for number in mine]
-    noise = [2 * NUMBERS + number for number in mine]
-    rollout = sample(trainer, asked, prompts, noise, flag, of_reference=True)
-    return trainer.rewards.raw(tell(asked, prompts, rollout), rollout.ended)
+    prompts, state = trainer.prompts, trainer.state
+    count = max(state.world, min(REFERENCE_EPISODES, 2 * len(prompts)))
+    episodes = range(state.rank, count, state.world)
+    indices = [episode % len(prompts) for episode in episodes]
+    stream_ids = [2 * HELD_OUT_STREAMS + episode for episode in episodes]
+    rollout = sample_responses(trainer, prompts, indices, stream_ids, flag, from_reference=True)
+    return trainer.rewards.raw(prompts.samples(indices, rollout.texts), rollout.ended)
 
 
-def measure(trainer: PpoTrainer, raw: Raw) -> None:
-    """Learn the scale of each reward model, and of the values that begin as one's. Collective."""
-    trainer.rewards.measure(raw, trainer.total)
+def set_scales(trainer: PpoTrainer, raw: RawScores) -> None:
+    """Set the moments of each reward model, and the value scale. Collective.
+
+    A value head that started as a reward model's gives scores r; V is weight (r - mean) / std.
+    """
+    trainer.rewards.measure(raw, trainer.all_reduce)
     if trainer.value_source is not None:
-        scale, weight = trainer.value_source.scale, trainer.value_source.weight
-        factor = weight / scale.deviation_used
-        trainer.actors.scale = (factor, -factor * scale.mean)
-        trainer.state.run.record(value_scale=trainer.actors.scale)
+        moments, weight = trainer.value_source.moments, trainer.value_source.weight
+        scale = weight / moments.divisor
+        trainer.actor_critic.value_scale = (scale, -scale * moments.mean)
+        trainer.state.run.record(value_scale=trainer.actor_critic.value_scale)
 
 
-def first_checks(trainer: PpoTrainer, episodes: Episodes) -> None:
-    """What a run shows of itself before it learns anything. Collective.
+def check_first_step(trainer: PpoTrainer, experience: Experience) -> None:
+    """Run the self-checks and record them. Collective.
 
     Raises:
         ModelError: a check failed.
     """
     state, precision = trainer.state, trainer.hyperparameters.precision
+    eos = set(trainer.sampler.eos)
     with together(state.accelerator):
-        found = check(trainer.actors, episodes, set(trainer.sampler.eos), precision)
-    worst = float(trainer.gathered([found.sampling]).max())
-    trainer.exact = worst <= EXACT[precision]
-    state.run.record(**found.facts, keeps_sampled_log_probs=trainer.exact)
+        checks = run_self_checks(trainer.actor_critic, experience, eos, precision)
+    worst = float(trainer.all_gather([checks.sampling]).max())
+    trainer.reuses_log_probs = worst <= EXACT[precision]
+    state.run.record(**checks.as_json(), keeps_sampled_log_probs=trainer.reuses_log_probs)
 
 
-def complete(trainer: PpoTrainer, seconds: float) -> None:
-    """The rest of a step's metrics, its alarms, and the next step's penalty."""
-    config, state, latest = trainer.config, trainer.state, trainer.latest
-    episodes = latest.pop("step_episodes")
-    latest.pop("response_tokens")
-    latest["kl_coef"] = trainer.kl_coef
-    latest["episodes"] = (state.progress.step + 1) * episodes
-    latest["episodes_per_second"] = round(episodes / seconds, 3)
+def complete_metrics(trainer: PpoTrainer, seconds: float) -> None:
+    """Add the rest of a step's metrics and its alarms; adapt the penalty of the next step."""
+    config, state, metrics = trainer.config, trainer.state, trainer.metrics
+    episodes = metrics.pop("step_episodes")
+    metrics.pop("response_tokens")
+    metrics["kl_coef"] = trainer.kl_coef
+    metrics["episodes"] = (state.progress.step + 1) * episodes
+    metrics["episodes_per_second"] = round(episodes / seconds, 3)
     if config.kl_target is not None:
         trainer.kl_coef = adapt_kl_coef(
-            trainer.kl_coef, latest["kl"], config.kl_target, episodes, config.kl_horizon
+            trainer.kl_coef, metrics["kl"], config.kl_target, episodes, config.kl_horizon
         )
-    latest["alarms"] = trainer.alarms.look(state.progress.step + 1, latest)
+    metrics["alarms"] = trainer.alarms.check(state.progress.step + 1, metrics)
 
 
-def leave(trainer: PpoTrainer, flag: StopFlag, meter: Meter) -> NoReturn:
-    """Save the state of the last whole step, and end. Collective.
+def save_and_exit(trainer: PpoTrainer, flag: StopFlag, meter: Meter) -> NoReturn:
+    """Save the state of the last whole step, and end the run. Collective.
 
     Raises:
         Interrupted, Terminated: always.
     """
     state = trainer.state
-    signal = stopped(trainer, flag)
+    signal = received_signal(trainer, flag)
     with torch.no_grad():
         save(state, meter)
     raise StopFlag.error(signal, state.progress.step)
 
 
-def _shown(trainer: PpoTrainer) -> str:
-    """The text of the progress line."""
+def _progress_text(trainer: PpoTrainer) -> str:
     last = trainer.state.progress.last_log
     if not last:
         return ""

@@ -1,9 +1,9 @@
-"""The models of a run: policy, reference, value model, and the reward models beside them.
+"""The models of a run: policy, reference, value model and reward models.
 
-In full, each has weights of its own. With LoRA one set of base weights serves policy, reference,
-value model and those reward models that are LoRA of the same base: each has layers of its own to
-put adapters on. `Actors` are what is trained and the reference, as functions of a pass over
-episodes.
+In: the command's fields. Out: `Models`. In full, each model has weights of its own. With LoRA one
+set of base weights serves policy, reference, value model and those reward models that are LoRA of
+the same base: each has modules of its own to put adapters on. `ActorCritic` is what is trained,
+with the reference, as functions of a pass over episodes.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -31,53 +31,53 @@ from llmctl.models.hub import model_input
 from llmctl.models.loading import find_base, local_folder
 from llmctl.models.patched_lora import fuse_lora
 from llmctl.ppo.episodes import Pass
-from llmctl.ppo.rewards import Source, named_apart, rule_source, weighted
-from llmctl.ppo.rules import Told, find_rule
-from llmctl.reward.model import Exchange, RewardModel, load_reward_model
+from llmctl.ppo.rewards import RewardSource, parse_weight, rule_reward, unique_names
+from llmctl.ppo.rules import Sample, find_rule
+from llmctl.reward.model import PromptResponse, RewardModel, load_reward_model
 from llmctl.runs.directory import resolve_model
 from llmctl.training.adapters import adapt
 from llmctl.training.base_model import load_base
 from llmctl.training.token_loss import handed, output_layer
 
-SCORE = "score"
-"""The head of every classifier that transformers makes of a decoder."""
+HEAD = "score"
+"""Name of the head of every classifier that transformers makes of a decoder."""
 SCORE_BATCH = 64
 """Responses that a reward model scores at a time."""
 PROBE = "The quick brown fox, 12345 jumps;\n  naïve café."
 
 
-class Actors(nn.Module):
-    """Policy and value model, as one module: the names in it are those of a checkpoint."""
+class ActorCritic(nn.Module):
+    """Policy and value model as one module, whose parameter names are those of checkpoints."""
 
     def __init__(
         self, policy: Any, value: Any, value_head: nn.Linear, reference: Any, *, temperature: float
     ) -> None:
-        """Put the models together.
+        """Join the models.
 
         Args:
             policy: causal language model, perhaps with an adapter.
             value: body of the value model, which gives hidden states.
             value_head: from hidden states to one value.
-            reference: causal language model; it is no part of this module.
+            reference: causal language model; its parameters are not the module's.
             temperature: of policy and reference.
         """
         super().__init__()
         self.policy, self.value, self.value_head = policy, value, value_head
         self.temperature = temperature
-        self.scale = 1.0, 0.0
-        """Factor of the head's output and what is added to it: a reward model's head gives its
-        scores, and values are of normalised ones."""
+        self.value_scale = 1.0, 0.0
+        """(scale, shift) applied to the value head's output: a reward model's head gives scores,
+        and values are of normalized ones."""
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._reference = [reference]
 
     @property
     def device(self) -> torch.device:
-        """Where the models are."""
+        """Device of the models."""
         return self.value_head.weight.device
 
     @property
     def reference(self) -> Any:
-        """The policy as it began."""
+        """The policy before training."""
         return self._reference[0]
 
     @property
@@ -86,55 +86,89 @@ class Actors(nn.Module):
         return int(self.policy.config.get_text_config().vocab_size)
 
     def log_probs(self, batch: Pass) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (n,) of the chosen tokens under the policy, and its logits (n, V)."""
+        """Log-probabilities (n,) of the targets under the policy, and its logits (n, V)."""
         logits = self._logits(self.policy, batch)
-        return log_probs_of(logits, batch.chosen), logits
+        return selected_log_probs(logits, batch.targets), logits
 
     @torch.no_grad()
     def reference_log_probs(self, batch: Pass) -> Tensor:
-        """Log-probabilities (n,) of the chosen tokens under the reference."""
-        return log_probs_of(self._logits(self.reference, batch), batch.chosen)
+        """Log-probabilities (n,) of the targets under the reference."""
+        return selected_log_probs(self._logits(self.reference, batch), batch.targets)
 
     def values(self, batch: Pass) -> Tensor:
-        """Values (n,) of the states before each chosen token."""
+        """Values (n,) of the states before each target."""
         with self.autocast():
             states = self.value(input_ids=batch.tokens, use_cache=False).last_hidden_state
-            kept = states[:, :-1].flatten(0, 1)[batch.places]
-            found: Tensor = self.value_head(kept.to(self.value_head.weight.dtype))[:, 0]
-        factor, shift = self.scale
-        return found.float() * factor + shift
+            selected = states[:, :-1].flatten(0, 1)[batch.positions]
+            values: Tensor = self.value_head(selected.to(self.value_head.weight.dtype))[:, 0]
+        scale, shift = self.value_scale
+        return values.float() * scale + shift
 
     def _logits(self, model: Any, batch: Pass) -> Tensor:
-        """Logits (n, V) at the temperature, of no other positions."""
+        """Logits (n, V) of the targets, divided by the temperature."""
         head = output_layer(model)
-        with self.autocast(), handed(head, batch.tokens.shape[1], batch.places):
+        with self.autocast(), handed(head, batch.tokens.shape[1], batch.positions):
             logits: Tensor = model(input_ids=batch.tokens, use_cache=False).logits[0]
         return logits.float() / self.temperature if self.temperature != 1 else logits.float()
+
+
+@dataclass
+class RewardModelSource:
+    """A reward model as a scorer."""
+
+    model: RewardModel
+    is_shared: bool
+    """Whether it stands on the policy's weights."""
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def score(self, samples: Sequence[Sample], ended: Sequence[bool]) -> Tensor:
+        """Scores (N,) of responses, given which of them ended by themselves."""
+        texts = [
+            PromptResponse(self._prompt(sample.prompt), sample.response, ended=has_ended)
+            for sample, has_ended in zip(samples, ended, strict=True)
+        ]
+        with self.autocast():
+            return self.model.score(texts, batch_size=SCORE_BATCH)
+
+    def _prompt(self, prompt: Any) -> Any:
+        """A prompt in the form that the reward model was trained on."""
+        if isinstance(prompt, str) and self.model.has_turns:
+            return [{"role": "user", "content": prompt}]
+        return prompt
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of its weights."""
+        return weights_sha256(self.model.folder)
+
+    def as_input(self) -> dict[str, Any]:
+        """Entry of the manifest's inputs."""
+        return model_input("reward_model", self.model.reference, self.sha256)
 
 
 @dataclass(frozen=True)
 class Models:
     """All models of a run."""
 
-    actors: Actors
-    sources: list[Source]
-    value_source: Source | None
+    actor_critic: ActorCritic
+    sources: list[RewardSource]
+    value_source: RewardSource | None
     """The reward model that the value model started from."""
     value_model: Any
     """The value model as a classifier, perhaps with an adapter."""
-    judges: list["Judge"]
+    reward_models: list[RewardModelSource]
 
     def compute_in(self, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
-        """Have all models compute in these numbers."""
-        self.actors.autocast = autocast
-        for judge in self.judges:
-            judge.autocast = autocast
+        """Have all models compute in a precision."""
+        self.actor_critic.autocast = autocast
+        for reward_model in self.reward_models:
+            reward_model.autocast = autocast
 
 
 def load_models(
     config: PpoConfig, tokenizer: PreTrainedTokenizerBase, base_sha256: str, device: str
 ) -> Models:
-    """Load every model, and share what can be shared. Random: seed before.
+    """Load every model, and share weights where possible. Random: seed before.
 
     Args:
         config: the command's fields.
@@ -144,72 +178,43 @@ def load_models(
 
     Raises:
         ModelError: a model that does not load, or no reward model.
-        UserError: rewards or weights that make no sense.
+        UserError: invalid rewards or weights.
     """
     base = load_base(config, device).to(device)
-    named = [weighted("--reward-model", text) for text in config.reward_model]
-    rules = [weighted("--reward-rule", text) for text in config.reward_rule]
-    names = named_apart([name for name, _ in (*named, *rules)])
-    judges = [_load_judge(name, base, base_sha256, config, device) for name, _ in named]
+    named = [parse_weight("--reward-model", text) for text in config.reward_model]
+    rules = [parse_weight("--reward-rule", text) for text in config.reward_rule]
+    names = unique_names([name for name, _ in (*named, *rules)])
+    reward_models = [
+        _load_reward_model(name, base, base_sha256, config, device) for name, _ in named
+    ]
     sources = [
-        Source(name, weight, judge.score, is_model=True)
-        for name, (_, weight), judge in zip(names, named, judges, strict=False)
+        RewardSource(name, weight, reward_model.score, is_model=True)
+        for name, (_, weight), reward_model in zip(names, named, reward_models, strict=False)
     ]
     sources += [
-        rule_source(name, weight, find_rule(rule))
+        rule_reward(name, weight, find_rule(rule))
         for name, (rule, weight) in zip(names[len(named) :], rules, strict=True)
     ]
-    origin = _value_origin(config, sources, judges, tokenizer)
-    value_model = _value_model(config, base, None if origin is None else judges[origin].model)
+    origin = _value_origin(config, sources, reward_models, tokenizer)
+    value_model = _value_model(
+        config, base, None if origin is None else reward_models[origin].model
+    )
     policy, reference = _policy(config, base)
     body = value_model.get_base_model() if config.has_adapter else value_model
-    actors = Actors(
-        policy, body.base_model, head_of(body), reference, temperature=config.temperature
+    actor_critic = ActorCritic(
+        policy, body.base_model, value_head_of(body), reference, temperature=config.temperature
     )
     return Models(
-        actors.to(device).eval(),
+        actor_critic.to(device).eval(),
         sources,
         None if origin is None else sources[origin],
         value_model,
-        judges,
+        reward_models,
     )
 
 
-@dataclass
-class Judge:
-    """A reward model, and whether it stands on the policy's weights."""
-
-    model: RewardModel
-    is_shared: bool
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-    def score(self, told: Sequence[Told], ended: Sequence[bool]) -> torch.Tensor:
-        """Scores (N,) of responses, some of which did not end by themselves."""
-        exchanges = [
-            Exchange(self._asked(one.prompt), one.response, ended=end)
-            for one, end in zip(told, ended, strict=True)
-        ]
-        with self.autocast():
-            return self.model.score(exchanges, batch_size=SCORE_BATCH)
-
-    def _asked(self, prompt: Any) -> Any:
-        """A prompt in the form that the reward model was trained on."""
-        if isinstance(prompt, str) and self.model.has_turns:
-            return [{"role": "user", "content": prompt}]
-        return prompt
-
-    @cached_property
-    def sha256(self) -> str:
-        """Of its weights, read once."""
-        return weights_sha256(self.model.folder)
-
-    def as_input(self) -> dict[str, Any]:
-        """For the manifest."""
-        return model_input("reward_model", self.model.reference, self.sha256)
-
-
 def _policy(config: PpoConfig, base: Any) -> tuple[Any, Any]:
-    """What learns, and what it must stay close to."""
+    """Policy and reference."""
     if config.has_adapter:
         reference = language_model_on(base)
         return adapt(base, config), reference
@@ -217,10 +222,10 @@ def _policy(config: PpoConfig, base: Any) -> tuple[Any, Any]:
     return base.requires_grad_(True), reference
 
 
-def _load_judge(
+def _load_reward_model(
     reference: str, base: Any, base_sha256: str, config: PpoConfig, device: str
-) -> Judge:
-    """A reward model; on the policy's weights where both are adapters of the same."""
+) -> RewardModelSource:
+    """Load a reward model; on the policy's weights where both are adapters of the same."""
     folder = local_folder(resolve_model(reference))
     under = None
     if config.has_adapter and is_adapter(folder):
@@ -230,28 +235,32 @@ def _load_judge(
             under = classifier_on(base)
             if adapter.rows:  # it grows or trains rows, which must not become the policy's
                 under.set_input_embeddings(deepcopy(under.get_input_embeddings()))
-    found = load_reward_model(reference, device=device, under=under)
-    found.model.requires_grad_(False)
-    return Judge(found, under is not None)
+    model = load_reward_model(reference, device=device, base=under)
+    model.model.requires_grad_(False)
+    return RewardModelSource(model, under is not None)
 
 
 def _value_origin(
     config: PpoConfig,
-    sources: Sequence[Source],
-    judges: Sequence[Judge],
+    sources: Sequence[RewardSource],
+    reward_models: Sequence[RewardModelSource],
     tokenizer: PreTrainedTokenizerBase,
 ) -> int | None:
-    """Number of the reward model that the value model starts from, None for the policy.
+    """Index of the reward model that the value model starts from, None for the policy.
+
+    A reward model as in Ouyang et al. (2022, arXiv:2203.02155, section 3.5), where one fits; of
+    several the one of the largest weight.
 
     Raises:
-        UserError: it was to be a reward model, and none can be.
+        UserError: it was to be a reward model, and none fits.
     """
     if config.value_init == "policy":
         return None
     fitting = [
-        number
-        for number, judge in enumerate(judges)
-        if (judge.is_shared or not config.has_adapter) and _reads(judge.model, tokenizer)
+        index
+        for index, reward_model in enumerate(reward_models)
+        if (reward_model.is_shared or not config.has_adapter)
+        and _can_value(reward_model.model, tokenizer)
     ]
     if not fitting and config.value_init == "reward":
         also = " and an adapter of its base" if config.has_adapter else ""
@@ -259,24 +268,28 @@ def _value_origin(
             f"--value-init reward: no reward model is a decoder with the policy's tokenizer{also}",
             hint="use --value-init policy",
         )
-    return max(fitting, key=lambda n: abs(sources[n].weight)) if fitting else None
+    return max(fitting, key=lambda index: abs(sources[index].weight)) if fitting else None
 
 
-def _reads(judge: RewardModel, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a reward model is a decoder that has all of the policy's tokens by their ids."""
-    theirs = judge.tokenizer.get_vocab()
-    same = all(theirs.get(token) == number for token, number in tokenizer.get_vocab().items())
-    encodes = judge.tokenizer(PROBE)["input_ids"] == tokenizer(PROBE)["input_ids"]
-    return not judge.written.is_pair and same and encodes and SCORE in dict(_own_children(judge))
+def _can_value(reward_model: RewardModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a reward model is a decoder with all of the policy's tokens under the same ids."""
+    vocabulary = reward_model.tokenizer.get_vocab()
+    same_ids = all(vocabulary.get(token) == id_ for token, id_ in tokenizer.get_vocab().items())
+    encodes_alike = reward_model.tokenizer(PROBE)["input_ids"] == tokenizer(PROBE)["input_ids"]
+    is_decoder = not reward_model.response_format.is_pair and HEAD in dict(
+        _own_children(reward_model)
+    )
+    return is_decoder and same_ids and encodes_alike
 
 
-def _own_children(judge: RewardModel) -> Iterable[tuple[str, nn.Module]]:
-    model = judge.model.get_base_model() if isinstance(judge.model, PeftModel) else judge.model
-    return model.named_children()  # type: ignore[no-any-return]
+def _own_children(reward_model: RewardModel) -> Iterable[tuple[str, nn.Module]]:
+    model = reward_model.model
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    return plain.named_children()  # type: ignore[no-any-return]
 
 
 def _value_model(config: PpoConfig, base: Any, origin: RewardModel | None) -> Any:
-    """A classifier to learn values, with weights or an adapter of its own."""
+    """A classifier that learns values, with weights or an adapter of its own."""
     if not config.has_adapter:
         if origin is None:
             return deepcopy(classifier_on(base)).requires_grad_(True)
@@ -285,9 +298,10 @@ def _value_model(config: PpoConfig, base: Any, origin: RewardModel | None) -> An
         return merged.requires_grad_(True)
     if origin is None:
         return adapt(classifier_on(base), config, task="classify")
-    about = deepcopy(origin.model.peft_config["default"])
-    about.inference_mode, about.trainable_token_indices = False, None  # the policy's tokens only
-    value_model = fuse_lora(get_peft_model(classifier_on(base), about))
+    peft_config = deepcopy(origin.model.peft_config["default"])
+    peft_config.inference_mode = False
+    peft_config.trainable_token_indices = None  # the policy's tokens only
+    value_model = fuse_lora(get_peft_model(classifier_on(base), peft_config))
     learned = dict(origin.model.named_parameters())
     with torch.no_grad():
         for name, weight in value_model.named_parameters():
@@ -296,21 +310,21 @@ def _value_model(config: PpoConfig, base: Any, origin: RewardModel | None) -> An
     return value_model
 
 
-def head_of(classifier: Any) -> nn.Linear:
+def value_head_of(classifier: Any) -> nn.Linear:
     """The layer that gives a classifier's number, the copy that trains where PEFT made one."""
-    head = dict(classifier.named_children())[SCORE]
-    found = head.modules_to_save["default"] if isinstance(head, ModulesToSaveWrapper) else head
-    assert isinstance(found, nn.Linear)
-    return found
+    head = dict(classifier.named_children())[HEAD]
+    linear = head.modules_to_save["default"] if isinstance(head, ModulesToSaveWrapper) else head
+    assert isinstance(linear, nn.Linear)
+    return linear
 
 
-def log_probs_of(logits: Tensor, chosen: Tensor) -> Tensor:
-    """Log-probabilities (n,) of tokens (n,) from logits (n, V), without a copy of all of them."""
-    return logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(-1)
+def selected_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities (n,) of targets (n,) from logits (n, V), without a copy of all of them."""
+    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
 
-def entropy_of(logits: Tensor) -> Tensor:
-    """Entropies (n,) in nats of the distributions that logits (n, V) stand for."""
+def entropy_from_logits(logits: Tensor) -> Tensor:
+    """Entropies (n,) in nats, -sum p log p, of the distributions of logits (n, V)."""
     log_probs = logits.log_softmax(-1)
     return -(log_probs.exp() * log_probs).sum(-1)
 
@@ -319,7 +333,7 @@ def language_model_on(base: Any) -> Any:
     """Another causal language model on the weights of this one."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(deepcopy(base.config), trust_remote_code=False)
-    _adopt(model, base)
+    _share_weights(model, base)
     return model.eval().requires_grad_(False)
 
 
@@ -340,8 +354,8 @@ def classifier_on(base: Any) -> Any:
             f"transformers has no classifier of the architecture {config.model_type}, and so no "
             "value model"
         ) from None
-    _adopt(model.base_model, base.base_model)
-    head = dict(model.named_children()).get("score")
+    _share_weights(model.base_model, base.base_model)
+    head = dict(model.named_children()).get(HEAD)
     if not isinstance(head, nn.Linear):
         raise ModelError(f"a value model of the architecture {config.model_type} is not supported")
     score = nn.Linear(head.in_features, 1, bias=False, device=base.device)
@@ -350,20 +364,19 @@ def classifier_on(base: Any) -> Any:
     return model.eval()
 
 
-def _adopt(shell: nn.Module, base: nn.Module) -> None:
-    """Give a model without weights the layers of another, which are not copied.
+def _share_weights(model: nn.Module, base: nn.Module) -> None:
+    """Give a model on the meta device the weights of another, without a copy.
 
-    Layers without layers in them are taken whole, so that quantized ones are too; of the others,
-    into which adapters are put, only what they hold themselves.
+    Modules without children are shared whole, so that quantized ones are too; of the others, into
+    which adapters are put, only their own parameters and buffers.
     """
-    places = dict(shell.named_modules())
+    modules = dict(model.named_modules())
     for name, module in base.named_modules():
         parent, _, last = name.rpartition(".")
         if name and next(module.children(), None) is None:
-            setattr(places[parent], last, module)
+            setattr(modules[parent], last, module)
             continue
-        here = places[name]
         for key, weight in module.named_parameters(recurse=False):
-            here.register_parameter(key, weight)
+            modules[name].register_parameter(key, weight)
         for key, buffer in module.named_buffers(recurse=False):
-            here.register_buffer(key, buffer, persistent=key in module.state_dict())
+            modules[name].register_buffer(key, buffer, persistent=key in module.state_dict())

@@ -1,6 +1,7 @@
-"""Prompts as a policy is given them: in its chat template, or as plain text to continue."""
+"""Prompts as a policy and its rewards see them: rows in, token ids and texts or messages out."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -8,24 +9,45 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from llmctl.config.commands import PpoConfig
 from llmctl.console import log
 from llmctl.data.chat.render import ChatFormat, encode_text
-from llmctl.data.chat.templates import choose_template
-from llmctl.data.prompts import PromptRow
-from llmctl.decode.loop import check_prompt, room
+from llmctl.data.chat.templates import set_chat_template
+from llmctl.data.prompts import PromptExample
+from llmctl.decode.loop import check_prompt, limit_new_tokens
 from llmctl.errors import DataError, ModelError
-from llmctl.ppo.trainer import Asked
+from llmctl.ppo.rules import Sample
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """Prompts as rows, as token ids, and as rewards see them."""
+
+    rows: Sequence[PromptExample]
+    tokens: Sequence[list[int]]
+    reward_prompts: Sequence[Any]
+    """Texts, or lists of messages."""
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return len(self.rows)
+
+    def samples(self, indices: Sequence[int], responses: Sequence[str]) -> list[Sample]:
+        """Join prompts, by their indices, and a response to each."""
+        return [
+            Sample(self.reward_prompts[i], response, self.rows[i].answer, self.rows[i].name)
+            for i, response in zip(indices, responses, strict=True)
+        ]
 
 
 class PromptFormat:
     """How prompts become tokens of one policy."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PpoConfig, clock: str | None):
-        """Choose: the chat template where there is one, unless plain text is wanted.
+        """Choose the chat template where there is one, unless plain text is wanted.
 
         Raises:
             ModelError: a template whose tokens the policy does not have.
         """
         if config.chat_template is not None and (
-            added := choose_template(tokenizer, config.chat_template)
+            added := set_chat_template(tokenizer, config.chat_template)
         ):
             raise ModelError(
                 f"the chat template needs {', '.join(added)}, which the policy has never seen",
@@ -36,28 +58,27 @@ class PromptFormat:
         self.chat = ChatFormat(tokenizer, clock) if is_chat else None
 
     @property
-    def stops(self) -> set[int]:
-        """Tokens that end a turn, beside the model's EOS."""
-        end = None if self.chat is None else self.chat.end_of_turn
-        return set() if end is None else {end}
+    def end_of_turn(self) -> int | None:
+        """Token that ends a turn, beside the model's EOS."""
+        return None if self.chat is None else self.chat.end_of_turn
 
-    def rewarded(self, row: PromptRow) -> Any:
-        """The prompt as rewards see it: messages where the policy answers in a chat."""
+    def reward_prompt(self, row: PromptExample) -> Any:
+        """The prompt for rewards: messages where the policy answers in a chat."""
         if self.chat is None:
             return row.text if row.is_single else list(row.prompt)
         if isinstance(row.prompt, str):
             return [{"role": "user", "content": row.prompt}]
         return list(row.prompt)
 
-    def encode(self, row: PromptRow) -> list[int]:
+    def encode(self, row: PromptExample) -> list[int]:
         """Tokens up to where the response begins.
 
         Raises:
-            DataError: messages, and no chat template to write them in.
+            DataError: messages, and no chat template to render them with.
             ModelError: the chat template refuses them.
         """
         if self.chat is not None:
-            return self.chat.encode_prompt(self.rewarded(row))
+            return self.chat.encode_prompt(self.reward_prompt(row))
         if not row.is_single:
             raise DataError(
                 "a conversation, and this model has no chat template",
@@ -67,24 +88,24 @@ class PromptFormat:
 
 
 def encode_prompts(
-    rows: Sequence[PromptRow],
-    written: PromptFormat,
-    shape: PreTrainedConfig,
+    rows: Sequence[PromptExample],
+    prompt_format: PromptFormat,
+    model_config: PreTrainedConfig,
     config: PpoConfig,
-) -> Asked:
-    """Encode every prompt that leaves room to answer.
+) -> EncodedPrompts:
+    """Encode every prompt that leaves room for a response.
 
     Raises:
         DataError: more prompts than may be skipped are empty or too long, with file and line.
         ModelError: the chat template refuses one, or the tokenizer is another model's.
     """
-    kept: list[PromptRow] = []
-    tokens: list[list[int]] = []
+    kept: list[PromptExample] = []
+    encoded: list[list[int]] = []
     bad = 0
     for row in rows:
         try:
-            found = written.encode(row)
-            check_prompt(found, shape, "the prompt")
+            tokens = prompt_format.encode(row)
+            check_prompt(tokens, model_config, "the prompt")
         except DataError as error:
             error.file, error.line = row.place, row.line
             bad += 1
@@ -92,13 +113,14 @@ def encode_prompts(
                 raise
             continue
         kept.append(row)
-        tokens.append(found)
+        encoded.append(tokens)
     if bad:
         log.warning("left out %s prompts that do not fit", f"{bad:,}")
-    short = sum(room(t, shape, config.max_new_tokens) < config.max_new_tokens for t in tokens)
+    wanted = config.max_new_tokens
+    short = sum(limit_new_tokens(tokens, model_config, wanted) < wanted for tokens in encoded)
     if short:
         log.warning(
             "%s of %s prompts leave room for fewer than %s tokens of a response",
-            *(f"{short:,}", f"{len(tokens):,}", f"{config.max_new_tokens:,}"),
+            *(f"{short:,}", f"{len(encoded):,}", f"{wanted:,}"),
         )
-    return Asked(kept, tokens, [written.rewarded(row) for row in kept])
+    return EncodedPrompts(kept, encoded, [prompt_format.reward_prompt(row) for row in kept])

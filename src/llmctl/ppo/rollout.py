@@ -19,7 +19,7 @@ from llmctl.config.sections import Sampling
 from llmctl.decode.forward import Forward, HuggingFaceForward
 from llmctl.decode.llama import fast_forward
 from llmctl.decode.loop import Prompt, Response, decode
-from llmctl.ppo.episodes import PromptResponses
+from llmctl.ppo.episodes import EpisodeTokens
 from llmctl.signals import StopFlag
 
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -79,14 +79,14 @@ class RolloutSampler:
         )
         ordered = sorted(responses, key=lambda response: response.index)
         tokens = [response.tokens for response in ordered]
-        return Rollout(PromptResponses([list(p) for p in prompts], tokens), ordered)
+        return Rollout(EpisodeTokens([list(p) for p in prompts], tokens), ordered)
 
 
 @dataclass(frozen=True)
 class Rollout:
     """Sampled responses, as tokens and as text."""
 
-    sequences: PromptResponses
+    sequences: EpisodeTokens
     responses: Sequence[Response]
 
     @property

@@ -1,4 +1,4 @@
-"""From a config to a trainer that is ready to fit, and to a judge of what it becomes."""
+"""Set up a PPO run: a config in, a trainer that is ready to fit and its win rate out."""
 
 from dataclasses import dataclass
 from hashlib import sha256
@@ -13,17 +13,16 @@ from transformers import PreTrainedTokenizerBase
 from llmctl import hardware
 from llmctl.config.commands import PpoConfig
 from llmctl.console import log, short
-from llmctl.data.prompts import PromptSet, read_prompts
-from llmctl.decode.loop import eos_tokens
+from llmctl.data.prompts import read_prompts
 from llmctl.errors import DataError, ResourceError, UserError
-from llmctl.models.loading import load_config, load_tokenizer
+from llmctl.models.loading import load_config, load_tokenizer, stop_tokens
 from llmctl.ppo.hyperparameters import for_ppo, ppo_identity
-from llmctl.ppo.models import Actors, Models, load_models
-from llmctl.ppo.prompts import PromptFormat, encode_prompts
-from llmctl.ppo.rewards import Rewards
-from llmctl.ppo.rollout import Sampler
-from llmctl.ppo.trainer import Asked, PpoTrainer
-from llmctl.ppo.win_rate import Judge
+from llmctl.ppo.models import ActorCritic, Models, load_models
+from llmctl.ppo.prompts import EncodedPrompts, PromptFormat, encode_prompts
+from llmctl.ppo.rewards import RewardSum
+from llmctl.ppo.rollout import RolloutSampler
+from llmctl.ppo.trainer import PpoTrainer
+from llmctl.ppo.win_rate import WinRate
 from llmctl.runs.directory import Run
 from llmctl.training.adapters import trainable_parameters
 from llmctl.training.base_model import Base, base_of, to_pure_bf16
@@ -36,14 +35,15 @@ from llmctl.training.state import architecture, capture
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What is known once the models are loaded."""
+class PreparedPpo:
+    """A run once its models are loaded."""
 
     tokenizer: PreTrainedTokenizerBase
-    prompts: PromptSet
-    asked: Asked
-    held_out: Asked
-    stops: set[int]
+    prompts: EncodedPrompts
+    held_out: EncodedPrompts
+    data_inputs: list[dict[str, Any]]
+    """Of the prompts, for the manifest."""
+    eos: set[int]
     """Tokens that end a response."""
     models: Models
     hyperparameters: Hyperparameters
@@ -51,22 +51,27 @@ class Setup:
     parameters: int
     trained_parameters: int
 
-    def facts(self, device: str) -> dict[str, Any]:
-        """What a manifest should say."""
-        judges = [judge.as_input() for judge in self.models.judges]
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Parameters of the policy, for the result."""
+        return {"parameters": self.parameters, "trained_parameters": self.trained_parameters}
+
+    def manifest_entries(self, device: str) -> dict[str, Any]:
+        """Entries of the run's manifest."""
+        reward_models = [model.as_input() for model in self.models.reward_models]
         return {
-            "inputs": [self.base.as_input(), *judges, *self.prompts.inputs],
+            "inputs": [self.base.as_input(), *reward_models, *self.data_inputs],
             "device": hardware.device_name(device),
             "parameters": self.parameters,
             "plan": self.hyperparameters.as_json(),
-            "prompts": len(self.asked),
+            "prompts": len(self.prompts),
             "held_out": [row.name for row in self.held_out.rows],
         }
 
 
-def prepare(
+def prepare_ppo(
     config: PpoConfig, accelerator: Accelerator, device: str, clock: str | None = None
-) -> Setup:
+) -> PreparedPpo:
     """Read the prompts, load the models, fill in the hyperparameters.
 
     Raises:
@@ -81,123 +86,125 @@ def prepare(
         )
     if device == "mps":
         raise ResourceError("ppo has not been made to work on mps", hint="use --device cpu")
-    prompts = read_prompts(config.data, config.val_data, config.val_size, config.skip_bad_rows)
-    shape, tokenizer = load_config(config.model), load_tokenizer(config.model)
-    written = PromptFormat(tokenizer, config, clock)
-    asked = encode_prompts(prompts.train, written, shape, config)
-    held_out = encode_prompts(prompts.val, written, shape, config)
+    rows = read_prompts(config.data, config.val_data, config.val_size, config.skip_bad_rows)
+    model_config, tokenizer = load_config(config.model), load_tokenizer(config.model)
+    prompt_format = PromptFormat(tokenizer, config, clock)
+    prompts = encode_prompts(rows.train, prompt_format, model_config, config)
+    held_out = encode_prompts(rows.val, prompt_format, model_config, config)
     if 0 < len(held_out) < accelerator.num_processes:
         raise UserError(
             f"{len(held_out)} prompts are held out, fewer than one a process",
             hint="hold out more, or none: --val-size 0",
         )
-    if not len(asked):
+    if not len(prompts):
         raise DataError("no prompt is left to train on", file=config.data[0])
     set_seed(config.seed)
     base = base_of(config.model)
     models = load_models(config, tokenizer, base.sha256, device)
-    trained, parameters = trainable_parameters(models.actors.policy)
+    policy = models.actor_critic.policy
+    trained, parameters = trainable_parameters(policy)
     values = for_ppo(
         config,
         parameters=parameters,
-        prompts=len(asked),
+        prompts=len(prompts),
         world_size=accelerator.num_processes,
         device=device,
     )
-    models.compute_in(lambda: autocast(values.precision, device))
-    if values.precision == "pure-bf16":
-        for model in (models.actors, models.actors.reference):
-            to_pure_bf16(model, values.lr)
-    elif values.precision == "bf16" and config.has_adapter:
-        hold_in_bf16(models.actors.reference)
-    stops = set() if config.ignore_eos else set(eos_tokens(models.actors.policy, tokenizer))
-    stops |= set() if config.ignore_eos else written.stops
-    found = Setup(
-        *(tokenizer, prompts, asked, held_out, stops, models, values),
-        *(base, parameters, trained),
+    _set_precision(config, models, values, device)
+    eos = stop_tokens(policy, tokenizer, prompt_format.end_of_turn)
+    prepared = PreparedPpo(
+        *(tokenizer, prompts, held_out, rows.inputs, set() if config.ignore_eos else set(eos)),
+        *(models, values, base, parameters, trained),
     )
     if accelerator.is_main_process:
-        _announce(config, found)
-    return found
+        _announce(config, prepared)
+    return prepared
 
 
-def build(
-    config: PpoConfig, setup: Setup, run: Run, accelerator: Accelerator, device: str, threads: int
-) -> tuple[PpoTrainer, Judge]:
-    """Put the trainer together, and what compares it with the reference."""
-    values, actors = setup.hyperparameters, setup.models.actors
-    optimizers = make_optimizers(actors, config, values, device)
+def _set_precision(config: PpoConfig, models: Models, values: Hyperparameters, device: str) -> None:
+    """Have all models compute in the precision of the run."""
+    models.compute_in(lambda: autocast(values.precision, device))
+    if values.precision == "pure-bf16":
+        for model in (models.actor_critic, models.actor_critic.reference):
+            to_pure_bf16(model, values.lr)
+    elif values.precision == "bf16" and config.has_adapter:
+        hold_in_bf16(models.actor_critic.reference)
+
+
+def build_ppo(
+    config: PpoConfig,
+    prepared: PreparedPpo,
+    run: Run,
+    accelerator: Accelerator,
+    device: str,
+    threads: int,
+) -> tuple[PpoTrainer, WinRate]:
+    """Put the trainer together, and the win rate that evaluates it."""
+    values, models = prepared.hyperparameters, prepared.models
+    actor_critic = models.actor_critic
+    optimizers = make_optimizers(actor_critic, config, values, device)
     rank, world = accelerator.process_index, accelerator.num_processes
-    order = Order(
-        len(setup.asked),
-        batch_size=values.batch_size // config.num_samples,
-        rank=rank,
-        world=world,
-        seed=config.seed,
-    )
     state = RunState(
         title="ppo",
         run=run,
         accelerator=accelerator,
         device=device,
-        identity=_identity(config, setup, world),
+        identity=_identity(config, prepared, world),
         intervals=intervals_of(config, values),
         flops_per_token=None,
         capture=lambda: capture(
-            actors, optimizers, state.progress, {"ppo": trainer.extra_state()}, rank=rank
+            actor_critic, optimizers, state.progress, {"ppo": trainer.extra_state()}, rank=rank
         ),
-        evaluate=(lambda: judge.evaluate()) if len(setup.held_out) else None,
+        evaluate=(lambda: win_rate.evaluate()) if len(prepared.held_out) else None,
         lr=lambda: values.lr_at(state.progress.step - 1),
-        metrics=lambda: trainer.latest,
+        metrics=lambda: trainer.metrics,
     )
     trainer = PpoTrainer(
         config=config,
         hyperparameters=values,
-        actors=actors,
+        actor_critic=actor_critic,
         optimizers=optimizers,
-        rewards=_rewards(config, setup),
-        sampler=_sampler(config, setup),
-        asked=setup.asked,
-        held_out=setup.held_out,
-        order=order,
+        rewards=RewardSum(
+            models.sources,
+            config.score_normalization,
+            config.clip_score,
+            config.missing_eos_penalty or 0.0,
+        ),
+        sampler=RolloutSampler(
+            prepared.tokenizer,
+            config.max_new_tokens,
+            config.temperature,
+            prepared.eos,
+            config.seed,
+            config.rollout_batch_size,
+        ),
+        prompts=prepared.prompts,
+        held_out=prepared.held_out,
+        order=Order(
+            len(prepared.prompts),
+            batch_size=values.batch_size // config.num_samples,
+            rank=rank,
+            world=world,
+            seed=config.seed,
+        ),
         state=state,
         threads=threads,
         kl_coef=config.kl_coef,
-        value_source=setup.models.value_source,
+        value_source=models.value_source,
     )
-    if setup.models.value_source is not None and config.score_normalization == "none":
-        actors.scale = (setup.models.value_source.weight, 0.0)
-    judge = Judge(trainer)
-    return trainer, judge
-
-
-def _rewards(config: PpoConfig, setup: Setup) -> Rewards:
-    return Rewards(
-        setup.models.sources,
-        config.score_normalization,
-        config.clip_score,
-        config.missing_eos_penalty or 0.0,
-    )
-
-
-def _sampler(config: PpoConfig, setup: Setup) -> Sampler:
-    return Sampler(
-        setup.tokenizer,
-        config.max_new_tokens,
-        config.temperature,
-        setup.stops,
-        config.seed,
-        config.rollout_batch_size,
-    )
+    if models.value_source is not None and config.score_normalization == "none":
+        actor_critic.value_scale = (models.value_source.weight, 0.0)
+    win_rate = WinRate(trainer)
+    return trainer, win_rate
 
 
 def make_optimizers(
-    actors: Actors, config: PpoConfig, values: Hyperparameters, device: str
+    actor_critic: ActorCritic, config: PpoConfig, values: Hyperparameters, device: str
 ) -> list[Optimizer]:
     """AdamW over the policy, and another over the value model."""
     assert values.ppo is not None
-    policy = [weight for weight in actors.policy.parameters() if weight.requires_grad]
-    value = [*actors.value.parameters(), *actors.value_head.parameters()]
+    policy = actor_critic.policy.parameters()
+    value = [*actor_critic.value.parameters(), *actor_critic.value_head.parameters()]
     return [
         AdamW(
             decay_groups((w for w in weights if w.requires_grad), config.weight_decay),
@@ -210,9 +217,9 @@ def make_optimizers(
 
 
 def hold_in_bf16(model: Any) -> None:
-    """Keep the frozen layers in the numbers that autocast multiplies in: the same products.
+    """Keep frozen linear layers in the precision that autocast multiplies in: the same products.
 
-    What else there is, embeddings and norms, and the output layer, stays in float32.
+    Embeddings, norms and the output layer stay in float32.
     """
     head = model.get_output_embeddings()
     for module in model.modules():
@@ -220,34 +227,36 @@ def hold_in_bf16(model: Any) -> None:
             module.weight.data = module.weight.data.to(torch.bfloat16)
 
 
-def _identity(config: PpoConfig, setup: Setup, world: int) -> dict[str, Any]:
-    """What a run must share with this one to resume from it."""
-    numbers = [(row.digest(), row.answer) for row in (*setup.asked.rows, *setup.held_out.rows)]
+def _identity(config: PpoConfig, prepared: PreparedPpo, world: int) -> dict[str, Any]:
+    """Everything that decides the weights: a run that resumes must have the same."""
+    rows = (*prepared.prompts.rows, *prepared.held_out.rows)
+    digests = [(row.digest(), row.answer) for row in rows]
+    models = prepared.models
     return {
-        **ppo_identity(config, setup.hyperparameters),
-        "data": sha256(repr((numbers, len(setup.held_out))).encode()).hexdigest(),
-        "model": setup.base.sha256,
+        **ppo_identity(config, prepared.hyperparameters),
+        "data": sha256(repr((digests, len(prepared.held_out))).encode()).hexdigest(),
+        "model": prepared.base.sha256,
         "reward_model": [
-            [judge.sha256, source.weight]
-            for judge, source in zip(setup.models.judges, setup.models.sources, strict=False)
+            [reward_model.sha256, source.weight]
+            for reward_model, source in zip(models.reward_models, models.sources, strict=False)
         ],
-        "architecture": architecture(setup.models.actors.policy.config),
+        "architecture": architecture(models.actor_critic.policy.config),
         "world_size": world,
     }
 
 
-def _announce(config: PpoConfig, setup: Setup) -> None:
-    values = setup.hyperparameters
+def _announce(config: PpoConfig, prepared: PreparedPpo) -> None:
+    values = prepared.hyperparameters
     assert values.ppo is not None
     log.info(
         "%s parameters, %s of them trained; %s prompts, %s held out; rewards: %s",
-        short(setup.parameters),
-        short(setup.trained_parameters),
-        f"{len(setup.asked):,}",
-        f"{len(setup.held_out):,}",
-        ", ".join(f"{s.name} x {s.weight:g}" for s in setup.models.sources),
+        short(prepared.parameters),
+        short(prepared.trained_parameters),
+        f"{len(prepared.prompts):,}",
+        f"{len(prepared.held_out):,}",
+        ", ".join(f"{s.name} x {s.weight:g}" for s in prepared.models.sources),
     )
-    origin = setup.models.value_source
+    origin = prepared.models.value_source
     log.info(
         "%s steps of %s episodes, %d passes in %d minibatches; peak learning rate %g, %s, %s; "
         "the value model starts from %s",

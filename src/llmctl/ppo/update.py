@@ -1,8 +1,9 @@
-"""Update policy and value model: several passes over a step's episodes, in minibatches.
+"""Update policy and value model: several epochs over a step's experience, in minibatches.
 
-What makes a minibatch is a function of seed, step and pass, over the episodes of all processes; a
-loss is a sum over tokens divided by those of the whole minibatch. So it makes no difference in how
-many pieces, or on how many processes, a minibatch is computed. The losses take (B, R) tensors.
+In: a `PpoTrainer` and an `Experience`. Out: new weights, and the losses in `trainer.metrics`. A
+minibatch is a function of seed, step and epoch, over the episodes of all processes; a loss is a sum
+over tokens divided by those of the whole minibatch. So it makes no difference in how many passes,
+or on how many processes, a minibatch is computed. The losses take (B, R) tensors.
 """
 
 import math
@@ -15,18 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmctl.ppo.episodes import Episodes, Pass, passes
-from llmctl.ppo.models import entropy_of
+from llmctl.ppo.episodes import Experience, Pass, make_passes
+from llmctl.ppo.models import entropy_from_logits
 from llmctl.ppo.trainer import PpoTrainer
 from llmctl.signals import StopFlag
-from llmctl.training.fault_tolerance import Verdict
-from llmctl.training.loop import update as update_weights
+from llmctl.training.fault_tolerance import StepOutcome
+from llmctl.training.loop import update
 
 SUMS = ("policy_loss", "value_loss", "clipped", "value_clipped", "policy_kl")
 
 
 @dataclass
-class Tally:
+class LossSums:
     """Sums over the tokens of updates, kept on the device so that none is waited for."""
 
     sums: Tensor
@@ -36,97 +37,112 @@ class Tally:
     last_kl: float = 0.0
     """Of the last minibatch, in nats a token."""
 
+    def means(self) -> dict[str, float]:
+        """Means over the tokens of all updates, by the names of metrics."""
+        means = dict(zip(SUMS, (self.sums / self.tokens).tolist(), strict=True))
+        means["clip_fraction"] = means.pop("clipped")
+        means["value_clip_fraction"] = means.pop("value_clipped")
+        return {**means, "updates": self.updates}
 
-def update(trainer: PpoTrainer, episodes: Episodes, flag: StopFlag) -> Verdict:
-    """Train policy and value model on a step's episodes; the verdict on all of it. Collective.
+
+def update_models(trainer: PpoTrainer, experience: Experience, flag: StopFlag) -> StepOutcome:
+    """Train policy and value model on a step's experience; the outcome on all of it. Collective.
 
     Raises:
         DivergedError: a loss or a gradient is not finite, and the run is to stop at that.
     """
-    begun = time.perf_counter()
-    lengths = trainer.gathered([len(r) for r in episodes.sequences.responses])
-    tally = Tally(torch.zeros(len(SUMS), dtype=torch.float64, device=trainer.actors.device))
-    verdict: Verdict | None = None
+    started = time.perf_counter()
+    lengths = trainer.all_gather([len(r) for r in experience.sequences.responses])
+    device = trainer.actor_critic.device
+    losses = LossSums(torch.zeros(len(SUMS), dtype=torch.float64, device=device))
+    outcome: StepOutcome | None = None
     for rows in minibatches(trainer, len(lengths)):
         tokens = int(lengths[torch.as_tensor(rows)].sum())
-        loss = accumulate(trainer, episodes, rows, tokens, tally)
-        verdict = _step(trainer, loss, flag)
-        if trainer.config.stop_kl and tally.last_kl > trainer.config.stop_kl:
+        loss = backpropagate(trainer, experience, rows, tokens, losses)
+        outcome = _step(trainer, loss, flag)
+        if trainer.config.stop_kl and losses.last_kl > trainer.config.stop_kl:
             break
-    assert verdict is not None
-    found = shares(tally)
-    trainer.latest |= found
-    trainer.latest["update_seconds"] = round(time.perf_counter() - begun, 4)
-    mean = found["policy_loss"] + trainer.config.value_coef * found["value_loss"]
-    return replace(
-        verdict, loss=verdict.loss.new_tensor(mean), tokens=trainer.latest["response_tokens"]
+    assert outcome is not None
+    means = losses.means()
+    trainer.metrics |= means
+    trainer.metrics["update_seconds"] = round(time.perf_counter() - started, 4)
+    loss = outcome.loss.new_tensor(
+        means["policy_loss"] + trainer.config.value_coef * means["value_loss"]
     )
+    return replace(outcome, loss=loss, tokens=trainer.metrics["response_tokens"])
 
 
-def minibatches(trainer: PpoTrainer, count: int) -> Iterator[Sequence[int]]:
-    """Numbers, among the episodes of all processes, of each minibatch in order."""
+def minibatches(trainer: PpoTrainer, episodes: int) -> Iterator[Sequence[int]]:
+    """Indices, among the episodes of all processes, of each minibatch in order."""
     step = trainer.state.progress.step
     for epoch in range(trainer.ppo.ppo_epochs):
-        order = np.random.default_rng((trainer.config.seed, step, epoch)).permutation(count)
+        order = np.random.default_rng((trainer.config.seed, step, epoch)).permutation(episodes)
         yield from (part.tolist() for part in np.array_split(order, trainer.ppo.minibatches))
 
 
-def accumulate(
-    trainer: PpoTrainer, episodes: Episodes, rows: Sequence[int], tokens: int, tally: Tally
+def backpropagate(
+    trainer: PpoTrainer,
+    experience: Experience,
+    rows: Sequence[int],
+    tokens: int,
+    losses: LossSums,
 ) -> Tensor:
     """Backpropagate this rank's part of a minibatch; return its part of the loss.
 
     Args:
         trainer: the models.
-        episodes: of this rank.
+        experience: of this rank.
         rows: of the minibatch, among the episodes of all ranks.
         tokens: of the whole minibatch.
-        tally: is added to.
+        losses: sums that the minibatch is added to.
     """
-    actors, config = trainer.actors, trainer.config
-    mine = [r - episodes.first for r in rows if 0 <= r - episodes.first < len(episodes.sequences)]
-    sums = torch.zeros_like(tally.sums)
-    total = torch.zeros((), device=actors.device)
-    for batch in passes(
-        episodes.sequences,
-        mine,
-        most_tokens=trainer.ppo.pass_tokens,
-        most_chosen=trainer.most_chosen,
-        mask=episodes.mask,
-        device=actors.device,
+    device, config = trainer.actor_critic.device, trainer.config
+    own = range(experience.first, experience.first + len(experience.sequences))
+    sums = torch.zeros_like(losses.sums)
+    total = torch.zeros((), device=device)
+    for batch in make_passes(
+        experience.sequences,
+        [row - experience.first for row in rows if row in own],
+        max_tokens=trainer.ppo.pass_tokens,
+        max_response_tokens=trainer.max_response_tokens,
+        mask=experience.mask,
+        device=device,
     ):
-        found = _losses(trainer, episodes, batch, tokens)
-        sums += found[1]
-        total += found[0]
-    counted = trainer.total(sums)
-    tally.sums += counted
-    tally.tokens += tokens
-    tally.updates += 1
+        loss, pass_sums = _backpropagate_pass(trainer, experience, batch, tokens)
+        sums += pass_sums
+        total += loss
+    all_sums = trainer.all_reduce(sums)
+    losses.sums += all_sums
+    losses.tokens += tokens
+    losses.updates += 1
     if config.stop_kl:
-        tally.last_kl = float(counted[SUMS.index("policy_kl")]) / tokens
+        losses.last_kl = float(all_sums[SUMS.index("policy_kl")]) / tokens
     return total
 
 
-def _losses(
-    trainer: PpoTrainer, episodes: Episodes, batch: Pass, tokens: int
+def _backpropagate_pass(
+    trainer: PpoTrainer, experience: Experience, batch: Pass, tokens: int
 ) -> tuple[Tensor, Tensor]:
     """Backpropagate both losses of a pass, one after the other: half the activations at a time.
 
+    L = L_CLIP + c1 L_VF - c2 S, each a mean over tokens, S the entropy (Schulman et al., 2017,
+    arXiv:1707.06347, eq. 9, negated).
+
     Returns:
-        Their weighted sum, and what is counted, in the order of SUMS.
+        The pass's part of L, and its sums in the order of SUMS.
     """
     config, rows, mask = trainer.config, batch.rows, batch.mask
-    log_probs, logits = trainer.actors.log_probs(batch)
-    old, advantages = episodes.log_probs[rows], episodes.advantages[rows]
-    policy = policy_loss(batch.spread(log_probs), old, advantages, mask, config.clip)
+    log_probs, logits = trainer.actor_critic.log_probs(batch)
+    old, advantages = experience.log_probs[rows], experience.advantages[rows]
+    policy = policy_loss(batch.unflatten(log_probs), old, advantages, mask, config.clip)
     loss = policy.loss / tokens
     if config.entropy_coef:
-        loss = loss - config.entropy_coef * entropy_of(logits).sum() / tokens
+        loss = loss - config.entropy_coef * entropy_from_logits(logits).sum() / tokens
     loss.backward()  # type: ignore[no-untyped-call]
     del logits, log_probs
-    values, old = batch.spread(trainer.actors.values(batch)), episodes.values[rows]
+    values, old = batch.unflatten(trainer.actor_critic.values(batch)), experience.values[rows]
     clip = config.value_clip or math.inf
-    value = value_loss(values, old, episodes.returns[rows], mask, clip)
+    value = value_loss(values, old, experience.returns[rows], mask, clip)
     weighted = config.value_coef * value.loss / tokens
     weighted.backward()  # type: ignore[no-untyped-call]
     parts = (policy.loss, value.loss, policy.clipped, value.clipped, policy.kl)
@@ -134,15 +150,15 @@ def _losses(
     return (loss + weighted).detach(), sums
 
 
-def _step(trainer: PpoTrainer, loss: Tensor, flag: StopFlag) -> Verdict:
-    """Add the gradients of all ranks up, clip them, and update where all is finite."""
+def _step(trainer: PpoTrainer, loss: Tensor, flag: StopFlag) -> StepOutcome:
+    """Sum the gradients of all ranks, clip them, and update where all is finite."""
     state = trainer.state
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     weights = [weight for group in groups for weight in group["params"]]
     if state.world > 1:
-        _add_up(trainer, weights)
-        loss = trainer.total(loss[None])[0]
-    return update_weights(
+        _all_reduce_gradients(trainer, weights)
+        loss = trainer.all_reduce(loss[None])[0]
+    return update(
         state,
         trainer.optimizers,
         weights,
@@ -154,23 +170,13 @@ def _step(trainer: PpoTrainer, loss: Tensor, flag: StopFlag) -> Verdict:
     )
 
 
-def _add_up(trainer: PpoTrainer, weights: Sequence[Tensor]) -> None:
+def _all_reduce_gradients(trainer: PpoTrainer, weights: Sequence[Tensor]) -> None:
     """Sum the gradients over ranks in one transfer; a rank may have no part in a minibatch."""
     grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-    summed = trainer.total(torch.cat([grad.flatten() for grad in grads]))
-    for weight, part in zip(
-        weights, torch.split(summed, [w.numel() for w in weights]), strict=True
-    ):
+    summed = trainer.all_reduce(torch.cat([grad.flatten() for grad in grads]))
+    parts = torch.split(summed, [weight.numel() for weight in weights])
+    for weight, part in zip(weights, parts, strict=True):
         weight.grad = part.view_as(weight)
-
-
-def shares(tally: Tally) -> dict[str, float]:
-    """Means over the tokens of all updates."""
-    means = (tally.sums / tally.tokens).tolist()
-    found = dict(zip(SUMS, means, strict=True))
-    found["clip_fraction"] = found.pop("clipped")
-    found["value_clip_fraction"] = found.pop("value_clipped")
-    return {**found, "updates": tally.updates}
 
 
 class PolicyLoss(NamedTuple):
@@ -178,7 +184,7 @@ class PolicyLoss(NamedTuple):
 
     loss: Tensor
     clipped: Tensor
-    """Tokens at which the clipped term was the larger one; without gradients."""
+    """Tokens at which the clipped term is the larger one; without gradients."""
     kl: Tensor
     """k3 estimate of KL(old || new), in nats; without gradients."""
 
@@ -188,45 +194,51 @@ class ValueLoss(NamedTuple):
 
     loss: Tensor
     clipped: Tensor
+    """Values at which the clipped error is the larger one."""
 
 
 def policy_loss(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip: float
 ) -> PolicyLoss:
-    """The clipped surrogate, negated (Schulman et al., 2017, arXiv:1707.06347, eq. 7).
+    """Negated clipped surrogate objective (Schulman et al., 2017, arXiv:1707.06347, eq. 7).
+
+    L = -sum min(r A, clip(r, 1 - epsilon, 1 + epsilon) A), with r = p_new / p_old of a token. The
+    estimate of KL(old || new) is r - 1 - log r (Schulman, 2020, Approximating KL Divergence).
 
     Args:
-        log_probs: (B, R) under the policy that learns.
-        old_log_probs: (B, R) under the policy that sampled.
-        advantages: (B, R).
+        log_probs: log p_new (B, R), under the policy that learns.
+        old_log_probs: log p_old (B, R), under the policy that sampled.
+        advantages: A (B, R).
         mask: (B, R) tokens that count.
         clip: epsilon.
     """
     log_ratio = (log_probs - old_log_probs).where(mask, 0.0)
     ratio = log_ratio.exp()
-    plain = -advantages * ratio
-    limited = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
     with torch.no_grad():
-        clipped = ((limited > plain) & mask).sum()
+        count = ((clipped > unclipped) & mask).sum()
         kl = (ratio - 1 - log_ratio).where(mask, 0.0).sum()
-    return PolicyLoss(torch.maximum(plain, limited).where(mask, 0.0).sum(), clipped, kl)
+    return PolicyLoss(torch.maximum(unclipped, clipped).where(mask, 0.0).sum(), count, kl)
 
 
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float
 ) -> ValueLoss:
-    """Half the squared error of the values, of the worse of two (Schulman et al., 2017, code).
+    """Clipped squared error of the values.
 
-    The second is the value held within `clip` of what it was when the batch was sampled.
+    L = 1/2 sum max((V - R)^2, (clip(V, V_old - epsilon, V_old + epsilon) - R)^2), from the code of
+    OpenAI Baselines (ppo2/model.py); Engstrom et al. (2020, arXiv:2005.12729, section 3) describe
+    it.
 
     Args:
-        values: (B, R) that learn.
-        old_values: (B, R) of when the batch was sampled.
-        returns: (B, R) targets.
+        values: V (B, R) that learn.
+        old_values: V_old (B, R), at the time of sampling.
+        returns: R (B, R), the targets.
         mask: (B, R) tokens that count.
         clip: epsilon of the values; infinity does not clip.
     """
     held = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
-    plain, limited = (values - returns) ** 2, (held - returns) ** 2
-    clipped = ((limited > plain) & mask).sum()
-    return ValueLoss(0.5 * torch.maximum(plain, limited).where(mask, 0.0).sum(), clipped)
+    unclipped, clipped = (values - returns) ** 2, (held - returns) ** 2
+    count = ((clipped > unclipped) & mask).sum()
+    return ValueLoss(0.5 * torch.maximum(unclipped, clipped).where(mask, 0.0).sum(), count)

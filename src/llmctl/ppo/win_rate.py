@@ -1,4 +1,7 @@
-"""Held-out prompts, answered by the policy and by the reference: who is better, and at what KL."""
+"""Win rate on held-out prompts: the policy's responses against the reference's, and at what KL.
+
+In: a `PpoTrainer`. Out: the metrics of an evaluation, and rows of samples.jsonl.
+"""
 
 import math
 from dataclasses import dataclass
@@ -7,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmctl.ppo.experience import all_passes, sample, tell
-from llmctl.ppo.rewards import Raw, Scored
+from llmctl.ppo.experience import forward_passes, sample_responses
+from llmctl.ppo.rewards import CombinedScores, RawScores
 from llmctl.ppo.rollout import Rollout
 from llmctl.ppo.trainer import PpoTrainer
 from llmctl.runs.ownership import SAMPLES
@@ -16,66 +19,69 @@ from llmctl.signals import StopFlag
 from llmctl.training.fault_tolerance import together
 from llmctl.training.reward_report import wilson
 
-NUMBERS = 1 << 40
-"""Where the numbers of held-out episodes begin: no episode of training has their noise."""
+HELD_OUT_STREAMS = 1 << 40
+"""First stream id of held-out episodes: no episode of training has theirs."""
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Responses to this rank's share of the held-out prompts, and what they are worth."""
+class ScoredRollout:
+    """Responses to this rank's share of the held-out prompts, with their scores."""
 
-    numbers: list[int]
+    indices: list[int]
+    """Of the prompts."""
     rollout: Rollout
-    raw: Raw
+    raw: RawScores
 
 
-class Judge:
+class WinRate:
     """Compares the policy with the reference on held-out prompts."""
 
     def __init__(self, trainer: PpoTrainer) -> None:
-        """Nothing is sampled yet."""
+        """Begin without responses of the reference."""
         self.trainer = trainer
-        self._reference: Answers | None = None
+        self._reference: ScoredRollout | None = None
 
-    def begin(self, flag: StopFlag) -> None:
-        """Have the reference answer, once for the whole run. Collective.
+    def sample_reference(self, flag: StopFlag) -> None:
+        """Sample and score the reference's responses, once for the whole run. Collective.
 
         Raises:
-            Halted: a signal came.
+            RolloutInterrupted: a signal came.
             DataError: a reward that fails.
         """
         if len(self.trainer.held_out):
-            self._reference = self._answers(flag, of_reference=True)
+            self._reference = self._sample(flag, from_reference=True)
 
     def evaluate(self) -> dict[str, float]:
-        """Scores, win rate and KL over all held-out prompts. Collective.
+        """Compute scores, win rate and KL over all held-out prompts. Collective.
 
-        `val_loss` is minus what PPO maximises: the score less the penalty on the KL.
+        A tie is half a win; the interval is Wilson's of 95 %. `val_loss` is minus what PPO
+        maximizes: the score less the penalty on the KL. Both models' scores are normalized with
+        today's moments.
         """
         trainer, reference = self.trainer, self._reference
         assert reference is not None
         with together(trainer.state.accelerator):
-            found = self._answers(StopFlag())
-        kl = self._kl(found.rollout)
-        scored, before = self._scored(found), self._scored(reference)  # on today's scale, both
-        ours, theirs = scored.total, before.total
+            policy = self._sample(StopFlag())
+        kl = self._kl(policy.rollout)
+        scores, reference_scores = self._combine(policy), self._combine(reference)
+        ours, theirs = scores.total, reference_scores.total
         wins = (ours > theirs).double() + 0.5 * (ours == theirs).double()
         parts = [
-            *(ours, *scored.raw.values(), theirs, theirs**2, kl, wins),
-            torch.tensor([len(r) for r in found.rollout.sequences.responses]),
-            torch.tensor(found.rollout.ended),
+            *(ours, *scores.raw.values(), theirs, theirs**2, kl, wins),
+            torch.tensor([len(r) for r in policy.rollout.sequences.responses]),
+            torch.tensor(policy.rollout.ended),
         ]
         sums = torch.stack([part.double().sum() for part in (*parts, torch.ones(len(wins)))])
-        *means, count = trainer.total(sums).tolist()
-        names = ["val_score", *(f"val_score/{name}" for name in scored.raw)]
+        *totals, count = trainer.all_reduce(sums).tolist()
+        names = ["val_score", *(f"val_score/{name}" for name in scores.raw)]
         names += ["reference", "squares", "val_kl", "val_win_rate", "val_length", "val_eos_share"]
-        facts = dict(zip(names, (mean / count for mean in means), strict=True))
-        mean, squares = facts.pop("reference"), facts.pop("squares")
-        low, high = wilson(facts["val_win_rate"] * count, count)
-        self._show(found, ours, theirs)
+        metrics = dict(zip(names, (total / count for total in totals), strict=True))
+        mean, squares = metrics.pop("reference"), metrics.pop("squares")
+        low, high = wilson(metrics["val_win_rate"] * count, count)
+        self._log_samples(policy, ours, theirs)
         return {
-            "val_loss": trainer.config.kl_coef * facts["val_kl"] - facts["val_score"],
-            **facts,
+            "val_loss": trainer.config.kl_coef * metrics["val_kl"] - metrics["val_score"],
+            **metrics,
             "val_win_rate_low": low,
             "val_win_rate_high": high,
             "val_reference_score": mean,
@@ -83,38 +89,40 @@ class Judge:
             "val_prompts": count,
         }
 
-    def _answers(self, flag: StopFlag, *, of_reference: bool = False) -> Answers:
+    def _sample(self, flag: StopFlag, *, from_reference: bool = False) -> ScoredRollout:
         trainer = self.trainer
-        asked, state = trainer.held_out, trainer.state
-        mine = list(range(len(asked)))[state.rank :: state.world]
-        noise = [NUMBERS + number for number in mine]
-        rollout = sample(trainer, asked, mine, noise, flag, of_reference=of_reference)
-        raw = trainer.rewards.raw(tell(asked, mine, rollout), rollout.ended)
-        return Answers(mine, rollout, raw)
+        prompts, state = trainer.held_out, trainer.state
+        indices = list(range(len(prompts)))[state.rank :: state.world]
+        stream_ids = [HELD_OUT_STREAMS + index for index in indices]
+        rollout = sample_responses(
+            trainer, prompts, indices, stream_ids, flag, from_reference=from_reference
+        )
+        raw = trainer.rewards.raw(prompts.samples(indices, rollout.texts), rollout.ended)
+        return ScoredRollout(indices, rollout, raw)
 
-    def _scored(self, answers: Answers) -> Scored:
-        return self.trainer.rewards.combine(answers.raw, answers.rollout.ended)
+    def _combine(self, scored: ScoredRollout) -> CombinedScores:
+        return self.trainer.rewards.combine(scored.raw, scored.rollout.ended)
 
     @torch.no_grad()
     def _kl(self, rollout: Rollout) -> Tensor:
-        """(B,) log p - log q of each response."""
-        actors, mask = self.trainer.actors, rollout.sequences.mask()
-        found = torch.zeros(len(mask), dtype=torch.float64)
-        for batch in all_passes(self.trainer, rollout, mask, 1):
-            ratio = actors.log_probs(batch)[0] - actors.reference_log_probs(batch)
-            found[batch.rows.cpu()] = batch.spread(ratio).double().sum(1).cpu()
-        return found
+        """KL (B,) of each response: the sum of log p - log q."""
+        models, mask = self.trainer.actor_critic, rollout.sequences.mask()
+        kl = torch.zeros(len(mask), dtype=torch.float64)
+        for batch in forward_passes(self.trainer, rollout, mask, 1):
+            log_ratio = models.log_probs(batch)[0] - models.reference_log_probs(batch)
+            kl[batch.rows.cpu()] = batch.unflatten(log_ratio).double().sum(1).cpu()
+        return kl
 
-    def _show(self, found: Answers, ours: Tensor, theirs: Tensor) -> None:
-        """Write the first few prompts with what was and is answered."""
+    def _log_samples(self, policy: ScoredRollout, ours: Tensor, theirs: Tensor) -> None:
+        """Write the first few prompts with both models' responses."""
         trainer, reference = self.trainer, self._reference
         assert reference is not None
-        for place, number in enumerate(found.numbers[: trainer.config.samples]):
+        for place, index in enumerate(policy.indices[: trainer.config.samples]):
             row: dict[str, Any] = {
                 "step": trainer.state.progress.step,
-                "prompt": trainer.held_out.rows[number].text,
+                "prompt": trainer.held_out.rows[index].text,
                 "before": reference.rollout.texts[place],
-                "now": found.rollout.texts[place],
+                "now": policy.rollout.texts[place],
                 "score_before": float(theirs[place]),
                 "score": float(ours[place]),
             }
