@@ -19,7 +19,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from llmctl.decode.prompts import Encoder
+from llmctl.decode.prompts import PromptEncoder
 from llmctl.training.sft import SupervisedTokens
 from llmctl.training.token_loss import TokenLoss
 
@@ -244,17 +244,17 @@ def test_bos_stands_once_in_training_and_in_use(sft, cli, base, seen, monkeypatc
 
 def asked(cli, model, prompts, monkeypatch, *more):
     """What `generate --chat` gives the model."""
-    found, real = [], Encoder.encode
+    found, real = [], PromptEncoder.encode
 
     def watched(encoder, ask):
         found.append(real(encoder, ask))
         return found[-1]
 
-    monkeypatch.setattr(Encoder, "encode", watched)
+    monkeypatch.setattr(PromptEncoder, "encode", watched)
     given = [part for prompt in prompts for part in ("--prompt", prompt)]
     result = cli("generate", "--model", model, "--chat", *given, "--max-new-tokens", 2, *more)
     assert result.code == 0, result.err
-    monkeypatch.setattr(Encoder, "encode", real)
+    monkeypatch.setattr(PromptEncoder, "encode", real)
     return found
 
 

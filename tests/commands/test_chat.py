@@ -17,12 +17,12 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from llmctl.commands import chat
 from llmctl.config.sections import Sampling
-from llmctl.decode.conversation import Conversation, Window
+from llmctl.decode.conversation import ContextWindow, Conversation
 from llmctl.decode.forward import HuggingFaceForward
 from llmctl.decode.loop import Prompt, decode
 from llmctl.decode.prefix import PrefixForward, conversation_forward
 from llmctl.decode.prompts import encode_chat
-from llmctl.decode.terminal import Cut, Terminal, Turn, read_turn
+from llmctl.decode.terminal import ReplyInterrupt, Terminal, UserInput, read_input
 from llmctl.errors import DataError
 
 SHORT = ("--max-new-tokens", 8)
@@ -342,7 +342,7 @@ def test_a_dry_run_needs_no_weights_and_prints_a_recipe(say, cli, model, tmp_pat
 
 def conversation_of(lm, tokenizer, context=None, forward=None) -> Conversation:
     sampling = Sampling(max_new_tokens=8)
-    window = Window(tokenizer, context or 500, 8)
+    window = ContextWindow(tokenizer, context or 500, 8)
     return Conversation(lm, forward or conversation_forward(lm, [1, 2]), window, sampling, 0)
 
 
@@ -374,12 +374,12 @@ def test_an_interrupted_pass_leaves_nothing_wrong_behind(gpt2) -> None:
     forward, plain = PrefixForward(gpt2), HuggingFaceForward(gpt2)
 
     def cut(*_: object) -> None:
-        raise Cut
+        raise ReplyInterrupt
 
     with torch.inference_mode():
         forward.prefill([[1, 2, 3, 4]])
         hook = gpt2.transformer.h[1].register_forward_pre_hook(cut)
-        with pytest.raises(Cut):
+        with pytest.raises(ReplyInterrupt):
             forward.step(torch.tensor([5]))
         hook.remove()
         prompt = [1, 2, 3, 4, 5, 6]
@@ -409,7 +409,7 @@ def stopping_after(pieces: int):
     def on_piece(piece: str) -> None:
         shown.append(piece)
         if len(shown) == pieces:
-            raise Cut
+            raise ReplyInterrupt
 
     return shown, on_piece
 
@@ -448,10 +448,10 @@ def test_only_one_press_counts() -> None:
     before = signal.getsignal(signal.SIGINT)
     with Terminal() as terminal:
         signal.raise_signal(signal.SIGINT)  # nothing to stop: kept for the next reply
-        with pytest.raises(Cut), terminal.stoppable():
+        with pytest.raises(ReplyInterrupt), terminal.stoppable():
             pytest.fail("was to be stopped")
         terminal._was_pressed, done = False, []
-        with pytest.raises(Cut), terminal.stoppable():
+        with pytest.raises(ReplyInterrupt), terminal.stoppable():
             press_twice(done)
     assert done == ["clearing up"]
     assert signal.getsignal(signal.SIGINT) is before
@@ -479,7 +479,7 @@ def test_a_signal_through_a_pipe_ends_the_program(say, monkeypatch, tmp_path) ->
 
 
 def test_turns_are_read_from_lines() -> None:
-    def turns(*lines: str) -> list[Turn | None]:
+    def turns(*lines: str) -> list[UserInput | None]:
         rest = iter(lines)
 
         def next_line(_: str) -> str:
@@ -487,12 +487,12 @@ def test_turns_are_read_from_lines() -> None:
                 return line
             raise EOFError
 
-        return [read_turn(next_line), *(read_turn(next_line) for _ in lines[1:])]
+        return [read_input(next_line), *(read_input(next_line) for _ in lines[1:])]
 
-    assert turns("/save  a b.jsonl ") == [Turn("a b.jsonl", "/save")]
-    assert turns("/", "//", " /x") == [Turn("", "/"), Turn("/"), Turn(" /x")]
-    assert turns('"""a\nb"""') == [Turn("a\nb")]
-    assert turns('""""""', "") == [Turn(""), Turn("")]
+    assert turns("/save  a b.jsonl ") == [UserInput("a b.jsonl", "/save")]
+    assert turns("/", "//", " /x") == [UserInput("", "/"), UserInput("/"), UserInput(" /x")]
+    assert turns('"""a\nb"""') == [UserInput("a\nb")]
+    assert turns('""""""', "") == [UserInput(""), UserInput("")]
     with pytest.raises(DataError):
         turns('"""')
 

@@ -18,12 +18,11 @@ from llmctl.config.commands import EvaluateConfig
 from llmctl.data.append_log import AppendLog
 from llmctl.data.chat.render import ChatFormat
 from llmctl.evaluate import compare, perplexity
-from llmctl.evaluate.aggregate import figures_of
-from llmctl.evaluate.few_shot import Asking, choose_shots
-from llmctl.evaluate.inputs import Question
-from llmctl.evaluate.task import RowsInMemory
+from llmctl.evaluate.aggregate import compute_figures
+from llmctl.evaluate.few_shot import PromptFormat, choose_shots
+from llmctl.evaluate.inputs import EvaluationExample
 from llmctl.evaluate.scorers import Scorer, extract, find_label
-from llmctl.evaluate.task import Work, carry_out
+from llmctl.evaluate.task import EvaluationTask, RowsInMemory, run_task
 from llmctl.models.loading import load_causal_lm, load_config, load_tokenizer
 from llmctl.runs.ownership import ROWS
 from llmctl.training.classify import class_counts, macro_f1
@@ -72,7 +71,9 @@ def figures(cli):
 
 
 def question(prompt, reference=None, line=1):
-    return Question(({"role": "user", "content": prompt},), reference, None, "data.jsonl", line)
+    return EvaluationExample(
+        ({"role": "user", "content": prompt},), reference, None, "data.jsonl", line
+    )
 
 
 # Texts
@@ -252,7 +253,7 @@ def test_word_error_rate_is_that_of_its_library():
     pairs = [("hello duck", "hello world"), ("this is a test", "this is a test")]
     rows = [Scorer(("wer",), None, ()).score(*pair) for pair in pairs]
     assert [row["word_errors"] / row["words"] for row in rows] == [0.5, 0.0]
-    assert figures_of(rows, ["wer"])["wer"] == pytest.approx(1 / 6)
+    assert compute_figures(rows, ["wer"])["wer"] == pytest.approx(1 / 6)
 
 
 def test_bleu_and_chrf_are_those_of_sacrebleu():
@@ -261,7 +262,7 @@ def test_bleu_and_chrf_are_those_of_sacrebleu():
     right = ["The dog bit the man.", "It was not unexpected.", "The man bit him first."]
     rows = [{"response": s, "reference": r} for s, r in zip(said, right, strict=True)]
     rows = [{**row, **Scorer(("bleu", "chrf"), None, ()).score(*row.values())} for row in rows]
-    found = figures_of(rows, ["bleu", "chrf"])
+    found = compute_figures(rows, ["bleu", "chrf"])
     words = [re.findall(r"\w+(?:'\w+)?|\.", text) for text in (*said, *right)]
     ours, theirs = words[:3], words[3:]
     product = 1.0
@@ -304,9 +305,9 @@ def test_f1_is_the_mean_over_labels():
         for r, g in zip(right, given, strict=True)
     ]
     counts = class_counts(torch.from_numpy(right), torch.from_numpy(given), 3)
-    assert figures_of(rows, ["f1"])["f1"] == pytest.approx(macro_f1(counts))
+    assert compute_figures(rows, ["f1"])["f1"] == pytest.approx(macro_f1(counts))
     missed = [{"reference_label": "a", "label": None}, {"reference_label": "a", "label": "a"}]
-    assert figures_of(missed, ["f1"])["f1"] == pytest.approx(2 / 3)
+    assert compute_figures(missed, ["f1"])["f1"] == pytest.approx(2 / 3)
 
 
 # Examples before the question
@@ -314,35 +315,35 @@ def test_f1_is_the_mean_over_labels():
 
 def test_examples_are_never_the_row_itself():
     rows = [question(str(k), "answer", k) for k in range(8)]
-    asked = choose_shots(rows, rows, 3, seed=1)
-    for one in asked:
-        assert len(one.shots) == 3
-        assert one.question not in one.shots
-    assert asked == choose_shots(rows, rows, 3, seed=1)
-    assert asked != choose_shots(rows, rows, 3, seed=2)
+    prompts = choose_shots(rows, rows, 3, seed=1)
+    for prompt in prompts:
+        assert len(prompt.shots) == 3
+        assert prompt.example not in prompt.shots
+    assert prompts == choose_shots(rows, rows, 3, seed=1)
+    assert prompts != choose_shots(rows, rows, 3, seed=2)
     held = choose_shots([*rows, question("0", "other", 9)], None, 3, seed=1)
-    assert all(one.shots == held[0].shots for one in held)
+    assert all(p.shots == held[0].shots for p in held)
     fewer = choose_shots([*rows, question("0", "other", 9)], None, 2, seed=1)
     assert fewer[0].shots == held[0].shots[:2]
     taken = {shot.text for shot in held[0].shots}
-    assert taken.isdisjoint(one.question.text for one in held)
-    assert taken | {one.question.text for one in held} == {str(k) for k in range(8)}
+    assert taken.isdisjoint(p.example.text for p in held)
+    assert taken | {p.example.text for p in held} == {str(k) for k in range(8)}
 
 
 def test_examples_stand_before_the_question(roomy):
     tokenizer, shape = load_tokenizer(str(roomy)), load_config(str(roomy))
-    (asked,) = choose_shots([question("A dog")], [question("The cat", "sees.", 2)], 1, 0)
-    plain = Asking(tokenizer, shape, chat=False, system=None, clock=None)
-    assert tokenizer.decode(plain.prompt(asked)[1:]) == "The cat sees.\n\nA dog"
-    chat = Asking(tokenizer, shape, chat=True, system="Be brief.", clock=None)
-    assert chat.messages(asked) == [
+    (prompt,) = choose_shots([question("A dog")], [question("The cat", "sees.", 2)], 1, 0)
+    plain = PromptFormat(tokenizer, shape, chat=False, system=None, clock=None)
+    assert tokenizer.decode(plain.encode_prompt(prompt)[1:]) == "The cat sees.\n\nA dog"
+    chat = PromptFormat(tokenizer, shape, chat=True, system="Be brief.", clock=None)
+    assert chat.messages(prompt) == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "The cat"},
         {"role": "assistant", "content": "sees."},
         {"role": "user", "content": "A dog"},
     ]
-    reply = chat.reply(asked).tokens
-    assert reply[: len(chat.encode_prompt(asked))] == chat.encode_prompt(asked)
+    reply = chat.encode_with_reference(prompt).tokens
+    assert reply[: len(chat.encode_prompt(prompt))] == chat.encode_prompt(prompt)
 
 
 def test_examples_that_do_not_fit_are_refused_with_how_many_do(cli, roomy, pairs, tmp_path):
@@ -478,7 +479,7 @@ def test_the_interval_is_that_of_a_plain_bootstrap():
 def test_documents_of_several_parts_are_drawn_whole():
     ours = [{"document": d, "nats": 1.0, "tokens": 2, "bytes": 3} for d in (0, 0, 1)]
     theirs = [{"document": d, "nats": 1.0, "tokens": 5, "bytes": 3} for d in (0, 1)]
-    one, other = compare.paired(ours, theirs)
+    one, other = compare.pair_rows(ours, theirs)
     assert [row["nats"] for row in one] == [2.0, 1.0]
     assert len(other) == 2
 
@@ -655,7 +656,7 @@ def test_a_chunk_is_always_the_same_units():
 
     for number in range(6):
         held.append({"side": "model", "row": number, "number": number})
-    rows = carry_out(Work(11, 4, compute), "model", held, "")
+    rows = run_task(EvaluationTask(11, 4, compute), "model", held, "")
     assert asked == [range(4, 8), range(8, 11)]
     assert [row["number"] for row in rows] == [row["row"] for row in rows] == list(range(11))
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from llmctl.commands import generate
 from llmctl.data.prompts import PromptExample
 from llmctl.decode import loop
-from llmctl.decode.prompts import Encoder, encode_chat, encode_text
+from llmctl.decode.prompts import PromptEncoder, encode_chat, encode_text
 from llmctl.errors import ModelError
 
 TEXT = "Hü 東京!"
@@ -195,9 +195,9 @@ def test_shots_stand_before_the_prompt(model) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     shots = [("Q: 1?\nA:", "one"), ("Q: 2?\nA: ", "two")]
     ask = PromptExample("Q: 3?\nA:", "prompt 1")
-    text = tokenizer.decode(Encoder(tokenizer, shots=shots).encode(ask)[1:])
+    text = tokenizer.decode(PromptEncoder(tokenizer, shots=shots).encode(ask)[1:])
     assert text == "Q: 1?\nA: one\n\nQ: 2?\nA: two\n\nQ: 3?\nA:"
-    chat = tokenizer.decode(Encoder(tokenizer, True, "Be brief.", shots[:1]).encode(ask))
+    chat = tokenizer.decode(PromptEncoder(tokenizer, True, "Be brief.", shots[:1]).encode(ask))
     turns = ["system\nBe brief.", "user\nQ: 1?\nA:", "assistant\none", "user\nQ: 3?\nA:"]
     expected = "<s>" + "".join(f"<|turn|>{turn}</s>" for turn in turns) + "<|turn|>assistant\n"
     assert chat == expected

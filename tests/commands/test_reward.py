@@ -25,11 +25,11 @@ from transformers import (
 from llmctl.errors import ModelError
 from llmctl.models.adapters import WEIGHTS
 from llmctl.models.loading import load_tokenizer
-from llmctl.reward.model import Exchange, load_reward_model
+from llmctl.reward.model import PromptResponse, load_reward_model
 from llmctl.training import reward
 from llmctl.training.reward import preference_loss
 from llmctl.training.reward_report import (
-    Scored,
+    PairScores,
     calibration_error,
     reliability,
     report,
@@ -162,7 +162,10 @@ def test_it_learns_courtesy_that_length_does_not_tell(cli, roomy, tmp_path):
     scorer = load_reward_model(str(out))
     asked = [{"role": "user", "content": "What is 3 + 4?"}]
     kind, rude = scorer.score(
-        [Exchange(asked, "Gladly! 7. I hope that helps."), Exchange(asked, "7. Now go away.")]
+        [
+            PromptResponse(asked, "Gladly! 7. I hope that helps."),
+            PromptResponse(asked, "7. Now go away."),
+        ]
     ).tolist()
     assert kind > rude
     model = AutoModelForSequenceClassification.from_pretrained(out / "model")
@@ -176,8 +179,10 @@ def test_an_encoder_learns_and_is_told_the_two_texts(train, bert, data, tmp_path
     assert result.code == 0, result.err
     assert json.loads(result.out)["val_accuracy"] >= 0.95
     scorer = load_reward_model(str(tmp_path / "run"))
-    assert (scorer.written.is_pair, scorer.takes_types) == (True, True)
-    good, bad = scorer.score([Exchange("Hi", "Hi Hello ."), Exchange("Hi", "Hi What .")]).tolist()
+    assert (scorer.response_format.is_pair, scorer.uses_token_types) == (True, True)
+    good, bad = scorer.score(
+        [PromptResponse("Hi", "Hi Hello ."), PromptResponse("Hi", "Hi What .")]
+    ).tolist()
     assert good > bad
 
 
@@ -192,7 +197,8 @@ def test_an_adapter_scores_the_same_in_a_fresh_process_and_merged(adapted, tmp_p
         "asked = [{'role': 'user', 'content': 'Hi'}]\n"
         "for name in sys.argv[1:]:\n"
         "    model = load_reward_model(name)\n"
-        "    print(*model.score([Exchange(asked, t) for t in ('Hello .', 'What ?')]).tolist())"
+        "    samples = [PromptResponse(asked, text) for text in ('Hello .', 'What ?')]\n"
+        "    print(*model.score(samples).tolist())"
     )
     folders = [str(out / name) for name in ("adapter", "model")]
     ran = subprocess.run(
@@ -256,7 +262,8 @@ def test_the_best_checkpoint_is_the_result_and_its_figures_are_by_definition(
         row = found[int(place.rsplit(":", 1)[1]) - 1]
         asked = [{"role": "user", "content": row["prompt"]}]
         one, other = (
-            float(scorer.score([Exchange(asked, row[side])])[0]) for side in ("chosen", "rejected")
+            float(scorer.score([PromptResponse(asked, row[side])])[0])
+            for side in ("chosen", "rejected")
         )
         losses.append(math.log(1 + math.exp(other - one)))
         right.append(one > other)
@@ -311,7 +318,9 @@ def test_a_step_is_the_weighted_mean_of_all_its_pairs(train, llama, tmp_path):
     scorer = load_reward_model(str(tmp_path / "run"))
 
     def score(prompt, answer):
-        return float(scorer.score([Exchange([{"role": "user", "content": prompt}], answer)])[0])
+        return float(
+            scorer.score([PromptResponse([{"role": "user", "content": prompt}], answer)])[0]
+        )
 
     told = [("Hi", answers[0], a, 0.2, 0.0) for a in answers[1:]]
     told += [("Hi", a, answers[3], 0.2, 0.0) for a in answers[1:3]]
@@ -463,7 +472,7 @@ def test_a_score_that_follows_length_is_warned_of(caplog):
     from llmctl.training.reward_report import log_report
 
     long, short = np.arange(20.0) + 30, np.arange(20.0)
-    found = report(Scored(long / 10, short / 10, np.ones(20), long, short))
+    found = report(PairScores(long / 10, short / 10, np.ones(20), long, short))
     assert (found["accuracy"], found["longer_wins"]) == (1, 1)
     log.propagate = True
     with caplog.at_level("WARNING", "llmctl"):
@@ -475,8 +484,8 @@ def test_a_score_that_follows_length_is_warned_of(caplog):
 
 def test_a_ranking_counts_as_one_observation():
     ten = np.ones(10)
-    found = report(Scored(ten, 0 * ten, ten / 10, ten, ten))
-    alone = report(Scored(ten[:1], 0 * ten[:1], ten[:1], ten[:1], ten[:1]))
+    found = report(PairScores(ten, 0 * ten, ten / 10, ten, ten))
+    alone = report(PairScores(ten[:1], 0 * ten[:1], ten[:1], ten[:1], ten[:1]))
     assert found["accuracy_interval"] == pytest.approx(alone["accuracy_interval"])
 
 
@@ -502,9 +511,9 @@ def test_a_file_is_scored_row_by_row(cli, adapted, tmp_path):
     scorer = load_reward_model(str(out))
     whole, cut, text = scorer.score(
         [
-            Exchange([asked], "Hello ."),
-            Exchange([asked], "Hello .", ended=False),
-            Exchange("", "Hi there"),
+            PromptResponse([asked], "Hello ."),
+            PromptResponse([asked], "Hello .", ended=False),
+            PromptResponse("", "Hi there"),
         ]
     ).tolist()
     found = [row.get("score", row.get("score_chosen")) for row in told]

@@ -6,16 +6,21 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from llmctl.errors import ModelError
+from llmctl.evaluate.aggregate import compute_figures
 from llmctl.evaluate.perplexity import (
-    Likelihood,
     Window,
     encode_documents,
     make_windows,
-    measure,
     window_logits,
     window_nats,
 )
 from llmctl.models.loading import load_causal_lm, load_tokenizer
+
+
+def measure(model, windows, text):
+    row = {"nats": math.fsum(window_nats(model, windows))}
+    row |= {"tokens": sum(window.scored for window in windows), "bytes": len(text)}
+    return compute_figures([row], ["perplexity"])
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +60,12 @@ def test_perplexity_is_the_exponential_of_the_mean_loss_of_a_plain_forward(model
     tokens = torch.tensor([document])
     with torch.no_grad():
         plain = model(input_ids=tokens, labels=tokens).loss
-    found = measure(model, make_windows([document], context=32), bytes=len(text))
-    assert found.tokens == len(document) - 1
-    assert found.loss == pytest.approx(float(plain), rel=1e-5)
-    assert found.perplexity == pytest.approx(math.exp(float(plain)), rel=1e-5)
+    figures = measure(model, make_windows([document], context=32), text)
+    assert figures["tokens"] == len(document) - 1
+    assert figures["loss"] == pytest.approx(float(plain), rel=1e-5)
+    assert figures["perplexity"] == pytest.approx(math.exp(float(plain)), rel=1e-5)
     bits = float(plain) * (len(document) - 1) / math.log(2) / len(text)
-    assert found.bits_per_byte == pytest.approx(bits, rel=1e-5)
+    assert figures["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
 
 
 def test_windows_cost_what_each_position_costs_by_itself(model, tokenizer):
@@ -87,7 +92,7 @@ def test_logits_are_those_of_the_scored_positions_whatever_the_batches(
     assert logits.dtype == torch.float32
     assert logits.shape == (len(targets), model.config.vocab_size)
     loss = cross_entropy(logits.double(), targets, reduction="sum")
-    assert float(loss) == pytest.approx(measure(model, windows, bytes=1).nats, rel=1e-5)
+    assert float(loss) == pytest.approx(math.fsum(window_nats(model, windows)), rel=1e-5)
     monkeypatch.setattr("llmctl.evaluate.perplexity.BATCH_TOKENS", 13)
     alone, same = window_logits(model, windows)
     assert torch.equal(targets, same)
@@ -144,20 +149,20 @@ def test_val_loss_is_that_of_pretrain(cli, tokens, tmp_path):
     model = load_causal_lm(str(tmp_path / "run"), dtype=torch.float32)
     documents = encode_documents(load_tokenizer(str(tmp_path / "run")), [text])
     windows = make_windows(documents, context=32, stride=32)
-    found = measure(model, windows, bytes=len(text))
-    assert found.loss == pytest.approx(metrics["val_loss"], rel=1e-5)
+    figures = measure(model, windows, text)
+    assert figures["loss"] == pytest.approx(metrics["val_loss"], rel=1e-5)
     # pretrain counts a token more, the first, when it says how many tokens a byte has
-    share = found.tokens / (found.tokens + 1)
-    assert found.bits_per_byte == pytest.approx(metrics["val_bits_per_byte"] * share, rel=1e-5)
+    share = figures["tokens"] / (figures["tokens"] + 1)
+    assert figures["bits_per_byte"] == pytest.approx(metrics["val_bits_per_byte"] * share, rel=1e-5)
 
 
 def test_a_token_that_the_model_lacks_is_refused(model):
     with pytest.raises(ModelError, match="another model's"):
-        measure(model, [Window((1, 100_000), 1)], bytes=1)
+        window_nats(model, [Window((1, 100_000), 1)])
 
 
 def test_figures():
-    found = Likelihood(nats=20.0, tokens=10, bytes=40)
-    assert found.loss == 2.0
-    assert found.perplexity == pytest.approx(math.e**2)
-    assert found.bits_per_byte == pytest.approx(20 / math.log(2) / 40)
+    figures = compute_figures([{"nats": 20.0, "tokens": 10, "bytes": 40}], ["perplexity"])
+    assert figures["loss"] == 2.0
+    assert figures["perplexity"] == pytest.approx(math.e**2)
+    assert figures["bits_per_byte"] == pytest.approx(20 / math.log(2) / 40)

@@ -20,20 +20,20 @@ from transformers import (
 from llmctl.data.chat.responses import prepare_template
 from llmctl.errors import DataError, ModelError
 from llmctl.models.loading import load_tokenizer
-from llmctl.reward.model import Exchange, load_reward_model
+from llmctl.reward.model import PromptResponse, load_reward_model
 from tests.data.test_preferences import tokenizer
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 ROOM = {"max_position_embeddings": 32, "intermediate_size": 64}
 ASKED = {"role": "user", "content": "Hi"}
-EXCHANGES = [
-    Exchange("Hi", " there"),
-    Exchange("Hi", " there", ended=False),
-    Exchange([ASKED], "Hello ."),
-    Exchange([ASKED], "Hello .", ended=False),
-    Exchange([ASKED], ""),
-    Exchange("Hi Hi Hi What", "?"),
-    Exchange([ASKED, {"role": "assistant", "content": "What ?"}, ASKED], "there"),
+SAMPLES = [
+    PromptResponse("Hi", " there"),
+    PromptResponse("Hi", " there", ended=False),
+    PromptResponse([ASKED], "Hello ."),
+    PromptResponse([ASKED], "Hello .", ended=False),
+    PromptResponse([ASKED], ""),
+    PromptResponse("Hi Hi Hi What", "?"),
+    PromptResponse([ASKED, {"role": "assistant", "content": "What ?"}, ASKED], "there"),
 ]
 
 
@@ -89,14 +89,14 @@ def edit(folder, **change):
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
 def test_a_score_is_that_of_the_text_alone(scorers, kind):
     found = load_reward_model(str(scorers / kind))
-    together = found.score(EXCHANGES, batch_size=7)
+    together = found.score(SAMPLES, batch_size=7)
     assert (together.shape, together.dtype, together.device.type) == ((7,), torch.float32, "cpu")
     for size in (1, 2, 3):
-        torch.testing.assert_close(found.score(EXCHANGES, batch_size=size), together)
-    alone = [float(found.score([exchange])[0]) for exchange in EXCHANGES]
+        torch.testing.assert_close(found.score(SAMPLES, batch_size=size), together)
+    alone = [float(found.score([sample])[0]) for sample in SAMPLES]
     assert alone == pytest.approx(together.tolist(), rel=1e-4)
     assert len({round(score, 4) for score in alone}) == len(alone) - 2 * (kind == "bert")
-    assert found.score(EXCHANGES[::-1]).tolist() == pytest.approx(alone[::-1], rel=1e-4)
+    assert found.score(SAMPLES[::-1]).tolist() == pytest.approx(alone[::-1], rel=1e-4)
     assert found.score([]).shape == (0,)
 
 
@@ -104,19 +104,19 @@ def test_a_score_is_that_of_the_text_alone(scorers, kind):
 def test_a_score_is_the_logit_at_the_last_token(scorers, kind):
     """By hand: the hidden state of the last token of the text alone, times the head."""
     found = load_reward_model(str(scorers / kind))
-    for exchange in EXCHANGES:
-        tokens = torch.tensor([found.encode(exchange)])
+    for sample in SAMPLES:
+        tokens = torch.tensor([found.encode(sample).tokens])
         with torch.no_grad():
             states = found.model.base_model(tokens).last_hidden_state[0, -1]
             wanted = float(found.model.score.weight[0] @ states)
-        assert float(found.score([exchange])[0]) == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+        assert float(found.score([sample])[0]) == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
 def test_left_padding_and_what_stands_in_the_padding_change_nothing(scorers):
     found = load_reward_model(str(scorers / "llama"))
     model, pad = found.model, found.pad
-    tokens = found.encode(EXCHANGES[2])
-    wanted = float(found.score([EXCHANGES[2]])[0])
+    tokens = found.encode(SAMPLES[2]).tokens
+    wanted = float(found.score([SAMPLES[2]])[0])
     mask = [1] * len(tokens)
     sides = {
         "right": ([*tokens, pad, pad, pad], [*mask, 0, 0, 0]),
@@ -128,37 +128,37 @@ def test_left_padding_and_what_stands_in_the_padding_change_nothing(scorers):
         assert float(score) == pytest.approx(wanted, rel=1e-4)
     kept = model.get_input_embeddings().weight.data[pad].clone()
     model.get_input_embeddings().weight.data[pad] = 1e4
-    assert found.score([EXCHANGES[2], EXCHANGES[-1]]).tolist()[0] == pytest.approx(wanted, rel=1e-4)
+    assert found.score([SAMPLES[2], SAMPLES[-1]]).tolist()[0] == pytest.approx(wanted, rel=1e-4)
     model.get_input_embeddings().weight.data[pad] = kept
 
 
 def test_a_cut_response_has_no_end_and_a_long_prompt_loses_its_beginning(scorers):
     found = load_reward_model(str(scorers / "llama"))
     end = found.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert found.encode(EXCHANGES[2])[-1] == end
-    assert found.encode(EXCHANGES[2])[:-1] == found.encode(EXCHANGES[3])
+    assert found.encode(SAMPLES[2]).tokens[-1] == end
+    assert found.encode(SAMPLES[2]).tokens[:-1] == found.encode(SAMPLES[3]).tokens
     eos = found.tokenizer.eos_token_id
-    assert found.encode(EXCHANGES[0]) == [*found.encode(EXCHANGES[1]), eos]
+    assert found.encode(SAMPLES[0]).tokens == [*found.encode(SAMPLES[1]).tokens, eos]
     long = {"role": "user", "content": " ".join(["Hi"] * 40 + ["What"])}
-    tokens = found.encode(Exchange([long], "Hello ."))
+    tokens = found.encode(PromptResponse([long], "Hello .")).tokens
     assert len(tokens) == found.max_length == 32
-    assert tokens[-6:] == found.encode(EXCHANGES[2])[-6:]
+    assert tokens[-6:] == found.encode(SAMPLES[2]).tokens[-6:]
     with pytest.raises(DataError, match="has more tokens than the 32 that the reward model"):
-        found.score([Exchange("Hi", " Hello" * 40)])
+        found.score([PromptResponse("Hi", " Hello" * 40)])
     with pytest.raises(DataError, match="has more tokens"):
-        load_reward_model(str(scorers / "bert")).score([Exchange("Hi", "Hello " * 40)])
+        load_reward_model(str(scorers / "bert")).score([PromptResponse("Hi", "Hello " * 40)])
 
 
 def test_bert_is_told_which_tokens_are_the_response(scorers):
     found = load_reward_model(str(scorers / "bert"))
-    assert found.takes_types
+    assert found.uses_token_types
     inputs = found.tokenizer("Hi", " there", return_tensors="pt", return_token_type_ids=True)
     assert inputs["token_type_ids"].sum() == 2
     with torch.no_grad():
         wanted = float(found.model(**inputs).logits)
         del inputs["token_type_ids"]
         other = float(found.model(**inputs).logits)
-    assert float(found.score([EXCHANGES[0]])[0]) == pytest.approx(wanted, rel=1e-4)
+    assert float(found.score([SAMPLES[0]])[0]) == pytest.approx(wanted, rel=1e-4)
     assert wanted != pytest.approx(other, rel=1e-3)
 
 
@@ -178,11 +178,11 @@ def test_an_adapter_scores_as_it_did(scorers, tmp_path):
     model.save_pretrained(folder)
     load_tokenizer(str(scorers / "llama")).save_pretrained(folder)
     found = load_reward_model(str(folder))
-    tokens = torch.tensor([found.encode(EXCHANGES[2])])
+    tokens = torch.tensor([found.encode(SAMPLES[2]).tokens])
     model.config.pad_token_id = found.pad
     with torch.no_grad():
         wanted = float(model.eval()(tokens).logits)
-    assert float(found.score([EXCHANGES[2]])[0]) == pytest.approx(wanted, rel=1e-4)
+    assert float(found.score([SAMPLES[2]])[0]) == pytest.approx(wanted, rel=1e-4)
     weights = load_file(folder / "adapter_model.safetensors")
     name = next(name for name in weights if "score" in name)
     del weights[name]
@@ -259,7 +259,7 @@ def test_a_tokenizer_of_another_model_is_refused(scorer):
     with pytest.raises(
         DataError, match=r"has a token id of 14, and the reward model .* has only 14"
     ):
-        load_reward_model(str(scorer)).score([Exchange("Hi", " unheard")])
+        load_reward_model(str(scorer)).score([PromptResponse("Hi", " unheard")])
     found.add_special_tokens({"pad_token": "[OTHER]"})
     found.save_pretrained(scorer)
     edit(scorer, pad_token_id=None)
@@ -273,4 +273,4 @@ def test_a_text_that_holds_the_padding_is_refused(scorer):
     edit(scorer, pad_token_id=unknown)
     found = load_reward_model(str(scorer))
     with pytest.raises(DataError, match="has the padding token in it"):
-        found.score([Exchange("Hi", " unheard of")])
+        found.score([PromptResponse("Hi", " unheard of")])

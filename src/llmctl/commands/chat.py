@@ -11,10 +11,10 @@ from typing import Any
 from llmctl.config.commands import ChatConfig
 from llmctl.console import log, short, show_recipes
 from llmctl.decode.conversation import Conversation, chat_window
-from llmctl.decode.loop import load_to_write
+from llmctl.decode.loop import load_for_generation
 from llmctl.decode.prefix import conversation_forward
-from llmctl.decode.slash_commands import check_command, obey
-from llmctl.decode.terminal import Pipe, Terminal, Turn, open_input
+from llmctl.decode.slash_commands import check_command, run_slash_command
+from llmctl.decode.terminal import Pipe, Terminal, UserInput, open_input
 from llmctl.errors import UserError
 from llmctl.files import check_out
 from llmctl.hardware import memory_errors, pick_device
@@ -31,7 +31,7 @@ def run(config: ChatConfig) -> dict[str, Any] | None:
     if config.dry_run:
         log.info("would talk on %s in a context of %s tokens", device, f"{window.context:,}")
         return show_recipes([("chat", config)], as_json=config.as_json)
-    model = load_to_write(config.model, config, shape, device=device, rows=1)
+    model = load_for_generation(config.model, config, shape, device=device, rows=1)
     with memory_errors(batch_size=1):
         forward = conversation_forward(model, window.encode(config.system, [], "Hi"))
     conversation = Conversation(model, forward, window, config, config.seed, config.system)
@@ -60,14 +60,16 @@ def _talk(conversation: Conversation, user: Terminal | Pipe, *, as_json: bool) -
                 check_command(turn)
                 _speak(conversation, user, turn, as_json=as_json)
             elif turn.command is not None:
-                print(obey(conversation, turn), file=sys.stderr)
+                print(run_slash_command(conversation, turn), file=sys.stderr)
         except UserError as error:
             log.error("%s", error)
             if as_json:
                 print(json.dumps({"error": redacted(error.as_json())}), flush=True)
 
 
-def _speak(conversation: Conversation, user: Terminal | Pipe, turn: Turn, *, as_json: bool) -> None:
+def _speak(
+    conversation: Conversation, user: Terminal | Pipe, turn: UserInput, *, as_json: bool
+) -> None:
     """Answer a message, or the last one anew; between replies there is a blank line."""
     between = "\n" if conversation.replies and not user.is_terminal else ""
 

@@ -1,4 +1,4 @@
-"""`llmctl evaluate`: a model, or two, and data in; rows, figures and what holds of them out."""
+"""`llmctl evaluate`: a model, or two, and data in; rows, figures and checked gates out."""
 
 import logging
 import sys
@@ -10,31 +10,29 @@ from llmctl.config.commands import EvaluateConfig
 from llmctl.console import is_terminal, log, show_recipes
 from llmctl.errors import GateError
 from llmctl.evaluate.evaluation import PreparedEvaluation, evaluate, prepare, require_same_identity
+from llmctl.evaluate.figures import check_gates, figures_in, show_table
 from llmctl.evaluate.task import open_row_log
-from llmctl.evaluate.figures import check_gates
-from llmctl.evaluate.figures import figures_in, gated, show_table
 from llmctl.runs.directory import Run, now, open_run
 
 
 def run(config: EvaluateConfig) -> dict[str, Any] | None:
-    """Measure and return every figure; without `--out` they are all there is."""
+    """Evaluate, and return every figure; without `--out` they are the only output."""
     if config.dry_run:
-        found = prepare(config, None)
-        log.info(_planned(found))
+        log.info(_dry_run_line(prepare(config, None)))
         return show_recipes([("evaluate", config)], as_json=config.as_json)
-    with _opened(config) as place:
-        clock = None if place is None else str(place.manifest.get("clock") or now())
-        found = prepare(config, clock)
-        if place is not None:
-            require_same_identity(place.manifest.get("identity"), found.identity)
-            place.record(inputs=found.inputs, identity=found.identity, clock=clock)
-        with open_row_log(place) as rows:
-            if place is not None:
-                place.drop_metrics_after(len(rows.rows))
-            figures = evaluate(found, rows, place)
+    with _open_run(config) as run:
+        clock = None if run is None else str(run.manifest.get("clock") or now())
+        prepared = prepare(config, clock)
+        if run is not None:
+            require_same_identity(run.manifest.get("identity"), prepared.identity)
+            run.record(inputs=prepared.inputs, identity=prepared.identity, clock=clock)
+        with open_row_log(run) as rows:
+            if run is not None:
+                run.drop_metrics_after(len(rows.rows))
+            figures = evaluate(prepared, rows, run)
         result = {"stage": "evaluate", "out": str(config.out), "model": config.model}
         result |= {"status": "completed", **figures}
-        _settle(config, place, result)
+        _finish(config, run, result)
     if config.out is not None or config.as_json:
         return result if config.out is not None else _without(result, "out")
     if is_terminal() and sys.stdout.isatty() and log.isEnabledFor(logging.INFO):
@@ -45,43 +43,43 @@ def run(config: EvaluateConfig) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _opened(config: EvaluateConfig) -> Iterator[Run | None]:
-    """The run's directory, where one is wanted."""
+def _open_run(config: EvaluateConfig) -> Iterator[Run | None]:
+    """Open the run of `--out`, if there is one."""
     if config.out is None:
         yield None
         return
-    with open_run("evaluate", config) as run:
-        yield run
+    with open_run("evaluate", config) as opened:
+        yield opened
 
 
-def _settle(config: EvaluateConfig, place: Run | None, result: dict[str, Any]) -> None:
-    """Show and record the result, and see that what must hold does.
+def _finish(config: EvaluateConfig, run: Run | None, result: dict[str, Any]) -> None:
+    """Show and record the result, and check the gates.
 
     Raises:
-        GateError: it does not.
+        GateError: one does not hold.
     """
     show_table(result)
-    if place is not None:
-        place.log(figures_in(result))
+    if run is not None:
+        run.log(figures_in(result))
     try:
-        check_gates(config.require, gated(result))
+        check_gates(config.require, result)
     except GateError as error:
         failed = {**result, "status": "failed"}
-        error.report = failed if place is not None else _without(failed, "out")
-        if place is not None:
-            place.record(result=failed)
+        error.report = failed if run is not None else _without(failed, "out")
+        if run is not None:
+            run.record(result=failed)
         raise
-    if place is not None:
-        place.record(result=result)
+    if run is not None:
+        run.record(result=result)
 
 
-def _planned(found: PreparedEvaluation) -> str:
-    plan = found.plan
+def _dry_run_line(prepared: PreparedEvaluation) -> str:
+    plan = prepared.plan
     if plan is None:
-        return f"would run {', '.join(found.config.tasks)} on {found.device}"
-    rows = len(plan.data.documents[: found.config.limit] or plan.asked)
-    what = ", ".join(plan.metrics)
-    return f"would measure {what} on {rows:,} rows ({plan.data.kind}), on {found.device}"
+        return f"would run {', '.join(prepared.config.tasks)} on {prepared.device}"
+    rows = len(plan.data.documents[: prepared.config.limit] or plan.prompts)
+    metrics = ", ".join(plan.metrics)
+    return f"would measure {metrics} on {rows:,} rows ({plan.data.kind}), on {prepared.device}"
 
 
 def _without(result: dict[str, Any], name: str) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import Any
 from llmctl.config.commands import GenerateConfig
 from llmctl.console import log, show_recipes
 from llmctl.data.prompts import PromptExample, read_prompt_file
-from llmctl.decode.loop import Prompt, Response, decode, load_to_write
+from llmctl.decode.loop import Prompt, Response, decode, load_for_generation
 from llmctl.decode.output import Row, open_rows, write_rows
-from llmctl.decode.prompts import Encoder, read_shots, read_stdin, to_prompts
+from llmctl.decode.prompts import PromptEncoder, build_prompts, read_shots, read_stdin
 from llmctl.files import check_out
 from llmctl.hardware import memory_errors, pick_device
 from llmctl.models.loading import load_config, load_tokenizer, stop_tokens
@@ -22,13 +22,13 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
     shots = read_shots(config.shots) if config.shots else []
     device = pick_device(config.device)
     shape, tokenizer = load_config(config.model), load_tokenizer(config.model)
-    encoder = Encoder(tokenizer, config.chat, config.system, shots)
-    prompts = to_prompts(asks, encoder, shape, config.max_new_tokens, config.num_samples)
+    encoder = PromptEncoder(tokenizer, config.chat, config.system, shots)
+    prompts = build_prompts(asks, encoder, shape, config.max_new_tokens, config.num_samples)
     if config.dry_run:
         _tell_plan(config, prompts, device)
         return show_recipes([("generate", config)], as_json=config.as_json)
     rows = min(len(prompts), config.batch_size)
-    model = load_to_write(config.model, config, shape, device=device, rows=rows)
+    model = load_for_generation(config.model, config, shape, device=device, rows=rows)
     streams = len(prompts) == 1 and not config.as_json and config.out is None
     responses = decode(
         model,

@@ -18,7 +18,7 @@ from llmctl.data.schemas import Message
 from llmctl.decode.forward import Forward
 from llmctl.decode.loop import FinishReason, Prompt, check_prompt, decode
 from llmctl.decode.prompts import encode_chat
-from llmctl.decode.terminal import Cut
+from llmctl.decode.terminal import ReplyInterrupt
 from llmctl.errors import DataError, ModelError, OutputError, UserError
 from llmctl.files import replace_file, writing
 from llmctl.hardware import memory_errors
@@ -38,7 +38,7 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Window:
+class ContextWindow:
     """What a model sees of a conversation: tokens that leave it room to reply."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -64,7 +64,7 @@ def chat_window(
     context: int | None,
     system: str | None,
     max_new_tokens: int,
-) -> Window:
+) -> ContextWindow:
     """The window of a model, once its chat template was seen to work.
 
     Raises:
@@ -81,7 +81,7 @@ def chat_window(
     if context is not None and there is not None and context > there:
         raise UserError(f"--context {context:,}: the model's context is {there:,}")
     size = context or there or 1 << 62
-    found = Window(tokenizer, size, max_new_tokens)
+    found = ContextWindow(tokenizer, size, max_new_tokens)
     tokens = found.encode(system, [], "Hi")
     check_prompt(tokens, shape, "the system message" if system else "the chat template")
     if len(tokens) >= size:
@@ -104,12 +104,12 @@ class Conversation:
 
     model: PreTrainedModel
     forward: Forward
-    window: Window
+    window: ContextWindow
     sampling: Sampling
     seed: int
     system: str | None = None
     stoppable: Callable[[], AbstractContextManager[None]] = nullcontext
-    """Within it a `Cut` may end a reply."""
+    """Within it a `ReplyInterrupt` may end a reply."""
     turns: list[Reply] = field(default_factory=list)
     """What was said and answered."""
     replies: int = 0
@@ -211,7 +211,7 @@ class Conversation:
                     tokenizer=self.window.tokenizer,
                     on_text=on_text,
                 )
-        except Cut:
+        except ReplyInterrupt:
             return Reply(text, "".join(pieces), "interrupted")
         assert response.finish_reason is not None
         return Reply(text, response.text, response.finish_reason)

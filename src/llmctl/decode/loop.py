@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from llmctl.config.sections import Loading, Sampling
 from llmctl.decode.forward import Forward, HuggingFaceForward
 from llmctl.decode.llama import fast_forward
-from llmctl.decode.sampling import Chooser, noise
+from llmctl.decode.sampling import TokenSampler, noise
 from llmctl.decode.text import TextStream
 from llmctl.errors import DataError, ModelError
 from llmctl.hardware import set_threads, usable_cores
@@ -110,7 +110,7 @@ def check_prompt(tokens: Sequence[int], config: PreTrainedConfig, name: str) -> 
         )
 
 
-def room(tokens: Sequence[int], config: PreTrainedConfig, wanted: int) -> int:
+def limit_new_tokens(tokens: Sequence[int], config: PreTrainedConfig, wanted: int) -> int:
     """New tokens after this prompt at most: what is wanted, as far as the context has room."""
     context = context_size(config)
     return wanted if context is None else min(wanted, context - len(tokens))
@@ -154,7 +154,7 @@ def decode(
         check_prompt(prompt.tokens, model.config, f"prompt {index + 1}")
         stream = TextStream(tokenizer, prompt.tokens, sampling.stop) if tokenizer else None
         wanted = prompt.max_new_tokens or sampling.max_new_tokens
-        limit = room(prompt.tokens, model.config, wanted)
+        limit = limit_new_tokens(prompt.tokens, model.config, wanted)
         rows.append(_Row(prompt, Response(index), limit, eos, stream, on_text))
     if not rows:
         return
@@ -162,7 +162,7 @@ def decode(
     rows.sort(key=lambda row: len(row.prompt.tokens))
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        chooser = Chooser(
+        chooser = TokenSampler(
             sampling,
             [row.prompt.tokens for row in batch],
             [noise(seed, row.prompt.row, row.limit) for row in batch],
@@ -175,7 +175,7 @@ def decode(
 
 
 @torch.inference_mode()
-def _decode_batch(forward: Forward, chooser: Chooser, rows: Sequence[_Row]) -> Iterator[_Row]:
+def _decode_batch(forward: Forward, chooser: TokenSampler, rows: Sequence[_Row]) -> Iterator[_Row]:
     """Fill the responses of one batch; each row comes when it is finished, and leaves the batch."""
     prompts = [tuple(row.prompt.tokens) for row in rows]
     distinct = list(dict.fromkeys(prompts))
@@ -221,7 +221,7 @@ def best_threads(parameters: int, rows: int, cores: int) -> int:
     return cores if parameters * rows >= WORTH_THREADS else 1
 
 
-def load_to_write(
+def load_for_generation(
     reference: str, config: Loading, shape: PreTrainedConfig, *, device: str, rows: int
 ) -> PreTrainedModel:
     """The model of a run, a folder or a Hub id.

@@ -14,7 +14,7 @@ from llmctl.data.chat.render import encode_text as encode_text
 from llmctl.data.prompts import PromptExample, read_nonblank_lines
 from llmctl.data.rows import parse_row
 from llmctl.data.schemas import Message
-from llmctl.decode.loop import Prompt, check_prompt, room
+from llmctl.decode.loop import Prompt, check_prompt, limit_new_tokens
 from llmctl.errors import DataError, UserError
 
 
@@ -55,7 +55,7 @@ def read_shots(file: Path) -> list[tuple[str, str]]:
 
 
 @dataclass(frozen=True)
-class Encoder:
+class PromptEncoder:
     """Turns prompts into tokens: as plain text, or in the model's chat template."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -97,9 +97,9 @@ class Encoder:
         return "\n\n".join([*examples, prompt])
 
 
-def to_prompts(
+def build_prompts(
     asks: Sequence[PromptExample],
-    encoder: Encoder,
+    encoder: PromptEncoder,
     shape: PreTrainedConfig,
     max_new_tokens: int,
     samples: int,
@@ -113,7 +113,7 @@ def to_prompts(
     for ask in asks:
         tokens = encoder.encode(ask)
         check_prompt(tokens, shape, ask.name)
-        fits = room(tokens, shape, max_new_tokens)
+        fits = limit_new_tokens(tokens, shape, max_new_tokens)
         if fits < max_new_tokens:
             log.warning("%s: the context has room for %d new tokens only", ask.name, fits)
         prompts += (Prompt(tokens, len(prompts) + i) for i in range(samples))

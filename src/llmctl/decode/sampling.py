@@ -59,7 +59,7 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(mass, target, right=True)[:, 0]
 
 
-class Chooser:
+class TokenSampler:
     """Chooses tokens for the rows of one batch, which all started together."""
 
     def __init__(

@@ -4,7 +4,7 @@ import difflib
 from pathlib import Path
 
 from llmctl.decode.conversation import Conversation
-from llmctl.decode.terminal import QUOTES, Turn
+from llmctl.decode.terminal import QUOTES, UserInput
 from llmctl.errors import UserError
 
 COMMANDS = {
@@ -18,7 +18,7 @@ COMMANDS = {
 }
 
 
-def obey(conversation: Conversation, turn: Turn) -> str:
+def run_slash_command(conversation: Conversation, turn: UserInput) -> str:
     """Carry out a command that is neither `/retry` nor `/exit`; what to tell the user.
 
     Raises:
@@ -43,7 +43,7 @@ def obey(conversation: Conversation, turn: Turn) -> str:
             return f"system message: {conversation.system or 'none'}"
 
 
-def check_command(turn: Turn) -> None:
+def check_command(turn: UserInput) -> None:
     """Refuse a command that does not exist, or has too much or too little after it.
 
     Raises:

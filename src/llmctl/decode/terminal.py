@@ -22,12 +22,12 @@ NextLine = Callable[[str], str]
 """Gives the next line, without its end, after showing a prompt; raises EOFError at the end."""
 
 
-class Cut(KeyboardInterrupt):
+class ReplyInterrupt(KeyboardInterrupt):
     """Ctrl-C where it ends what the program does, and not the program."""
 
 
 @dataclass(frozen=True)
-class Turn:
+class UserInput:
     """One thing that the user said."""
 
     text: str
@@ -36,7 +36,7 @@ class Turn:
     """With its slash."""
 
 
-def read_turn(next_line: NextLine) -> Turn | None:
+def read_input(next_line: NextLine) -> UserInput | None:
     """The next turn, None at the end.
 
     A line that ends in a backslash goes on in the next, a block between triple quotes is always a
@@ -50,16 +50,16 @@ def read_turn(next_line: NextLine) -> Turn | None:
     except EOFError:
         return None
     if line.lstrip().startswith(QUOTES):
-        return Turn(_read_block(line.lstrip().removeprefix(QUOTES), next_line))
+        return UserInput(_read_block(line.lstrip().removeprefix(QUOTES), next_line))
     while line.endswith("\\"):
         try:
             line = f"{line[:-1]}\n{next_line(MORE)}"
         except EOFError:
             line = line[:-1]
     if line.startswith("//") or not line.startswith("/"):
-        return Turn(line[1:] if line.startswith("//") else line)
+        return UserInput(line[1:] if line.startswith("//") else line)
     command, *rest = line.split(maxsplit=1)
-    return Turn(rest[0].rstrip() if rest else "", command)
+    return UserInput(rest[0].rstrip() if rest else "", command)
 
 
 def _read_block(text: str, next_line: NextLine) -> str:
@@ -83,13 +83,13 @@ class Pipe:
         """Read the stream's lines as they come."""
         self._lines = read_lines(stream, "stdin")
 
-    def read(self) -> Turn | None:
+    def read(self) -> UserInput | None:
         """The next turn, None at the end.
 
         Raises:
             DataError: what is not UTF-8, or a block that does not end.
         """
-        return read_turn(self._line)
+        return read_input(self._line)
 
     def stoppable(self) -> AbstractContextManager[None]:
         """Nothing to do around a reply: Ctrl-C ends the program."""
@@ -135,19 +135,19 @@ class Terminal:
         """Give SIGINT back."""
         signal.signal(signal.SIGINT, self._before)
 
-    def read(self) -> Turn | None:
+    def read(self) -> UserInput | None:
         """The next turn, None at Ctrl-D.
 
         Raises:
-            Cut: Ctrl-C was pressed twice where nothing was typed.
+            ReplyInterrupt: Ctrl-C was pressed twice where nothing was typed.
         """
         was_hinted = False
         while True:
             self._lines, self._was_pressed = 0, False
             try:
                 with self.stoppable():
-                    turn = read_turn(self._line)
-            except Cut:
+                    turn = read_input(self._line)
+            except ReplyInterrupt:
                 print(file=sys.stderr)
                 was_empty = self._lines == 1 and not self._typed()
                 if was_empty and was_hinted:
@@ -164,12 +164,12 @@ class Terminal:
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
-        """While the body runs, Ctrl-C ends it by a `Cut`; elsewhere it waits for the next body.
+        """While the body runs, Ctrl-C ends it by a `ReplyInterrupt`; elsewhere it waits for the next body.
 
-        A press is one `Cut`, however often it is repeated until the user is asked again.
+        A press is one `ReplyInterrupt`, however often it is repeated until the user is asked again.
         """
         if self._was_pressed:
-            raise Cut
+            raise ReplyInterrupt
         self._is_armed = True
         try:
             yield
@@ -184,7 +184,7 @@ class Terminal:
         self._was_pressed = True
         if self._is_armed:
             self._is_armed = False
-            raise Cut
+            raise ReplyInterrupt
 
     def _line(self, prompt: str) -> str:
         self._lines += 1

@@ -1,23 +1,23 @@
-"""From the rows of an evaluation to its figures.
+"""Aggregate the rows of an evaluation into its figures.
 
 Most figures are a quotient of two sums over rows: nats by tokens, right answers by answers. Those
-can be drawn anew from the same rows (`compare.py`). BLEU, chrF and F1 are of all rows at once.
+can be drawn anew from the same rows (`compare.py`). BLEU, chrF and F1 are of all rows.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from llmctl.evaluate.perplexity import perplexity_of
 from llmctl.evaluate.scorers import ROUGE
-
-Row = dict[str, Any]
+from llmctl.evaluate.task import Row
 
 
 class Quotient(NamedTuple):
-    """A figure as a row gives it: its share of a numerator and of a denominator."""
+    """A figure that is a sum over rows divided by another."""
 
-    above: Callable[[Row], float]
-    below: Callable[[Row], float]
+    numerator: Callable[[Row], float]
+    denominator: Callable[[Row], float]
 
 
 def _mean(key: str) -> Quotient:
@@ -40,34 +40,34 @@ QUOTIENTS_OF = {
 
 
 def quotient_names(metrics: Sequence[str]) -> list[str]:
-    """Names of the quotients that these metrics come to."""
+    """Names of the quotients among the figures of these metrics."""
     return [name for metric in metrics for name in QUOTIENTS_OF.get(metric, (metric,))]
 
 
 def figure_names(metrics: Sequence[str]) -> list[str]:
     """Names of all figures of these metrics."""
-    more = [metric for metric in metrics if metric in ("perplexity", "f1")]
-    return list(dict.fromkeys([*more, *quotient_names(metrics)]))
+    others = [metric for metric in metrics if metric in ("perplexity", "f1")]
+    return list(dict.fromkeys([*others, *quotient_names(metrics)]))
 
 
 def compute_figures(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, Any]:
     """Every figure over these rows."""
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for name in quotient_names(metrics):
-        above, below = QUOTIENTS[name]
-        total = sum(map(below, rows))
-        found[name] = math.fsum(map(above, rows)) / total if total else math.nan
-    if "loss" in found:
-        found = {"perplexity": math.exp(min(found["loss"], 700)), **found}
-        found["tokens"] = sum(row["tokens"] for row in rows)
-        found["bytes"] = sum(row["bytes"] for row in rows)
+        numerator, denominator = QUOTIENTS[name]
+        total = sum(map(denominator, rows))
+        figures[name] = math.fsum(map(numerator, rows)) / total if total else math.nan
+    if "loss" in figures:
+        figures = {"perplexity": perplexity_of(figures["loss"]), **figures}
+        figures["tokens"] = sum(row["tokens"] for row in rows)
+        figures["bytes"] = sum(row["bytes"] for row in rows)
     if "bleu" in metrics or "chrf" in metrics:
-        found |= _corpus_scores(rows, metrics)
+        figures |= _corpus_scores(rows, metrics)
     if "f1" in metrics:
-        found["f1"] = macro_f1(rows)
+        figures["f1"] = macro_f1(rows)
     if rows and "finish_reason" in rows[0]:
-        found["cut_share"] = sum(row["finish_reason"] == "length" for row in rows) / len(rows)
-    return found
+        figures["cut_share"] = sum(row["finish_reason"] == "length" for row in rows) / len(rows)
+    return figures
 
 
 def _corpus_scores(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, float]:
@@ -84,13 +84,13 @@ def _corpus_scores(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, flo
 
 
 def macro_f1(rows: Sequence[Row]) -> float:
-    """Mean over labels of F1, over those that a row has or was given, by scikit-learn.
+    """Mean F1 over the labels of references and predictions, by scikit-learn.
 
     A response without a label is a miss of the right one and of no other label.
     """
     from sklearn.metrics import f1_score
 
-    right = [row["reference_label"] for row in rows]
-    given = [row["label"] or "" for row in rows]
-    labels = sorted({*right, *given} - {""})
-    return float(f1_score(right, given, labels=labels, average="macro", zero_division=0))
+    references = [row["reference_label"] for row in rows]
+    predictions = [row["label"] or "" for row in rows]
+    labels = sorted({*references, *predictions} - {""})
+    return float(f1_score(references, predictions, labels=labels, average="macro", zero_division=0))

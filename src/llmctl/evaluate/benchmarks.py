@@ -12,9 +12,8 @@ from transformers import PreTrainedModel, set_seed
 from llmctl.config.commands import EvaluateConfig
 from llmctl.console import is_terminal, log
 from llmctl.errors import DataError, NetworkError, UserError, require_extra
-from llmctl.evaluate.task import Row
 from llmctl.evaluate.plan import EvaluatedModel
-from llmctl.evaluate.task import EvaluationTask
+from llmctl.evaluate.task import EvaluationTask, Row
 from llmctl.runs.directory import Run
 from llmctl.runs.ownership import SAMPLES
 
@@ -22,9 +21,9 @@ SKIPPED = ("alias", "sample_len", "sample_count", "name")
 
 
 def find_tasks(config: EvaluateConfig) -> Any:
-    """lm-eval's manager of tasks, which knows those that are asked for.
+    """lm-eval's task manager, with the tasks of the config.
 
-    Its own tasks, thousands of files, are looked at only for names that the folders lack.
+    Its own tasks, thousands of files, are indexed only for names that the folders lack.
 
     Raises:
         DataError: no such folder.
@@ -39,28 +38,28 @@ def find_tasks(config: EvaluateConfig) -> Any:
     from lm_eval.tasks import TaskManager
 
     paths = [str(path) for path in config.task_path]
-    found = TaskManager(include_path=paths, include_defaults=False) if paths else None
-    if found is None or not set(config.tasks) <= set(found.all_tasks):
-        found = TaskManager(include_path=paths or None)
+    manager = TaskManager(include_path=paths, include_defaults=False) if paths else None
+    if manager is None or not set(config.tasks) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=paths or None)
     for name in config.tasks:
-        if name not in found.all_tasks:
-            close = difflib.get_close_matches(name, found.all_tasks, n=1)
+        if name not in manager.all_tasks:
+            close = difflib.get_close_matches(name, manager.all_tasks, n=1)
             raise UserError(
                 f"--tasks {name}: lm-eval knows no such task",
                 hint=f"did you mean {close[0]}?" if close else "--task-path FOLDER adds your own",
             )
-    return found
+    return manager
 
 
 def benchmark_task(
     config: EvaluateConfig,
-    subject: EvaluatedModel,
+    evaluated: EvaluatedModel,
     load: Callable[[], PreTrainedModel],
     manager: Any,
     run: Run | None,
     side: str,
 ) -> EvaluationTask:
-    """The work of one task after the other; their samples go to samples.jsonl."""
+    """The task of running one benchmark after the other; their samples go to samples.jsonl."""
 
     def compute(units: range) -> list[Row]:
         return [_row(number, config.tasks[number]) for number in units]
@@ -68,14 +67,14 @@ def benchmark_task(
     before = 0 if side == "model" else len(config.tasks)
 
     def _row(number: int, task: str) -> Row:
-        found = _evaluate(config, subject, load(), manager, task)
-        samples = found.get("samples") or {}
+        results = _evaluate(config, evaluated, load(), manager, task)
+        samples = results.get("samples") or {}
         if run is not None:
-            for name, some in samples.items():
-                for sample in some:
-                    place = {"step": before + number + 1, "side": side, "task": name}
-                    run.log({**place, **_plain(sample)}, SAMPLES)
-        return {"task": task, "figures": _figures(found), "values": _values(samples)}
+            for name, task_samples in samples.items():
+                for sample in task_samples:
+                    origin = {"step": before + number + 1, "side": side, "task": name}
+                    run.log({**origin, **_loggable(sample)}, SAMPLES)
+        return {"task": task, "figures": _figures(results), "values": _values(samples)}
 
     return EvaluationTask(len(config.tasks), 1, compute)
 
@@ -91,34 +90,38 @@ def task_values(rows: Sequence[Row]) -> dict[str, list[float]]:
 
 
 def _evaluate(
-    config: EvaluateConfig, subject: EvaluatedModel, model: PreTrainedModel, manager: Any, task: str
+    config: EvaluateConfig,
+    evaluated: EvaluatedModel,
+    model: PreTrainedModel,
+    manager: Any,
+    task: str,
 ) -> dict[str, Any]:
-    """What lm-eval finds; its `simple_evaluate` spends seconds on looking the machine over."""
+    """Run lm-eval's `evaluate`; its `simple_evaluate` spends seconds on inspecting the machine."""
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    judged = HFLM(
+    lm = HFLM(
         pretrained=model,
-        tokenizer=subject.tokenizer,
+        tokenizer=evaluated.tokenizer,
         batch_size=config.batch_size,
         max_length=config.context,
     )
     set_seed(config.seed)
-    with _bars():
-        found = evaluate(
-            lm=judged,
-            task_dict=_loaded(config, manager, task),
+    with _progress_bars():
+        results = evaluate(
+            lm=lm,
+            task_dict=_load_task(config, manager, task),
             limit=config.limit,
-            apply_chat_template=subject.tokenizer.chat_template is not None and not config.plain,
+            apply_chat_template=evaluated.tokenizer.chat_template is not None and not config.plain,
             fewshot_as_multiturn=True,
             system_instruction=config.system,
             bootstrap_iters=0,
         )
-    return dict(found)
+    return dict(results)
 
 
-def _loaded(config: EvaluateConfig, manager: Any, task: str) -> Any:
-    """A task with its data and as many examples as are asked for.
+def _load_task(config: EvaluateConfig, manager: Any, task: str) -> Any:
+    """Load a task and its data, and set its few-shot examples.
 
     Raises:
         DataError: a file of data is missing.
@@ -133,51 +136,51 @@ def _loaded(config: EvaluateConfig, manager: Any, task: str) -> Any:
         ) from None
     except FileNotFoundError as error:
         raise DataError(f"--tasks {task}: {str(error).splitlines()[0]}") from None
-    for name, one in loaded["tasks"].items():
-        own = one.get_config("num_fewshot")
+    for name, benchmark in loaded["tasks"].items():
+        own = benchmark.get_config("num_fewshot")
         if config.shots is not None and own == 0 != config.shots:
             log.warning("%s says itself that it takes no examples: --shots is not heeded", name)
         elif config.shots is not None or own is None:
-            one.set_config(key="num_fewshot", value=config.shots or 0)
-        one.set_fewshot_seed(seed=config.seed)
+            benchmark.set_config(key="num_fewshot", value=config.shots or 0)
+        benchmark.set_fewshot_seed(seed=config.seed)
     return loaded
 
 
-def _bars() -> AbstractContextManager[object]:
-    """Its progress bars are for a terminal."""
-    shown = is_terminal() and log.isEnabledFor(logging.INFO)
-    return nullcontext() if shown else redirect_stderr(io.StringIO())
+def _progress_bars() -> AbstractContextManager[object]:
+    """Hide lm-eval's progress bars where stderr is no terminal."""
+    are_shown = is_terminal() and log.isEnabledFor(logging.INFO)
+    return nullcontext() if are_shown else redirect_stderr(io.StringIO())
 
 
-def _figures(found: Mapping[str, Any]) -> dict[str, float]:
+def _figures(results: Mapping[str, Any]) -> dict[str, float]:
     """Every figure that lm-eval reports, `task/metric`, with the filter where it is a named one."""
     figures = {}
     for part in ("results", "groups"):
-        for task, facts in (found.get(part) or {}).items():
-            for key, value in facts.items():
-                metric, _, chosen = key.partition(",")
+        for task, values in (results.get(part) or {}).items():
+            for key, value in values.items():
+                metric, _, filtered = key.partition(",")
                 is_number = isinstance(value, int | float) and not isinstance(value, bool)
                 if metric not in SKIPPED and not metric.endswith("_stderr") and is_number:
-                    named = f"{metric}/{chosen}" if chosen not in ("", "none") else metric
-                    figures[f"{task}/{named}"] = float(value)
+                    name = f"{metric}/{filtered}" if filtered not in ("", "none") else metric
+                    figures[f"{task}/{name}"] = float(value)
     return figures
 
 
 def _values(samples: Mapping[str, Any]) -> dict[str, list[float]]:
-    """What each sample scored, in their order, where that is a number."""
+    """Each sample's scores that are numbers, in the order of the samples."""
     values: dict[str, list[float]] = {}
-    for task, some in samples.items():
-        for sample in sorted(some, key=lambda sample: int(sample["doc_id"])):
-            chosen = sample.get("filter", "none")
+    for task, task_samples in samples.items():
+        for sample in sorted(task_samples, key=lambda sample: int(sample["doc_id"])):
+            filtered = sample.get("filter", "none")
             for metric in sample.get("metrics", ()):
                 if isinstance(sample.get(metric), int | float):
-                    named = metric if chosen == "none" else f"{metric}/{chosen}"
-                    values.setdefault(f"{task}/{named}", []).append(float(sample[metric]))
+                    name = metric if filtered == "none" else f"{metric}/{filtered}"
+                    values.setdefault(f"{task}/{name}", []).append(float(sample[metric]))
     return values
 
 
-def _plain(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """A sample as JSON takes it."""
+def _loggable(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a sample that go to samples.jsonl."""
     keep = ("doc_id", "target", "filtered_resps", "filter", *sample.get("metrics", ()))
     return {key: sample[key] for key in keep if key in sample and _is_json(sample[key])}
 

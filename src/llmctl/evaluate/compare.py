@@ -1,4 +1,4 @@
-"""Two models on the same rows: how they differ, and how sure that is.
+"""Compare two models on the same rows.
 
 In: the rows of both. Out: differences with the 95 % interval of a pair_rows bootstrap (Efron, 1979;
 Koehn, 2004), and the share of prompts on which one is preferred.
@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.evaluate.aggregate import QUOTIENTS, Row
+from llmctl.evaluate.aggregate import QUOTIENTS
+from llmctl.evaluate.task import Row
 from llmctl.training.reward_report import wilson
 
 RESAMPLES = 10_000
@@ -21,23 +22,23 @@ AT_ONCE = 1 << 22
 def differences(
     ours: Sequence[Row], theirs: Sequence[Row], names: Sequence[str], seed: int
 ) -> dict[str, dict[str, float | None]]:
-    """Of each quotient: what it is for the one less what it is for the other, and its interval.
+    """The difference of each quotient between the models, with its interval.
 
     Args:
-        ours: rows of the one model.
-        theirs: rows of the other, on the same data in the same order.
+        ours: rows of the first model.
+        theirs: rows of the second, on the same data in the same order.
         names: of the quotients.
         seed: of the bootstrap.
     """
-    found = {}
+    results = {}
     for name in names:
-        above, below = QUOTIENTS[name]
-        parts = [
-            np.array([[above(row), below(row)] for row in rows], dtype=np.float64)
+        numerator, denominator = QUOTIENTS[name]
+        sums = [
+            np.array([[numerator(row), denominator(row)] for row in rows], dtype=np.float64)
             for rows in (ours, theirs)
         ]
-        found[name] = difference(parts[0], parts[1], seed)
-    return found
+        results[name] = difference(sums[0], sums[1], seed)
+    return results
 
 
 def difference(
@@ -46,8 +47,8 @@ def difference(
     """The difference of two quotients of sums, and its interval where there are rows to draw from.
 
     Args:
-        ours: (N, 2) numerators and denominators of the one.
-        theirs: (N, 2) of the other, row by row of the same data.
+        ours: (N, 2) numerators and denominators of the first.
+        theirs: (N, 2) of the second, row by row of the same data.
         seed: of the bootstrap.
     """
     both = np.concatenate([ours, theirs], axis=1)
@@ -56,17 +57,19 @@ def difference(
         return {"difference": float(whole), "low": None, "high": None}
     draws = np.random.default_rng(seed)
     size = max(1, AT_ONCE // len(both))
-    shares = np.full(len(both), 1 / len(both))
-    drawn = [
-        _difference(draws.multinomial(len(both), shares, min(size, RESAMPLES - start)) @ both)
+    probabilities = np.full(len(both), 1 / len(both))
+    resampled = [
+        _difference(
+            draws.multinomial(len(both), probabilities, min(size, RESAMPLES - start)) @ both
+        )
         for start in range(0, RESAMPLES, size)
     ]
-    low, high = np.nanquantile(np.concatenate(drawn), (0.025, 0.975))
+    low, high = np.nanquantile(np.concatenate(resampled), (0.025, 0.975))
     return {"difference": float(whole), "low": float(low), "high": float(high)}
 
 
 def _difference(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of (…, 4) sums: the first over the second less the third over the fourth."""
+    """Difference of quotients from sums (…, 4): first / second - third / fourth."""
     with np.errstate(invalid="ignore", divide="ignore"):
         quotients: NDArray[np.float64] = sums[..., ::2] / sums[..., 1::2]
     return quotients[..., 0] - quotients[..., 1]
@@ -74,14 +77,14 @@ def _difference(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def win_rate(ours: Sequence[Row], theirs: Sequence[Row]) -> dict[str, float]:
     """Share of the prompts whose response the reward model scores higher; a tie is half a win."""
-    pairs = [(one["reward"], other["reward"]) for one, other in zip(ours, theirs, strict=True)]
-    wins = sum(1.0 if one > other else 0.5 if one == other else 0.0 for one, other in pairs)
+    pairs = [(our["reward"], their["reward"]) for our, their in zip(ours, theirs, strict=True)]
+    wins = sum(1.0 if our > their else 0.5 if our == their else 0.0 for our, their in pairs)
     low, high = wilson(wins, len(pairs))
     return {"win_rate": wins / len(pairs), "win_rate_low": low, "win_rate_high": high}
 
 
 def sum_by_document(rows: Sequence[Row]) -> list[Row]:
-    """The parts of each document as one row."""
+    """Sum the rows of each document into one."""
     summed: dict[int, dict[str, Any]] = {}
     for row in rows:
         whole = summed.setdefault(row["document"], {"nats": 0.0, "tokens": 0, "bytes": 0})
@@ -91,9 +94,11 @@ def sum_by_document(rows: Sequence[Row]) -> list[Row]:
 
 
 def pair_rows(ours: Sequence[Row], theirs: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """RowLog that stand for the same text: documents; the parts of a single one, where they are."""
+    """Rows that stand for the same text: documents, or the parts of a single one."""
     if not ours or "document" not in ours[0]:
         return list(ours), list(theirs)
-    one, other = sum_by_document(ours), sum_by_document(theirs)
+    our_documents, their_documents = sum_by_document(ours), sum_by_document(theirs)
     same = [row["tokens"] for row in ours] == [row["tokens"] for row in theirs]
-    return (list(ours), list(theirs)) if len(one) == 1 and same else (one, other)
+    if len(our_documents) == 1 and same:
+        return list(ours), list(theirs)
+    return our_documents, their_documents

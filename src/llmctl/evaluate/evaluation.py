@@ -1,4 +1,4 @@
-"""An evaluation from end to end: what is planned, done on one model or two, and summed up."""
+"""An evaluation from end to end: prepare, compute the rows of one model or two, sum them up."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,18 +10,24 @@ from transformers import PreTrainedModel
 
 from llmctl import hardware
 from llmctl.config.commands import EvaluateConfig
-from llmctl.decode.loop import load_to_write
+from llmctl.decode.loop import load_for_generation
 from llmctl.errors import ModelError
-from llmctl.evaluate.aggregate import Row, figure_names, compute_figures, quotient_names
+from llmctl.evaluate.aggregate import compute_figures, figure_names, quotient_names
 from llmctl.evaluate.benchmarks import benchmark_task, find_tasks, task_figures, task_values
 from llmctl.evaluate.classification_task import classification_task, load_evaluated_classifier
 from llmctl.evaluate.compare import difference, differences, pair_rows, win_rate
-from llmctl.evaluate.generation_task import generation_task
-from llmctl.evaluate.task import RowLog
-from llmctl.evaluate.perplexity import perplexity_task
-from llmctl.evaluate.plan import EvaluationPlan, EvaluatedModel, identity, inspect_model, make_plan, model_inputs
 from llmctl.evaluate.figures import require_known
-from llmctl.evaluate.task import EvaluationTask, run_task
+from llmctl.evaluate.generation_task import generation_task
+from llmctl.evaluate.perplexity import perplexity_task
+from llmctl.evaluate.plan import (
+    EvaluatedModel,
+    EvaluationPlan,
+    identity,
+    inspect_model,
+    make_plan,
+    model_inputs,
+)
+from llmctl.evaluate.task import EvaluationTask, Row, RowLog, run_task
 from llmctl.models.loading import parse_dtype
 from llmctl.models.quantized import loaded_in
 from llmctl.reward.model import RewardModel, load_reward_model
@@ -29,19 +35,19 @@ from llmctl.runs.directory import Run
 from llmctl.training.model_checks import require_causal
 
 READ_AT_ONCE = 64
-"""Sequences that count when threads are chosen for perplexity_task, which is done many at a time."""
+"""Sequences that count when threads are chosen for perplexity, which takes many at a time."""
 
 
 @dataclass(frozen=True)
 class PreparedEvaluation:
-    """All that is settled before a model is loaded."""
+    """A checked evaluation, whose models are not loaded yet."""
 
     config: EvaluateConfig
     plan: EvaluationPlan | None
     """None for benchmarks."""
     manager: Any
     """Of lm-eval's tasks."""
-    subjects: dict[str, EvaluatedModel]
+    models: dict[str, EvaluatedModel]
     """`model`, and `compare` where there are two."""
     device: str
     identity: dict[str, Any]
@@ -50,48 +56,47 @@ class PreparedEvaluation:
 
 
 def prepare(config: EvaluateConfig, clock: str | None) -> PreparedEvaluation:
-    """Read and check everything but weights: all that a dry run does.
+    """Read and check everything but weights; a dry run does no more.
 
     Raises:
-        UserError: its subclasses, for what will not go.
+        UserError: and its subclasses, for data, models and settings that do not go together.
     """
     device = hardware.pick_device(config.device)
     manager = find_tasks(config) if config.tasks else None
     plan = None if config.tasks else make_plan(config, clock)
     names = {"model": config.model, **({"compare": config.compare} if config.compare else {})}
-    subjects = {side: inspect_model(config, plan, name) for side, name in names.items()}
+    models = {side: inspect_model(config, plan, name) for side, name in names.items()}
     if plan is not None:
         require_known(config.require, _names(config, plan))
     data = [] if plan is None else plan.inputs
-    found = identity(config, data)
-    return PreparedEvaluation(
-        config, plan, manager, subjects, device, found, [*model_inputs(config, found), *data]
-    )
+    run_identity = identity(config, data)
+    inputs = [*model_inputs(config, run_identity), *data]
+    return PreparedEvaluation(config, plan, manager, models, device, run_identity, inputs)
 
 
-def evaluate(found: PreparedEvaluation, rows: RowLog, run: Run | None) -> dict[str, Any]:
-    """Do what is missing, and return every figure."""
-    config, plan = found.config, found.plan
+def evaluate(prepared: PreparedEvaluation, rows: RowLog, run: Run | None) -> dict[str, Any]:
+    """Compute the rows that are missing, and return every figure."""
+    config, plan = prepared.config, prepared.plan
     sides: dict[str, list[Row]] = {}
 
     @cache
-    def judge() -> RewardModel:
+    def load_reward() -> RewardModel:
         assert config.reward_model is not None
-        return load_reward_model(config.reward_model, device=found.device)
+        return load_reward_model(config.reward_model, device=prepared.device)
 
-    for side, subject in found.subjects.items():
-        work = _work(found, side, subject, judge, run)
+    for side, evaluated in prepared.models.items():
+        task = _task(prepared, side, evaluated, load_reward, run)
         with hardware.memory_errors():
-            sides[side] = run_task(work, side, rows, subject.reference)
+            sides[side] = run_task(task, side, rows, evaluated.reference)
     result: dict[str, Any] = {"rows": len(sides["model"]), **_figures(plan, sides["model"])}
     if config.compare is not None:
         result["compare"] = {"model": config.compare, **_figures(plan, sides["compare"])}
-        result |= _compared(config, plan, sides)
+        result |= _comparison(config, plan, sides)
     return result
 
 
 def require_same_identity(began: dict[str, Any] | None, now: dict[str, Any]) -> None:
-    """Refuse to go on with a run that began as another.
+    """Refuse to resume a run that began with other settings, data or weights.
 
     Raises:
         ModelError: naming what differs.
@@ -105,74 +110,78 @@ def require_same_identity(began: dict[str, Any] | None, now: dict[str, Any]) -> 
         )
 
 
-def _work(
-    found: PreparedEvaluation,
+def _task(
+    prepared: PreparedEvaluation,
     side: str,
-    subject: EvaluatedModel,
-    judge: Callable[[], RewardModel],
+    evaluated: EvaluatedModel,
+    load_reward: Callable[[], RewardModel],
     run: Run | None,
 ) -> EvaluationTask:
-    """What is to be done on one model, which is loaded once there is something to do."""
-    config, plan = found.config, found.plan
+    """The task of one model, which is loaded once there is something to compute."""
+    config, plan = prepared.config, prepared.plan
 
     @cache
     def load() -> PreTrainedModel:
         rows = config.batch_size if plan is None or plan.generates else READ_AT_ONCE
-        model = load_to_write(
-            subject.reference, config, subject.shape, device=found.device, rows=rows
+        model = load_for_generation(
+            evaluated.reference, config, evaluated.shape, device=prepared.device, rows=rows
         )
         if loaded_in(model) == "full":  # 8 bits choose outliers by all tokens, later ones too
-            require_causal(model, int(subject.shape.get_text_config().vocab_size))
+            require_causal(model, int(evaluated.shape.get_text_config().vocab_size))
         return model
 
     @cache
-    def load_labeller_x() -> Any:
+    def load_classifier() -> Any:
         hardware.set_threads(config.threads)
-        dtype = parse_dtype(config.dtype, found.device, subject.shape.dtype)
-        return load_evaluated_classifier(subject, dtype, found.device)
+        dtype = parse_dtype(config.dtype, prepared.device, evaluated.shape.dtype)
+        return load_evaluated_classifier(evaluated, dtype, prepared.device)
 
     if plan is None:
-        return benchmark_task(config, subject, load, found.manager, run, side)
-    if subject.labels is not None:
-        return classification_task(config, plan, subject, load_labeller_x)
+        return benchmark_task(config, evaluated, load, prepared.manager, run, side)
+    if evaluated.labels is not None:
+        return classification_task(config, plan, evaluated, load_classifier)
     if plan.data.kind == "documents":
-        return perplexity_task(config, plan, subject, load)
-    return generation_task(config, plan, subject, load, judge)
+        return perplexity_task(config, plan, evaluated, load)
+    return generation_task(config, plan, evaluated, load, load_reward)
 
 
 def _names(config: EvaluateConfig, plan: EvaluationPlan) -> list[str]:
-    """Figures that gates can be set on."""
+    """Names of the figures that gates can be set on."""
     names = figure_names(plan.metrics)
-    apart = [f"difference/{name}" for name in quotient_names(plan.metrics)] if config.compare else []
+    between = (
+        [f"difference/{name}" for name in quotient_names(plan.metrics)] if config.compare else []
+    )
     wins = ["win_rate"] if config.compare and config.reward_model else []
-    return [*names, *(["cut_share"] if plan.generates else []), *apart, *wins]
+    return [*names, *(["cut_share"] if plan.generates else []), *between, *wins]
 
 
 def _figures(plan: EvaluationPlan | None, rows: list[Row]) -> dict[str, Any]:
     return task_figures(rows) if plan is None else compute_figures(rows, plan.metrics)
 
 
-def _compared(
+def _comparison(
     config: EvaluateConfig, plan: EvaluationPlan | None, sides: dict[str, list[Row]]
 ) -> dict[str, Any]:
     ours, theirs = sides["model"], sides["compare"]
     if plan is None:
-        one, other = task_values(ours), task_values(theirs)
+        our_values, their_values = task_values(ours), task_values(theirs)
         return {
             "differences": {
-                name: difference(_column(one[name]), _column(other[name]), config.seed)
-                for name in one
-                if len(one[name]) == len(other.get(name, ()))
+                name: difference(
+                    _as_quotient(values), _as_quotient(their_values[name]), config.seed
+                )
+                for name, values in our_values.items()
+                if len(values) == len(their_values.get(name, ()))
             }
         }
     names = quotient_names(plan.metrics)
     if "loss" in names and [row["tokens"] for row in ours] != [row["tokens"] for row in theirs]:
         names.remove("loss")  # by the token of different tokenizers: not to be compared
-    apart = differences(*pair_rows(ours, theirs), names, config.seed)
+    between = differences(*pair_rows(ours, theirs), names, config.seed)
     wins = win_rate(ours, theirs) if config.reward_model else {}
-    return {"differences": apart, **wins}
+    return {"differences": between, **wins}
 
 
-def _column(values: list[float]) -> Any:
-    """A figure that is a mean, as numerators and denominators."""
+def _as_quotient(values: list[float]) -> Any:
+    """Numerators and denominators (N, 2) of a mean."""
     return np.array([values, [1.0] * len(values)], dtype=np.float64).T

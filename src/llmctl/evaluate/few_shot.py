@@ -1,4 +1,4 @@
-"""How a question is put to one model: which examples stand before it, and its tokens."""
+"""Few-shot prompts: which examples stand before a prompt, and the tokens that one model gets."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,85 +14,84 @@ from llmctl.data.schemas import Message
 from llmctl.data.split import conversation_hash
 from llmctl.data.tokenized import EncodedSequence
 from llmctl.decode.loop import check_prompt
-from llmctl.decode.prompts import Encoder
+from llmctl.decode.prompts import PromptEncoder
 from llmctl.errors import DataError, ModelError
 from llmctl.evaluate.inputs import EvaluationExample
 from llmctl.models.loading import context_size
 
-BETWEEN = "\n\n"
-"""What stands between examples in plain text, and so ends a response there."""
+SEPARATOR = "\n\n"
+"""Stands between examples in plain text, and so ends a response there."""
 SYSTEM = ("system", "developer")
 
 
 @dataclass(frozen=True)
 class FewShotPrompt:
-    """A question and the examples before it."""
+    """A row to evaluate, and the examples before it."""
 
-    question: EvaluationExample
+    example: EvaluationExample
     shots: tuple[EvaluationExample, ...]
 
 
 ChooseShots = Callable[[int], list[FewShotPrompt]]
-"""The questions to evaluate, with so many examples each."""
+"""The rows to evaluate, with so many examples each."""
 
 
 def choose_shots(
-    questions: Sequence[EvaluationExample], others: Sequence[EvaluationExample] | None, count: int, seed: int
+    examples: Sequence[EvaluationExample],
+    shots_data: Sequence[EvaluationExample] | None,
+    count: int,
+    seed: int,
 ) -> list[FewShotPrompt]:
-    """The questions to evaluate, each with `count` examples that do not ask what it asks.
+    """Give each row to evaluate `count` examples, none of which has the same prompt.
 
     Args:
-        questions: all rows.
-        others: rows to take the examples from; None takes them from `questions`, and out of what is
-            evaluated.
-        count: examples for each.
+        examples: all rows.
+        shots_data: rows to take the examples from; None takes them from `examples`, and out of what
+            is evaluated.
+        count: examples for each row.
         seed: chooses them.
 
     Raises:
         DataError: too few rows.
     """
     if not count:
-        return [FewShotPrompt(question, ()) for question in questions]
-    pool = list(questions if others is None else others)
+        return [FewShotPrompt(example, ()) for example in examples]
+    pool = list(examples if shots_data is None else shots_data)
     order = np.random.default_rng(seed).permutation(len(pool))
-    if others is not None:
-        drawn = [pool[number] for number in order]
-        return [FewShotPrompt(question, _first_others(drawn, question, count)) for question in questions]
-    shots = tuple(pool[number] for number in order[:count])
-    taken = {_key(shot) for shot in shots}
-    rest = [question for question in questions if _key(question) not in taken]
+    if shots_data is not None:
+        shuffled = [pool[index] for index in order]
+        return [FewShotPrompt(row, _first_others(shuffled, row, count)) for row in examples]
+    shots = tuple(pool[index] for index in order[:count])
+    hashes = {conversation_hash(shot.messages) for shot in shots}
+    rest = [row for row in examples if conversation_hash(row.messages) not in hashes]
     if len(shots) < count or not rest:
         raise DataError(
             f"--shots {count}: there are only {len(pool):,} rows, and one at least must be left "
             "to evaluate",
             file=pool[0].place,
         )
-    return [FewShotPrompt(question, shots) for question in rest]
+    return [FewShotPrompt(row, shots) for row in rest]
 
 
 def _first_others(
-    drawn: Sequence[EvaluationExample], question: EvaluationExample, count: int
+    shuffled: Sequence[EvaluationExample], row: EvaluationExample, count: int
 ) -> tuple[EvaluationExample, ...]:
-    mine, found = _key(question), list[EvaluationExample]()
-    for shot in drawn:
-        if len(found) < count and _key(shot) != mine:
-            found.append(shot)
-    if len(found) < count:
+    own_hash, shots = conversation_hash(row.messages), list[EvaluationExample]()
+    for shot in shuffled:
+        if len(shots) < count and conversation_hash(shot.messages) != own_hash:
+            shots.append(shot)
+    if len(shots) < count:
         raise DataError(
-            f"--shots {count}: --shots-data has only {len(found):,} rows other than this one",
-            file=question.place,
-            line=question.line,
+            f"--shots {count}: --shots-data has only {len(shots):,} rows other than this one",
+            file=row.place,
+            line=row.line,
         )
-    return tuple(found)
-
-
-def _key(question: EvaluationExample) -> int:
-    return conversation_hash(question.messages)
+    return tuple(shots)
 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """One tokenizer's way to put questions."""
+    """How prompts and their examples are written for one model."""
 
     tokenizer: PreTrainedTokenizerBase
     shape: PreTrainedConfig
@@ -100,66 +99,67 @@ class PromptFormat:
     """Through the chat template, examples as earlier turns; else as text, with lines between."""
     system: str | None
     clock: str | None
-    """What time it is for templates that write the date."""
+    """The time for templates that write the date."""
 
     @cached_property
     def _format(self) -> ResponseFormat:
         return ResponseFormat(self.tokenizer, self.shape, self.clock)
 
-    def prompt(self, asked: FewShotPrompt) -> list[int]:
-        """Tokens up to where the response begins.
+    def encode_prompt(self, prompt: FewShotPrompt) -> list[int]:
+        """Encode up to where the response begins.
 
         Raises:
             ModelError: the chat template refuses the messages, or there is none for a conversation.
         """
+        row = prompt.example
         if self.chat:
-            return self._format.chat.encode_prompt(self.messages(asked), asked.question.tools)
-        shots = [(shot.text, shot.reference or "") for shot in asked.shots]
-        ask = PromptExample(self._single(asked.question), asked.question.name)
-        return Encoder(self.tokenizer, shots=shots).encode(ask)
+            return self._format.chat.encode_prompt(self.messages(prompt), row.tools)
+        text = PromptExample(self._as_text(row), row.name)
+        return self._text_encoder(prompt).encode(text)
 
-    def reply(self, asked: FewShotPrompt) -> EncodedSequence:
-        """The question and its reference, which is what is trained on in them."""
-        reference = asked.question.reference or ""
+    def encode_with_reference(self, prompt: FewShotPrompt) -> EncodedSequence:
+        """Encode the prompt and its reference, which is marked as trained on."""
+        row, reference = prompt.example, prompt.example.reference or ""
         if self.chat:
-            messages = self.messages(asked)
-            said = {"role": "assistant", "content": reference}
-            return self._format.encode_conversation(
-                [*messages, said], len(messages), asked.question.tools
-            )
-        shots = [(shot.text, shot.reference or "") for shot in asked.shots]
-        text = Encoder(self.tokenizer, shots=shots).text(self._single(asked.question))
-        between = "" if text[-1:].isspace() or reference[:1].isspace() else " "
-        return self._format.encode_text(text, between + reference)
+            messages = self.messages(prompt)
+            response = {"role": "assistant", "content": reference}
+            return self._format.encode_conversation([*messages, response], len(messages), row.tools)
+        text = self._text_encoder(prompt).text(self._as_text(row))
+        space = "" if text[-1:].isspace() or reference[:1].isspace() else " "
+        return self._format.encode_text(text, space + reference)
 
-    def shortened(self, encoded: EncodedSequence, most: int) -> EncodedSequence | None:
-        """A reply of so many tokens at most, cut at its beginning; None where that is not enough.
+    def truncate(self, encoded: EncodedSequence, limit: int) -> EncodedSequence | None:
+        """Cut the prompt's beginning until so many tokens are left; None where that is too little.
 
         What follows the reference's end is left out.
         """
-        end = _end(encoded)
+        end = _reference_end(encoded)
         whole = EncodedSequence(encoded.tokens[:end], encoded.trained[:end], encoded.ends)
-        return self._format.truncate_prompt(whole, end - most) if end > most else whole
+        return self._format.truncate_prompt(whole, end - limit) if end > limit else whole
 
-    def messages(self, asked: FewShotPrompt) -> list[Message]:
-        """The conversation: system message, examples, question."""
-        system, own = self._parted(asked.question)
+    def messages(self, prompt: FewShotPrompt) -> list[Message]:
+        """The conversation: system message, examples, prompt."""
+        system, own = self._split_system(prompt.example)
         turns: list[Message] = []
-        for shot in asked.shots:
-            said = {"role": "assistant", "content": shot.reference or ""}
-            turns += [*(m for m in shot.messages if m["role"] not in SYSTEM), said]
+        for shot in prompt.shots:
+            response = {"role": "assistant", "content": shot.reference or ""}
+            turns += [*(m for m in shot.messages if m["role"] not in SYSTEM), response]
         return [*system, *turns, *own]
 
-    def _single(self, question: EvaluationExample) -> str:
-        """The one text of a question, after the system message where there is one.
+    def _text_encoder(self, prompt: FewShotPrompt) -> PromptEncoder:
+        shots = [(shot.text, shot.reference or "") for shot in prompt.shots]
+        return PromptEncoder(self.tokenizer, shots=shots)
+
+    def _as_text(self, row: EvaluationExample) -> str:
+        """A prompt's one text, after the system message where there is one.
 
         Raises:
             ModelError: it is a conversation, which needs a chat template.
         """
-        system, said = self._parted(question)
-        if len(said) > 1:
+        system, turns = self._split_system(row)
+        if len(turns) > 1:
             raise ModelError(
-                f"{question.name} is a conversation, and "
+                f"{row.name} is a conversation, and "
                 + (
                     "--plain puts single texts"
                     if self.tokenizer.chat_template
@@ -167,73 +167,78 @@ class PromptFormat:
                 ),
                 hint="use rows of one prompt and one response, or a model with a chat template",
             )
-        return BETWEEN.join(str(message["content"]) for message in (*system, *said))
+        return SEPARATOR.join(str(message["content"]) for message in (*system, *turns))
 
-    def _parted(self, question: EvaluationExample) -> tuple[list[Message], list[Message]]:
+    def _split_system(self, row: EvaluationExample) -> tuple[list[Message], list[Message]]:
         """System messages, those of the command line in place of the row's; and all others."""
-        system = [m for m in question.messages if m["role"] in SYSTEM]
+        system = [m for m in row.messages if m["role"] in SYSTEM]
         if self.system is not None:
             system = [{"role": "system", "content": self.system}]
-        return system, [m for m in question.messages if m["role"] not in SYSTEM]
+        return system, [m for m in row.messages if m["role"] not in SYSTEM]
 
 
-def require_room_to_answer(asking: PromptFormat, choose: ChooseShots, shots: int, new_tokens: int) -> None:
+def require_room_to_answer(
+    prompt_format: PromptFormat, choose: ChooseShots, shots: int, new_tokens: int
+) -> None:
     """Refuse prompts that leave no room to answer, and examples that do not fit.
 
     Args:
-        asking: how questions are put.
-        choose: the questions with so many examples each.
-        shots: examples that are wanted.
+        prompt_format: encodes them.
+        choose: the prompts with so many examples each.
+        shots: examples wanted.
         new_tokens: that a response may take.
 
     Raises:
         DataError: with the number of examples that do.
     """
-    context, asked = context_size(asking.shape), choose(shots)
-    tightest, length = asked[0], 0
-    for one in asked:
-        tokens = asking.prompt(one)
+    shape, prompts = prompt_format.shape, choose(shots)
+    context = context_size(shape)
+    longest, length = prompts[0].example, 0
+    for prompt in prompts:
+        tokens = prompt_format.encode_prompt(prompt)
         if not shots:
-            check_prompt(tokens, asking.shape, one.question.name)
+            check_prompt(tokens, shape, prompt.example.name)
         if len(tokens) > length:
-            tightest, length = one, len(tokens)
+            longest, length = prompt.example, len(tokens)
     if context is None or length + new_tokens <= context:
         return
     if not shots:
         log.warning(
-            "%s: the context has room for %d new tokens only",
-            *(tightest.question.name, context - length),
+            "%s: the context has room for %d new tokens only", longest.name, context - length
         )
         return
     raise DataError(
         f"--shots {shots} do not fit: {length:,} tokens and {new_tokens:,} new ones are more than "
         f"the model's context of {context:,}",
-        file=tightest.question.place,
-        line=tightest.question.line,
-        hint=_fitting(
+        file=longest.place,
+        line=longest.line,
+        hint=_fewer_shots(
             choose,
             shots,
-            lambda one: len(asking.prompt(one)) + new_tokens <= context,
+            lambda prompt: len(prompt_format.encode_prompt(prompt)) + new_tokens <= context,
             "a smaller --max-new-tokens",
         ),
     )
 
 
-def require_whole_references(asking: PromptFormat, choose: ChooseShots, shots: int, context: int) -> None:
+def require_whole_references(
+    prompt_format: PromptFormat, choose: ChooseShots, shots: int, context: int
+) -> None:
     """Refuse examples that would be cut off where references are read after them.
 
     Args:
-        asking: how questions are put.
-        choose: the questions with so many examples each.
-        shots: examples that are wanted.
+        prompt_format: encodes them.
+        choose: the prompts with so many examples each.
+        shots: examples wanted.
         context: tokens that are read at a time.
 
     Raises:
         DataError: with the number of examples that fit.
     """
 
-    def length(one: FewShotPrompt) -> int:
-        return _end(asking.reply(one)) - 1  # the last token is predicted, and not read
+    def length(prompt: FewShotPrompt) -> int:
+        encoded = prompt_format.encode_with_reference(prompt)
+        return _reference_end(encoded) - 1  # the last token is predicted, and not read
 
     longest = max(choose(shots), key=length)
     if length(longest) <= context:
@@ -241,19 +246,24 @@ def require_whole_references(asking: PromptFormat, choose: ChooseShots, shots: i
     raise DataError(
         f"--shots {shots} do not fit: with its reference the question takes "
         f"{length(longest):,} tokens, and {context:,} are read at a time",
-        file=longest.question.place,
-        line=longest.question.line,
-        hint=_fitting(choose, shots, lambda one: length(one) <= context, "a larger --context"),
+        file=longest.example.place,
+        line=longest.example.line,
+        hint=_fewer_shots(
+            choose, shots, lambda prompt: length(prompt) <= context, "a larger --context"
+        ),
     )
 
 
-def _end(encoded: EncodedSequence) -> int:
-    """Tokens up to the last that counts."""
+def _reference_end(encoded: EncodedSequence) -> int:
+    """Tokens up to the reference's last."""
     return max((k + 1 for k, counts in enumerate(encoded.trained) if counts), default=0)
 
 
-def _fitting(choose: ChooseShots, shots: int, fits: Callable[[FewShotPrompt], bool], other: str) -> str:
+def _fewer_shots(
+    choose: ChooseShots, shots: int, fits: Callable[[FewShotPrompt], bool], remedy: str
+) -> str:
+    """A hint with the largest number of examples that fits."""
     for count in range(shots - 1, -1, -1):
         if all(map(fits, choose(count))):
-            return f"{count} fit: --shots {count}, or {other}"
-    return f"not even 0 fit: use {other}, or a model of longer context"
+            return f"{count} fit: --shots {count}, or {remedy}"
+    return f"not even 0 fit: use {remedy}, or a model of longer context"

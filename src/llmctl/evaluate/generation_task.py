@@ -1,4 +1,4 @@
-"""Answers to questions: written, scored against their references and by a reward model."""
+"""Responses to prompts: generated, scored against their references and by a reward model."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,120 +8,120 @@ from transformers import PreTrainedModel
 from llmctl.config.commands import EvaluateConfig
 from llmctl.decode.loop import Prompt, Response, decode
 from llmctl.errors import DataError
-from llmctl.evaluate.few_shot import BETWEEN, FewShotPrompt, PromptFormat
-from llmctl.evaluate.task import Row
+from llmctl.evaluate.few_shot import SEPARATOR, FewShotPrompt, PromptFormat
 from llmctl.evaluate.perplexity import Window, window_nats
-from llmctl.evaluate.plan import EvaluationPlan, EvaluatedModel
-from llmctl.evaluate.task import EvaluationTask
+from llmctl.evaluate.plan import EvaluatedModel, EvaluationPlan
+from llmctl.evaluate.task import EvaluationTask, Row
 from llmctl.models.loading import stop_tokens
-from llmctl.reward.model import Exchange, RewardModel
+from llmctl.reward.model import PromptResponse, RewardModel
 
 
 def generation_task(
     config: EvaluateConfig,
     plan: EvaluationPlan,
-    subject: EvaluatedModel,
+    evaluated: EvaluatedModel,
     load: Callable[[], PreTrainedModel],
-    judge: Callable[[], RewardModel],
+    load_reward: Callable[[], RewardModel],
 ) -> EvaluationTask:
-    """The work of asking a model every question."""
-    asking = subject.asking(config, plan.clock)
+    """The task of answering every prompt."""
+    prompt_format = evaluated.prompt_format(config, plan.clock)
 
     def compute(units: range) -> list[Row]:
-        some, model = [plan.asked[number] for number in units], load()
-        rows: list[dict[str, Any]] = [_asked(one) for one in some]
+        prompts, model = [plan.prompts[number] for number in units], load()
+        rows = [prompt.example.as_row() for prompt in prompts]
         if "perplexity" in plan.metrics:
-            costs = _costs(config, subject, asking, model, some)
+            context, _ = evaluated.context_and_stride(config)
+            costs = _reference_nats(prompt_format, model, prompts, context)
             rows = [row | cost for row, cost in zip(rows, costs, strict=True)]
         if plan.generates:
-            written = _write(config, subject, asking, model, some, units.start)
-            for row, response in zip(rows, written, strict=True):
+            responses = _generate(config, evaluated, prompt_format, model, prompts, units.start)
+            for row, response in zip(rows, responses, strict=True):
                 row |= {"response": response.text, "finish_reason": response.finish_reason}
                 row |= plan.scorer.score(response.text, row["reference"] or "")
         if "reward" in plan.metrics:
-            _reward(judge(), some, rows)
+            _add_rewards(load_reward(), prompts, rows)
         return rows
 
-    return EvaluationTask(len(plan.asked), config.batch_size, compute)
+    return EvaluationTask(len(plan.prompts), config.batch_size, compute)
 
 
-def _asked(one: FewShotPrompt) -> dict[str, Any]:
-    question = one.question
-    return {
-        "place": question.place,
-        "line": question.line,
-        "prompt": question.text,
-        "reference": question.reference,
-    }
-
-
-def _write(
+def _generate(
     config: EvaluateConfig,
-    subject: EvaluatedModel,
-    asking: PromptFormat,
+    evaluated: EvaluatedModel,
+    prompt_format: PromptFormat,
     model: PreTrainedModel,
-    some: Sequence[FewShotPrompt],
+    prompts: Sequence[FewShotPrompt],
     first: int,
 ) -> list[Response]:
-    """A response to each question; its noise is that of its number."""
-    prompts = [Prompt(asking.prompt(one), first + place) for place, one in enumerate(some)]
+    """A response to each prompt; the sampling stream is the prompt's number among all."""
+    encoded = [
+        Prompt(prompt_format.encode_prompt(prompt), number)
+        for number, prompt in enumerate(prompts, start=first)
+    ]
     sampling = config
-    if not asking.chat and some[0].shots and not config.stop:
-        sampling = config.model_copy(update={"stop": [BETWEEN]})
+    if not prompt_format.chat and prompts[0].shots and not config.stop:
+        sampling = config.model_copy(update={"stop": [SEPARATOR]})
     responses = decode(
         model,
-        prompts,
+        encoded,
         sampling,
-        eos=stop_tokens(model, subject.tokenizer),
+        eos=stop_tokens(model, evaluated.tokenizer),
         seed=config.seed,
         batch_size=config.batch_size,
-        tokenizer=subject.tokenizer,
+        tokenizer=evaluated.tokenizer,
     )
     return sorted(responses, key=lambda response: response.index)
 
 
-def _costs(
-    config: EvaluateConfig,
-    subject: EvaluatedModel,
-    asking: PromptFormat,
+def _reference_nats(
+    prompt_format: PromptFormat,
     model: PreTrainedModel,
-    some: Sequence[FewShotPrompt],
-) -> list[dict[str, Any]]:
-    """What each reference costs the model as a response, with the token that ends it."""
-    context, _ = subject.window(config)
-    windows = [_reply(asking, one, context) for one in some]
+    prompts: Sequence[FewShotPrompt],
+    context: int,
+) -> list[Row]:
+    """Nats, tokens and bytes of each reference after its prompt, with the token that ends it."""
+    windows = [_reference_window(prompt_format, prompt, context) for prompt in prompts]
     return [
         {
             "nats": nats,
             "tokens": window.scored,
-            "bytes": len((one.question.reference or "").encode()),
+            "bytes": len((prompt.example.reference or "").encode()),
         }
-        for one, window, nats in zip(some, windows, window_nats(model, windows), strict=True)
+        for prompt, window, nats in zip(prompts, windows, window_nats(model, windows), strict=True)
     ]
 
 
-def _reply(asking: PromptFormat, one: FewShotPrompt, context: int) -> Window:
+def _reference_window(prompt_format: PromptFormat, prompt: FewShotPrompt, context: int) -> Window:
     """The reference after its prompt, which loses its beginning where both are too long.
 
     Raises:
         DataError: the reference does not fit by itself.
     """
-    found = asking.shortened(asking.reply(one), context + 1)
-    if found is None:
+    encoded = prompt_format.encode_with_reference(prompt)
+    truncated = prompt_format.truncate(encoded, context + 1)
+    if truncated is None:
         raise DataError(
             f"the reference has more tokens than the context of {context:,}",
-            file=one.question.place,
-            line=one.question.line,
+            file=prompt.example.place,
+            line=prompt.example.line,
         )
-    return Window(tuple(found.tokens), found.trained.index(True))
+    return Window(tuple(truncated.tokens), truncated.trained.index(True))
 
 
-def _reward(judge: RewardModel, some: Sequence[FewShotPrompt], rows: Sequence[dict[str, Any]]) -> None:
-    """Have a reward model score the responses, without the examples before the questions."""
-    exchanges = []
-    for one, row in zip(some, rows, strict=True):
-        single = len(one.question.messages) == 1 and not judge.has_turns
-        prompt: Any = one.question.text if single else list(one.question.messages)
-        exchanges.append(Exchange(prompt, row["response"], row["finish_reason"] != "length"))
-    for row, score in zip(rows, judge.score(exchanges).tolist(), strict=True):
+def _add_rewards(
+    reward_model: RewardModel, prompts: Sequence[FewShotPrompt], rows: Sequence[dict[str, Any]]
+) -> None:
+    """Score the responses with a reward model, without the few-shot examples."""
+    samples = []
+    for prompt, row in zip(prompts, rows, strict=True):
+        messages = list(prompt.example.messages)
+        is_text = len(messages) == 1 and not reward_model.has_turns
+        samples.append(
+            PromptResponse(
+                prompt.example.text if is_text else messages,
+                row["response"],
+                row["finish_reason"] != "length",
+            )
+        )
+    for row, score in zip(rows, reward_model.score(samples).tolist(), strict=True):
         row["reward"] = score

@@ -1,4 +1,4 @@
-"""Measure how likely a model finds texts: documents in, windows, nats and perplexity out.
+"""Perplexity: documents in; windows over them, and the nats that a model spends on each, out.
 
 A long document is read in windows that overlap, so that every token but a document's first is
 predicted once, with some of the text before it. No window spans two documents. An evaluation reads
@@ -19,21 +19,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmctl.config.commands import EvaluateConfig
 from llmctl.errors import DataError, ModelError
 from llmctl.evaluate.inputs import Document
-from llmctl.evaluate.task import Row
-from llmctl.evaluate.plan import EvaluationPlan, EvaluatedModel
-from llmctl.evaluate.task import EvaluationTask
+from llmctl.evaluate.plan import EvaluatedModel, EvaluationPlan
+from llmctl.evaluate.task import EvaluationTask, Row
 
-MOST_NATS = 700
-"""A token: e to more than this is no float."""
+MAX_LOSS = 700
+"""Nats per token: e to more than this overflows a float."""
 BATCH_TOKENS = 1 << 14
 """Tokens of one forward pass at most, but for a single window."""
 BATCH_LOGITS = 1 << 26
 """Logits of one forward pass at most: 256 MiB of float32."""
 
 PART = 32
-"""Windows of a row: a long document is done in parts, which a run can continue between."""
+"""Windows of a row: a long document has several, between which a run can resume."""
 AT_ONCE = 16
-"""Parts that are measured together."""
+"""Rows that are computed together."""
 
 
 @dataclass(frozen=True)
@@ -46,40 +45,14 @@ class Window:
 
     @property
     def scored(self) -> int:
-        """How many tokens are predicted."""
+        """Number of tokens that are predicted."""
         return len(self.tokens) - self.scored_from
-
-
-@dataclass(frozen=True)
-class Likelihood:
-    """What a text cost a model."""
-
-    nats: float
-    """Sum of -log p over the tokens that were predicted."""
-    tokens: int
-    bytes: int
-    """UTF-8 bytes of the text."""
-
-    @property
-    def loss(self) -> float:
-        """Nats per token."""
-        return self.nats / self.tokens
-
-    @property
-    def perplexity(self) -> float:
-        """The exponential of the loss."""
-        return math.exp(min(self.loss, MOST_NATS))
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Bits per byte of text, which models of different tokenizers have in common."""
-        return self.nats / math.log(2) / self.bytes
 
 
 def encode_documents(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, end: bool = True
 ) -> list[list[int]]:
-    """Tokens of documents, framed as in pretraining.
+    """Encode documents with BOS and EOS as in pretraining.
 
     A document begins with what the tokenizer puts before every text, such as BOS, or else with
     the EOS that ends the document before it, so that its first word is predicted, too. Text that
@@ -91,10 +64,10 @@ def encode_documents(
         end: put EOS after it, which is then predicted as in pretraining.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    whole = list(texts)
-    rows = tokenizer(whole, split_special_tokens=True)["input_ids"] if whole else []
-    frame = tokenizer("")["input_ids"]
-    prefixed, suffixed = bool(frame) and frame != [eos], frame[-1:] == [eos]
+    batch = list(texts)
+    rows = tokenizer(batch, split_special_tokens=True)["input_ids"] if batch else []
+    empty = tokenizer("")["input_ids"]
+    prefixed, suffixed = bool(empty) and empty != [eos], empty[-1:] == [eos]
     documents = []
     for row in rows:
         body = [int(token) for token in (row[:-1] if suffixed else row)]
@@ -106,7 +79,7 @@ def encode_documents(
 def make_windows(
     documents: Iterable[Sequence[int]], *, context: int, stride: int | None = None
 ) -> list[Window]:
-    """Windows over documents: each token but a document's first is scored exactly once.
+    """Cut documents into windows: each token but a document's first is scored exactly once.
 
     A model reads at most `context` tokens at a time. A window begins `stride` tokens after the one
     before it and scores what that one did not reach; half the context by default, so that all but
@@ -142,7 +115,8 @@ def window_logits(model: PreTrainedModel, windows: Sequence[Window]) -> tuple[Te
         ModelError: a token that the model does not have.
     """
     parts = [_forward(model, batch) for batch in batched(model, windows)]
-    return torch.cat([logits for logits, _ in parts]), torch.cat([found for _, found in parts])
+    logits, targets = zip(*parts, strict=True)
+    return torch.cat(logits), torch.cat(targets)
 
 
 def window_nats(model: PreTrainedModel, windows: Sequence[Window]) -> list[float]:
@@ -151,35 +125,25 @@ def window_nats(model: PreTrainedModel, windows: Sequence[Window]) -> list[float
     Raises:
         ModelError: a token that the model does not have.
     """
-    order = sorted(range(len(windows)), key=lambda place: len(windows[place].tokens))
+    order = sorted(range(len(windows)), key=lambda index: len(windows[index].tokens))
     nats = [0.0] * len(windows)
-    places = iter(order)
-    for batch in batched(model, [windows[place] for place in order]):
+    indices = iter(order)
+    for batch in batched(model, [windows[index] for index in order]):
         logits, targets = _forward(model, batch)
-        each = cross_entropy(logits, targets, reduction="none").cpu().double()
-        parts = torch.split(each, [window.scored for window in batch])
+        losses = cross_entropy(logits, targets, reduction="none").cpu().double()
+        parts = torch.split(losses, [window.scored for window in batch])
         for part in parts:
-            nats[next(places)] = float(part.sum())
+            nats[next(indices)] = float(part.sum())
     return nats
 
 
-def measure(model: PreTrainedModel, windows: Sequence[Window], *, bytes: int) -> Likelihood:
-    """The likelihood of the text that the windows stand for.
-
-    Args:
-        model: a causal language model in eval mode.
-        windows: of one or many documents.
-        bytes: UTF-8 bytes of their text.
-
-    Raises:
-        ModelError: a token that the model does not have.
-    """
-    nats = math.fsum(window_nats(model, windows))
-    return Likelihood(nats, sum(window.scored for window in windows), bytes)
+def perplexity_of(loss: float) -> float:
+    """The exponential of a loss in nats per token."""
+    return math.exp(min(loss, MAX_LOSS))
 
 
 def batched(model: PreTrainedModel, windows: Sequence[Window]) -> Iterator[list[Window]]:
-    """The windows in batches whose logits fit the memory, one at least in each."""
+    """Batch the windows so that their logits fit the memory, one at least in each."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     limit = min(BATCH_TOKENS, max(1, BATCH_LOGITS // vocabulary))
     batch: list[Window] = []
@@ -210,7 +174,9 @@ def _forward(model: PreTrainedModel, batch: Sequence[Window]) -> tuple[Tensor, T
     rows = [[*window.tokens[:-1], *[0] * (length + 1 - len(window.tokens))] for window in batch]
     kept = length + 1 - min(window.scored_from for window in batch)
     output = model(
-        input_ids=torch.tensor(rows, device=model.device), use_cache=False, **_keeping(model, kept)
+        input_ids=torch.tensor(rows, device=model.device),
+        use_cache=False,
+        **_logits_to_keep(model, kept),
     )
     first = length - kept
     logits = output.logits[:, -kept:]
@@ -222,7 +188,7 @@ def _forward(model: PreTrainedModel, batch: Sequence[Window]) -> tuple[Tensor, T
     return torch.cat(scored).float(), torch.tensor(targets, device=model.device)
 
 
-def _keeping(model: Any, kept: int) -> dict[str, int]:
+def _logits_to_keep(model: Any, kept: int) -> dict[str, int]:
     """Have only the last logits computed, where a model can."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     can = "logits_to_keep" in signature(type(inner).forward).parameters
@@ -238,17 +204,20 @@ class _Part(NamedTuple):
 
 
 def perplexity_task(
-    config: EvaluateConfig, plan: EvaluationPlan, subject: EvaluatedModel, load: Callable[[], PreTrainedModel]
+    config: EvaluateConfig,
+    plan: EvaluationPlan,
+    evaluated: EvaluatedModel,
+    load: Callable[[], PreTrainedModel],
 ) -> EvaluationTask:
-    """The work of measuring how likely a model finds documents.
+    """The task of measuring the perplexity of documents.
 
     Raises:
         DataError: a document of no tokens.
     """
     documents = plan.data.documents[: config.limit]
-    context, stride = subject.window(config)
+    context, stride = evaluated.context_and_stride(config)
     texts = [document.text for document in documents]
-    encoded = encode_documents(subject.tokenizer, texts, end=config.end)
+    encoded = encode_documents(evaluated.tokenizer, texts, end=config.end)
     parts = [
         part
         for number, (document, tokens) in enumerate(zip(documents, encoded, strict=True))
@@ -256,28 +225,28 @@ def perplexity_task(
     ]
 
     def compute(units: range) -> list[Row]:
-        some = [parts[number] for number in units]
-        nats = iter(window_nats(load(), [window for part in some for window in part.windows]))
+        chosen = [parts[number] for number in units]
+        nats = iter(window_nats(load(), [window for part in chosen for window in part.windows]))
         return [
             _row(documents[part.document], part, [next(nats) for _ in part.windows])
-            for part in some
+            for part in chosen
         ]
 
     return EvaluationTask(len(parts), AT_ONCE, compute)
 
 
 def _parts(number: int, document: Document, windows: list[Window]) -> list[_Part]:
-    """A document's windows, and its bytes shared out among them by tokens."""
+    """A document's windows in parts, with its bytes divided among them by tokens."""
     if not windows:
         raise DataError("a text of no tokens", file=document.place, line=document.line)
     size, total = len(document.text.encode()), sum(window.scored for window in windows)
-    parts, done, given = [], 0, 0
+    parts, tokens_done, bytes_done = [], 0, 0
     for start in range(0, len(windows), PART):
-        some = windows[start : start + PART]
-        done += sum(window.scored for window in some)
-        share = size * done // total - given
-        given += share
-        parts.append(_Part(number, some, share))
+        chosen = windows[start : start + PART]
+        tokens_done += sum(window.scored for window in chosen)
+        share = size * tokens_done // total - bytes_done
+        bytes_done += share
+        parts.append(_Part(number, chosen, share))
     return parts
 
 

@@ -1,6 +1,6 @@
-"""What an evaluation will do: data read, examples chosen, metrics settled, models looked at.
+"""Plan an evaluation: a config in; data, few-shot prompts, metrics and inspected models out.
 
-All of it is known before any weight is loaded, so that a refusal costs seconds.
+No weights are loaded, so that a refusal costs seconds.
 """
 
 from dataclasses import dataclass
@@ -11,17 +11,23 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from llmctl.config.commands import EvaluateConfig
 from llmctl.config.commands.evaluate import GENERATED
-from llmctl.data.classification import listed
+from llmctl.data.classification import list_labels
 from llmctl.errors import DataError, ModelError, UserError
 from llmctl.evaluate.few_shot import (
+    ChooseShots,
     FewShotPrompt,
     PromptFormat,
-    ChooseShots,
     choose_shots,
     require_room_to_answer,
     require_whole_references,
 )
-from llmctl.evaluate.inputs import EvaluationData, Kind, EvaluationExample, read_data, read_questions
+from llmctl.evaluate.inputs import (
+    EvaluationData,
+    EvaluationExample,
+    Kind,
+    read_data,
+    read_references,
+)
 from llmctl.evaluate.scorers import ANSWER_METRICS, Scorer, make_scorer
 from llmctl.models import hub
 from llmctl.models.adapters import is_adapter, weights_sha256
@@ -45,10 +51,9 @@ class EvaluationPlan:
     """The data, and what is measured on them."""
 
     data: EvaluationData
-    asked: list[FewShotPrompt]
-    """Questions with the examples before them."""
+    prompts: list[FewShotPrompt]
     choose: ChooseShots
-    """The same with another number of examples."""
+    """Gives the prompts with another number of examples."""
     metrics: tuple[str, ...]
     scorer: Scorer
     inputs: list[dict[str, Any]]
@@ -63,32 +68,32 @@ class EvaluationPlan:
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model to judge, not loaded yet."""
+    """A model to evaluate, not loaded yet."""
 
     reference: str
     shape: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     labels: tuple[str, ...] | None
-    """Those of a classifier."""
+    """Of a classifier; None for a language model."""
     virtual_tokens: int
     """Positions that an adapter's learned prompt takes."""
 
-    def asking(self, config: EvaluateConfig, clock: str | None) -> PromptFormat:
-        """How questions are put to it."""
+    def prompt_format(self, config: EvaluateConfig, clock: str | None) -> PromptFormat:
+        """How prompts are written for it."""
         chat = self.tokenizer.chat_template is not None and not config.plain
         return PromptFormat(self.tokenizer, self.shape, chat, config.system, clock)
 
-    def window(self, config: EvaluateConfig) -> tuple[int, int]:
-        """Tokens that it reads at a time, and from one window to the next.
+    def context_and_stride(self, config: EvaluateConfig) -> tuple[int, int]:
+        """Tokens of a window, and from one window to the next.
 
         Raises:
             UserError: more than it has positions for.
         """
-        there = context_size(self.shape)
-        there = there and there - self.virtual_tokens
-        if config.context and there and config.context > there:
-            raise UserError(f"--context {config.context:,}: the model has {there:,} positions")
-        context = config.context or min(there or MOST_CONTEXT, MOST_CONTEXT)
+        positions = context_size(self.shape)
+        positions = positions and positions - self.virtual_tokens
+        if config.context and positions and config.context > positions:
+            raise UserError(f"--context {config.context:,}: the model has {positions:,} positions")
+        context = config.context or min(positions or MOST_CONTEXT, MOST_CONTEXT)
         stride = config.stride or max(1, context // 2)
         if stride > context:
             raise UserError(f"--stride {stride:,}: more than the context of {context:,}")
@@ -106,25 +111,28 @@ def make_plan(config: EvaluateConfig, clock: str | None) -> EvaluationPlan:
     data = read_data(config)
     metrics = tuple(config.metrics) or (() if config.reward_model else DEFAULTS[data.kind])
     _require_used(config, data.kind, metrics)
-    others: list[EvaluationExample] | None = None
-    more: list[dict[str, Any]] = []
+    shots_data: list[EvaluationExample] | None = None
+    shots_inputs: list[dict[str, Any]] = []
     if config.shots_data:
         task: Literal["classify", "chat"] = "classify" if data.kind == "labels" else "chat"
-        others, more = read_questions(config.shots_data, config, task, ["--shots"], "shots")
+        shots_data, shots_inputs = read_references(
+            config.shots_data, config, task, ["--shots"], "shots"
+        )
 
     def choose(count: int) -> list[FewShotPrompt]:
-        return choose_shots(data.questions, others, count, config.seed)[: config.limit]
+        return choose_shots(data.examples, shots_data, count, config.seed)[: config.limit]
 
-    asked = choose(config.shots or 0)
-    settled = config.model_copy(update={"metrics": list(metrics)})
-    scorer = make_scorer(settled, [one.question for one in asked])
+    prompts = choose(config.shots or 0)
+    scorer = make_scorer(config, metrics, [prompt.example for prompt in prompts])
     if config.reward_model:
         metrics += ("reward",)
-    return EvaluationPlan(data, asked, choose, metrics, scorer, [*data.inputs, *more], clock)
+    return EvaluationPlan(
+        data, prompts, choose, metrics, scorer, [*data.inputs, *shots_inputs], clock
+    )
 
 
 def _require_used(config: EvaluateConfig, kind: Kind, metrics: tuple[str, ...]) -> None:
-    """Refuse what was given and would change nothing.
+    """Refuse flags that would change nothing.
 
     Raises:
         UserError: naming what it goes with.
@@ -142,14 +150,16 @@ def _require_used(config: EvaluateConfig, kind: Kind, metrics: tuple[str, ...]) 
     }
     for name, wanted in needs.items():
         if name in given and not set(wanted) & set(metrics):
-            raise UserError(f"{config.flag(name)} goes with --metrics {listed(list(wanted))}")
+            raise UserError(f"{config.flag(name)} goes with --metrics {list_labels(list(wanted))}")
 
 
-def inspect_model(config: EvaluateConfig, plan: EvaluationPlan | None, reference: str) -> EvaluatedModel:
-    """A model's configuration and tokenizer, found to fit what is planned.
+def inspect_model(
+    config: EvaluateConfig, plan: EvaluationPlan | None, reference: str
+) -> EvaluatedModel:
+    """Read a model's configuration and tokenizer, and see that it can do what is planned.
 
     Raises:
-        ModelError: it can do nothing of this.
+        ModelError: it cannot.
         DataError: prompts that do not fit its context.
         UserError: metrics that it cannot have.
     """
@@ -157,10 +167,12 @@ def inspect_model(config: EvaluateConfig, plan: EvaluationPlan | None, reference
     folder = local_folder(resolve_model(reference))
     adapter = read_object(folder / "adapter_config.json") if is_adapter(folder) else None
     virtual = int((adapter or {}).get("num_virtual_tokens") or 0)
-    subject = EvaluatedModel(reference, shape, tokenizer, _labels(folder, shape, adapter), virtual)
-    if subject.labels is not None:
-        _require_classifier(subject, plan)
-        return subject
+    evaluated = EvaluatedModel(
+        reference, shape, tokenizer, _labels(folder, shape, adapter), virtual
+    )
+    if evaluated.labels is not None:
+        _require_classifier(evaluated, plan)
+        return evaluated
     if is_encoder(shape):
         kind = (shape.architectures or [shape.model_type])[0]
         raise ModelError(
@@ -169,21 +181,23 @@ def inspect_model(config: EvaluateConfig, plan: EvaluationPlan | None, reference
             hint="make a classifier of it: llmctl sft --task classify --model … --data …",
         )
     if plan is None:
-        return subject
+        return evaluated
     if "perplexity" in plan.metrics:
-        subject.window(config)
+        evaluated.context_and_stride(config)
     if plan.data.kind != "documents":
-        asking, shots = subject.asking(config, plan.clock), config.shots or 0
+        prompt_format, shots = evaluated.prompt_format(config, plan.clock), config.shots or 0
         if plan.generates or not shots:
             new = config.max_new_tokens if plan.generates else 1
-            require_room_to_answer(asking, plan.choose, shots, new)
+            require_room_to_answer(prompt_format, plan.choose, shots, new)
         if shots and "perplexity" in plan.metrics:
-            require_whole_references(asking, plan.choose, shots, subject.window(config)[0])
-    return subject
+            require_whole_references(
+                prompt_format, plan.choose, shots, evaluated.context_and_stride(config)[0]
+            )
+    return evaluated
 
 
 def identity(config: EvaluateConfig, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-    """All that decides what rows come out: what a run that is resumed must have in common."""
+    """All settings that decide the rows: a run that is resumed must have the same."""
     free = ("threads", "require")
     recipe = {k: v for k, v in config.recipe("evaluate").items() if k not in free}
     models = {
@@ -193,28 +207,28 @@ def identity(config: EvaluateConfig, inputs: list[dict[str, Any]]) -> dict[str, 
     return {
         **recipe,
         "models": models,
-        "inputs": [f.get("sha256") or f.get("revision") for f in inputs],
+        "inputs": [entry.get("sha256") or entry.get("revision") for entry in inputs],
     }
 
 
-def model_inputs(config: EvaluateConfig, found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The models, for the manifest."""
+def model_inputs(config: EvaluateConfig, run_identity: dict[str, Any]) -> list[dict[str, Any]]:
+    """The models as inputs of the manifest."""
     return [
-        hub.model_input(name.replace("_", "-"), reference, found["models"][name])
+        hub.model_input(name.replace("_", "-"), reference, run_identity["models"][name])
         for name, reference in _models(config)
     ]
 
 
 def _models(config: EvaluateConfig) -> list[tuple[str, str]]:
     names = ("model", "compare", "reward_model")
-    given = (config.model, config.compare, config.reward_model)
-    return [(name, text) for name, text in zip(names, given, strict=True) if text is not None]
+    references = (config.model, config.compare, config.reward_model)
+    return [(name, ref) for name, ref in zip(names, references, strict=True) if ref is not None]
 
 
 def _labels(
     folder: Path, shape: PreTrainedConfig, adapter: dict[str, Any] | None
 ) -> tuple[str, ...] | None:
-    """Labels of a classifier; an adapter's stand in the configuration beside it.
+    """Labels of a classifier; those of an adapter are in the configuration beside it.
 
     Raises:
         ModelError: an adapter for a classifier, without that.
@@ -231,32 +245,33 @@ def _labels(
     return tuple(str(named[number]) for number in sorted(named))
 
 
-def _require_classifier(subject: EvaluatedModel, plan: EvaluationPlan | None) -> None:
-    """Refuse what a classifier cannot do.
+def _require_classifier(evaluated: EvaluatedModel, plan: EvaluationPlan | None) -> None:
+    """Refuse a classifier that cannot do what is planned.
 
     Raises:
         ModelError: it is a reward model, or has no language to speak.
         DataError: a label that it does not know.
     """
-    labels = subject.labels or ()
+    labels = evaluated.labels or ()
     if len(labels) == 1:
         raise ModelError(
             "a reward model: it scores, and neither writes nor classifies",
-            file=subject.reference,
+            file=evaluated.reference,
             hint="score texts with llmctl reward --score FILE --model …",
         )
-    others = [] if plan is None else [m for m in plan.metrics if m not in ("accuracy", "f1")]
-    if plan is None or others or plan.data.kind != "labels" or any(a.shots for a in plan.asked):
-        what = f"--metrics {others[0]}" if others else "this"
+    unfit = [] if plan is None else [m for m in plan.metrics if m not in ("accuracy", "f1")]
+    if plan is None or unfit or plan.data.kind != "labels" or any(p.shots for p in plan.prompts):
+        what = f"--metrics {unfit[0]}" if unfit else "this"
         raise ModelError(
             f"a classifier writes no text: {what} cannot be measured on it",
-            file=subject.reference,
+            file=evaluated.reference,
             hint="pass rows of `text` and `label`, with --metrics accuracy,f1",
         )
-    for one in plan.asked:
-        if one.question.reference not in labels:
+    for prompt in plan.prompts:
+        row = prompt.example
+        if row.reference not in labels:
             raise DataError(
-                f"label `{one.question.reference}` is none of the model's: {listed(labels)}",
-                file=one.question.place,
-                line=one.question.line,
+                f"label `{row.reference}` is none of the model's: {list_labels(labels)}",
+                file=row.place,
+                line=row.line,
             )

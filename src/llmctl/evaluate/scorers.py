@@ -56,14 +56,9 @@ class Scorer:
         for name in self.metrics:
             match name:
                 case "exact":
-                    answer, expected = (
-                        scores.get("answer", response),
-                        scores.get("expected", reference),
-                    )
-                    is_same = answer is not None and normalize_answer(answer) == normalize_answer(
-                        expected
-                    )
-                    scores["exact"] = float(is_same)
+                    answer = scores.get("answer", response)
+                    expected = scores.get("expected", reference)
+                    scores["exact"] = float(answer is not None and is_same(answer, expected))
                 case "accuracy" | "f1":
                     answer = scores.get("answer", response) or ""
                     scores["label"] = find_label(answer, self.labels)
@@ -89,7 +84,7 @@ class Scorer:
     def canonical_label(self, label: str) -> str | None:
         """The label as it is listed, whatever its case; None where it is not."""
         return next(
-            (known for known in self.labels if normalize_answer(known) == normalize_answer(label)),
+            (known for known in self.labels if is_same(known, label)),
             None,
         )
 
@@ -147,6 +142,11 @@ def make_scorer(
     return scorer
 
 
+def is_same(answer: str, reference: str) -> bool:
+    """Whether two texts are equal but for case, blanks and a full stop at the end."""
+    return normalize_answer(answer) == normalize_answer(reference)
+
+
 def extract(pattern: re.Pattern[str], text: str) -> str | None:
     """The last match of a pattern, of its first group that took part where it has any."""
     matches = list(pattern.finditer(text))
@@ -158,9 +158,7 @@ def extract(pattern: re.Pattern[str], text: str) -> str | None:
 
 def find_label(text: str, labels: Sequence[str]) -> str | None:
     """The label that a text is, or that stands first in it as a word; the longest of several."""
-    exact = next(
-        (label for label in labels if normalize_answer(label) == normalize_answer(text)), None
-    )
+    exact = next((label for label in labels if is_same(label, text)), None)
     if exact is not None:
         return exact
     matches = []

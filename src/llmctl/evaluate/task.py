@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-
 from llmctl.console import ProgressBar
 from llmctl.data.append_log import open_append_log
 from llmctl.runs.directory import Run

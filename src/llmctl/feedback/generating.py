@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from llmctl.config.commands import RankConfig
-from llmctl.decode.loop import Prompt, choose_forward, decode, load_to_write
-from llmctl.decode.prompts import Encoder, to_prompts
+from llmctl.decode.loop import Prompt, choose_forward, decode, load_for_generation
+from llmctl.decode.prompts import PromptEncoder, build_prompts
 from llmctl.feedback.questions import Entry
 from llmctl.feedback.supply import GivenUp, Write
 from llmctl.hardware import memory_errors, pick_device
@@ -28,10 +28,10 @@ def encode_entries(
     """
     shape, tokenizer = load_config(model), load_tokenizer(model)
     chat = tokenizer.chat_template is not None if config.chat is None else config.chat
-    encoder, count = Encoder(tokenizer, chat), config.responses
+    encoder, count = PromptEncoder(tokenizer, chat), config.responses
     places = [place for place, entry in enumerate(entries) if entry.responses is None]
     asks = [entries[place].ask for place in places]
-    prompts = to_prompts(asks, encoder, shape, config.max_new_tokens, count)
+    prompts = build_prompts(asks, encoder, shape, config.max_new_tokens, count)
     found = {place: prompts[i * count : (i + 1) * count] for i, place in enumerate(places)}
     return shape, tokenizer, found
 
@@ -45,7 +45,7 @@ def load_writer(config: RankConfig, model: str, entries: Sequence[Entry]) -> Wri
     """
     shape, tokenizer, prompts = encode_entries(config, model, entries)
     device = pick_device(config.device)
-    lm = load_to_write(model, config, shape, device=device, rows=config.responses)
+    lm = load_for_generation(model, config, shape, device=device, rows=config.responses)
     first = next(iter(prompts.values()))[0]
     with memory_errors(batch_size=1):
         forward = choose_forward(lm, first.tokens)

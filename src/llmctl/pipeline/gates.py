@@ -1,18 +1,20 @@
-"""Quality gates: what a recipe demands of a stage's figures, and whether it holds."""
+"""Quality gates of a recipe: parse them, refuse those on unknown metrics, check a result."""
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from llmctl import metrics
 from llmctl.config.gates import SIGNS, Gate, parse_gate
 from llmctl.errors import GateError, UserError
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """A gate, and the figure that was found."""
+class GateResult:
+    """A gate, the value that it was checked against, and whether it holds."""
 
     gate: Gate
     value: float
@@ -24,51 +26,76 @@ class Verdict:
 
 
 def parse_gates(values: Mapping[str, Any], file: Path, line: int | None) -> tuple[Gate, ...]:
-    """The gates of a stage: figure -> `>=0.9`.
+    """Parse the gates of a stage: metric -> `>=0.9`.
 
     Raises:
-        UserError: what is no comparison with a number.
+        UserError: a value that is no comparison with a number.
     """
     gates = []
-    for figure, text in values.items():
-        gate = parse_gate(figure, str(text))
+    for name, text in values.items():
+        gate = parse_gate(name, str(text))
         if gate is None:
+            metric = metrics.find(name)
+            sign = "<=" if metric and metric.better == "lower" else ">="
             raise UserError(
-                f"gates: {figure}: expected a sign and a number, got {text!r}",
+                f"gates: {name}: expected a sign and a number, got {text!r}",
                 file=file,
                 line=line,
-                hint=f'such as {figure}: ">=0.9"; signs are {", ".join(SIGNS)}',
+                hint=f'such as {name}: "{sign}0.9"; signs are {", ".join(SIGNS)}',
             )
         gates.append(gate)
     return tuple(gates)
 
 
-def judge(gates: tuple[Gate, ...], result: Mapping[str, Any]) -> tuple[Verdict, ...]:
-    """Every gate against a stage's result.
+def require_known_metrics(gates: Sequence[Gate], stage: str, file: Path, line: int | None) -> None:
+    """Refuse gates on metrics that the stage's result never has.
+
+    Some come only where the recipe asks for them: those are missed once the stage has ended.
 
     Raises:
-        GateError: the result has no such figure.
+        UserError: naming the metric, and the one that may be meant.
     """
-    found = dict(figures(result))
+    known = metrics.result_names(stage)
     for gate in gates:
-        if gate.figure not in found:
-            close = difflib.get_close_matches(gate.figure, list(found), n=1)
+        if not any(fnmatchcase(gate.figure, pattern) for pattern in known):
+            raise UserError(
+                f"gates: `{stage}` gives no figure `{gate.figure}`{_suggestion(gate, known)}",
+                file=file,
+                line=line,
+                hint=f"it can give {', '.join(known)}" if known else "it gives no figures",
+            )
+
+
+def check_gates(gates: Sequence[Gate], result: Mapping[str, Any]) -> tuple[GateResult, ...]:
+    """Check every gate against a stage's result.
+
+    Raises:
+        GateError: the result has no such metric.
+    """
+    values = dict(flatten(result))
+    for gate in gates:
+        if gate.figure not in values:
+            close = _suggestion(gate, list(values))
             raise GateError(
-                f"gate `{gate}`: the stage gave no figure of that name"
-                + (f": did you mean `{close[0]}`?" if close else ""),
-                hint=f"it gave {', '.join(list(found)[:12])}",
+                f"gate `{gate}`: the stage gave no figure of that name{close}",
+                hint=f"it gave {', '.join(list(values)[:12])}",
             )
     return tuple(
-        Verdict(gate, found[gate.figure], gate.holds(found[gate.figure])) for gate in gates
+        GateResult(gate, values[gate.figure], gate.holds(values[gate.figure])) for gate in gates
     )
 
 
-def figures(value: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, float]]:
-    """Every number of a result, those of inner objects as `outer.inner`."""
-    for key, item in value.items():
+def flatten(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yield every number of a result, those of nested objects as `outer.inner`."""
+    for key, item in result.items():
         if isinstance(item, bool):
             continue
         if isinstance(item, int | float):
-            yield before + key, float(item)
+            yield prefix + key, float(item)
         elif isinstance(item, Mapping):
-            yield from figures(item, f"{before}{key}.")
+            yield from flatten(item, f"{prefix}{key}.")
+
+
+def _suggestion(gate: Gate, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(gate.figure, names, n=1)
+    return f": did you mean `{close[0]}`?" if close else ""

@@ -5,7 +5,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from math import exp
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from llmctl.config.sections import Sampling
 from llmctl.console import ProgressBar
 from llmctl.decode.loop import Prompt, choose_forward, decode
 from llmctl.errors import DataError, ModelError
-from llmctl.evaluate.perplexity import MOST_NATS, Window, batched, make_windows, window_logits
+from llmctl.evaluate.perplexity import Window, batched, make_windows, perplexity_of, window_logits
 from llmctl.models.loading import context_size, stop_tokens
 
 LONGEST = 1024
@@ -87,7 +86,7 @@ def compare(before: PreTrainedModel, after: PreTrainedModel, windows: Sequence[W
             total += len(targets)
             progress.update(total)
     perplexity_before, perplexity_after = (
-        exp(min(nats / total, MOST_NATS)) for nats in (nats_before, nats_after)
+        perplexity_of(nats / total) for nats in (nats_before, nats_after)
     )
     return Fidelity(total, perplexity_before, perplexity_after, divergence / total, same / total)
 

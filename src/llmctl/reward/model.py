@@ -18,27 +18,25 @@ from llmctl.data.chat.responses import ResponseFormat
 from llmctl.data.schemas import Message
 from llmctl.data.tokenized import EncodedSequence
 from llmctl.errors import DataError, ModelError
-from llmctl.models.adapters import is_adapter, put_adapter, read_adapter, require_base
+from llmctl.models.adapters import is_adapter
 from llmctl.models.classifiers import (
     SCORE,
     classifier_labels,
     learned_positions,
-    load_classifier,
+    load_tuned_classifier,
     logits_of,
     pad_right,
-    require_padding_unseen,
+    probe_padding,
 )
-from llmctl.models.loading import context_size, find_base, load_config, load_tokenizer, local_folder
+from llmctl.models.loading import context_size, load_config, load_tokenizer, local_folder
 from llmctl.runs.directory import resolve_model
 
 LONGEST = 2048
 """Tokens of a text at most, where neither the model nor its tokenizer has a limit."""
-PROBE_LENGTHS = (3, 8)
-"""Tokens of the texts on which padding is seen to change nothing."""
 
 
 @dataclass(frozen=True)
-class Exchange:
+class PromptResponse:
     """A prompt and a response to it."""
 
     prompt: str | list[Message]
@@ -50,31 +48,31 @@ class Exchange:
 
 @dataclass(frozen=True)
 class RewardModel:
-    """A model that gives an exchange one number, and how it reads it."""
+    """A reward model, and how it reads a prompt and a response."""
 
     reference: str
-    """As it was given."""
+    """Run, folder or Hub id, as the user named it."""
     folder: Path
     model: Any
     """PreTrainedModel or PeftModel, in eval mode, on its device."""
     tokenizer: PreTrainedTokenizerBase
-    written: ResponseFormat
+    response_format: ResponseFormat
     pad: int
     """Id of the padding token, which no text may hold."""
     max_length: int
     """Tokens that the model was trained on at most, and has positions for."""
     embedding_rows: int
     """Ids below this are the model's."""
-    takes_types: bool
+    uses_token_types: bool
     """Whether the model is told which tokens are the response's (BERT's token types)."""
 
     @property
     def has_turns(self) -> bool:
         """Whether a prompt that is text was a user's turn in training."""
-        return self.tokenizer.chat_template is not None or self.written.is_pair
+        return self.tokenizer.chat_template is not None or self.response_format.is_pair
 
-    def encode(self, exchange: Exchange) -> list[int]:
-        """Tokens of an exchange by this model's own tokenizer.
+    def encode(self, sample: PromptResponse) -> EncodedSequence:
+        """Encode by this model's own tokenizer; `trained` marks the response.
 
         Where it is longer than the model was trained on, the prompt loses its beginning.
 
@@ -82,56 +80,52 @@ class RewardModel:
             DataError: the response is too long by itself, or holds the padding token.
             ModelError: the chat template refuses the messages.
         """
-        return self.encoded(exchange).tokens
+        if isinstance(sample.prompt, str):
+            whole = self.response_format.encode_text(
+                sample.prompt, sample.response, ended=sample.ended
+            )
+        else:
+            message = {"role": "assistant", "content": sample.response}
+            whole = self.response_format.encode_conversation(
+                [*sample.prompt, message], len(sample.prompt), ended=sample.ended
+            )
+        encoded = self.response_format.truncate_prompt(whole, len(whole.tokens) - self.max_length)
+        text = repr(sample.response[:40])
+        if encoded is None:
+            raise DataError(
+                f"the response {text} has more tokens than the {self.max_length:,} that the "
+                f"reward model {self.reference} reads"
+            )
+        if encoded.tokens and max(encoded.tokens) >= self.embedding_rows:
+            raise DataError(
+                f"the response {text} has a token id of {max(encoded.tokens):,}, and the reward "
+                f"model {self.reference} has only {self.embedding_rows:,} embeddings"
+            )
+        if not encoded.tokens or self.pad in encoded.tokens:
+            what = "the padding token in it" if encoded.tokens else "no tokens"
+            raise DataError(f"the response {text} has {what}: it cannot be scored")
+        return encoded
 
-    def score(self, exchanges: Sequence[Exchange], *, batch_size: int = 32) -> Tensor:
-        """Scores (N,), float32 on the CPU, in the order of the exchanges.
+    def score(self, samples: Sequence[PromptResponse], *, batch_size: int = 32) -> Tensor:
+        """Scores (N,), float32 on the CPU, in the order of the samples.
 
         Raises:
             DataError: as `encode`.
             ModelError: a score that is not finite.
         """
-        texts = [self.encoded(exchange) for exchange in exchanges]
+        texts = [self.encode(sample) for sample in samples]
         return self.score_encoded(texts, batch_size=batch_size)
 
     def score_encoded(self, texts: Sequence[EncodedSequence], *, batch_size: int = 32) -> Tensor:
-        """The same for texts that are encoded already.
+        """Score texts that are encoded already.
 
         Raises:
             ModelError: a score that is not finite.
         """
-        scores = score_encoded(self.model, texts, self.pad, self.takes_types, batch_size)
+        scores = score_encoded(self.model, texts, self.pad, self.uses_token_types, batch_size)
         if not torch.isfinite(scores).all():
             raise ModelError("this reward model gives a score that is not finite", file=self.folder)
         return scores
-
-    def encoded(self, exchange: Exchange) -> EncodedSequence:
-        """The same with where the response stands."""
-        if isinstance(exchange.prompt, str):
-            whole = self.written.encode_text(
-                exchange.prompt, exchange.response, ended=exchange.ended
-            )
-        else:
-            said = {"role": "assistant", "content": exchange.response}
-            whole = self.written.encode_conversation(
-                [*exchange.prompt, said], len(exchange.prompt), ended=exchange.ended
-            )
-        found = self.written.truncate_prompt(whole, len(whole.tokens) - self.max_length)
-        shown = repr(exchange.response[:40])
-        if found is None:
-            raise DataError(
-                f"the response {shown} has more tokens than the {self.max_length:,} that the "
-                f"reward model {self.reference} reads"
-            )
-        if found.tokens and max(found.tokens) >= self.embedding_rows:
-            raise DataError(
-                f"the response {shown} has a token id of {max(found.tokens):,}, and the reward "
-                f"model {self.reference} has only {self.embedding_rows:,} embeddings"
-            )
-        if not found.tokens or self.pad in found.tokens:
-            what = "the padding token in it" if found.tokens else "no tokens"
-            raise DataError(f"the response {shown} has {what}: it cannot be scored")
-        return found
 
 
 def load_reward_model(
@@ -139,15 +133,15 @@ def load_reward_model(
     *,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    under: Any | None = None,
+    base: Any | None = None,
 ) -> RewardModel:
     """The reward model of a run (full or adapter), a folder or a Hub id, in eval mode.
 
     Args:
-        reference: which one.
+        reference: names it.
         device: where to.
         dtype: of its weights.
-        under: the classifier below an adapter, where it is loaded already; it is checked by nobody.
+        base: the classifier below an adapter, where it is loaded already; it is not checked again.
 
     Raises:
         ModelError: no reward model: another head or none, several labels; pickles, tensors that
@@ -157,26 +151,20 @@ def load_reward_model(
     """
     folder = local_folder(resolve_model(reference))
     tokenizer = load_tokenizer(reference)
-    model: Any
     if is_adapter(folder):
-        adapter = read_adapter(folder)
-        if under is None:
-            below = find_base(adapter)
-            require_base(adapter, below)
-            under = load_classifier(str(below), SCORE, dtype).model
         _require_score_of_adapter(folder)
-        under.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-        model = put_adapter(under, adapter, "SEQ_CLS")
+        model = load_tuned_classifier(folder, SCORE, dtype, base)
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     else:
         _require_score(load_config(str(folder)), folder)
-        model = load_classifier(str(folder), SCORE, dtype).model
+        model = load_tuned_classifier(folder, SCORE, dtype)
     model = model.to(device).eval()
     shape = model.config
     pad = _padding(tokenizer, shape, folder)
     shape.get_text_config().pad_token_id = pad
     rows = int(model.get_input_embeddings().weight.shape[0])
     _check_padding(model, pad, rows)
-    written = ResponseFormat(tokenizer, shape)
+    response_format = ResponseFormat(tokenizer, shape)
     limits = (context_size(shape), learned_positions(model), int(tokenizer.model_max_length))
     room = min(limit for limit in (*limits, 1 << 40) if limit is not None)
     return RewardModel(
@@ -184,39 +172,45 @@ def load_reward_model(
         folder=folder,
         model=model,
         tokenizer=tokenizer,
-        written=written,
+        response_format=response_format,
         pad=pad,
         max_length=room if room < 1 << 40 else LONGEST,
         embedding_rows=rows,
-        takes_types=has_types(shape, written),
+        uses_token_types=needs_token_types(shape, response_format),
     )
 
 
 @torch.no_grad()
 def score_encoded(
-    model: Any, texts: Sequence[EncodedSequence], pad: int, takes_types: bool, batch_size: int = 32
+    model: Any,
+    texts: Sequence[EncodedSequence],
+    pad: int,
+    uses_token_types: bool,
+    batch_size: int = 32,
 ) -> Tensor:
     """Scores (N,) of texts by a model in eval mode, float32 on the CPU, in their order."""
     order = sorted(range(len(texts)), key=lambda place: len(texts[place].tokens))
     scores = torch.zeros(len(texts))
     for start in range(0, len(order), batch_size):
         some = order[start : start + batch_size]
-        batch = score_batch([texts[place] for place in some], pad, takes_types)
+        batch = score_batch([texts[place] for place in some], pad, uses_token_types)
         scores[some] = logits_of(model, batch)[:, 0].cpu()
     return scores
 
 
-def score_batch(texts: Sequence[EncodedSequence], pad: int, takes_types: bool) -> dict[str, Tensor]:
-    """What a reward model is given: ids and mask (B, L), and token types where it takes them."""
+def score_batch(
+    texts: Sequence[EncodedSequence], pad: int, uses_token_types: bool
+) -> dict[str, Tensor]:
+    """The batch of a reward model: ids and mask (B, L), and token types where it uses them."""
     batch = pad_right([text.tokens for text in texts], pad)
-    if takes_types:
+    if uses_token_types:
         batch["token_type_ids"] = pad_right([text.trained for text in texts], 0)["input_ids"].long()
     return batch
 
 
-def has_types(shape: PreTrainedConfig, written: ResponseFormat) -> bool:
+def needs_token_types(shape: PreTrainedConfig, response_format: ResponseFormat) -> bool:
     """Whether a model tells two texts apart by their token types."""
-    return written.is_pair and int(shape.to_dict().get("type_vocab_size") or 0) > 1
+    return response_format.is_pair and int(shape.to_dict().get("type_vocab_size") or 0) > 1
 
 
 def _require_score(shape: PreTrainedConfig, folder: Path) -> None:
@@ -239,7 +233,7 @@ def _require_score(shape: PreTrainedConfig, folder: Path) -> None:
 
 
 def _require_score_of_adapter(folder: Path) -> None:
-    """The same for an adapter, whose model's configuration may stand beside it."""
+    """Check the model's configuration beside an adapter, where there is one."""
     if (folder / "config.json").exists():
         shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if classifier_labels(shape) is not None:
@@ -247,7 +241,7 @@ def _require_score_of_adapter(folder: Path) -> None:
 
 
 def _padding(tokenizer: PreTrainedTokenizerBase, shape: PreTrainedConfig, folder: Path) -> int:
-    """The padding token that was decided on in training.
+    """The padding token that the model was trained with.
 
     Raises:
         ModelError: there is none, or it also ends texts: they would be scored before their end.
@@ -273,6 +267,4 @@ def _check_padding(model: Any, pad: int, rows: int) -> None:
             f"the padding token has the id {pad:,}, and the model only {rows:,} embeddings: the "
             "tokenizer is another model's"
         )
-    tokens = [number for number in range(min(rows, 2 * max(PROBE_LENGTHS) + 2)) if number != pad]
-    short, long = (tokens[-length:] for length in PROBE_LENGTHS)
-    require_padding_unseen(model, short, long, pad)
+    probe_padding(model, pad)

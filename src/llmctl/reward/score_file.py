@@ -21,14 +21,14 @@ from llmctl.data.tokenized import EncodedSequence
 from llmctl.decode.output import open_rows
 from llmctl.errors import DataError
 from llmctl.files import check_out
-from llmctl.reward.model import Exchange, RewardModel, load_reward_model
+from llmctl.reward.model import PromptResponse, RewardModel, load_reward_model
 
 AT_ONCE = 2048
 """Rows that are scored before the next ones are read."""
 
 
 def score_file(config: RewardConfig) -> dict[str, Any] | None:
-    """Write each row with its score, to a file or to stdout; what was written, where to a file.
+    """Write each row with its score to a file, and return a summary; or to stdout.
 
     Raises:
         DataError: a row that cannot be scored, with its file and line.
@@ -44,7 +44,7 @@ def score_file(config: RewardConfig) -> dict[str, Any] | None:
     if not records:
         raise DataError("an empty file: no rows in it", file=config.score)
     model = load_reward_model(config.model, device=hardware.pick_device(config.device))
-    read = [_encoded(model, record, has_turns=model.has_turns) for record in records]
+    encoded = [_encode(model, record, has_turns=model.has_turns) for record in records]
     if config.dry_run:
         return show_recipes([("reward", config)], {"rows": len(records)}, as_json=config.as_json)
     total = 0.0
@@ -54,32 +54,37 @@ def score_file(config: RewardConfig) -> dict[str, Any] | None:
         hardware.memory_errors(config.batch_size),
     ):
         for start in range(0, len(records), AT_ONCE):
-            some = read[start : start + AT_ONCE]
-            texts = [text for row in some for text in row.values()]
+            batch = encoded[start : start + AT_ONCE]
+            texts = [text for row in batch for text in row.values()]
             scores = iter(model.score_encoded(texts, batch_size=config.batch_size or 32).tolist())
-            for record, row in zip(records[start : start + AT_ONCE], some, strict=True):
-                found = {name: next(scores) for name in row}
-                total += sum(found.values()) / len(found)
-                emit(json.loads(json.dumps({**record.row, **found}, default=str)))
-            progress.update(start + len(some))
+            for record, row in zip(records[start : start + AT_ONCE], batch, strict=True):
+                row_scores = {name: next(scores) for name in row}
+                total += sum(row_scores.values()) / len(row_scores)
+                emit(json.loads(json.dumps({**record.row, **row_scores}, default=str)))
+            progress.update(start + len(batch))
     if config.out is None:
         return None
-    facts = {"rows": len(records), "score_mean": total / len(records)}
-    return {"stage": "reward", "out": str(config.out), "model": config.model, **facts}
+    return {
+        "stage": "reward",
+        "out": str(config.out),
+        "model": config.model,
+        "rows": len(records),
+        "score_mean": total / len(records),
+    }
 
 
-def _encoded(model: RewardModel, record: Record, *, has_turns: bool) -> dict[str, EncodedSequence]:
-    """The texts of a row that get a score each, by its name."""
+def _encode(model: RewardModel, record: Record, *, has_turns: bool) -> dict[str, EncodedSequence]:
+    """The texts of a row to score, encoded, by the names of their scores."""
     try:
-        found = exchanges_of(record, has_turns=has_turns)
-        return {name: model.encoded(exchange) for name, exchange in found.items()}
+        samples = samples_of(record, has_turns=has_turns)
+        return {name: model.encode(sample) for name, sample in samples.items()}
     except DataError as error:
         error.file, error.line = record.place, record.line
         raise
 
 
-def exchanges_of(record: Record, *, has_turns: bool) -> dict[str, Exchange]:
-    """What a row asks to be scored, by the name of its score.
+def samples_of(record: Record, *, has_turns: bool) -> dict[str, PromptResponse]:
+    """The texts of a row to score, by the names of their scores.
 
     Args:
         record: the row.
@@ -92,19 +97,19 @@ def exchanges_of(record: Record, *, has_turns: bool) -> dict[str, Exchange]:
     if {"chosen", "rejected"} <= row.keys():
         sides = parse_sides(record, match_layout(row, PAIR_LAYOUTS, None, None))
         return {
-            f"score_{name}": _answered(list(side.messages), "messages")
+            f"score_{name}": _last_turn(list(side.messages), "messages")
             if side.messages is not None
-            else Exchange("", side.text or "")
+            else PromptResponse("", side.text or "")
             for name, side in zip(("chosen", "rejected"), sides, strict=True)
         }
     if {"prompt", "response"} <= row.keys():
         response = checked_text(row["response"], "response")
         prompt = _prompt(row["prompt"], has_turns=has_turns)
-        return {"score": Exchange(prompt, response, row.get("finish_reason") != "length")}
+        return {"score": PromptResponse(prompt, response, row.get("finish_reason") != "length")}
     if "messages" in row:
-        return {"score": _answered(conversation(row["messages"], "messages"), "messages")}
+        return {"score": _last_turn(conversation(row["messages"], "messages"), "messages")}
     if "text" in row:
-        return {"score": Exchange("", checked_text(row["text"], "text"))}
+        return {"score": PromptResponse("", checked_text(row["text"], "text"))}
     raise DataError(
         f"nothing to score in these columns: {quote_names(list(row))}",
         hint="it takes `prompt` + `response`, `messages`, `text`, or `chosen` + `rejected`",
@@ -112,15 +117,15 @@ def exchanges_of(record: Record, *, has_turns: bool) -> dict[str, Exchange]:
 
 
 def _prompt(value: Any, *, has_turns: bool) -> str | list[Message]:
-    spelled = from_json(value)
-    if isinstance(spelled, list) and spelled and all(isinstance(item, dict) for item in spelled):
-        return conversation(spelled, "prompt")
+    messages = from_json(value)
+    if isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages):
+        return conversation(messages, "prompt")
     text = checked_text(value, "prompt")
     return [{"role": "user", "content": text}] if has_turns and text else text
 
 
-def _answered(messages: list[Message], name: str) -> Exchange:
+def _last_turn(messages: list[Message], name: str) -> PromptResponse:
     """A conversation as a prompt and the assistant's last turn."""
     if not messages or messages[-1]["role"] != "assistant":
         raise DataError(f"`{name}` does not end with the assistant: there is nothing to score")
-    return Exchange(messages[:-1], str(messages[-1]["content"]))
+    return PromptResponse(messages[:-1], str(messages[-1]["content"]))
