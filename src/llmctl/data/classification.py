@@ -1,8 +1,9 @@
-"""Read labelled texts, number their labels, and encode them.
+"""Load labelled texts for sequence classification.
 
-The labels are the model's own, or those of the data. A text becomes the tokens that
-`tokenizer(text)` gives, special ones included, since that is what whoever uses the classifier will
-hand it; but text that spells a special token is text.
+In: the names of `--data`. Out: `ClassificationData`, encoded texts with the numbers of their
+labels, which are the model's own or those of the data. A text becomes the tokens of
+`tokenizer(text)`, special ones included, since users of the classifier will encode so; but text
+that spells a special token is text.
 """
 
 import hashlib
@@ -19,32 +20,30 @@ from llmctl.config.commands import SftConfig
 from llmctl.console import log
 from llmctl.data.examples import Example
 from llmctl.data.split import Split, duplicates, overlap, read_split, shared_prompts
+from llmctl.data.tokenized import resolve_max_length
 from llmctl.data.tokenizer.train import PAD
-from llmctl.errors import DataError, ModelError, UserError
+from llmctl.errors import DataError, ModelError
 from llmctl.models.classifiers import classifier_labels
-from llmctl.models.loading import context_size, load_config, load_tokenizer
+from llmctl.models.loading import load_config, load_tokenizer
 
 SHOWN = 8
 """Labels that a line names."""
-
-LONGEST = 2048
-"""Tokens of a text at most, where the model would take more and nothing else was asked for."""
-LOPSIDED = 10
-"""How many times as frequent as another a class is when that is worth a word."""
-AT_ONCE = 1000
+IMBALANCED = 10
+"""Ratio of the largest class to the smallest above which a warning is due."""
+BATCH = 1000
 """Texts that the tokenizer gets at a time."""
 
 
 def resolve_labels(
     train: Sequence[Example], val: Sequence[Example], shape: PreTrainedConfig
 ) -> tuple[str, ...]:
-    """The labels by number: the model's own, or those that train, sorted (whole numbers by value).
+    """Number the labels: the model's own, or those of training, sorted (whole numbers by value).
 
     Raises:
         DataError: a single class, or one that does not train.
         ModelError: a classifier that does not know a label.
     """
-    first = {label_of(example): example for example in reversed(train)}
+    first = {_label(example): example for example in reversed(train)}
     if len(first) < 2:
         raise DataError(
             f"every text has the label `{next(iter(first))}`: there is nothing to tell apart",
@@ -52,9 +51,9 @@ def resolve_labels(
             hint="two labels are the least",
         )
     for example in val:
-        if label_of(example) not in first:
+        if _label(example) not in first:
             raise DataError(
-                f"label `{label_of(example)}` is in the validation data, and not in training",
+                f"label `{_label(example)}` is in the validation data, and not in training",
                 file=example.place,
                 line=example.line,
                 hint="add texts that have it, or leave them out; --val-size 0 holds out none",
@@ -66,34 +65,33 @@ def resolve_labels(
     for label, example in first.items():
         if label not in known:
             raise ModelError(
-                f"label `{label}` ({example.name}) is none of the model's: {listed(known)}",
+                f"label `{label}` ({example.name}) is none of the model's: {list_labels(known)}",
                 hint="rename the labels of the data, or start from a model without a classifier",
             )
     return known
 
 
-def label_of(example: Example) -> str:
-    """The label of an example, which has one."""
+def _label(example: Example) -> str:
     assert example.label is not None
     return example.label
 
 
-def listed(names: Sequence[str]) -> str:
-    """Names in a line, the first few of many."""
+def list_labels(names: Sequence[str]) -> str:
+    """List labels in a line, the first few of many."""
     rest = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + rest
 
 
 @dataclass(frozen=True)
 class EncodedTexts:
-    """N texts of T tokens in all, and the class of each."""
+    """N texts of T tokens in all, and their classes."""
 
     tokens: NDArray[np.int32]
     """(T,) ids, one text after the other."""
     starts: NDArray[np.int64]
     """(N + 1,) where each text begins, and where the last one ends."""
     classes: NDArray[np.int64]
-    """(N,) number of each text's label."""
+    """(N,) label number of each text."""
     cut: int
     """Texts that lost their end."""
 
@@ -111,19 +109,19 @@ class EncodedTexts:
         return self.tokens[self.starts[number] : self.starts[number + 1]]
 
     def digest(self) -> str:
-        """Hex digest of all that training sees."""
+        """Hex sha256 of all that training depends on."""
         parts = (self.tokens, self.starts, self.classes)
         return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
 
 @dataclass(frozen=True)
 class ClassificationData:
-    """Texts to learn labels from, encoded for one model."""
+    """Labelled texts, encoded for one model."""
 
     train: EncodedTexts
     val: EncodedTexts | None
     labels: tuple[str, ...]
-    """By number."""
+    """Labels by number."""
     tokenizer: PreTrainedTokenizerBase
     """With a padding token that no text holds."""
     max_length: int
@@ -131,8 +129,8 @@ class ClassificationData:
     dropped: int
     """Texts left out for their length."""
 
-    def facts(self) -> dict[str, Any]:
-        """For the manifest."""
+    def statistics(self) -> dict[str, Any]:
+        """Statistics for the manifest."""
         counts = np.bincount(self.train.classes, minlength=len(self.labels))
         examples = [*self.split.train, *self.split.val]
         return {
@@ -151,7 +149,7 @@ class ClassificationData:
 
 
 def load_classification_data(config: SftConfig) -> ClassificationData:
-    """Read, check and encode everything.
+    """Read, split, check and encode the texts.
 
     Raises:
         DataError: rows that are broken, a single class, a label that is in the validation data
@@ -160,7 +158,7 @@ def load_classification_data(config: SftConfig) -> ClassificationData:
         UserError: more positions asked for than the model has.
     """
     shape, tokenizer = load_config(config.model), load_tokenizer(config.model)
-    max_length = length_limit(config.max_length, shape, tokenizer)
+    max_length = resolve_max_length(config.max_length, shape, tokenizer=tokenizer)
     configure_padding(tokenizer, max_length)
     split = read_split(config, config.data, config.seed, "classify")
     _require_apart(split)
@@ -181,10 +179,10 @@ def load_classification_data(config: SftConfig) -> ClassificationData:
 
 
 def configure_padding(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    """Let it pad with a token that nothing else is, and cut and pad at the end.
+    """Give the tokenizer a padding token of its own, and cut and pad at the end.
 
-    Decoders read their answer off the last token that is not padding, and do not look at the mask:
-    where a text ends with the padding token, they would read it off another.
+    Decoders classify at the last token that is not padding, without a look at the mask: where a
+    text ends with the padding token, they would classify at another.
     """
     names = ("eos_token", "bos_token", "unk_token", "sep_token", "cls_token")
     others = {getattr(tokenizer, name) for name in names}
@@ -196,39 +194,39 @@ def configure_padding(tokenizer: PreTrainedTokenizerBase, max_length: int) -> No
 
 
 def log_classification_data(data: ClassificationData) -> None:
-    """Say in two lines what there is to learn from, and warn of what is odd."""
-    facts = data.facts()
-    counts: Counter[str] = Counter(facts["classes"])
+    """Log size and lengths in two lines, and warn of oddities."""
+    statistics = data.statistics()
+    counts: Counter[str] = Counter(statistics["classes"])
     log.info(
         "%s texts in %s classes to train on: %s; %s to validate",
         f"{len(data.train):,}",
         f"{len(counts):,}",
-        listed([f"{label} {count:,}" for label, count in counts.most_common()]),
+        list_labels([f"{label} {count:,}" for label, count in counts.most_common()]),
         f"{0 if data.val is None else len(data.val):,}",
     )
     log.info(
         "tokens: median %g, longest %s; %.1f %% cut at %s, %s left out; %s duplicates",
-        facts["tokens_median"],
-        f"{facts['tokens_max']:,}",
-        100 * facts["truncated"],
+        statistics["tokens_median"],
+        f"{statistics['tokens_max']:,}",
+        100 * statistics["truncated"],
         f"{data.max_length:,}",
         f"{data.dropped:,}",
-        f"{facts['duplicates']:,}",
+        f"{statistics['duplicates']:,}",
     )
     present = Counter({label: count for label, count in counts.items() if count})
     (most, many), (least, few) = present.most_common()[0], present.most_common()[-1]
     single = [label for label, count in present.items() if count == 1]
     if single:
-        log.warning("a single text to learn from: label %s", listed(single))
-    if many >= LOPSIDED * few:
+        log.warning("a single text to learn from: label %s", list_labels(single))
+    if many >= IMBALANCED * few:
         log.warning(
             "label `%s` has %s texts and `%s` %s: accuracy says little, look at val_macro_f1",
             *(most, f"{many:,}", least, f"{few:,}"),
         )
-    if facts["ambiguous"]:
-        log.warning("%s texts stand with several labels", f"{facts['ambiguous']:,}")
-    if facts["shared_texts"]:
-        shared = f"{facts['shared_texts']:,}"
+    if statistics["ambiguous"]:
+        log.warning("%s texts stand with several labels", f"{statistics['ambiguous']:,}")
+    if statistics["shared_texts"]:
+        shared = f"{statistics['shared_texts']:,}"
         log.warning("%s validation texts are trained on with another label", shared)
 
 
@@ -247,31 +245,35 @@ def _require_apart(split: Split[Example]) -> None:
 def _encode(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int, *, drop: bool
 ) -> tuple[list[tuple[Example, list[int], bool]], int]:
-    """Each example, its tokens, and whether they were cut; and how many were left out instead."""
-    how: dict[str, Any] = {"split_special_tokens": True, "return_attention_mask": False}
-    found: list[tuple[Example, list[int], bool]] = []
-    for start in range(0, len(examples), AT_ONCE):
-        some = examples[start : start + AT_ONCE]
-        encoded = tokenizer([example.text for example in some], **how)["input_ids"]
-        for example, tokens in zip(some, encoded, strict=True):
+    """Encode texts.
+
+    Returns:
+        Each example, its tokens, and whether they were cut; and how many were left out instead.
+    """
+    options: dict[str, Any] = {"split_special_tokens": True, "return_attention_mask": False}
+    kept: list[tuple[Example, list[int], bool]] = []
+    for start in range(0, len(examples), BATCH):
+        batch = examples[start : start + BATCH]
+        encoded = tokenizer([example.text for example in batch], **options)["input_ids"]
+        for example, tokens in zip(batch, encoded, strict=True):
             is_long = len(tokens) > max_length
             if is_long and drop:
                 continue
             if is_long:
-                shorter = tokenizer(example.text, **how, truncation=True, max_length=max_length)
+                shorter = tokenizer(example.text, **options, truncation=True, max_length=max_length)
                 tokens = shorter["input_ids"]
             if not tokens or tokenizer.pad_token_id in tokens:
                 what = (
                     "has no tokens" if not tokens else f"holds {tokenizer.pad_token}, the padding"
                 )
                 raise DataError(f"this text {what}", file=example.place, line=example.line)
-            found.append((example, tokens, is_long))
-    if examples and not found:
+            kept.append((example, tokens, is_long))
+    if examples and not kept:
         raise DataError(
             f"every text has more than {max_length:,} tokens, and --truncation drop leaves none",
             hint="raise --max-length, or use --truncation cut",
         )
-    return found, len(examples) - len(found)
+    return kept, len(examples) - len(kept)
 
 
 def _require_embeddings(encoded: list[tuple[Example, list[int], bool]], rows: int) -> None:
@@ -292,26 +294,12 @@ def _collect(encoded: list[tuple[Example, list[int], bool]], labels: Sequence[st
     return EncodedTexts(
         np.concatenate([np.asarray(tokens, np.int32) for _, tokens, _ in encoded]),
         np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        np.array([number[label_of(example)] for example, _, _ in encoded], np.int64),
+        np.array([number[_label(example)] for example, _, _ in encoded], np.int64),
         sum(is_cut for _, _, is_cut in encoded),
     )
 
 
-def length_limit(
-    wanted: int | None, shape: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
-) -> int:
-    """Tokens of a text at most; an encoder's positions may be fewer than its config says.
-
-    Raises:
-        UserError: more wanted than there are.
-    """
-    most = min(context_size(shape) or LONGEST, int(tokenizer.model_max_length))
-    if wanted is not None and context_size(shape) is not None and wanted > most:
-        raise UserError(f"--max-length {wanted:,}: the model has {most:,} positions")
-    return wanted or min(most, LONGEST)
-
-
 def _ambiguous(examples: Sequence[Example]) -> int:
-    """Texts that stand with several labels."""
+    """Count the texts that have several labels."""
     pairs = {(example.text, example.label) for example in examples}
     return sum(count > 1 for count in Counter(text for text, _ in pairs).values())

@@ -18,9 +18,9 @@ from llmctl.data.documents import hash_text
 from llmctl.data.rows import (
     OnBad,
     checked_text,
-    listed,
-    opened,
+    open_source,
     parse_row,
+    quote_names,
     read_lines,
     read_records,
 )
@@ -207,7 +207,7 @@ def _read_sources(
 
 def _read_source(source: Source, on_bad: OnBad) -> Iterator[PromptExample]:
     if source.kind == "text":
-        with opened(source) as file:
+        with open_source(source) as file:
             for number, line in read_lines(file, source.name):
                 if line.strip():
                     yield PromptExample(line.rstrip("\r\n"), source.name, number)
@@ -230,8 +230,8 @@ def _parse_columns(row: dict[str, Any]) -> tuple[str | list[Message], str | None
     name = next((column for column in PROMPT_COLUMNS if column in row), "")
     if not name:
         raise DataError(
-            f"no prompt in these columns: {listed(list(row))}",
-            hint=f"it takes `messages`, {listed(PROMPT_COLUMNS)}",
+            f"no prompt in these columns: {quote_names(list(row))}",
+            hint=f"it takes `messages`, {quote_names(PROMPT_COLUMNS)}",
         )
     answer = next((row[key] for key in ANSWER_COLUMNS if isinstance(row.get(key), str)), None)
     value = from_json(row[name])

@@ -1,28 +1,24 @@
-"""From what `--data` names to training and validation sequences, with all that the audit asks for.
+"""Load examples for supervised fine-tuning.
 
-Read, split, then mix, then encode: nothing that is held out is ever repeated or packed with what is
-trained on.
+In: the names of `--data`. Out: `SftData`, training and validation sequences for one model, and
+counts for the audit. Read, split, then mix, then encode: held-out examples are never repeated in
+training, or packed with it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llmctl.config.commands import AuditConfig, SftConfig
 from llmctl.data.chat.render import ChatFormat
 from llmctl.data.chat.templates import set_chat_template
 from llmctl.data.examples import Example
 from llmctl.data.split import duplicates, overlap, read_split, shared_prompts
-from llmctl.data.tokenized import Tokenized, collect
-from llmctl.errors import ModelError, UserError
-from llmctl.models.loading import context_size, load_config, load_tokenizer
-
-SHORTEST = 8
-"""Positions that virtual tokens must leave for the text."""
-LONGEST = 2048
-"""Tokens of an example at most, where the model would take more and nothing else was asked for."""
+from llmctl.data.tokenized import Tokenized, collect, resolve_max_length
+from llmctl.errors import ModelError
+from llmctl.models.loading import load_config, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -44,9 +40,9 @@ class SftData:
     skipped: int
     """Rows that could not be read."""
     duplicates: int
-    """Rows that say, but for case and punctuation, what an earlier one says."""
+    """Rows near-equal to an earlier one: but for case, white space and punctuation."""
     overlap: tuple[str, ...]
-    """Places of training examples that also stand in the validation data."""
+    """Names of training examples that are in the validation data too."""
     shared_prompts: int
     """Validation prompts that training has with another answer."""
     dropped: int
@@ -65,7 +61,7 @@ class SftData:
         return self.format.end_of_turn if self.has_conversations else None
 
     @property
-    def examples(self) -> int:
+    def row_count(self) -> int:
         """Rows that were read, both sides together."""
         return len(self.train_examples) + len(self.val_examples)
 
@@ -78,67 +74,66 @@ class SftData:
             if any(self.format.is_rendered(text) for text in _texts(example))
         ]
 
-    def place(self, sequence: int) -> str:
-        """File and line of the example that a training sequence was made of."""
-        example = self.train_examples[int(self.train.rows[sequence])]
-        return str(example.name)
+    def example_of(self, sequence: int) -> Example:
+        """Example that a training sequence was made of."""
+        return self.train_examples[int(self.train.rows[sequence])]
 
 
 def load_sft_data(
     config: SftConfig | AuditConfig, reserved: int = 0, clock: str | None = None
 ) -> SftData:
-    """Read and encode everything.
+    """Read, split and encode the examples.
 
     Args:
-        config: says what and how.
+        config: of the data, the model and its chat template.
         reserved: positions of the model that virtual tokens take.
-        clock: what time it is for chat templates that write the date; None for now.
+        clock: the time for chat templates that write the date; None for now.
 
     Raises:
         DataError: rows that are broken, or nothing to train on.
         ModelError: no tokenizer, or a chat template that is broken.
         UserError: more positions asked for than the model has.
     """
-    shape, tokenizer = load_config(config.model), load_tokenizer(config.model)
-    max_length = resolve_max_length(config.max_length, shape, reserved)
+    model, tokenizer = load_config(config.model), load_tokenizer(config.model)
+    max_length = resolve_max_length(config.max_length, model, reserved)
     split = read_split(config, config.data, config.seed)
     train, val = split.train, split.val
-    chats = any(example.messages is not None for example in (*train, *val))
-    added = set_chat_template(tokenizer, config.chat_template) if chats else []
+    has_chats = any(example.messages is not None for example in (*train, *val))
+    added = set_chat_template(tokenizer, config.chat_template) if has_chats else []
     chat = ChatFormat(tokenizer, clock)
-    if chats and config.chat_template:
+    if has_chats and config.chat_template:
         require_template(chat, config.chat_template)
-    encoded = collect(chat.encode_examples(train, config.train_on))
-    held_out = collect(chat.encode_examples(val, config.train_on)) if val else None
-    cut: Any = "drop" if config.truncation == "drop" else "cut"
-    shortened = encoded.truncated(max_length, cut)
+    whole = collect(chat.encode_examples(train, config.train_on))
+    whole_val = collect(chat.encode_examples(val, config.train_on)) if val else None
+    truncation: Any = "drop" if config.truncation == "drop" else "cut"
+    truncated = whole.truncated(max_length, truncation)
     return SftData(
-        train=shortened,
-        val=None if held_out is None else held_out.truncated(max_length, cut),
+        train=truncated,
+        val=None if whole_val is None else whole_val.truncated(max_length, truncation),
         train_examples=train,
         val_examples=val,
         format=chat,
         max_length=max_length,
-        embedding_rows=int(shape.get_text_config().vocab_size),
+        embedding_rows=int(model.get_text_config().vocab_size),
         added_tokens=tuple(added),
-        has_conversations=chats,
+        has_conversations=has_chats,
         skipped=split.skipped,
         duplicates=duplicates([*train, *val]),
         overlap=tuple(ours.name for ours, _ in overlap(train, val)),
         shared_prompts=shared_prompts(train, val),
-        dropped=len(encoded) - len(shortened),
+        dropped=len(whole) - len(truncated),
         inputs=split.inputs,
     )
 
 
 def _texts(example: Example) -> list[str]:
-    """All that is said in an example."""
-    said = [message.get("content") for message in example.messages or ()]
-    return [text for text in (*said, example.text) if isinstance(text, str)]
+    """Collect the texts of an example."""
+    contents = [message.get("content") for message in example.messages or ()]
+    return [text for text in (*contents, example.text) if isinstance(text, str)]
 
 
 def require_template(chat: ChatFormat, choice: str) -> None:
-    """Refuse a template that renders not even the simplest conversation.
+    """Refuse a template that cannot render the simplest conversation.
 
     Raises:
         ModelError: naming it.
@@ -147,19 +142,3 @@ def require_template(chat: ChatFormat, choice: str) -> None:
         _ = chat.probe
     except ModelError as error:
         raise ModelError(error.message, file=choice, hint="mend the template") from None
-
-
-def resolve_max_length(wanted: int | None, shape: PreTrainedConfig, reserved: int = 0) -> int:
-    """Tokens of a sequence at most: what was asked for, else what the model takes.
-
-    Raises:
-        UserError: more than the model has room for beside so many reserved positions.
-    """
-    context = context_size(shape)
-    most = LONGEST if context is None else context - reserved
-    if most < SHORTEST:
-        raise UserError(f"--prompt-tuning {reserved:,}: the model has {context:,} positions")
-    if wanted is not None and context is not None and wanted > most:
-        taken = f", of which virtual tokens take {reserved}" if reserved else ""
-        raise UserError(f"--max-length {wanted:,}: the model has {context:,} positions{taken}")
-    return wanted or min(most, LONGEST)

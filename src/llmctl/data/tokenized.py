@@ -1,7 +1,7 @@
-"""Tokenized examples: which tokens are trained on, where each begins, and bins to pack them.
+"""Tokenized examples: flat arrays of sequences, their loss mask, and bins to pack them.
 
-In: what `chat/render.py` makes of conversations and texts. Out: flat arrays, so that millions of
-examples cost their tokens and little more.
+In: encoded sequences, as of `chat/render.py`. Out: flat arrays, so that millions of examples cost
+their tokens and little more; the longest sequence that a model takes.
 
 Packing is best-fit decreasing (Johnson, 1973): the longest first, each into the fullest bin that
 still has room for it. Never more than 11/9 of the fewest bins possible, and in practice nearly all
@@ -10,12 +10,21 @@ slots full (Ding et al., 2024, arXiv:2404.10830).
 
 import hashlib
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from llmctl.errors import UserError
+from llmctl.models.loading import context_size
+
+SHORTEST = 8
+"""Positions that virtual tokens must leave for the text."""
+LONGEST = 2048
+"""Tokens of a sequence at most, where the model takes more and no length was given."""
 
 
 class EncodedSequence(NamedTuple):
@@ -23,7 +32,7 @@ class EncodedSequence(NamedTuple):
 
     tokens: list[int]
     trained: list[bool]
-    """Whether a token counts in the loss, one for each; the first never does, having no past."""
+    """For each token, whether it counts in the loss; the first never does, having no past."""
     ends: bool
     """Whether its last trained token is one that ends a turn or a text."""
 
@@ -68,18 +77,22 @@ class Tokenized:
 
     def sequence(self, number: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Tokens of one sequence, and whether each is trained on."""
-        place = slice(self.starts[number], self.starts[number + 1])
-        return self.tokens[place], self.trained[place]
+        span = slice(self.starts[number], self.starts[number + 1])
+        return self.tokens[span], self.trained[span]
+
+    def sequence_of(self, token: int) -> int:
+        """Number of the sequence that has the token of this place."""
+        return int(np.searchsorted(self.starts, token, side="right") - 1)
 
     def digest(self) -> str:
-        """Hex sha256 of all that decides what is learned from it."""
-        found = hashlib.sha256()
+        """Hex sha256 of all that training depends on."""
+        digest = hashlib.sha256()
         for part in (self.tokens, self.trained, self.starts):
-            found.update(np.ascontiguousarray(part).tobytes())
-        return found.hexdigest()
+            digest.update(np.ascontiguousarray(part).tobytes())
+        return digest.hexdigest()
 
     def select(self, kept: NDArray[np.bool_] | NDArray[np.int64]) -> "Tokenized":
-        """Some of the sequences, by a mask (N,) or by their numbers, in that order."""
+        """Select sequences by a mask (N,) or by their numbers, in that order."""
         numbers = np.flatnonzero(kept) if kept.dtype == np.bool_ else kept
         lengths = self.lengths[numbers]
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -95,7 +108,7 @@ class Tokenized:
         )
 
     def truncated(self, max_length: int, truncation: Literal["cut", "drop"]) -> "Tokenized":
-        """No sequence longer than this: cut at its end, or left out."""
+        """Cut sequences at `max_length` tokens, or leave out the longer ones."""
         if truncation == "drop":
             return self.select(self.full_lengths <= max_length)
         if not len(self) or self.lengths.max() <= max_length:
@@ -108,15 +121,16 @@ class Tokenized:
 
 
 def collect(examples: Iterable[Iterable[EncodedSequence]]) -> Tokenized:
-    """The sequences of all examples, in order; an example may give several, or none."""
+    """Collect the sequences of all examples in order; an example may give several, or none."""
     tokens: list[NDArray[np.int32]] = []
     trained: list[NDArray[np.bool_]] = []
     ends, rows = [], []
-    for row, encoded in _numbered(examples):
-        tokens.append(np.asarray(encoded.tokens, dtype=np.int32))
-        trained.append(np.asarray(encoded.trained, dtype=np.bool_))
-        ends.append(encoded.ends)
-        rows.append(row)
+    for row, sequences in enumerate(examples):
+        for sequence in sequences:
+            tokens.append(np.asarray(sequence.tokens, dtype=np.int32))
+            trained.append(np.asarray(sequence.trained, dtype=np.bool_))
+            ends.append(sequence.ends)
+            rows.append(row)
     lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)
     return Tokenized(
         np.concatenate([np.zeros(0, np.int32), *tokens]),
@@ -128,16 +142,8 @@ def collect(examples: Iterable[Iterable[EncodedSequence]]) -> Tokenized:
     )
 
 
-def _numbered(
-    examples: Iterable[Iterable[EncodedSequence]],
-) -> Iterator[tuple[int, EncodedSequence]]:
-    for row, sequences in enumerate(examples):
-        for encoded in sequences:
-            yield row, encoded
-
-
 def pack(lengths: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
-    """Which sequences share a bin: numbers of the sequences of each, longest first.
+    """Pack sequences into bins: the numbers of those in each, longest first.
 
     Args:
         lengths: (N,) tokens of each sequence, none above `size`.
@@ -168,3 +174,33 @@ def pack(lengths: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
                 insort(rooms, left)
             with_room[left].append(chosen)
     return [np.array(numbers, dtype=np.int64) for numbers in bins]
+
+
+def resolve_max_length(
+    wanted: int | None,
+    config: PreTrainedConfig,
+    reserved: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> int:
+    """Resolve `--max-length`: tokens of a sequence at most.
+
+    Args:
+        wanted: the flag's value; None for what the model takes, at most 2,048.
+        config: the model's.
+        reserved: positions that virtual tokens take.
+        tokenizer: limits the length too, where an encoder has fewer positions than its config says.
+
+    Raises:
+        UserError: more than the model has positions for.
+    """
+    context = context_size(config)
+    positions = LONGEST if context is None else context
+    if tokenizer is not None:
+        positions = min(positions, int(tokenizer.model_max_length))
+    most = positions if context is None else positions - reserved
+    if reserved and most < SHORTEST:
+        raise UserError(f"--prompt-tuning {reserved:,}: the model has {positions:,} positions")
+    if wanted is not None and context is not None and wanted > most:
+        taken = f", of which virtual tokens take {reserved}" if reserved else ""
+        raise UserError(f"--max-length {wanted:,}: the model has {positions:,} positions{taken}")
+    return wanted or min(most, LONGEST)

@@ -18,7 +18,13 @@ from transformers import PreTrainedTokenizerFast
 from llmctl.config.commands import AuditConfig
 from llmctl.console import log, set_up
 from llmctl.data.audit.audit import audit, log_summary, require_sound
-from llmctl.data.audit.show import SCREEN, marked, pieces, print_report, printable
+from llmctl.data.audit.show import (
+    SCREEN,
+    escape_unprintable,
+    mark_trained,
+    print_report,
+    spans_of,
+)
 from llmctl.data.chat.render import ChatFormat
 from llmctl.data.examples import Example
 from llmctl.data.sft import SftData
@@ -352,25 +358,25 @@ def test_a_run_hears_the_summary_and_each_warning_in_a_line(look, capsys):
 
 def test_the_example_has_its_trained_tokens_marked(make):
     data = make([chat(2)])
-    assert marked(pieces(data, 0)) == "<s> <|start|> word« word word <|end|>»"
+    assert mark_trained(spans_of(data, 0)) == "<s> <|start|> word« word word <|end|>»"
 
 
 def test_a_long_example_is_cut_to_a_screen_and_its_answer_stays(make):
     tokens = [BOS, START, *[WORD] * 3000, WORD, END]
     data = make([EncodedSequence(tokens, [False] * 3002 + [True, True], True)], max_length=5000)
-    text = marked(pieces(data, 0))
+    text = mark_trained(spans_of(data, 0))
     assert len(text) < SCREEN
     assert "characters" in text
     assert text.endswith("« word <|end|>»")
     turns = EncodedSequence([START, WORD] * 4000, [False, True] * 4000, True)
-    text = marked(pieces(make([turns], max_length=9000), 0))
+    text = mark_trained(spans_of(make([turns], max_length=9000), 0))
     assert len(text) < 2 * SCREEN
     assert text.endswith("[…]")
 
 
 def test_nothing_that_a_terminal_obeys_is_printed():
     hostile = "a\x1b[31mb\x07\r\x9b2J\u202e\u200b\ud800\n\tz"
-    text = printable(hostile)
+    text = escape_unprintable(hostile)
     assert text == "a\\x1b[31mb\\x07\\r\\x9b2J\\u202e\\u200b\\ud800⏎\n\\tz"
     assert all(c.isprintable() or c == "\n" for c in text)
 

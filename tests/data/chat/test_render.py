@@ -12,7 +12,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from llmctl.data.chat import render
-from llmctl.data.chat.render import ChatFormat, shared
+from llmctl.data.chat.render import ChatFormat, common_prefix
 from llmctl.data.chat.templates import TEMPLATE_TOKENS, TEMPLATES, read_template, set_chat_template
 from llmctl.errors import DataError, ModelError, UserError
 
@@ -182,7 +182,7 @@ def test_what_is_trained_is_the_answer_and_its_end(tokenizer_of, kind) -> None:
     for template, end in (("chatml", "<|im_end|>"), ("zephyr", "</s>"), ("gemma", "<end_of_turn>")):
         tokenizer = tokenizer_of(kind, template)
         messages = talk("uthe cat", "aa dog,", "ubar", "abaz</s>")
-        (encoded,) = ChatFormat(tokenizer).examples(messages, "assistant")
+        (encoded,) = ChatFormat(tokenizer).encode_conversation(messages, "assistant")
         texts = [tokenizer.decode(encoded.tokens[a:b]).lstrip() for a, b in spans(encoded)]
         assert texts == ["a dog," + end, "baz</s>" + end]
         assert encoded.tokens.count(tokenizer.bos_token_id) == 1
@@ -204,7 +204,7 @@ def test_an_answer_that_merges_into_its_prompt_is_kept_apart(tokenizer_of, kind)
         chat.encode_conversation(messages, "all"),
         chat.encode_conversation(messages, "prompt"),
     )
-    known = shared(first.tokens, second.tokens)
+    known = common_prefix(first.tokens, second.tokens)
     assert sum(second.trained) == len(second.tokens) - known
     assert both.tokens == whole
     for encoded in found:
@@ -291,7 +291,7 @@ def test_weight_and_a_greeting_are_context(tokenizer_of) -> None:
     assert "Welcome" not in "".join(
         texts_of(tokenizer, chat.encode_conversation(messages, "assistant")[0])
     )
-    seen = ChatFormat(tokenizer_of("bytes", "{{ messages | tojson }}")).prompt(messages)
+    seen = ChatFormat(tokenizer_of("bytes", "{{ messages | tojson }}")).encode_prompt(messages)
     assert "weight" not in tokenizer.decode(seen)
     for way, said in (("completion", messages), ("assistant", messages[:2])):
         (nothing,) = chat.encode_conversation(said, way)
@@ -313,7 +313,7 @@ def test_text_is_text(tokenizer_of) -> None:
     assert chat.encode_text("") == ([1, 2], [False, True], True)
     tokenizer.eos_token = None
     assert not ChatFormat(tokenizer).encode_text("the cat").ends
-    assert (chat.end_of_turn, chat.double_bos) == (None, False)
+    assert chat.end_of_turn is None
     with pytest.raises(ModelError, match="no chat template"):
         chat.encode_prompt(talk("uhi"))
 
@@ -347,13 +347,6 @@ def test_a_template_without_an_end_is_known(tokenizer_of, kind) -> None:
     assert "ho." in tokenizer.decode(encoded.tokens[spans(encoded)[0][0] :])
 
 
-def test_bos_twice_is_seen(tokenizer_of) -> None:
-    tokenizer = tokenizer_of("bytes", "chatml")
-    assert not ChatFormat(tokenizer).double_bos
-    tokenizer.chat_template = "{{ bos_token }}" + TEMPLATES["chatml"]
-    assert ChatFormat(tokenizer).double_bos
-
-
 # Special tokens
 
 
@@ -382,7 +375,7 @@ def test_a_token_that_is_looked_for_in_normalized_text_is_hidden_too(tokenizer_o
     chat = ChatFormat(tokenizer)
     assert tokenizer.sep_token_id not in chat.encode_prompt(talk("uthe cat|sep|"))
     tokenizer.chat_template = TAIL + "|sep|"
-    assert ChatFormat(tokenizer).prompt(talk("u|sep|"))[-1] == tokenizer.sep_token_id
+    assert ChatFormat(tokenizer).encode_prompt(talk("u|sep|"))[-1] == tokenizer.sep_token_id
 
 
 def test_tools_that_a_template_would_drop_are_refused(tokenizer_of) -> None:
@@ -499,7 +492,7 @@ def test_a_hostile_file_is_refused_in_time(tokenizer_of, tmp_path, bomb) -> None
     set_chat_template(tokenizer, str(tmp_path / "bomb"))
     begun = time.monotonic()
     with pytest.raises(ModelError, match="the chat template "):
-        ChatFormat(tokenizer).examples(talk("uhi", "aho"), "assistant")
+        ChatFormat(tokenizer).encode_conversation(talk("uhi", "aho"), "assistant")
     assert time.monotonic() - begun < 5
 
 
@@ -509,8 +502,8 @@ def test_only_templates_written_here_run_here(tokenizer_of, monkeypatch) -> None
         render, "render_cuts", lambda *a, trusted, **k: seen.append(trusted) or ["x"] * len(a[2])
     )
     for name in TEMPLATES:
-        ChatFormat(tokenizer_of("bytes", name)).prompt(talk("uhi"))
-    ChatFormat(tokenizer_of("bytes", TEMPLATES["chatml"] + " ")).prompt(talk("uhi"))
+        ChatFormat(tokenizer_of("bytes", name)).encode_prompt(talk("uhi"))
+    ChatFormat(tokenizer_of("bytes", TEMPLATES["chatml"] + " ")).encode_prompt(talk("uhi"))
     assert seen == [True] * len(TEMPLATES) + [False]
 
 
@@ -541,5 +534,5 @@ def test_a_template_that_writes_the_date_can_be_held(tokenizer_of, frozen) -> No
     )
     tokenizer = tokenizer_of("bytes", template)
     held = ChatFormat(tokenizer, "2024-05-06T10:00:00+0200" if frozen else None)
-    text = tokenizer.decode(held.prompt(talk("ufoo")))
+    text = tokenizer.decode(held.encode_prompt(talk("ufoo")))
     assert ("06 May 2024" in text) == frozen

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llmctl.data.chat import sandbox, sandbox_process
-from llmctl.data.chat.sandbox import CHATML_TEMPLATE, render_chat, render_cuts
+from llmctl.data.chat.sandbox import CHATML_TEMPLATE, render_cuts
 from llmctl.decode.prompts import encode_chat
 from llmctl.errors import ModelError
 
@@ -49,6 +49,11 @@ TALK = [
 HI = [{"role": "user", "content": "hi"}]
 
 
+def render_prompt(template, messages, variables=None) -> str:
+    (text,) = render_cuts(template, messages, [(len(messages), True)], variables or {})
+    return text
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tokens: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(tokens / "tokenizer")
@@ -58,7 +63,7 @@ def tokenizer(tokens: Path) -> PreTrainedTokenizerBase:
 @pytest.mark.parametrize("messages", [TALK, TALK[1:2], HI * 1])
 def test_the_text_is_what_transformers_makes(tokenizer, template, messages) -> None:
     tokenizer.chat_template = template
-    rendered = render_chat(template, messages, tokenizer.special_tokens_map)
+    rendered = render_prompt(template, messages, tokenizer.special_tokens_map)
     assert rendered == tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
     )
@@ -76,9 +81,9 @@ def test_a_foreign_template_is_rendered_outside(tokenizer, monkeypatch) -> None:
 @pytest.mark.parametrize("trusted", [True, False])
 def test_cuts_come_in_one_answer_and_see_the_tools(tokenizer, monkeypatch, trusted) -> None:
     template = "{{ tools | tojson if tools }}" + CHATML
-    asked: list[str] = []
+    sent: list[str] = []
     monkeypatch.setattr(
-        sandbox, "_ask", lambda request, ask=sandbox._ask: asked.append("") or ask(request)
+        sandbox, "_request", lambda request, ask=sandbox._request: sent.append("") or ask(request)
     )
     cuts = [(1, True), (2, False), (1, True), (4, False)]
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
@@ -91,7 +96,7 @@ def test_cuts_come_in_one_answer_and_see_the_tools(tokenizer, monkeypatch, trust
         )
         for count, is_prompt in cuts
     ]
-    assert len(asked) == (not trusted)
+    assert len(sent) == (not trusted)
 
 
 def test_a_template_of_ours_refuses_in_the_same_words() -> None:
@@ -154,12 +159,13 @@ BOMBS = {
 }
 MEASURE = """
 import json, resource, sys, time
-from llmctl.data.chat.sandbox import render_chat
+from llmctl.data.chat.sandbox import render_cuts
 from llmctl.errors import ModelError
 for name, bomb in json.load(sys.stdin).items():
     begun = time.monotonic()
     try:
-        refused = f"{len(render_chat(bomb, [{'role': 'user', 'content': 'hi'}], {}))} characters"
+        (text,) = render_cuts(bomb, [{"role": "user", "content": "hi"}], [(1, True)], {})
+        refused = f"{len(text)} characters"
     except ModelError as error:
         refused = str(error)
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
@@ -188,34 +194,34 @@ def test_after_a_bomb_the_next_one_renders(tokenizer) -> None:
     bomb = "{% if messages[0].content == 'hi' %}" + BOMBS["nested ranges"] + "{% endif %}fine"
     for _ in range(2):
         with pytest.raises(ModelError, match="takes too long: more than 3 s"):
-            render_chat(bomb, HI, {})
-        assert render_chat(bomb, TALK, {}) == "fine"
+            render_prompt(bomb, HI)
+        assert render_prompt(bomb, TALK) == "fine"
 
 
 def test_one_process_serves_and_each_text_is_quick() -> None:
-    render_chat(CHATML, HI, {})
+    render_prompt(CHATML, HI)
     process = sandbox._renderer(os.getpid())
     begun = time.perf_counter()
     for _ in range(200):
-        render_chat(CHATML, TALK, {})
+        render_prompt(CHATML, TALK)
     assert (time.perf_counter() - begun) / 200 < 0.01
     assert sandbox._renderer(os.getpid()) is process
 
 
 def test_a_renderer_that_was_killed_is_named_and_replaced() -> None:
-    render_chat(CHATML, HI, {})
+    render_prompt(CHATML, HI)
     sandbox._renderer(os.getpid()).kill()
     with pytest.raises(ModelError, match="process"):
-        render_chat(CHATML, HI, {})
-    assert render_chat("fine", HI, {}) == "fine"
+        render_prompt(CHATML, HI)
+    assert render_prompt("fine", HI) == "fine"
 
 
 HANG = """
 import os
 from llmctl.data.chat import sandbox
-chat.render_chat("fine", [], {})
-print(chat._renderer(os.getpid()).pid, flush=True)
-chat.render_chat("{% for a in range(99999) %}" * 2 + "{% endfor %}" * 2, [], {})
+sandbox.render_cuts("fine", [], [(0, True)], {})
+print(sandbox._renderer(os.getpid()).pid, flush=True)
+sandbox.render_cuts("{% for a in range(99999) %}" * 2 + "{% endfor %}" * 2, [], [(0, True)], {})
 """
 
 
@@ -261,7 +267,10 @@ def test_the_renderer_is_light_and_imports_nothing_from_here(tmp_path) -> None:
     ).stdout.split()
     assert "transformers.utils.chat_template_utils" in loaded
     assert not {"torch", "transformers.utils.hub", "transformers.modeling_utils"} & set(loaded)
-    render = "from llmctl.data.chat.sandbox import render_chat; print(render_chat('fine', [], {}))"
+    render = (
+        "from llmctl.data.chat.sandbox import render_cuts; "
+        "print(*render_cuts('fine', [], [(0, True)], {}))"
+    )
     ran = subprocess.run(
         [sys.executable, "-P", "-c", render], capture_output=True, text=True, cwd=tmp_path
     )

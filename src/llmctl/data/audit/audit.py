@@ -1,6 +1,6 @@
-"""Whether examples would train the model that their owner wants.
+"""Audit examples for fine-tuning before they train a model.
 
-In: what `load_sft_data` gives. Out: figures, and findings: errors refuse a run, warnings do not.
+In: `SftData`. Out: an `Audit` of statistics and findings: errors refuse a run, warnings do not.
 """
 
 from dataclasses import asdict, dataclass
@@ -8,10 +8,10 @@ from typing import Any
 
 from llmctl.config.commands import AuditConfig, SftConfig
 from llmctl.console import log
-from llmctl.data.audit.checks import AuditFinding, examine
+from llmctl.data.audit.checks import AuditFinding, check_examples
 from llmctl.data.audit.statistics import (
     SequenceStatistics,
-    Turns,
+    TurnStatistics,
     sequence_statistics,
     token_roles,
     turn_statistics,
@@ -26,14 +26,14 @@ from llmctl.runs.directory import resolve_model
 
 @dataclass(frozen=True)
 class Audit:
-    """All that was found."""
+    """Statistics of examples, and findings."""
 
     rows: int
-    """That were read and kept, both sides together."""
+    """Rows that were read and kept, both sides together."""
     train: SequenceStatistics
     val: SequenceStatistics | None
-    turns: Turns | None
-    """None where what is trained on is not the assistant's turns."""
+    turns: TurnStatistics | None
+    """None where something else than the assistant's turns is trained on."""
     max_length: int
     skipped: int
     dropped: int
@@ -48,16 +48,16 @@ class Audit:
 
     @property
     def errors(self) -> list[AuditFinding]:
-        """What refuses a run."""
+        """Findings that refuse a run."""
         return [finding for finding in self.findings if finding.level == "error"]
 
     @property
     def warnings(self) -> list[AuditFinding]:
-        """What does not."""
+        """Findings that do not."""
         return [finding for finding in self.findings if finding.level == "warning"]
 
     def as_json(self) -> dict[str, Any]:
-        """Everything under flat names, those of training without a prefix; finite numbers only."""
+        """Statistics and findings, those of training without a prefix; finite numbers only."""
         turns = self.turns
         return {
             **asdict(self.train),
@@ -81,19 +81,19 @@ class Audit:
 
 
 def audit(data: SftData, config: SftConfig | AuditConfig, *, packing: bool) -> Audit:
-    """Measure the examples and judge them.
+    """Count and check the examples.
 
     Args:
-        data: encoded, and cut to the length that the model gets.
-        config: says what to train on, what to cut, and which model.
-        packing: also say how full rows of that length become.
+        data: encoded, and cut to `--max-length`.
+        config: of the model, of what to train on, and of what to cut.
+        packing: also count rows packed to that length.
 
     Raises:
         ModelError: the model's generation config does not load.
     """
     tokenizer = data.tokenizer
     roles = token_roles(
-        tokenizer, _stops(data, config.model), tuple(data.added_tokens), data.embedding_rows
+        tokenizer, _stop_tokens(data, config.model), tuple(data.added_tokens), data.embedding_rows
     )
     packed, efficiency = _packed(data) if packing else (None, None)
     are_turns = config.train_on in ("assistant", "completion")
@@ -101,7 +101,7 @@ def audit(data: SftData, config: SftConfig | AuditConfig, *, packing: bool) -> A
     val = None if data.val is None else sequence_statistics(data.val, roles)
     turns = turn_statistics(data.train, roles) if are_turns else None
     return Audit(
-        rows=data.examples,
+        rows=data.row_count,
         train=train,
         val=val,
         turns=turns,
@@ -114,15 +114,15 @@ def audit(data: SftData, config: SftConfig | AuditConfig, *, packing: bool) -> A
         pad_is_eos=tokenizer.pad_token_id is not None and tokenizer.pad_token_id in roles.stops,
         packed_rows=packed,
         packing_efficiency=efficiency,
-        findings=tuple(examine(data, config, roles, train, val, turns)),
+        findings=tuple(check_examples(data, config, roles, train, val, turns)),
     )
 
 
 def require_sound(report: Audit) -> None:
-    """Refuse what would train a broken model.
+    """Refuse examples that would train a broken model.
 
     Raises:
-        DataError: saying what is wrong.
+        DataError: the errors among the findings.
     """
     if not report.errors:
         return
@@ -132,7 +132,7 @@ def require_sound(report: Audit) -> None:
 
 
 def log_summary(report: Audit) -> None:
-    """Say in two lines what there is to learn from, and each warning in one."""
+    """Log the size in two lines, and each warning in one."""
     train, val = report.train, report.val
     log.info(
         "audit: %s rows to train on, %s to validate; %s tokens, %s to %s a sequence (median %g)",
@@ -157,8 +157,8 @@ def log_summary(report: Audit) -> None:
         log.warning("%s", finding.message)
 
 
-def _stops(data: SftData, model: str) -> frozenset[int]:
-    """Tokens at which the fine-tuned model will stop: its own, and what ends its chats."""
+def _stop_tokens(data: SftData, model: str) -> frozenset[int]:
+    """Tokens at which the fine-tuned model will stop: its own, and the end of its turns."""
     file = local_folder(resolve_model(model)) / "generation_config.json"
     known = read_object(file) if file.is_file() else load_config(model).to_dict()
     end_of_turn = data.format.end_of_turn if data.has_conversations else None
@@ -167,7 +167,7 @@ def _stops(data: SftData, model: str) -> frozenset[int]:
 
 
 def _packed(data: SftData) -> tuple[int, float]:
-    """How many rows the sequences that train are packed into, and how full these are."""
+    """Count the rows that the sequences which train are packed into, and how full these are."""
     lengths = data.train.lengths[data.train.trained_counts > 0]
     count = len(pack(lengths, data.max_length))
     return count, int(lengths.sum()) / max(1, count * data.max_length)

@@ -1,6 +1,6 @@
-"""What is wrong with examples: the rules that an audit goes through.
+"""Check examples for errors that would train a broken model.
 
-In: figures of training and validation sequences. Out: findings, the gravest first.
+In: statistics of training and validation sequences. Out: findings, errors first.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from llmctl.config.commands import AuditConfig, SftConfig
 from llmctl.data.audit.statistics import (
     SequenceStatistics,
     TokenRoles,
-    Turns,
+    TurnStatistics,
     has_double_bos,
     lacks_embedding,
 )
@@ -22,7 +22,7 @@ from llmctl.data.sft import SftData
 MOST_UNTRAINED = 0.1
 """Share of rows without a trained token that odd rows explain; above it, flags and data clash."""
 LEAST_ENDED = 0.99
-"""Share of rows, and of turns, with a trained stop token at the end: with fewer, answers go on."""
+"""Share of rows, and of turns, with a trained stop token at the end; below it, answers go on."""
 MOST_TRUNCATED = 0.2
 """Share of rows that may lose their end unasked: the rest must be enough to learn to stop."""
 MOST_UNKNOWN, MANY_UNKNOWN = 0.2, 0.01
@@ -36,50 +36,49 @@ MANY_DUPLICATES = 0.01
 
 @dataclass(frozen=True)
 class AuditFinding:
-    """Something that is wrong, or odd."""
+    """An error or an oddity of the examples."""
 
     level: Literal["error", "warning"]
     name: str
-    """For programs."""
+    """Key for programs."""
     message: str
     hint: str
-    """What to do."""
+    """The fix."""
     file: str | None = None
     line: int | None = None
 
 
-def examine(
+def check_examples(
     data: SftData,
     config: SftConfig | AuditConfig,
     roles: TokenRoles,
     train: SequenceStatistics,
     val: SequenceStatistics | None,
-    turns: Turns | None,
+    turns: TurnStatistics | None,
 ) -> Iterator[AuditFinding]:
-    """Every finding: errors first, then warnings.
+    """Yield every finding: errors first, then warnings.
 
     Args:
         data: the examples.
         config: what is trained on, what is cut.
         roles: of their tokens.
-        train: figures of the training sequences.
-        val: figures of the validation sequences.
+        train: of the training sequences.
+        val: of the validation sequences.
         turns: how trained turns end, where turns are trained on.
     """
-    found = [
-        *_learnable(data, train),
-        *_tokens(data, roles, train, val),
-        *_ends(data, config, train, turns),
-        *_lengths(data, config, train),
-        *_validation(data, config, val),
-        *_rows(data, roles),
+    findings = [
+        *_check_trained(data, train),
+        *_check_tokens(data, roles, train, val),
+        *_check_ends(data, config, train, turns),
+        *_check_lengths(data, config, train),
+        *_check_validation(data, config, val),
+        *_check_rows(data, roles),
     ]
-    yield from (finding for finding in found if finding.level == "error")
-    yield from (finding for finding in found if finding.level == "warning")
+    yield from sorted(findings, key=lambda finding: finding.level != "error")
 
 
-def _learnable(data: SftData, train: SequenceStatistics) -> Iterator[AuditFinding]:
-    """Is there anything to learn?"""
+def _check_trained(data: SftData, train: SequenceStatistics) -> Iterator[AuditFinding]:
+    """Check that rows have tokens to train on."""
     if train.rows == 0:
         hint = "raise --max-length, or use --truncation cut" if data.dropped else "add examples"
         yield AuditFinding("error", "no_rows", "no row is left to train on", hint)
@@ -95,32 +94,32 @@ def _learnable(data: SftData, train: SequenceStatistics) -> Iterator[AuditFindin
         else "check that every row has an answer of the assistant, and --train-on"
     )
     many = train.untrained_rows > MOST_UNTRAINED * train.rows
-    what = (
+    message = (
         f"none of the {train.rows:,} rows has a token to train on"
         if train.trained_tokens == 0
         else f"no token to train on in {_of(train.untrained_rows, train.rows)}"
         + ("" if many else ": they are left out")
     )
     yield AuditFinding(
-        "error" if many else "warning", "untrained_rows", what, hint, *_at(data, first)
+        "error" if many else "warning", "untrained_rows", message, hint, *_place(data, first)
     )
 
 
-def _tokens(
+def _check_tokens(
     data: SftData, roles: TokenRoles, train: SequenceStatistics, val: SequenceStatistics | None
 ) -> Iterator[AuditFinding]:
-    """Are they the model's own, and what they seem to be?"""
-    strange = train.beyond_embedding + (val.beyond_embedding if val else 0)
-    if strange:
+    """Check for tokens of another model, BOS twice, spelled special tokens and unknown ones."""
+    foreign = train.beyond_embedding + (val.beyond_embedding if val else 0)
+    if foreign:
         (places,) = np.nonzero(lacks_embedding(data.train, roles))
         highest = max(int(part.tokens.max(initial=0)) for part in (data.train, data.val) if part)
         yield AuditFinding(
             "error",
             "beyond_embedding",
-            f"token ids of up to {highest:,} ({strange:,} tokens), and the model has only"
+            f"token ids of up to {highest:,} ({foreign:,} tokens), and the model has only"
             f" {roles.embedding_rows:,} embeddings: the tokenizer is another model's",
             "put the model's own tokenizer into its folder",
-            *_at(data, _sequence(data, places[0]) if len(places) else None),
+            *_place(data, data.train.sequence_of(places[0]) if len(places) else None),
         )
     twice = train.double_bos + (val.double_bos if val else 0)
     if twice:
@@ -131,7 +130,7 @@ def _tokens(
             "double_bos",
             f"BOS twice at the beginning of {_of(twice, total, 'sequences')}",
             "take bos_token out of the chat template, or choose another: --chat-template NAME",
-            *_at(data, int(places[0]) if len(places) else None),
+            *_place(data, int(places[0]) if len(places) else None),
         )
     if rendered := data.rendered:
         yield AuditFinding(
@@ -146,18 +145,18 @@ def _tokens(
         yield AuditFinding(
             "error" if train.unknown_share > MOST_UNKNOWN else "warning",
             "unknown",
-            f"{_percent(train.unknown_share)} of the tokens are unknown to the tokenizer",
+            f"{percent(train.unknown_share)} of the tokens are unknown to the tokenizer",
             "use a model whose tokenizer knows the characters of this text",
         )
 
 
-def _ends(
+def _check_ends(
     data: SftData,
     config: SftConfig | AuditConfig,
     train: SequenceStatistics,
-    turns: Turns | None,
+    turns: TurnStatistics | None,
 ) -> Iterator[AuditFinding]:
-    """Does the model learn to stop?"""
+    """Check that the model learns to stop."""
     if turns is not None and turns.foreign_sequence is not None:
         name = data.tokenizer.convert_ids_to_tokens(turns.foreign_token)
         many = turns.foreign > (1 - LEAST_ENDED) * turns.total
@@ -168,7 +167,7 @@ def _ends(
             f" {_of(turns.foreign, turns.total, 'turns')}",
             "add it to eos_token_id in the model's generation_config.json, or choose another"
             " template: --chat-template NAME",
-            *_at(data, turns.foreign_sequence),
+            *_place(data, turns.foreign_sequence),
         )
         if many:
             return
@@ -178,7 +177,7 @@ def _ends(
         yield AuditFinding(
             "error",
             "no_end",
-            f"only {_percent(train.ended_share)} of the rows end with a token that is trained on"
+            f"only {percent(train.ended_share)} of the rows end with a token that is trained on"
             " and stops generation: the model would not learn to stop",
             "give the tokenizer an eos_token, in its tokenizer_config.json"
             if not data.has_conversations
@@ -194,10 +193,10 @@ def _ends(
         )
 
 
-def _lengths(
+def _check_lengths(
     data: SftData, config: SftConfig | AuditConfig, train: SequenceStatistics
 ) -> Iterator[AuditFinding]:
-    """What is lost, or too short?"""
+    """Check for cut, dropped and empty sequences."""
     if train.truncated_rows:
         refused = config.truncation == "auto" and train.truncated > MOST_TRUNCATED
         yield AuditFinding(
@@ -224,10 +223,10 @@ def _lengths(
         )
 
 
-def _validation(
+def _check_validation(
     data: SftData, config: SftConfig | AuditConfig, val: SequenceStatistics | None
 ) -> Iterator[AuditFinding]:
-    """Does the validation loss say something?"""
+    """Check that validation data are new to the model and have tokens that count."""
     if data.overlap:
         ours = next(e for e in data.train_examples if e.name == data.overlap[0])
         yield AuditFinding(
@@ -238,8 +237,8 @@ def _validation(
             ours.place,
             ours.line,
         )
-    asked = bool(config.val_size or config.val_fraction or config.val_data)
-    if (val is None and asked) or (val is not None and val.rows == 0):
+    is_wanted = bool(config.val_size or config.val_fraction or config.val_data)
+    if (val is None and is_wanted) or (val is not None and val.rows == 0):
         yield AuditFinding(
             "error",
             "no_validation",
@@ -262,13 +261,13 @@ def _validation(
         )
 
 
-def _rows(data: SftData, roles: TokenRoles) -> Iterator[AuditFinding]:
-    """What was read?"""
-    if data.duplicates > MANY_DUPLICATES * data.examples:
+def _check_rows(data: SftData, roles: TokenRoles) -> Iterator[AuditFinding]:
+    """Check for duplicates, skipped rows and a padding token that ends turns."""
+    if data.duplicates > MANY_DUPLICATES * data.row_count:
         yield AuditFinding(
             "warning",
             "duplicates",
-            f"near-equal to an earlier one: {_of(data.duplicates, data.examples)}",
+            f"near-equal to an earlier one: {_of(data.duplicates, data.row_count)}",
             "leave them out, unless they are meant to weigh more",
         )
     if data.skipped:
@@ -287,22 +286,18 @@ def _rows(data: SftData, roles: TokenRoles) -> Iterator[AuditFinding]:
         )
 
 
-def _at(data: SftData, sequence: int | None) -> tuple[str | None, int | None]:
-    """Where the example of a training sequence stands."""
+def _place(data: SftData, sequence: int | None) -> tuple[str | None, int | None]:
+    """File and line of the example of a training sequence."""
     if sequence is None:
         return None, None
-    example = data.train_examples[int(data.train.rows[sequence])]
+    example = data.example_of(sequence)
     return example.place, example.line
-
-
-def _sequence(data: SftData, token: int) -> int:
-    """Which training sequence a token is of."""
-    return int(np.searchsorted(data.train.starts, token, side="right") - 1)
 
 
 def _of(count: int, total: int, what: str = "rows") -> str:
     return f"{count:,} of {total:,} {what}"
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """Format a share in percent."""
     return f"{100 * share:.1f} %"

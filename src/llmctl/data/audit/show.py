@@ -1,7 +1,7 @@
-"""How an audit looks: a table, what was found, and one example with its trained tokens marked.
+"""Print an audit: a table, the findings, and one example with its trained tokens marked.
 
 In: an audit and its examples. Out: text on stdout, in colour on a terminal, plain and aligned
-elsewhere. The text is someone else's: nothing in it reaches a terminal that it would obey.
+elsewhere. The examples are untrusted: no control character of theirs reaches a terminal.
 """
 
 import os
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from llmctl.data.audit.audit import Audit
-from llmctl.data.audit.checks import AuditFinding
-from llmctl.data.audit.statistics import SequenceStatistics, among, special_token_ids
+from llmctl.data.audit.checks import AuditFinding, percent
+from llmctl.data.audit.statistics import SequenceStatistics, is_in, special_token_ids
 from llmctl.data.sft import SftData
 from llmctl.redact import redact
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 COLORS = {"error": "bold red", "warning": "yellow"}
 MARKS = ("«", "»")
 """Around trained tokens, where there is no colour."""
-SCREEN, PIECE = 1600, 480
-"""Characters of an example that are shown, and of its text between two borders."""
+SCREEN, SPAN = 1600, 480
+"""Characters of an example that are shown, and of one span of it."""
 LINE = 60
-"""Characters that the rest of a line counts for, when it ends early."""
+"""Characters that a line counts for that ends early."""
 DECODED = 4000
-"""Tokens at the beginning of an example that are looked at: more than a screen holds."""
+"""Tokens at the beginning of an example that are decoded: more than a screen holds."""
 
 
-class Piece(NamedTuple):
-    """Successive tokens of one kind."""
+class Span(NamedTuple):
+    """Successive tokens that are alike: trained or not, special or not."""
 
     text: str
     is_trained: bool
@@ -42,24 +42,24 @@ class Piece(NamedTuple):
 
 def print_report(report: Audit, data: SftData) -> None:
     """Print everything to stdout."""
-    rows, number = table(report), example_number(data)
-    place = None if number is None else data.place(number)
-    shown = [] if number is None else list(pieces(data, number))
+    rows, number = table(report), choose_example(data)
+    place = None if number is None else str(data.example_of(number).name)
+    spans = [] if number is None else list(spans_of(data, number))
     if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
-        _print_rich(rows, report, place, shown)
+        _print_rich(rows, report, place, spans)
         return
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for name, *values in rows:
         aligned = (v.rjust(width) for v, width in zip(values, widths[1:], strict=True))
         print("  ".join([name.ljust(widths[0]), *aligned]).rstrip())
     for finding in report.findings:
-        print(f"\n{finding.level}: {_said(finding)}\n  {printable(finding.hint)}")
+        print(f"\n{finding.level}: {_finding_line(finding)}\n  {escape_unprintable(finding.hint)}")
     if place is not None:
-        print(f"\n{_title(place)}\n{marked(shown)}")
+        print(f"\n{_title(place)}\n{mark_trained(spans)}")
 
 
 def table(report: Audit) -> list[tuple[str, str, str]]:
-    """Name, figure of training and figure of validation of everything, with a header."""
+    """List a header, and name, training figure and validation figure of each line."""
     val = [] if report.val is None else _figures(report.val, report.max_length)
     both = [
         (name, value, other[1] if other else "")
@@ -79,7 +79,7 @@ def table(report: Audit) -> list[tuple[str, str, str]]:
         "validation prompts answered otherwise": f"{report.shared_prompts:,}",
         "pad = eos": "yes" if report.pad_is_eos else "no",
         f"packed into rows of {report.max_length:,}": (
-            "-" if packed is None else f"{report.packed_rows:,} ({_percent(packed)} full)"
+            "-" if packed is None else f"{report.packed_rows:,} ({percent(packed)} full)"
         ),
     }
     return [
@@ -89,56 +89,56 @@ def table(report: Audit) -> list[tuple[str, str, str]]:
     ]
 
 
-def example_number(data: SftData) -> int | None:
-    """The sequence to show: the first that is trained on and whole, else the first."""
+def choose_example(data: SftData) -> int | None:
+    """Choose the sequence to show: the first that is trained on and whole, else the first."""
     if not len(data.train):
         return None
     wanted = (data.train.trained_counts > 0) & ~data.train.cut
     return int(np.argmax(wanted))
 
 
-def pieces(data: SftData, number: int) -> Iterator[Piece]:
-    """The text of a training sequence, no more of it than a screen holds, safe to print."""
+def spans_of(data: SftData, number: int) -> Iterator[Span]:
+    """Decode a training sequence, no more of it than a screen holds, safe to print."""
     tokens, trained = data.train.sequence(number)
     tokens = tokens[:DECODED]
-    special = among(tokens, special_token_ids(data.tokenizer))
+    special = is_in(tokens, special_token_ids(data.tokenizer))
     kinds = list(zip(trained[:DECODED].tolist(), special.tolist(), strict=True))
     left, end, before = SCREEN, 0, ""
     for (is_trained, is_special), group in groupby(kinds):
         end += len(list(group))
         text = _decode(data, tokens[:end].tolist())
-        # Decoded by itself, a piece would lose the space that it begins with.
-        own = printable(text[len(before) :] if text.startswith(before) else text)
+        # Decoded by itself, a span would lose the space that it begins with.
+        own = escape_unprintable(text[len(before) :] if text.startswith(before) else text)
         before = text
-        shown = shortened(own, min(PIECE, left))
+        shown = elide_middle(own, min(SPAN, left))
         left -= _size(shown)
-        yield Piece(shown, is_trained, is_special)
+        yield Span(shown, is_trained, is_special)
         if left <= 0:
             break
     if end < len(tokens) or len(tokens) < data.train.lengths[number]:
-        yield Piece(" […]", False, False)
+        yield Span(" […]", False, False)
 
 
-def marked(shown: Iterable[Piece]) -> str:
-    """The pieces in a row, in marks where they are trained on."""
+def mark_trained(spans: Iterable[Span]) -> str:
+    """Join spans, with marks around trained ones."""
     opening, closing = MARKS
-    found = ""
-    for is_trained, group in groupby(shown, key=lambda piece: piece.is_trained):
-        text = "".join(piece.text for piece in group)
-        found += f"{opening}{text}{closing}" if is_trained else text
-    return found
+    marked = ""
+    for is_trained, group in groupby(spans, key=lambda span: span.is_trained):
+        text = "".join(span.text for span in group)
+        marked += f"{opening}{text}{closing}" if is_trained else text
+    return marked
 
 
-def printable(text: str) -> str:
-    """The text with every character that a terminal would obey, or not show, spelled out."""
+def escape_unprintable(text: str) -> str:
+    """Spell out every character that a terminal would obey, or not show."""
     return "".join(
         c if c.isprintable() else "⏎\n" if c == "\n" else c.encode("unicode_escape").decode()
         for c in redact(text)
     )
 
 
-def shortened(text: str, size: int) -> str:
-    """The text without its middle, if it is longer than `size` characters."""
+def elide_middle(text: str, size: int) -> str:
+    """Leave out the middle of a text of more than `size` characters."""
     if _size(text) <= size:
         return text
     head = _fitting(text, size // 2)
@@ -148,12 +148,12 @@ def shortened(text: str, size: int) -> str:
 
 
 def _fitting(text: str, size: int) -> str:
-    """The beginning of a text that fits."""
+    """Take the beginning of a text that fits."""
     taken = 0
-    for place, character in enumerate(text):
+    for index, character in enumerate(text):
         taken += LINE if character == "\n" else 1
         if taken > size:
-            return text[:place]
+            return text[:index]
     return text
 
 
@@ -178,41 +178,37 @@ def _figures(figures: SequenceStatistics, max_length: int) -> list[tuple[str, st
         ("  of the median one", f"{figures.tokens_median:,g}"),
         ("  of the 95th in 100", f"{figures.tokens_p95:,}"),
         ("  of the longest", f"{figures.tokens_max:,}"),
-        ("tokens trained on", f"{figures.trained_tokens:,} ({_percent(figures.trained_share)})"),
+        ("tokens trained on", f"{figures.trained_tokens:,} ({percent(figures.trained_share)})"),
         ("rows without a trained token", f"{figures.untrained_rows:,}"),
         (
             "whole rows whose end is trained on",
-            "-" if ended is None else f"{figures.ended_rows:,} ({_percent(ended)})",
+            "-" if ended is None else f"{figures.ended_rows:,} ({percent(ended)})",
         ),
         (
             f"rows cut at {max_length:,} tokens",
-            f"{figures.truncated_rows:,} ({_percent(figures.truncated)})",
+            f"{figures.truncated_rows:,} ({percent(figures.truncated)})",
         ),
         ("sequences with BOS twice", f"{figures.double_bos:,}"),
-        ("unknown tokens", f"{figures.unknown_tokens:,} ({_percent(figures.unknown_share)})"),
+        ("unknown tokens", f"{figures.unknown_tokens:,} ({percent(figures.unknown_share)})"),
         ("tokens without an embedding", f"{figures.beyond_embedding:,}"),
         ("sequences of a single token", f"{figures.short:,}"),
     ]
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def _said(finding: AuditFinding) -> str:
-    """Place and message on one line."""
+def _finding_line(finding: AuditFinding) -> str:
+    """Put place and message on one line."""
     line = "" if finding.line is None else f":{finding.line}"
     place = "" if finding.file is None else f"{finding.file}{line}: "
-    return printable(place + finding.message)
+    return escape_unprintable(place + finding.message)
 
 
 def _title(place: str) -> str:
     opening, closing = MARKS
-    return f"example {printable(place)}, trained tokens in {opening}{closing}:"
+    return f"example {escape_unprintable(place)}, trained tokens in {opening}{closing}:"
 
 
 def _print_rich(
-    rows: list[tuple[str, str, str]], report: Audit, place: str | None, shown: list[Piece]
+    rows: list[tuple[str, str, str]], report: Audit, place: str | None, spans: list[Span]
 ) -> None:
     from rich.console import Console  # a third of the time that the command takes in a pipe
     from rich.table import Table
@@ -228,21 +224,23 @@ def _print_rich(
     console.print(view)
     for finding in report.findings:
         level = Text(f"\n{finding.level}: ", style=COLORS[finding.level])
-        console.print(level.append(_said(finding), style="default not bold"))
-        console.print(Text(f"  {printable(finding.hint)}"))
+        console.print(level.append(_finding_line(finding), style="default not bold"))
+        console.print(Text(f"  {escape_unprintable(finding.hint)}"))
     if place is None:
         return
     has_color = console.color_system is not None and not console.no_color
     if not has_color:
-        console.print(Text(f"\n{_title(place)}\n{marked(shown)}"))
+        console.print(Text(f"\n{_title(place)}\n{mark_trained(spans)}"))
         return
-    console.print(Text(f"\nexample {printable(place)}, trained tokens underlined:", style="bold"))
-    console.print(_colored(shown, Text()))
+    console.print(
+        Text(f"\nexample {escape_unprintable(place)}, trained tokens underlined:", style="bold")
+    )
+    console.print(_colored(spans, Text()))
 
 
-def _colored(shown: list[Piece], text: "Text") -> "Text":
-    """Trained tokens green and underlined, special ones bright."""
-    for piece in shown:
-        color = "green underline" if piece.is_trained else "default"
-        text.append(piece.text, style=f"{color} bold" if piece.is_special else color)
+def _colored(spans: list[Span], text: "Text") -> "Text":
+    """Colour trained tokens green and underline them; make special ones bright."""
+    for span in spans:
+        color = "green underline" if span.is_trained else "default"
+        text.append(span.text, style=f"{color} bold" if span.is_special else color)
     return text

@@ -1,7 +1,7 @@
-"""What there is to count in training sequences.
+"""Count what an audit needs to know of training sequences.
 
-In: `Tokenized` arrays, and the tokens that have a meaning of their own. Out: numbers, and which
-sequences they speak of.
+In: `Tokenized` arrays, and the special tokens of their model. Out: counts and shares, and masks of
+the tokens or sequences that they count.
 """
 
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class TokenRoles:
-    """Ids of tokens that mean something to an audit."""
+    """Ids of the tokens that an audit looks for."""
 
     stops: frozenset[int]
-    """Those at which generation stops."""
+    """Tokens at which generation stops."""
     special: frozenset[int]
     bos: int | None
     unknown: int | None
-    """Stands for what the tokenizer cannot write, and for nothing else."""
+    """Stands for characters that the tokenizer cannot write, and for nothing else."""
     added: frozenset[int]
-    """Those for which the model is yet to get embeddings."""
+    """Tokens for which the model is yet to get embeddings."""
     embedding_rows: int | None
 
 
 @dataclass(frozen=True)
 class SequenceStatistics:
-    """What N sequences, made of some rows, are like."""
+    """Counts and shares over N sequences, made of some rows."""
 
     rows: int
     sequences: int
@@ -67,7 +67,7 @@ class SequenceStatistics:
 
 
 @dataclass(frozen=True)
-class Turns:
+class TurnStatistics:
     """How trained turns end, cut ones left out."""
 
     total: int
@@ -78,7 +78,7 @@ class Turns:
     foreign_token: int | None
     """One of these tokens."""
     foreign_sequence: int | None
-    """Where it stands first."""
+    """Number of the first sequence that has it."""
 
 
 def token_roles(
@@ -87,7 +87,7 @@ def token_roles(
     added_tokens: tuple[str, ...],
     embedding_rows: int | None,
 ) -> TokenRoles:
-    """The roles that a tokenizer gives to its tokens."""
+    """Look up the roles of a tokenizer's tokens."""
     added = tokenizer.convert_tokens_to_ids(list(added_tokens))
     others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, *stops)
     # Byte-level tokenizers write everything, and often call their only special token unknown too.
@@ -103,28 +103,28 @@ def token_roles(
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids of the tokens that no text is made of, whether or not they have a role."""
+    """Ids of the special tokens, whether or not they have a role."""
     added = {k for k, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset(added.union(tokenizer.all_special_ids))
 
 
 def sequence_statistics(data: Tokenized, roles: TokenRoles) -> SequenceStatistics:
-    """Count everything; all is 0 where there is nothing."""
-    rows, tokens, lengths = _count(data.rows), len(data.tokens), data.lengths
-    some = lengths if len(lengths) else np.zeros(1, np.int64)
+    """Count everything; all counts are 0 where there are no sequences."""
+    rows, tokens = _count(data.rows), len(data.tokens)
+    lengths = data.lengths if len(data) else np.zeros(1, np.int64)
     counts, cut = data.trained_counts, data.cut
     whole = ~cut & (counts > 0)
-    ended = _count(data.rows[whole & data.ends & _stopping(data, roles)])
+    ended = _count(data.rows[whole & data.ends & _trains_stop(data, roles)])
     endable, truncated = _count(data.rows[whole]), _count(data.rows[cut])
     unknown = int((data.tokens == roles.unknown).sum()) if roles.unknown is not None else 0
     return SequenceStatistics(
         rows=rows,
         sequences=len(data),
         tokens=tokens,
-        tokens_min=int(some.min()),
-        tokens_median=float(np.median(some)),
-        tokens_p95=int(np.percentile(some, 95, method="inverted_cdf")),
-        tokens_max=int(some.max()),
+        tokens_min=int(lengths.min()),
+        tokens_median=float(np.median(lengths)),
+        tokens_p95=int(np.percentile(lengths, 95, method="inverted_cdf")),
+        tokens_max=int(lengths.max()),
         full_max=int(data.full_lengths.max(initial=0)),
         trained_tokens=int(counts.sum()),
         trained_share=int(counts.sum()) / max(1, tokens),
@@ -143,52 +143,51 @@ def sequence_statistics(data: Tokenized, roles: TokenRoles) -> SequenceStatistic
 
 def has_double_bos(data: Tokenized, roles: TokenRoles) -> Mask:
     """(N,) whether a sequence begins with BOS twice."""
-    found = np.zeros(len(data), np.bool_)
+    doubled = np.zeros(len(data), np.bool_)
     if roles.bos is not None:
-        (some,) = np.nonzero(data.lengths >= 2)
-        first = data.starts[some]
-        found[some] = (data.tokens[first] == roles.bos) & (data.tokens[first + 1] == roles.bos)
-    return found
+        (long_enough,) = np.nonzero(data.lengths >= 2)
+        first = data.starts[long_enough]
+        is_bos = data.tokens == roles.bos
+        doubled[long_enough] = is_bos[first] & is_bos[first + 1]
+    return doubled
 
 
 def lacks_embedding(data: Tokenized, roles: TokenRoles) -> Mask:
     """(T,) whether a token has no embedding, and is not about to get one."""
     if roles.embedding_rows is None:
         return np.zeros(len(data.tokens), np.bool_)
-    return (data.tokens >= roles.embedding_rows) & ~among(data.tokens, roles.added)
+    return (data.tokens >= roles.embedding_rows) & ~is_in(data.tokens, roles.added)
 
 
-def turn_statistics(data: Tokenized, roles: TokenRoles) -> Turns:
-    """Look at the last token of every run of trained ones, which must be turns."""
+def turn_statistics(data: Tokenized, roles: TokenRoles) -> TurnStatistics:
+    """Count the ends of trained turns: the last token of every run of trained ones."""
     goes_on = np.append(data.trained[1:], False)  # the first of a sequence is never trained
     is_end = data.trained & ~goes_on
     is_end[data.starts[1:][data.cut] - 1] = False
     (places,) = np.nonzero(is_end)
     tokens = data.tokens[places]
-    special, stopping = among(tokens, roles.special), among(tokens, roles.stops)
+    special, stopping = is_in(tokens, roles.special), is_in(tokens, roles.stops)
     foreign = places[special & ~stopping]
-    where = (
-        int(np.searchsorted(data.starts, foreign[0], side="right") - 1) if len(foreign) else None
-    )
-    return Turns(
-        len(places),
-        int((~special & ~stopping).sum()),
-        len(foreign),
-        int(data.tokens[foreign[0]]) if len(foreign) else None,
-        where,
+    first = int(foreign[0]) if len(foreign) else None
+    return TurnStatistics(
+        total=len(places),
+        open=int((~special & ~stopping).sum()),
+        foreign=len(foreign),
+        foreign_token=None if first is None else int(data.tokens[first]),
+        foreign_sequence=None if first is None else data.sequence_of(first),
     )
 
 
-def _stopping(data: Tokenized, roles: TokenRoles) -> Mask:
+def _trains_stop(data: Tokenized, roles: TokenRoles) -> Mask:
     """(N,) whether a token at which generation stops is trained on."""
-    found = among(data.tokens, roles.stops) & data.trained
-    total = np.concatenate([[0], np.cumsum(found)])
+    stops = is_in(data.tokens, roles.stops) & data.trained
+    total = np.concatenate([[0], np.cumsum(stops)])
     stopping: Mask = total[data.starts[1:]] > total[data.starts[:-1]]
     return stopping
 
 
-def among(tokens: NDArray[np.int32], ids: frozenset[int]) -> Mask:
-    """(T,) whether a token is one of these."""
+def is_in(tokens: NDArray[np.int32], ids: frozenset[int]) -> Mask:
+    """(T,) whether a token is one of `ids`."""
     return np.isin(tokens, np.array(sorted(ids), np.int64))
 
 

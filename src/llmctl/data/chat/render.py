@@ -1,8 +1,8 @@
-"""Render conversations and texts as tokens, the same ones for training as for use.
+"""Render conversations and texts as tokens, the same ones for training as for generation.
 
-In: a tokenizer with a chat template, and messages as JSON has them. Out: the tokens that a model is
-given to answer, or whole training sequences with a mask of what counts in the loss. What stands
-before a trained turn is, token for token, what the model is given when it is to write that turn.
+In: a tokenizer with a chat template, and messages as JSON has them. Out: the tokens of a prompt to
+answer, or whole training sequences with a mask of the tokens that count in the loss. The tokens
+before a trained turn are exactly those that the model is given when it is to write that turn.
 
 Special tokens are the template's alone: text that spells one is encoded as text.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 PROBE = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."})
-FIX = "choose another template: --chat-template FILE, or a name such as chatml"
+HINT = "choose another template: --chat-template FILE, or a name such as chatml"
 TrainOn = Literal["assistant", "completion", "prompt", "all"]
 
 BREAK = "\ufdd0"
@@ -36,16 +36,16 @@ BREAK = "\ufdd0"
 class _Turn(NamedTuple):
     """A turn of the assistant in the text of a conversation, in characters."""
 
-    begin: int
+    start: int
     end: int
-    ends: bool
+    is_ended: bool
     """Whether it ends with a special token."""
-    weight: bool
-    """Whether it may be trained on."""
+    is_trainable: bool
+    """False where the message has `weight` 0."""
 
 
 class ChatFormat:
-    """How one tokenizer and its chat template make tokens of conversations.
+    """Encode conversations by one tokenizer and its chat template.
 
     Text that spells a special token is encoded as text, whoever wrote it. BOS stands where the
     template puts it.
@@ -56,8 +56,8 @@ class ChatFormat:
 
         Args:
             tokenizer: with its chat template.
-            clock: what time it is for templates that write the date (ISO 8601), so that a run which
-                is resumed tomorrow has the same data; None for now.
+            clock: the time for templates that write the date (ISO 8601), so that a run which is
+                resumed tomorrow has the same data; None for now.
         """
         self.tokenizer, self._clock = tokenizer, clock
         self._specials = SpecialTokens(tokenizer)
@@ -82,12 +82,12 @@ class ChatFormat:
             raise ModelError("the chat template is not text")
         return template
 
-    def prompt(
+    def encode_prompt(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
-        """Tokens of a conversation, up to where the assistant's turn begins.
+        """Encode a conversation up to where the assistant's turn begins.
 
         Raises:
             ModelError: the template refuses these messages.
@@ -95,18 +95,18 @@ class ChatFormat:
         (text,) = self._render(messages, [(len(messages), True)], tools)
         return self._specials.encode([text])[0]
 
-    def examples(
+    def encode_conversation(
         self,
         messages: Sequence[Mapping[str, Any]],
         train_on: TrainOn,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[EncodedSequence]:
-        """The training sequences of a conversation: one, if at all possible.
+        """Encode the training sequences of a conversation: one, if at all possible.
 
-        Where the template writes earlier turns anew once there are later ones, or where a token
-        would reach from a prompt into its answer, each turn gets a sequence of its own that begins
-        with its prompt. A turn lasts to the special token that ends it, which is trained on. What
-        the assistant says before any user is context, and so is a message of `weight` 0.
+        Where the template rewrites earlier turns once there are later ones, or where a token would
+        reach from a prompt into its answer, each turn gets a sequence of its own that begins with
+        its prompt. A turn lasts to the special token that ends it, which is trained on. Turns of
+        the assistant before any user are context, and so is a message of `weight` 0.
 
         Args:
             messages: the conversation.
@@ -118,45 +118,47 @@ class ChatFormat:
             ModelError: the template refuses these messages, or begins a turn of the assistant in
                 another way than it asks for one.
         """
-        numbers = _answers(messages)[-1 if train_on == "completion" else 0 :]
-        cuts = [(i, True) for i in numbers] + [(i + 1, False) for i in numbers]
+        answers = _assistant_turns(messages)[-1 if train_on == "completion" else 0 :]
+        cuts = [(i, True) for i in answers] + [(i + 1, False) for i in answers]
         whole_cut = (len(messages), False)
         distinct = list(dict.fromkeys([*cuts, whole_cut]))
         text_of = dict(zip(distinct, self._render(messages, distinct, tools), strict=True))
-        whole, answered = text_of[whole_cut], [text_of[i + 1, False] for i in numbers]
-        turns = [self._turn(text_of[i, True], text_of[i + 1, False], messages[i]) for i in numbers]
+        whole, answered = text_of[whole_cut], [text_of[i + 1, False] for i in answers]
+        turns = [
+            self._find_turn(text_of[i, True], text_of[i + 1, False], messages[i]) for i in answers
+        ]
         if all(whole.startswith(text) for text in answered):
-            encoded = self._sequence(whole, turns, train_on)
-            if encoded is not None:
-                return [encoded]
+            sequence = self._encode_together(whole, turns, train_on)
+            if sequence is not None:
+                return [sequence]
         elif train_on == "prompt":
             raise ModelError(
                 "the chat template writes earlier turns anew: there is no one text of prompts",
-                hint=FIX,
+                hint=HINT,
             )
-        return self._apart(answered, whole, turns, train_on)
+        return self._encode_apart(answered, whole, turns, train_on)
 
-    def text(self, text: str) -> EncodedSequence:
-        """Tokens of a plain text: BOS where the tokenizer puts it, and EOS where there is one."""
+    def encode_text(self, text: str) -> EncodedSequence:
+        """Encode a plain text: BOS where the tokenizer puts it, EOS where there is one."""
         tokens, eos = encode_text(self.tokenizer, text), self.tokenizer.eos_token_id
         if eos is not None:
             tokens.append(int(eos))
-        return _encoded(tokens, [True] * len(tokens), eos is not None and len(tokens) > 1)
+        return _sequence(tokens, [True] * len(tokens), eos is not None and len(tokens) > 1)
 
-    def batch(
+    def encode_examples(
         self, examples: "Iterable[Example]", train_on: TrainOn
     ) -> Iterator[list[EncodedSequence]]:
-        """The training sequences of each example.
+        """Encode the training sequences of each example.
 
         Raises:
-            ModelError: as `examples` does, with the place of the example.
+            ModelError: as `encode_conversation` does, with the place of the example.
         """
         for example in examples:
             if example.messages is None:
-                yield [self.text(example.text or "")]
+                yield [self.encode_text(example.text or "")]
                 continue
             try:
-                yield self.examples(example.messages, train_on, example.tools)
+                yield self.encode_conversation(example.messages, train_on, example.tools)
             except ModelError as error:
                 raise ModelError(
                     error.message, file=example.place, line=example.line, hint=error.hint
@@ -165,17 +167,17 @@ class ChatFormat:
     def is_rendered(self, text: str) -> bool:
         """Whether a text begins or ends with a special token, as one rendered before does."""
         inner = text.strip()
-        found = self._specials.pattern.finditer(inner)
-        return any(token.start() == 0 or token.end() == len(inner) for token in found)
+        tokens = self._specials.pattern.finditer(inner)
+        return any(token.start() == 0 or token.end() == len(inner) for token in tokens)
 
     @cached_property
     def probe(self) -> EncodedSequence:
-        """A question and its answer, to look at.
+        """A question and its answer, encoded to try the template.
 
         Raises:
             ModelError: the template cannot render even that, or not so that it can be trained.
         """
-        return self.examples(PROBE, "assistant")[0]
+        return self.encode_conversation(PROBE, "assistant")[0]
 
     @cached_property
     def end_of_turn(self) -> int | None:
@@ -185,31 +187,23 @@ class ChatFormat:
         last = max(k for k, trained in enumerate(self.probe.trained) if trained)
         return self.probe.tokens[last]
 
-    @cached_property
-    def double_bos(self) -> bool:
-        """Whether conversations begin with BOS twice."""
-        bos = self.tokenizer.bos_token_id
-        if bos is None or self.tokenizer.chat_template is None:
-            return False
-        return self.probe.tokens[:2] == [bos, bos]
-
     def _render(
         self,
         messages: Sequence[Mapping[str, Any]],
         cuts: Sequence[tuple[int, bool]],
         tools: Sequence[Mapping[str, Any]] | None,
     ) -> list[str]:
-        """The texts of several cuts, with a BREAK in every special token that a user spelled."""
-        said = [{k: v for k, v in message.items() if k != "weight"} for message in messages]
+        """Render several cuts, with a BREAK in every special token that a user spelled."""
+        bare = [{k: v for k, v in message.items() if k != "weight"} for message in messages]
         for name, is_used in (
             ("tools", bool(tools)),
-            ("tool_calls", any(message.get("tool_calls") for message in said)),
+            ("tool_calls", any(message.get("tool_calls") for message in bare)),
         ):
             if is_used and name not in self.template:
-                raise ModelError(f"the chat template has no place for {name}", hint=FIX)
+                raise ModelError(f"the chat template has no place for {name}", hint=HINT)
         return render_cuts(
             self.template,
-            self._specials.hide(said),
+            self._specials.hide(bare),
             cuts,
             self._variables,
             self._specials.hide(tools),
@@ -217,84 +211,85 @@ class ChatFormat:
             trusted=self.template in TRUSTED,
         )
 
-    def _turn(self, prompt: str, text: str, message: Mapping[str, Any]) -> _Turn:
+    def _find_turn(self, prompt: str, text: str, message: Mapping[str, Any]) -> _Turn:
         """Find the assistant's turn in a text that ends with it."""
         if not text.startswith(prompt):
             raise ModelError(
                 f"the chat template asks for an answer with {_tail(prompt)} but begins one"
                 f" otherwise, with {_tail(text[: len(prompt)])}: training and use would differ",
-                hint=FIX,
+                hint=HINT,
             )
-        begin, weight = len(prompt), message.get("weight") != 0
-        *_, last = [begin, *(found.end() for found in self._specials.pattern.finditer(text, begin))]
-        if last > begin and not text[last:].strip():
-            return _Turn(begin, last, True, weight)
+        start, is_trainable = len(prompt), message.get("weight") != 0
+        specials = self._specials.pattern.finditer(text, start)
+        *_, last = [start, *(special.end() for special in specials)]
+        if last > start and not text[last:].strip():
+            return _Turn(start, last, True, is_trainable)
         content = str(message.get("content") or "")
-        own, end = content[len(content.rstrip()) :], len(text.rstrip())
-        end += len(own) if text.startswith(own, end) else 0
-        return _Turn(begin, max(begin, end), False, weight)
+        own_space, end = content[len(content.rstrip()) :], len(text.rstrip())
+        end += len(own_space) if text.startswith(own_space, end) else 0
+        return _Turn(start, max(start, end), False, is_trainable)
 
-    def _sequence(
+    def _encode_together(
         self, text: str, turns: Sequence[_Turn], train_on: TrainOn
     ) -> EncodedSequence | None:
-        """One sequence of all turns; None where a token reaches over the border of one."""
-        cuts = [cut for turn in turns for cut in (turn.begin, turn.end)]
+        """Encode all turns as one sequence; None where a token reaches over a turn's border."""
+        cuts = [cut for turn in turns for cut in (turn.start, turn.end)]
         tokens, borders = self._specials.borders(text, cuts)
         trained = [train_on in ("all", "prompt")] * len(tokens)
         ends = False
-        for turn, (begin, begins_clean), (end, ends_clean) in zip(
+        for turn, (start, starts_clean), (end, ends_clean) in zip(
             turns, borders[::2], borders[1::2], strict=True
         ):
-            counts = turn.weight and train_on != "prompt"
-            if counts and not (begins_clean and ends_clean):
+            is_trained = turn.is_trainable and train_on != "prompt"
+            if is_trained and not (starts_clean and ends_clean):
                 return None
-            trained[begin:end] = [counts] * (end - begin)
-            ends = (counts and turn.ends) or (ends and not counts)
-        return _encoded(tokens, trained, ends)
+            trained[start:end] = [is_trained] * (end - start)
+            ends = (is_trained and turn.is_ended) or (ends and not is_trained)
+        return _sequence(tokens, trained, ends)
 
-    def _apart(
+    def _encode_apart(
         self, texts: Sequence[str], whole: str, turns: Sequence[_Turn], train_on: TrainOn
     ) -> list[EncodedSequence]:
-        """A sequence for each turn: the tokens of its prompt, then those of what it adds."""
-        found: list[EncodedSequence] = []
+        """Encode a sequence for each turn: the tokens of its prompt, then those that it adds."""
+        sequences: list[EncodedSequence] = []
         for text, turn in zip(texts, turns, strict=True):
-            if train_on != "all" and not turn.weight:
+            if train_on != "all" and not turn.is_trainable:
                 continue
-            tokens, begin, end = self._joined(text, turn)
+            tokens, start, end = self._encode_turn(text, turn)
             trained = [False] * len(tokens)
             if train_on == "all":
-                known = shared(found[-1].tokens, tokens) if found else 0
+                known = common_prefix(sequences[-1].tokens, tokens) if sequences else 0
                 trained[known:] = [True] * (len(tokens) - known)
-            trained[begin:end] = [turn.weight] * (end - begin)
-            found.append(_encoded(tokens, trained, turn.weight and turn.ends))
-        if not found or (train_on == "all" and whole != texts[-1]):
+            trained[start:end] = [turn.is_trainable] * (end - start)
+            sequences.append(_sequence(tokens, trained, turn.is_trainable and turn.is_ended))
+        if not sequences or (train_on == "all" and whole != texts[-1]):
             (tokens,) = self._specials.encode([whole])
-            known = shared(found[-1].tokens, tokens) if found else len(tokens)
-            found.append(_encoded(tokens, [k >= known for k in range(len(tokens))], False))
-        return found
+            known = common_prefix(sequences[-1].tokens, tokens) if sequences else len(tokens)
+            sequences.append(_sequence(tokens, [k >= known for k in range(len(tokens))], False))
+        return sequences
 
-    def _joined(self, text: str, turn: _Turn) -> tuple[list[int], int, int]:
-        """Tokens of a text with a border before the turn, and where they begin and end it."""
-        special = self._specials.pattern.search(text, turn.begin, turn.end)
+    def _encode_turn(self, text: str, turn: _Turn) -> tuple[list[int], int, int]:
+        """Encode a text with a border before the turn; its tokens, and the turn's place in them."""
+        special = self._specials.pattern.search(text, turn.start, turn.end)
         stop = special.start() if special else turn.end
-        (prompt,) = self._specials.encode([text[: turn.begin]])
-        (answer,) = self._specials.encode([text[turn.begin : stop]], continues=True)
+        (prompt,) = self._specials.encode([text[: turn.start]])
+        (answer,) = self._specials.encode([text[turn.start : stop]], continues=True)
         rest, ((end, _),) = self._specials.borders(
             text[stop:] if special else "", [turn.end - stop]
         )
-        begin = len(prompt)
-        return prompt + answer + rest, begin, begin + len(answer) + end
+        start = len(prompt)
+        return prompt + answer + rest, start, start + len(answer) + end
 
 
-def _encoded(tokens: list[int], trained: list[bool], ends: bool) -> EncodedSequence:
-    """A sequence whose first token, which nothing predicts, is not trained on."""
+def _sequence(tokens: list[int], trained: list[bool], ends: bool) -> EncodedSequence:
+    """Leave the first token, which nothing predicts, out of the loss."""
     return EncodedSequence(
         tokens, [is_trained and k > 0 for k, is_trained in enumerate(trained)], ends
     )
 
 
-def _answers(messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Numbers of the assistant's messages, from the first of a user on."""
+def _assistant_turns(messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Number the assistant's messages, from the first of a user on."""
     roles = [message["role"] for message in messages]
     first = roles.index("user") if "user" in roles else len(roles)
     return [i for i, role in enumerate(roles) if role == "assistant" and i > first]
@@ -305,7 +300,7 @@ def _tail(text: str) -> str:
 
 
 class SpecialTokens:
-    """The special tokens of one tokenizer, which changes no more."""
+    """Encode rendered text by a tokenizer that changes no more: special tokens, and text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -320,15 +315,15 @@ class SpecialTokens:
         self._ids = frozenset(special)
 
     def hide(self, value: Any) -> Any:
-        """The same JSON, with a BREAK in every special token that its texts spell."""
+        """Copy JSON with a BREAK in every special token that its texts spell."""
         if isinstance(value, str):
-            return self.pattern.sub(lambda found: "".join(c + BREAK for c in found[0]), value)
+            return self.pattern.sub(lambda token: "".join(c + BREAK for c in token[0]), value)
         if isinstance(value, Mapping):
             return {key: self.hide(part) for key, part in value.items()}
         return [self.hide(part) for part in value] if isinstance(value, list | tuple) else value
 
     def borders(self, text: str, cuts: Sequence[int]) -> tuple[list[int], list[tuple[int, bool]]]:
-        """Tokens of a text, and how many of them stand before each cut.
+        """Encode a text, and count its tokens before each cut.
 
         Text after a special token is encoded by itself, so that only what stands between the last
         one and a cut is encoded again.
@@ -348,43 +343,46 @@ class SpecialTokens:
         borders = []
         for count, tail in zip(before, tails, strict=True):
             start = places[count - 1] if count else 0
-            same = shared(tokens[start : start + len(tail)], tail)
+            same = common_prefix(tokens[start : start + len(tail)], tail)
             borders.append((start + same, same == len(tail)))
         return tokens, borders
 
     def encode(self, texts: list[str], *, continues: bool = False) -> list[list[int]]:
-        """Tokens of texts that the template wrote: its special tokens are some, a user's are text.
+        """Encode texts that the template wrote: its special tokens are some, a user's are text.
 
         Args:
             texts: as rendered.
             continues: they stand after other text, and get no space before them.
         """
         if not self.tokenizer.is_fast:
-            return [self._parts(text) for text in texts]
+            return [self._encode_parts(text) for text in texts]
         backend = self._continuing if continues else self._backend
         return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     @cached_property
     def _backend(self) -> Tokenizer:
-        """The tokenizer, to which a BREAK is no character, but keeps a special token from being."""
-        return Tokenizer.from_str(json.dumps(self._described()))
+        """The tokenizer with BREAK as no character, which yet keeps a text from being special."""
+        return Tokenizer.from_str(json.dumps(self._without_breaks()))
 
     @cached_property
     def _continuing(self) -> Tokenizer:
         """The same, without the space that it puts before a text."""
-        return Tokenizer.from_str(json.dumps(_without_prefix(self._described())))
+        content = self._without_breaks()
+        steps = {name: _without_prefix(content[name]) for name in ("normalizer", "pre_tokenizer")}
+        return Tokenizer.from_str(json.dumps(content | steps))
 
-    def _described(self) -> dict[str, Any]:
+    def _without_breaks(self) -> dict[str, Any]:
+        """The tokenizer's file, with a first step that removes BREAKs."""
         content: dict[str, Any] = json.loads(self.tokenizer.backend_tokenizer.to_str())
         for token in content["added_tokens"]:
             token["normalized"] = token["normalized"] and not token["special"]
-        forget = {"type": "Replace", "pattern": {"String": BREAK}, "content": ""}
-        steps = [forget, *([content["normalizer"]] if content["normalizer"] else [])]
+        remove = {"type": "Replace", "pattern": {"String": BREAK}, "content": ""}
+        steps = [remove, *([content["normalizer"]] if content["normalizer"] else [])]
         content["normalizer"] = {"type": "Sequence", "normalizers": steps}
         return content | {"truncation": None, "padding": None}
 
-    def _parts(self, text: str) -> list[int]:
-        """The same for a tokenizer in Python: special tokens, and what is between them, as text."""
+    def _encode_parts(self, text: str) -> list[int]:
+        """Encode by a tokenizer in Python: special tokens, and what is between them, as text."""
         if BREAK not in text:
             return [int(t) for t in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
         tokens: list[int] = []
@@ -399,7 +397,7 @@ class SpecialTokens:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a plain prompt; with BOS where the tokenizer adds it, never with EOS at the end."""
+    """Encode a plain prompt; with BOS where the tokenizer adds it, never with EOS at the end."""
     tokens = [int(token) for token in tokenizer(text, split_special_tokens=True)["input_ids"]]
     if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
         tokens.pop()
@@ -408,21 +406,16 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokens
 
 
-def shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences begin with in common."""
-    if one == other:
-        return len(one)
-    pairs = zip(one, other, strict=False)
-    return next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Count the tokens that two sequences begin with in common."""
+    if first == second:
+        return len(first)
+    pairs = zip(first, second, strict=False)
+    return next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
-def _without_prefix(content: dict[str, Any]) -> dict[str, Any]:
-    steps = {name: _prefixless(content[name]) for name in ("normalizer", "pre_tokenizer")}
-    return content | steps
-
-
-def _prefixless(step: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A step of a tokenizer, as its file has it, that puts no space before a text."""
+def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Copy a step of a tokenizer's file so that it puts no space before a text."""
     if step is None or step["type"] == "Prepend":
         return None
     if step["type"] == "Metaspace":
@@ -431,6 +424,6 @@ def _prefixless(step: dict[str, Any] | None) -> dict[str, Any] | None:
         return step | {"add_prefix_space": False}
     if step["type"] == "Sequence":
         (name,) = step.keys() - {"type"}
-        kept = [_prefixless(part) for part in step[name]]
+        kept = [_without_prefix(part) for part in step[name]]
         return step | {name: [part for part in kept if part is not None]}
     return step

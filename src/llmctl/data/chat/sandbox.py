@@ -1,8 +1,9 @@
-"""The chat template of tokenizers that are trained here, and the guarded rendering of all others.
+"""Render chat templates safely: untrusted ones in a process of their own.
 
-A template that comes with a model is a program of someone else's. Jinja's sandbox keeps it from
-files and from Python, but not from running for ever or filling the memory. So it runs in a process
-of its own, `sandbox_process.py`, whose time and memory the kernel bounds.
+In: a template, messages, and up to where to render them. Out: texts. A template that comes with a
+model is an untrusted program. Jinja's sandbox keeps it from files and from Python, but not from
+running for ever or filling the memory. So it runs in `sandbox_process.py`, whose time and memory
+the kernel bounds.
 """
 
 import atexit
@@ -21,9 +22,9 @@ from llmctl.data.chat import sandbox_process
 from llmctl.errors import ModelError
 
 PASSED_ON = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG")
-"""Of the environment, to the process that runs what nobody vouches for: no secret."""
+"""Environment variables that the sandbox process gets: no secret."""
 TEMPLATE_SIZE = 250_000
-"""Characters; the longest of well-known models have a tenth of it."""
+"""Characters of a template at most; the longest of well-known models have a tenth of it."""
 HINT = "such a template is broken or hostile: use another tokenizer, or continue plain text"
 
 CHATML_TEMPLATE = """\
@@ -46,24 +47,6 @@ CHATML_TEMPLATE = """\
 """ChatML; the markers tell `return_assistant_tokens_mask` which tokens the assistant wrote."""
 
 
-def render_chat(
-    template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, str]
-) -> str:
-    """The text of a conversation, up to where the assistant's turn begins.
-
-    It is to the letter what `apply_chat_template` makes of it.
-
-    Args:
-        template: jinja, not trusted.
-        messages: the conversation, as JSON has it.
-        variables: what else the template sees: the tokenizer's special tokens.
-
-    Raises:
-        ModelError: the template refuses the messages, is broken, or takes too much time or memory.
-    """
-    return render_cuts(template, messages, [(len(messages), True)], variables)[0]
-
-
 def render_cuts(
     template: str,
     messages: Sequence[Mapping[str, Any]],
@@ -74,15 +57,17 @@ def render_cuts(
     clock: str | None = None,
     trusted: bool = False,
 ) -> list[str]:
-    """The texts of several cuts of a conversation, at the cost of one request.
+    """Render several cuts of a conversation at the cost of one request.
+
+    Each text is to the letter that of `apply_chat_template`.
 
     Args:
         template: jinja.
         messages: the conversation, as JSON has it.
         cuts: each how many of the messages to render, and whether the assistant is to go on.
-        variables: what else the template sees: the tokenizer's special tokens.
+        variables: further variables of the template: the tokenizer's special tokens.
         tools: JSON schemas of what the assistant may call.
-        clock: what time it is for the template (ISO 8601); None for now.
+        clock: the time that the template sees (ISO 8601); None for now.
         trusted: llmctl wrote the template, which then runs in this process.
 
     Raises:
@@ -100,7 +85,7 @@ def render_cuts(
     }
     if trusted:  # none of ours writes the date
         return _render_here(request)
-    answer = _ask(json.dumps({**request, "clock": clock}))
+    answer = _request(json.dumps({**request, "clock": clock}))
     if "texts" in answer:
         return answer["texts"]  # type: ignore[no-any-return]
     raise ModelError(f"the chat template {answer['refusal']}", hint=HINT)
@@ -116,7 +101,7 @@ def _render_here(request: dict[str, Any]) -> list[str]:
         raise ModelError(f"the chat template refuses these messages: {error}") from None
 
 
-def _ask(request: str) -> dict[str, Any]:
+def _request(request: str) -> dict[str, Any]:
     """Send a request to this process's renderer; one that died, or was interrupted, is replaced."""
     process = _renderer(os.getpid())
     assert process.stdin is not None

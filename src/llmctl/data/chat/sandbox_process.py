@@ -1,8 +1,8 @@
-"""Render chat templates that nobody vouches for: the process that `sandbox.py` starts.
+"""Render untrusted chat templates: the process that `sandbox.py` starts.
 
 In: on stdin, a line of JSON for each conversation. Out: on stdout, a line of JSON with its texts,
-or with what is wrong with the template. Runs as a script and imports nothing of llmctl. It ends
-with its stdin, and so also when the process that started it is killed.
+or with the template's error. Runs as a script and imports nothing of llmctl. It ends with its
+stdin, and so also when the process that started it is killed.
 """
 
 import importlib.util
@@ -16,11 +16,11 @@ from datetime import datetime
 from typing import Any
 
 SECONDS = 3.0
-"""For one conversation; a template takes milliseconds."""
+"""Limit for one conversation; a template takes milliseconds."""
 MEMORY = 512 * 2**20
-"""Bytes of this whole process, of which Python and its libraries take a fifth."""
+"""Bytes of this process at most, of which Python and its libraries take a fifth."""
 TEXT = 1_000_000
-"""Characters that a template may write besides four times what it was given for each text."""
+"""Characters that a template may write beside four times its input for each text."""
 FAILURES = (
     ArithmeticError,
     AssertionError,
@@ -31,7 +31,7 @@ FAILURES = (
     TypeError,
     ValueError,
 )
-"""What Python raises for a template that is wrong, besides jinja's own errors."""
+"""Errors that Python raises for a wrong template, beside jinja's own."""
 
 
 def main() -> None:
@@ -57,10 +57,10 @@ def main() -> None:
 
 
 def import_renderer() -> Callable[..., tuple[list[str], Any]]:
-    """The function of transformers that renders a template.
+    """Import the function of transformers that renders a template.
 
     Importing transformers takes a second, of which this function needs a tenth. So its packages are
-    left empty here; should a later version want more of them, they are imported after all.
+    left empty here, and imported only if a later version needs more of them.
     """
     spec = importlib.util.find_spec("transformers")
     if spec is not None and spec.submodule_search_locations:
@@ -90,7 +90,7 @@ def _bound_memory() -> None:
 
 def _answer(render: Callable[..., tuple[list[str], Any]], line: bytes) -> dict[str, Any]:
     request = json.loads(line)
-    _hold_clock(render, request.pop("clock"))
+    _set_clock(render, request.pop("clock"))
     texts, size = [], 0
     for text in render_cuts(render, **request):
         texts.append(text)
@@ -100,19 +100,19 @@ def _answer(render: Callable[..., tuple[list[str], Any]], line: bytes) -> dict[s
     return {"texts": texts}
 
 
-def _hold_clock(render: Callable[..., tuple[list[str], Any]], clock: str | None) -> None:
-    """Let templates that write the date see this one; None for the real one.
+def _set_clock(render: Callable[..., tuple[list[str], Any]], clock: str | None) -> None:
+    """Set the time that templates see; None for the real one.
 
-    transformers takes no functions from without, and reads the clock of its own module.
+    transformers takes no clock as an argument, and reads that of its own module.
     """
-    then = None if clock is None else datetime.fromisoformat(clock)
+    now = None if clock is None else datetime.fromisoformat(clock)
 
-    class Held(datetime):
+    class FixedClock(datetime):
         @classmethod
         def now(cls, tz: Any = None) -> Any:
-            return then
+            return now
 
-    render.__globals__["datetime"] = datetime if then is None else Held
+    render.__globals__["datetime"] = datetime if now is None else FixedClock
 
 
 def render_cuts(
@@ -123,15 +123,15 @@ def render_cuts(
     tools: list[dict[str, Any]] | None,
     variables: dict[str, str],
 ) -> Iterator[str]:
-    """The text of each cut of a conversation.
+    """Yield the text of each cut of a conversation.
 
     Args:
-        render: what `import_renderer` gives.
+        render: the function of `import_renderer`.
         template: jinja.
         messages: the conversation, as JSON has it.
         cuts: each how many of the messages to render, and whether the assistant is to go on.
         tools: JSON schemas of what the assistant may call.
-        variables: what else the template sees.
+        variables: further variables of the template.
     """
     for count, is_prompt in cuts:
         (text,), _ = render(
@@ -145,7 +145,7 @@ def render_cuts(
 
 
 def _one_line(error: Exception) -> str:
-    """The message, without what could play tricks on a terminal."""
+    """The message, without characters that a terminal would obey."""
     shown = "".join(c if c.isprintable() else " " for c in str(error)[:200]).strip()
     return shown or type(error).__name__
 

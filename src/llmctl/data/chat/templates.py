@@ -1,7 +1,7 @@
 """Chat templates by name or file, and the special tokens that they need.
 
-In: what `--chat-template` was given, and a tokenizer. Out: the tokenizer with its chat template
-set, and the names of the tokens that were added to it, for which a model needs embeddings.
+In: the value of `--chat-template`, and a tokenizer. Out: the tokenizer with its chat template set,
+and the names of the tokens that were added to it, for which a model needs embeddings.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from llmctl.data.chat.sandbox import CHATML_TEMPLATE, TEMPLATE_SIZE
 from llmctl.errors import DataError, ModelError, UserError
 
 EOS = "</s>"
-"""What a tokenizer gets that has none."""
+"""EOS token of a tokenizer that had none."""
 
 _FOLDER = Path(__file__).with_name("chat_templates")
 
@@ -21,7 +21,7 @@ TEMPLATES = {
     "chatml": CHATML_TEMPLATE,
     **{file.stem: file.read_text(encoding="utf-8") for file in sorted(_FOLDER.glob("*.jinja"))},
 }
-"""The forms of conversation that well-known models were trained on; llmctl wrote the jinja."""
+"""Conversation formats of well-known models; the jinja is llmctl's own."""
 
 TRUSTED = frozenset(TEMPLATES.values())
 
@@ -31,15 +31,15 @@ TEMPLATE_TOKENS = {
     "llama-3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "phi-3": ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
 }
-"""Special tokens that they write by name; the others end turns with `eos_token`."""
+"""Special tokens that templates write by name; the others end turns with `eos_token`."""
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> list[str]:
-    """Give the tokenizer the chat template of this name or file, else its own, else ChatML.
+    """Set the chat template of this name or file, else keep the tokenizer's own, else set ChatML.
 
     Returns:
-        The special tokens added to it: those that a named template writes and it lacked. What a
-        template from a file writes is not guessed.
+        The special tokens added to it: those that a named template writes and it lacked. Those of
+        a template from a file are not guessed.
 
     Raises:
         UserError: neither a name nor a file.
@@ -57,16 +57,16 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) ->
         tokenizer.add_special_tokens({"eos_token": EOS})
         added.append(EOS)
     known = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    lacking = [token for token in TEMPLATE_TOKENS.get(name, ()) if token not in known]
-    if lacking:
+    missing = [token for token in TEMPLATE_TOKENS.get(name, ()) if token not in known]
+    if missing:
         tokenizer.add_special_tokens(
-            {"extra_special_tokens": lacking}, replace_extra_special_tokens=False
+            {"extra_special_tokens": missing}, replace_extra_special_tokens=False
         )
-    return added + lacking
+    return added + missing
 
 
 def read_template(choice: str) -> str:
-    """The jinja text of a named template, or of a file.
+    """Read the jinja text of a named template, or of a file.
 
     Raises:
         UserError: neither a name nor a file.

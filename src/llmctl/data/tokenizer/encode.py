@@ -17,15 +17,15 @@ from tokenizers import Tokenizer
 
 from llmctl.data.tokenizer.train import WORDS
 
-Encoded = tuple[NDArray[np.uint32], NDArray[np.int64]]
+FlatIds = tuple[NDArray[np.uint32], NDArray[np.int64]]
 """The ids of all texts one after the other, and the number of ids of each text."""
 
-Encode = Callable[[list[str]], Encoded]
-Cuts = Literal["anywhere", "words", "spaces", "nowhere"]
+EncodeTexts = Callable[[list[str]], FlatIds]
+CutPoints = Literal["anywhere", "words", "spaces", "nowhere"]
 
 PIECE_CHARACTERS = 1 << 15
 RUN_CHARACTERS = 1 << 21
-"""Longest stretch without a place to cut: merging pairs within it takes memory by its length."""
+"""Longest stretch without a cut point: merging pairs within it takes memory by its length."""
 
 CHECK_EVERY = 1 << 24
 """Characters between two comparisons with `tokenizers`."""
@@ -46,32 +46,32 @@ class Mismatch(Exception):
 
 @dataclass(frozen=True)
 class TokenizerEncoder:
-    """How to encode texts, and where a long text can be cut without changing an id."""
+    """An encoding function, and where it lets a long text be cut without changing an id."""
 
-    encode: Encode
-    cuts: Cuts
+    encode: EncodeTexts
+    cuts: CutPoints
 
 
 def fastest_encoder(
     tokenizer: Tokenizer, *, sample: str = "", plain: bool = False
 ) -> TokenizerEncoder:
-    """The fastest exact encoder for a tokenizer; ids of the text alone, without bos or eos.
+    """Choose the fastest exact encoder of a tokenizer; ids of the text alone, without bos or eos.
 
     Args:
         tokenizer: with `encode_special_tokens` set.
         sample: some of the corpus, to try cutting on where the tokenizer is not a known one.
-        plain: use `tokenizers` even where something faster is at hand.
+        plain: use `tokenizers` even where a faster encoder knows the tokenizer.
     """
     content = json.loads(tokenizer.to_str())
-    cuts = _cuts(tokenizer, content, sample)
+    cuts = _cut_points(tokenizer, content, sample)
     if content["model"]["type"] == "WordLevel" and cuts == "anywhere":
-        return TokenizerEncoder(_characters(content["model"]), cuts)
-    fast = None if plain else _fastokens(tokenizer)
-    return TokenizerEncoder(fast or _tokenizers(tokenizer), cuts)
+        return TokenizerEncoder(_character_encoder(content["model"]), cuts)
+    fast = None if plain else _fastokens_encoder(tokenizer)
+    return TokenizerEncoder(fast or _tokenizers_encoder(tokenizer), cuts)
 
 
-def _tokenizers(tokenizer: Tokenizer) -> Encode:
-    def encode(texts: list[str]) -> Encoded:
+def _tokenizers_encoder(tokenizer: Tokenizer) -> EncodeTexts:
+    def encode(texts: list[str]) -> FlatIds:
         rows = [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         lengths = np.array([len(row) for row in rows], np.int64)
         flat = np.fromiter((i for row in rows for i in row), np.uint32, count=int(lengths.sum()))
@@ -80,7 +80,7 @@ def _tokenizers(tokenizer: Tokenizer) -> Encode:
     return encode
 
 
-def _fastokens(tokenizer: Tokenizer) -> Encode | None:
+def _fastokens_encoder(tokenizer: Tokenizer) -> EncodeTexts | None:
     """Encode with fastokens and compare now and then; None where it is not installed or unable."""
     try:
         import fastokens  # absent where it has no wheel
@@ -90,7 +90,7 @@ def _fastokens(tokenizer: Tokenizer) -> Encode | None:
         return None
     unchecked = CHECK_EVERY
 
-    def encode(texts: list[str]) -> Encoded:
+    def encode(texts: list[str]) -> FlatIds:
         nonlocal unchecked
         raw, offsets = fast.encode_batch_flat(texts, split_special_tokens=True)
         flat = np.frombuffer(raw, "<u4")
@@ -122,23 +122,23 @@ def _compare(
             raise Mismatch(text)
 
 
-def _characters(model: dict[str, dict[str, int]]) -> Encode:
-    """One id per character, by a table over code points."""
+def _character_encoder(model: dict[str, dict[str, int]]) -> EncodeTexts:
+    """Encode one id per character, by a table over code points."""
     vocab, unknown = model["vocab"], model["vocab"][str(model["unk_token"])]
     table = np.full(0x110000, unknown, np.uint32)
     for token, number in vocab.items():
         if len(token) == 1:
             table[ord(token)] = number
 
-    def encode(texts: list[str]) -> Encoded:
+    def encode(texts: list[str]) -> FlatIds:
         points = np.frombuffer("".join(texts).encode("utf-32-le"), "<u4")
         return table[points], np.array([len(text) for text in texts], np.int64)
 
     return encode
 
 
-def _cuts(tokenizer: Tokenizer, content: dict[str, object], sample: str) -> Cuts:
-    """Where a text can be cut so that the ids of the parts are those of the whole.
+def _cut_points(tokenizer: Tokenizer, content: dict[str, object], sample: str) -> CutPoints:
+    """Find where a text can be cut so that the ids of the parts are those of the whole.
 
     Known from the split itself: Llama 3's and GPT-2's words never hold a space after another
     character, nor anything after a single line's end. Otherwise tried on a sample.
@@ -184,13 +184,13 @@ def _llama_split() -> dict[str, object]:
 
 
 class RunTooLong(Exception):
-    """A stretch of text without a place to cut exceeds the limit."""
+    """A stretch of text without a cut point exceeds the limit."""
 
 
 class Cutter:
-    """Cuts a document that comes in stretches into pieces of bounded length."""
+    """Cut a document that comes in stretches into pieces of bounded length."""
 
-    def __init__(self, cuts: Cuts | Literal["softly"], size: int | None = None) -> None:
+    def __init__(self, cuts: CutPoints | Literal["softly"], size: int | None = None) -> None:
         """Start with an empty document.
 
         Args:
@@ -198,36 +198,36 @@ class Cutter:
             size: characters of a piece, `PIECE_CHARACTERS` by default.
         """
         self.cuts, self.size = cuts, size or PIECE_CHARACTERS
-        self._held = ""
+        self._rest = ""
         self._searched = 0
 
     def feed(self, text: str, is_last: bool) -> Iterator[str]:
-        """Pieces that are ready; together they are the document. The last may be empty.
+        """Yield the pieces that are ready; together they are the document. The last may be empty.
 
         Raises:
-            RunTooLong: more than `RUN_CHARACTERS` without a place to cut.
+            RunTooLong: more than `RUN_CHARACTERS` without a cut point.
         """
-        held = self._held + text if self._held else text
-        if is_last and len(held) <= self.size:
-            self._held, self._searched = "", 0
-            yield held
+        rest = self._rest + text if self._rest else text
+        if is_last and len(rest) <= self.size:
+            self._rest, self._searched = "", 0
+            yield rest
             return
         start, searched = 0, self._searched
-        while len(held) - start > self.size:
-            cut = self._cut(held, start, searched)
+        while len(rest) - start > self.size:
+            cut = self._cut(rest, start, searched)
             if cut is None:
-                searched = len(held) - start - 2
+                searched = len(rest) - start - 2
                 break
-            yield held[start:cut]
+            yield rest[start:cut]
             start, searched = cut, 0
-        self._held, self._searched = ("", 0) if is_last else (held[start:], searched)
-        if len(held) - start > RUN_CHARACTERS:
+        self._rest, self._searched = ("", 0) if is_last else (rest[start:], searched)
+        if len(rest) - start > RUN_CHARACTERS:
             raise RunTooLong
         if is_last:
-            yield held[start:]
+            yield rest[start:]
 
     def _cut(self, text: str, start: int, searched: int) -> int | None:
-        """The last place to cut within a piece's length, else the first after what was searched."""
+        """Find the last cut point within a piece's length, else the first one after `searched`."""
         stop = start + self.size
         if self.cuts == "anywhere":
             return stop
@@ -242,8 +242,8 @@ class Cutter:
                 near = text.rfind(" ", start + 1, near)
         if self.cuts == "softly":
             return stop
-        found = pattern.search(text, start + max(searched, 1))
-        return found.start() if found else None
+        cut = pattern.search(text, start + max(searched, 1))
+        return cut.start() if cut else None
 
 
 _SPACE_CUT = re.compile(r"(?<=\S)(?= \S)")

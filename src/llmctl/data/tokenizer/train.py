@@ -38,12 +38,12 @@ def train_tokenizer(
     special_tokens: Sequence[str] = (),
     min_frequency: int = 2,
 ) -> Tokenizer:
-    """A tokenizer trained on the texts.
+    """Train a tokenizer on texts.
 
     Args:
         texts: pieces of the corpus; unigram and wordpiece hold them all, the others one by one.
         algorithm: bpe, unigram, wordpiece, byte or char.
-        vocab_size: size of the whole vocabulary; None chooses by text_bytes.
+        vocab_size: size of the whole vocabulary; None for `default_vocab_size`.
         text_bytes: UTF-8 bytes of the corpus.
         special_tokens: the user's own, after `SPECIAL_TOKENS`.
         min_frequency: least count of a merged pair (bpe, wordpiece).
@@ -55,15 +55,15 @@ def train_tokenizer(
     specials = _specials(algorithm, special_tokens)
     size = vocab_size or default_vocab_size(text_bytes)
     if algorithm == "byte":
-        tokenizer = _byte(specials)
+        tokenizer = _train_byte(specials)
     elif algorithm == "char":
-        tokenizer = _char(texts, specials, vocab_size)
+        tokenizer = _train_char(texts, specials, vocab_size)
     elif algorithm == "bpe":
-        tokenizer = _bpe(texts, specials, size, min_frequency)
+        tokenizer = _train_bpe(texts, specials, size, min_frequency)
     elif algorithm == "wordpiece":
-        tokenizer = _wordpiece(list(texts), specials, size, min_frequency)
+        tokenizer = _train_wordpiece(list(texts), specials, size, min_frequency)
     else:
-        tokenizer = _unigram(list(texts), specials, size, is_wanted=vocab_size is not None)
+        tokenizer = _train_unigram(list(texts), specials, size, is_wanted=vocab_size is not None)
     if vocab_size is not None:
         _check_size(tokenizer.get_vocab_size(), vocab_size)
     bos = tokenizer.token_to_id(BOS)
@@ -76,7 +76,7 @@ def train_tokenizer(
 
 
 def default_vocab_size(text_bytes: int) -> int:
-    """The power of two nearest the square root of the corpus size, from 512 to 32,768.
+    """Power of two nearest the square root of the corpus size, from 512 to 32,768.
 
     >>> default_vocab_size(1_115_394)
     1024
@@ -151,8 +151,8 @@ def _too_small(wanted: int, smallest: int) -> UserError:
     )
 
 
-def _byte(specials: list[str]) -> Tokenizer:
-    """Every byte is a token: ids follow byte values after the special tokens."""
+def _train_byte(specials: list[str]) -> Tokenizer:
+    """Make a tokenizer of bytes: ids follow byte values after the special tokens."""
     characters = _byte_characters()
     vocab = {token: i for i, token in enumerate([*specials, *characters])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -163,7 +163,7 @@ def _byte(specials: list[str]) -> Tokenizer:
 
 
 def _byte_characters() -> list[str]:
-    """The character that stands for each byte value in byte-level vocabularies.
+    """Map each byte value to its character in byte-level vocabularies.
 
     Printable Latin-1 stands for itself, the rest is shifted past it, in order (Radford et al. 2019,
     GPT-2's encoder).
@@ -173,8 +173,8 @@ def _byte_characters() -> list[str]:
     return [chr(byte if byte in printable else next(shifted)) for byte in range(256)]
 
 
-def _char(texts: Iterable[str], specials: list[str], vocab_size: int | None) -> Tokenizer:
-    """Every character of the corpus is a token, or the most frequent ones; ids by code point."""
+def _train_char(texts: Iterable[str], specials: list[str], vocab_size: int | None) -> Tokenizer:
+    """Make a tokenizer of the corpus's characters, or the most frequent; ids by code point."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
@@ -189,8 +189,10 @@ def _char(texts: Iterable[str], specials: list[str], vocab_size: int | None) -> 
     return tokenizer
 
 
-def _bpe(texts: Iterable[str], specials: list[str], size: int, min_frequency: int) -> Tokenizer:
-    """Byte-level byte-pair encoding: all 256 bytes are tokens, so nothing is unknown."""
+def _train_bpe(
+    texts: Iterable[str], specials: list[str], size: int, min_frequency: int
+) -> Tokenizer:
+    """Train byte-level byte-pair encoding: all 256 bytes are tokens, so nothing is unknown."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -210,8 +212,10 @@ def _bpe(texts: Iterable[str], specials: list[str], size: int, min_frequency: in
     return tokenizer
 
 
-def _wordpiece(texts: list[str], specials: list[str], size: int, min_frequency: int) -> Tokenizer:
-    """Words in pieces, as BERT has them but with case and accents kept.
+def _train_wordpiece(
+    texts: list[str], specials: list[str], size: int, min_frequency: int
+) -> Tokenizer:
+    """Train WordPiece as BERT has it, but with case and accents kept.
 
     The trainer numbers the characters that continue a word in the order of a hash table, which
     differs from run to run. So they go through training as special tokens, in order, and are then
@@ -241,18 +245,20 @@ def _continues(tokenizer: Tokenizer, character: str) -> bool:
 
 
 def _with_added_tokens(tokenizer: Tokenizer, kept: list[str]) -> Tokenizer:
-    """The same tokenizer in which only these tokens are special."""
+    """Copy a tokenizer so that only these tokens are special."""
     content = json.loads(tokenizer.to_str())
     content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] in kept]
     return Tokenizer.from_str(json.dumps(content))
 
 
-def _unigram(texts: list[str], specials: list[str], size: int, *, is_wanted: bool) -> Tokenizer:
-    """Pieces chosen by likelihood, with bytes to fall back on, so that no text is lost.
+def _train_unigram(
+    texts: list[str], specials: list[str], size: int, *, is_wanted: bool
+) -> Tokenizer:
+    """Train Unigram with bytes to fall back on, so that no text is lost.
 
     The trainer knows no byte fallback: the 256 byte tokens go through training as special tokens
     and are then made ordinary. Unigram matches every token of its vocabulary in text; the special
-    ones get a score so low, and their characters are all known, that they never win.
+    ones never win, since their score is low and their characters are all known.
     """
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     never = [*specials, *byte_tokens]
