@@ -18,11 +18,11 @@ from llmctl.config.commands import DpoConfig, RewardConfig
 from llmctl.console import log
 from llmctl.data.chat.responses import ResponseFormat, prepare_template
 from llmctl.data.chat.templates import set_chat_template
-from llmctl.data.classification import configure_padding, length_limit
+from llmctl.data.classification import configure_padding
 from llmctl.data.examples import Example
 from llmctl.data.preferences import EQUAL, UNDECIDED, Preference, Preferences, read_preferences
-from llmctl.data.sft import require_template, resolve_max_length
-from llmctl.data.tokenized import EncodedSequence, Tokenized, collect
+from llmctl.data.sft import require_template
+from llmctl.data.tokenized import EncodedSequence, Tokenized, collect, resolve_max_length
 from llmctl.errors import DataError, ModelError
 from llmctl.models.causality import require_causal_config
 from llmctl.models.loading import load_config, load_tokenizer
@@ -195,7 +195,7 @@ def load_preferences(config: RewardConfig, clock: str | None = None) -> Preferen
         UserError: more positions asked for than the model has.
     """
     shape, tokenizer = load_config(config.model), load_tokenizer(config.model)
-    max_length = length_limit(config.max_length, shape, tokenizer)
+    max_length = resolve_max_length(config.max_length, shape, tokenizer=tokenizer)
     found = read_preferences(config, config.data, config.seed)
     pairs = [*found.train, *found.val]
     chats = any(pair.shared for pair in pairs)
