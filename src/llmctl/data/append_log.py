@@ -1,7 +1,7 @@
-"""A file of jsonl that grows row by row: each is on the disk before the next is asked for.
+"""Append rows to a jsonl file, each on the disk before the next is requested.
 
-A kill may leave a row cut off at the end; it was never acknowledged, and is dropped. Only the last
-row can be taken back.
+In: rows, and a function that checks those already there. Out: a file that survives a kill: a row
+cut off at its end was never acknowledged, and is dropped. Only the last row can be taken back.
 """
 
 import json
@@ -19,31 +19,31 @@ from llmctl.files import fsync, writing
 
 Row = dict[str, Any]
 Check = Callable[[Row], str | None]
-"""What is wrong with a row, None where nothing is."""
-BEGINS = b'{"prompt": '
-"""How every row of a ranking begins, also one that was cut off."""
+"""Returns what is wrong with a row, None where nothing is."""
+PREFIX = b'{"prompt": '
+"""Beginning of every row of a ranking, also of one that was cut off."""
 
 
 @dataclass(frozen=True)
 class LogContent:
-    """What a file holds."""
+    """Content of a file."""
 
     rows: list[Row]
     starts: list[int]
-    """The byte at which each row begins."""
+    """Byte offset of each row."""
     end: int
     """Bytes up to the end of the last whole row."""
     is_open: bool
-    """Whether that row lacks its newline."""
+    """Whether the last row lacks its newline."""
 
 
-def read_append_log(path: Path, check: Check, begins: bytes = BEGINS) -> LogContent:
-    """The rows of a file, none where there is no file.
+def read_append_log(path: Path, check: Check, prefix: bytes = PREFIX) -> LogContent:
+    """Read the rows of a file, none where there is no file.
 
     Args:
         path: the file.
-        check: finds what is wrong with a row.
-        begins: how every row begins.
+        check: returns what is wrong with a row.
+        prefix: beginning of every row.
 
     Raises:
         OutputError: it holds something else.
@@ -56,11 +56,11 @@ def read_append_log(path: Path, check: Check, begins: bytes = BEGINS) -> LogCont
     with writing(path), path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), start=1):
             is_open = not line.endswith(b"\n")
-            row, wrong = _parse(line, check)
-            if wrong and is_open and _is_cut(line, row, begins):
+            row, problem = _parse(line, check)
+            if problem and is_open and _is_cut(line, row, prefix):
                 return LogContent(rows, starts, end, False)
-            if wrong:
-                raise OutputError(wrong, file=path, line=number, hint="choose another --out")
+            if problem:
+                raise OutputError(problem, file=path, line=number, hint="choose another --out")
             if row is not None:
                 rows.append(row)
                 starts.append(end)
@@ -69,7 +69,7 @@ def read_append_log(path: Path, check: Check, begins: bytes = BEGINS) -> LogCont
 
 
 def _parse(line: bytes, check: Check) -> tuple[Row | None, str | None]:
-    """The row of a line, None where there is none; and what is wrong with it."""
+    """Parse a line: its row, None for a blank one, and what is wrong with it."""
     if not line.strip():
         return None, None
     try:
@@ -81,31 +81,31 @@ def _parse(line: bytes, check: Check) -> tuple[Row | None, str | None]:
     return row, check(row)
 
 
-def _is_cut(line: bytes, row: Row | None, begins: bytes) -> bool:
-    """Whether a last line that has no end is the beginning of a row."""
-    return row is None and line[: len(begins)] == begins[: len(line)]
+def _is_cut(line: bytes, row: Row | None, prefix: bytes) -> bool:
+    """Whether a last line without newline is the beginning of a row."""
+    return row is None and line[: len(prefix)] == prefix[: len(line)]
 
 
 class AppendLog:
-    """The open file."""
+    """An open file of rows."""
 
     def __init__(
-        self, path: Path, descriptor: int, content: LogContent, begins: bytes = BEGINS
+        self, path: Path, descriptor: int, content: LogContent, prefix: bytes = PREFIX
     ) -> None:
-        """Take what was read from the file, its descriptor, and how its rows begin."""
-        self._begins = begins
+        """Continue a file after what was read from it; its rows begin with `prefix`."""
+        self._prefix = prefix
         self.path, self.rows = path, list(content.rows)
         self._descriptor, self._starts, self._end = descriptor, list(content.starts), content.end
 
     def append(self, row: Row) -> None:
-        """Write a row, and wait until it is on the disk; what cannot be written whole leaves none.
+        """Write a row, and wait until it is on the disk; leave nothing of one that fails.
 
         Raises:
             OutputError: another program wrote to the file, or replaced it.
             ResourceError: the disk is full or fails.
         """
         line = f"{json.dumps(row, ensure_ascii=False)}\n".encode()
-        assert line.startswith(self._begins), "a reader could not tell that it was cut off"
+        assert line.startswith(self._prefix), "a reader could not tell that it was cut off"
         self._require_unchanged()
         with writing(self.path):
             try:
@@ -119,7 +119,7 @@ class AppendLog:
         self._end += len(line)
 
     def drop_last(self) -> Row:
-        """Take the last row back: it is gone from the disk, too.
+        """Remove the last row from the file and return it.
 
         Raises:
             OutputError: another program wrote to the file, or replaced it.
@@ -133,12 +133,12 @@ class AppendLog:
         return self.rows.pop()
 
     def _require_unchanged(self) -> None:
-        here = os.fstat(self._descriptor)
+        opened = os.fstat(self._descriptor)
         try:
-            there = self.path.stat()
+            current = self.path.stat()
         except FileNotFoundError:
-            there = None
-        if there is None or not os.path.samestat(here, there) or there.st_size != self._end:
+            current = None
+        if current is None or not os.path.samestat(opened, current) or current.st_size != self._end:
             raise OutputError(
                 "another program has changed this file",
                 file=self.path,
@@ -147,36 +147,36 @@ class AppendLog:
 
 
 @contextmanager
-def open_append_log(path: Path, check: Check, begins: bytes = BEGINS) -> Iterator[AppendLog]:
-    """The file, made where there is none; a row that was cut off goes.
+def open_append_log(path: Path, check: Check, prefix: bytes = PREFIX) -> Iterator[AppendLog]:
+    """Open a file of rows, made where there is none; drop a row that was cut off.
 
-    A body that fails before there is any row leaves no file that was not there.
+    A body that fails before the first row leaves no new file.
 
     Args:
         path: the file.
-        check: finds what is wrong with a row.
-        begins: how every row begins.
+        check: returns what is wrong with a row.
+        prefix: beginning of every row.
 
     Raises:
         OutputError: it holds something else, or must not be written.
         ResourceError: the disk is full or fails.
     """
-    content, was_there = read_append_log(path, check, begins), path.exists()
+    content, existed = read_append_log(path, check, prefix), path.exists()
     with writing(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
     try:
         with writing(path):
-            content = _mend(path, descriptor, content)
-        yield AppendLog(path, descriptor, content, begins)
+            content = _drop_cut_row(path, descriptor, content)
+        yield AppendLog(path, descriptor, content, prefix)
     except BaseException:
-        if not was_there and os.fstat(descriptor).st_size == 0:
+        if not existed and os.fstat(descriptor).st_size == 0:
             path.unlink(missing_ok=True)
         raise
     finally:
         os.close(descriptor)
 
 
-def _mend(path: Path, descriptor: int, content: LogContent) -> LogContent:
+def _drop_cut_row(path: Path, descriptor: int, content: LogContent) -> LogContent:
     """Make the file end where its last row ends."""
     if os.fstat(descriptor).st_size > content.end:
         log.warning("%s: the last row was cut off, and is dropped", path)

@@ -39,7 +39,7 @@ class Piece(NamedTuple):
 
 
 def read_pieces(source: Source, column: str) -> Iterator[Piece]:
-    """The documents of a source in order, `column` naming the text of records.
+    """Read the documents of a source in order; `column` holds the text of rows.
 
     Raises:
         DataError: text that is damaged, missing, null or not UTF-8, with its file and line or byte.
@@ -68,7 +68,7 @@ def _rows(source: Source, column: str) -> Iterator[Piece]:
 
 def _text(source: Source) -> Iterator[Piece]:
     decoder = codecs.getincrementaldecoder("utf-8")("strict")
-    head, waiting, consumed = b"", "", 0
+    head, pending_text, consumed = b"", "", 0
     with open_source(source) as file:
         while True:
             block = file.read(BLOCK_BYTES)
@@ -79,23 +79,23 @@ def _text(source: Source) -> Iterator[Piece]:
             except UnicodeDecodeError as error:
                 not_utf8(source.name, consumed - pending + error.start, head)
             consumed += len(block)
-            if waiting and (text or not block):
-                yield Piece(waiting, source.name, None, not block)
-                waiting = ""
-            waiting = waiting + text
+            if pending_text and (text or not block):
+                yield Piece(pending_text, source.name, None, not block)
+                pending_text = ""
+            pending_text += text
             if not block:
                 return
 
 
 def read_texts(data: Sequence[str], most: int) -> tuple[list[str], list[str], list[dict[str, Any]]]:
-    """The documents of plain text files.
+    """Read plain text files, each as one document.
 
     Args:
-        data: what `--data` names.
-        most: characters of each file after which no more is read.
+        data: names, as given to `--data`.
+        most: characters of each file to read at most.
 
     Returns:
-        The documents, the names that are not plain text, and inputs for the manifest.
+        Documents, names that are not plain text, and inputs for the manifest.
 
     Raises:
         DataError: a file that is missing, not UTF-8, or holds nothing but white space.
@@ -140,5 +140,5 @@ def text_input(role: str, source: Source, column: str) -> dict[str, Any]:
 
 
 def hash_text(raw: bytes) -> int:
-    """A document's hash, from 0 to 2^64."""
+    """Hash a document to an integer from 0 to 2^64 - 1."""
     return int.from_bytes(blake2b(raw, digest_size=8).digest(), "little")

@@ -1,8 +1,8 @@
 """Read rows strictly, whatever form a source has: jsonl, JSON, CSV, parquet, Hub data, built-in.
 
-In: a `Source`, or an open file and what to call it. Out: `Record` objects, each with the file and
-the line it begins in, or numbered lines and their objects. Whatever is not UTF-8, not JSON, not CSV
-or not an object is a DataError that names them.
+In: a `Source`, or an open file and its name. Out: `Record` objects, each with its file and first
+line, or numbered lines and their objects. Whatever is not UTF-8, not JSON, not CSV or not an object
+is a DataError that names them.
 """
 
 import csv
@@ -24,24 +24,24 @@ from llmctl.errors import DataError, NetworkError
 from llmctl.models.hub import split_revision
 
 LINE_BYTES = 64 << 20
-"""Longest line; a longer one is a sign of a broken file."""
+"""Longest line; a longer one means a broken file."""
 
 BYTE_ORDER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
-_FILLED = re.compile(r"[^ \t\n\r]")
+_NOT_SPACE = re.compile(r"[^ \t\n\r]")
 
 BLOCK_BYTES = 1 << 20
 ARRAY_BYTES = 1 << 30
-"""Largest JSON array, which is held in memory whole; objects on lines of their own are not."""
+"""Largest JSON array, which is held in memory whole, unlike objects on lines of their own."""
 
 OPENING_BYTES = 1 << 12
-"""Where a file shows whether it is an array."""
+"""Bytes that show whether a file is an array."""
 
 OnBad = Callable[[DataError], None]
 
 
 def read_lines(file: IO[bytes], place: str) -> Iterator[tuple[int, str]]:
-    """1-based number and text of each line, its end included; a byte-order mark is dropped.
+    """Yield 1-based number and text of each line, its end included, without a byte-order mark.
 
     Raises:
         DataError: a line that is not UTF-8, or is over the limit.
@@ -68,7 +68,7 @@ def read_lines(file: IO[bytes], place: str) -> Iterator[tuple[int, str]]:
 
 
 def parse_row(line: str, place: str, number: int) -> dict[str, Any]:
-    """The object of a line of jsonl.
+    """Parse the object of a line of jsonl.
 
     Raises:
         DataError: not JSON, not an object, a key given twice, NaN or infinity.
@@ -88,10 +88,10 @@ def parse_row(line: str, place: str, number: int) -> dict[str, Any]:
 
 
 def parse_array(text: str, place: str) -> Iterator[tuple[int, Any]]:
-    """1-based line and value of each element of the JSON array that a text holds.
+    """Yield 1-based line and value of each element of the JSON array in a text.
 
     Raises:
-        DataError: not JSON, a key given twice, NaN or infinity; elements before it are told.
+        DataError: not JSON, a key given twice, NaN or infinity; after the elements before it.
     """
     at, counted, line = _skip(text, text.index("[") + 1), 0, 1
     is_more = text[at : at + 1] != "]"
@@ -119,7 +119,7 @@ def not_utf8(place: str, offset: int, head: bytes) -> NoReturn:
     Args:
         place: the file.
         offset: 0-based byte.
-        head: the first two bytes of the file, which may say what it is instead.
+        head: first two bytes of the file, which may be a byte-order mark.
     """
     marked = BYTE_ORDER_MARKS.get(head[:2])
     start = f"; it begins with a {marked} byte-order mark" if marked else ""
@@ -131,13 +131,13 @@ def not_utf8(place: str, offset: int, head: bytes) -> NoReturn:
 
 
 def json_type(value: Any) -> str:
-    """What JSON calls a value's type."""
+    """Name a value's type as JSON does."""
     names = {list: "an array", dict: "an object", type(None): "null", bool: "true or false"}
     return names.get(type(value), "text" if isinstance(value, str) else "a number")
 
 
 def _not_json(error: ValueError | RecursionError, place: str, line: int) -> DataError:
-    """The error for text that is no JSON and begins in this line."""
+    """Build the error for text that is no JSON and begins in this line."""
     if isinstance(error, json.JSONDecodeError):
         what, line = f"{error.msg} at column {error.colno}", max(line, error.lineno)
         return DataError(f"not JSON: {what}", file=place, line=line)
@@ -145,9 +145,9 @@ def _not_json(error: ValueError | RecursionError, place: str, line: int) -> Data
 
 
 def _skip(text: str, at: int) -> int:
-    """The next place that holds no white space."""
-    found = _FILLED.search(text, at)
-    return found.start() if found else len(text)
+    """Return the next offset that holds no white space."""
+    match = _NOT_SPACE.search(text, at)
+    return match.start() if match else len(text)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -167,27 +167,27 @@ DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constan
 
 
 class Record(NamedTuple):
-    """One row."""
+    """One row and its place."""
 
     row: dict[str, Any]
     place: str
     """The file, or the name of the source."""
     line: int | None
-    """1-based line that it begins in; its number where rows are not lines."""
+    """1-based first line; the row's number where rows are not lines."""
 
 
 def read_records(
     source: Source, columns: Sequence[str] | None = None, on_bad: OnBad | None = None
 ) -> Iterator[Record]:
-    """The rows of a source in order.
+    """Read the rows of a source in order.
 
     Args:
         source: what to read.
-        columns: the only ones that are wanted; refused where a header does not name them.
-        on_bad: gets the error of a row that cannot be read, where reading can go on after it.
+        columns: the only ones to read; refused where a header lacks one.
+        on_bad: called with the error of a row that cannot be read, where reading can continue.
 
     Raises:
-        DataError: rows that are damaged, or a source that holds none but text.
+        DataError: damaged rows, or a source of plain text.
         NetworkError: a Hub data set that cannot be reached.
     """
     skip = on_bad or _refuse
@@ -212,7 +212,7 @@ def read_records(
 
 @contextmanager
 def open_source(source: Source) -> Iterator[IO[bytes]]:
-    """The bytes of a file, unpacked; a packed file that is cut short or damaged is an error."""
+    """Open a file, decompressed; a compressed file that is cut short or damaged is an error."""
     assert source.path is not None
     suffix = source.path.suffix.lower()
     try:
@@ -234,7 +234,7 @@ def open_source(source: Source) -> Iterator[IO[bytes]]:
 
 
 def checked_text(value: Any, name: str, place: str | None = None, line: int | None = None) -> str:
-    """The value, which must be text that UTF-8 can hold; errors call it `name`."""
+    """Return the value, which must be text that UTF-8 can hold; errors call it `name`."""
     if not isinstance(value, str):
         raise DataError(f"`{name}` is {json_type(value)}, expected text", file=place, line=line)
     if not value.isascii():
@@ -251,14 +251,14 @@ def checked_text(value: Any, name: str, place: str | None = None, line: int | No
 
 
 def quote_names(names: Sequence[str]) -> str:
-    """Columns as a message names them."""
+    """List names of columns for a message."""
     return ", ".join(f"`{name}`" for name in names[:20]) or "none"
 
 
-def no_column(name: str, there: Sequence[str], place: str, line: int | None) -> DataError:
-    """The error for a document without its text."""
+def no_column(name: str, columns: Sequence[str], place: str, line: int | None) -> DataError:
+    """Build the error for a document without the column of its text."""
     return DataError(
-        f"no column `{name}`; there is {quote_names(there)}",
+        f"no column `{name}`; there is {quote_names(columns)}",
         file=place,
         line=line,
         hint="name the column that holds the text: --text-column NAME",
@@ -284,7 +284,7 @@ def _jsonl(source: Source, skip: OnBad, hint: str | None = None) -> Iterator[Rec
 
 
 def _json(source: Source, skip: OnBad) -> Iterator[Record]:
-    """An array of objects, or objects on lines of their own."""
+    """Read an array of objects, or objects on lines of their own."""
     with open_source(source) as file:
         opening = file.read(OPENING_BYTES).removeprefix("\ufeff".encode()).lstrip()
     if opening[:1] != b"[":
@@ -338,7 +338,7 @@ def _csv(source: Source, columns: Sequence[str] | None, skip: OnBad) -> Iterator
 def _check_names(
     names: Sequence[str], wanted: Sequence[str] | None, place: str, line: int | None
 ) -> None:
-    """Refuse a header that lacks a column, or names two alike, of which a row would keep one."""
+    """Refuse a header that lacks a column, or has a name twice: a row would keep only one."""
     for name in wanted or ():
         if name not in names:
             raise no_column(name, names, place, line)

@@ -1,7 +1,7 @@
-"""Read a corpus once: check it, count it, and decide which documents validate.
+"""Read a corpus once: check it, count it, and choose the validation documents.
 
-In: sources. Out: a `Scan` of what is there and a `SplitPlan`. A document's side follows
-from the hash of its text alone, so equal documents are never on both sides.
+In: sources. Out: a `Scan` with counts and hashes, and a `SplitPlan`. A document's split follows
+from the hash of its text alone, so equal documents are never in both.
 """
 
 from array import array
@@ -23,27 +23,27 @@ PROGRESS_BYTES = 1 << 18
 VAL_BYTES = 10_000_000
 VAL_FRACTION = 0.1
 HASHES = 1 << 64
-"""How many there are."""
+"""Number of hashes."""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What one reading of the sources found."""
+    """Counts and hashes of the sources."""
 
     documents: int
     bytes: int
     characters: int
     hashes: NDArray[np.uint64]
-    """Of every document, in order, where the corpus is small or was asked for; else empty."""
+    """Of every document, in order, where the corpus is small or all were requested; else empty."""
     long_hashes: tuple[int, ...]
-    """Of the documents that come in several pieces, in order: known only once they are read."""
+    """Of the documents that come in several pieces, in order."""
     opening: str
-    """The corpus's first characters."""
+    """First characters of the corpus."""
 
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """Which documents validate: those with a hash below a bound, or the end of the only one."""
+    """Validation documents: those with a hash below a bound, or the end of the only document."""
 
     fraction: float
     hash_below: int = 0
@@ -100,27 +100,27 @@ def scan(
     return Scan(documents, size, characters, every, tuple(long_hashes), opening)
 
 
-def plan_split(found: Scan, fraction: float | None) -> SplitPlan:
+def plan_split(scanned: Scan, fraction: float | None) -> SplitPlan:
     """Choose the validation documents: about `fraction` of all, by hash.
 
     Raises:
         DataError: one side would be empty.
     """
     if fraction is None:
-        fraction = min(VAL_FRACTION, VAL_BYTES / found.bytes)
+        fraction = min(VAL_FRACTION, VAL_BYTES / scanned.bytes)
     if fraction == 0:
         return SplitPlan(0.0)
-    if found.documents == 1:
-        cut = int(found.characters * (1 - fraction))
-        if not 0 < cut < found.characters:
-            raise _too_small(found.documents, fraction)
+    if scanned.documents == 1:
+        cut = int(scanned.characters * (1 - fraction))
+        if not 0 < cut < scanned.characters:
+            raise _too_small(scanned.documents, fraction)
         return SplitPlan(fraction, train_characters=cut)
-    if not len(found.hashes):
+    if not len(scanned.hashes):
         return SplitPlan(fraction, hash_below=int(fraction * HASHES))
-    ordered = np.sort(found.hashes)
+    ordered = np.sort(scanned.hashes)
     below = int(ordered[max(round(fraction * len(ordered)), 1) - 1]) + 1
     if int(ordered[-1]) < below:
-        raise _too_small(found.documents, fraction)
+        raise _too_small(scanned.documents, fraction)
     return SplitPlan(fraction, hash_below=below)
 
 
@@ -133,5 +133,5 @@ def _too_small(documents: int, fraction: float) -> DataError:
 
 
 def read_documents(sources: tuple[Source, ...], column: str) -> Iterator[Piece]:
-    """All pieces of all documents that are not empty."""
+    """Read all pieces of all documents that are not empty."""
     return (p for s in sources for p in read_pieces(s, column) if p.text or not p.is_last)

@@ -1,4 +1,4 @@
-"""Token shards: flat arrays on disk with an index.
+"""Write and read token shards: flat arrays on disk with an index.
 
     tokens/index.json         dtype, vocabulary, hashes, and for each split its shards and counts
     tokens/train-00000.bin    little-endian uint16 or uint32, nothing else
@@ -45,18 +45,18 @@ class TokenSplit:
     tokens: int
     documents: int
     bytes: int
-    """UTF-8 bytes of the text that the tokens stand for."""
+    """UTF-8 bytes of the text that was tokenized."""
     shards: tuple[Shard, ...]
 
     def windows(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-        """Tokens `start … start + length` for each start: (B, length)."""
+        """Read tokens `start … start + length` for each start: (B, length)."""
         rows = np.empty((len(starts), length), np.int64)
         for row, start in zip(rows, starts.tolist(), strict=True):
             self._copy(start, row)
         return rows
 
     def window(self, start: int, length: int) -> NDArray[np.int64]:
-        """Tokens `start … start + length`: (length,)."""
+        """Read tokens `start … start + length`: (length,)."""
         row = np.empty(length, np.int64)
         self._copy(start, row)
         return row
@@ -78,7 +78,7 @@ class TokenSplit:
 
     @cached_property
     def _maps(self) -> list[NDArray[Any]]:
-        """Plain views of the memory maps, which slice faster than np.memmap does."""
+        """Map the shards; plain views slice faster than np.memmap does."""
         return [
             np.memmap(self.folder / shard.file, self.dtype, mode="r").view(np.ndarray)
             for shard in self.shards
@@ -87,7 +87,7 @@ class TokenSplit:
 
 @dataclass(frozen=True)
 class TokenIndex:
-    """What a folder of token shards holds."""
+    """Content of a folder of token shards."""
 
     folder: Path
     dtype: str
@@ -100,7 +100,7 @@ class TokenIndex:
 
 
 def open_tokens(folder: Path) -> TokenIndex:
-    """The shards of a tokenize run, or of its tokens/ folder, checked against their index.
+    """Open the shards of a tokenize run, or of its tokens/ folder, checked against their index.
 
     Raises:
         DataError: no index, a shard that is missing, or one of another size.
@@ -111,7 +111,7 @@ def open_tokens(folder: Path) -> TokenIndex:
     try:
         index = json.loads(path.read_bytes())
         splits = {name: _split(folder, index["dtype"], s) for name, s in index["splits"].items()}
-        facts = {name: index[name] for name in _FACTS}
+        fields = {name: index[name] for name in _FIELDS}
         train = splits["train"]
     except FileNotFoundError:
         raise DataError(
@@ -121,14 +121,15 @@ def open_tokens(folder: Path) -> TokenIndex:
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"not an index of token shards: {error!r}", file=path) from None
-    return TokenIndex(folder=folder, train=train, val=splits.get("val"), **facts)
+    return TokenIndex(folder=folder, train=train, val=splits.get("val"), **fields)
 
 
-_FACTS = ("dtype", "vocab_size", "eos_token_id", "bos_token_id", "tokenizer_sha256")
+_FIELDS = ("dtype", "vocab_size", "eos_token_id", "bos_token_id", "tokenizer_sha256")
 
 
-def _split(folder: Path, dtype: str, facts: Mapping[str, Any]) -> TokenSplit:
-    shards = tuple(Shard(**shard) for shard in facts["shards"])
+def _split(folder: Path, dtype: str, entry: Mapping[str, Any]) -> TokenSplit:
+    """Build a split from its entry in the index, and check the sizes of its shards."""
+    shards = tuple(Shard(**shard) for shard in entry["shards"])
     for shard in shards:
         path, wanted = folder / shard.file, shard.tokens * np.dtype(dtype).itemsize
         if not path.is_file():
@@ -139,12 +140,12 @@ def _split(folder: Path, dtype: str, facts: Mapping[str, Any]) -> TokenSplit:
                 file=path,
                 hint="tokenize again: the file was cut short or changed",
             )
-    counts = {name: int(facts[name]) for name in ("tokens", "documents", "bytes")}
+    counts = {name: int(entry[name]) for name in ("tokens", "documents", "bytes")}
     return TokenSplit(folder, dtype, shards=shards, **counts)
 
 
 class ShardWriter:
-    """Writes one split's tokens; the files get their names when all is written, or vanish."""
+    """Writes one split's tokens; the files get their names when all is written, or are removed."""
 
     def __init__(self, folder: Path, split: str, dtype: str, limit: int = SHARD_TOKENS) -> None:
         """Write to `folder`, starting a new file every `limit` tokens."""
@@ -169,7 +170,7 @@ class ShardWriter:
                 self._open_next()
 
     def __enter__(self) -> Self:
-        """Leave the files on success, remove them on any error."""
+        """Keep the files on success, remove them on any error."""
         return self
 
     def __exit__(

@@ -1,6 +1,6 @@
-"""Model cards: a README.md in each `model/` and `adapter/` that a run leaves.
+"""Write model cards: a README.md in each `model/` and `adapter/` that a run leaves.
 
-In: the run's directory and manifest. Out: what the model is, how it was made and what to mind, with
+In: the run's directory and manifest. Out: what the model is, how it was made and its limits, with
 the header that the Hub reads. No folder of this machine is named in it, and no secret.
 """
 
@@ -18,7 +18,6 @@ from llmctl.runs.ownership import read_json
 
 CARD = "README.md"
 FOLDERS = ("model", "adapter", "value_model")
-TRAINED = ("pretrain", "sft", "reward", "ppo", "dpo")
 RELATIONS = {"merge": "merge", "quantize": "quantized"}
 KINDS = {
     "language": "a causal language model",
@@ -59,7 +58,7 @@ def write_cards(path: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def card(path: Path, folder: Path, manifest: Mapping[str, Any]) -> str:
-    """The text of one card."""
+    """Compose one card."""
     from huggingface_hub import ModelCardData  # a third of a second
 
     line, kind = lineage_of(path, manifest), kind_of(folder)
@@ -71,33 +70,33 @@ def card(path: Path, folder: Path, manifest: Mapping[str, Any]) -> str:
 
 
 def kind_of(folder: Path) -> str:
-    """What a folder's model does: language, reward, classifier or value."""
+    """Tell the kind of a folder's model: language, reward, classifier or value."""
     if folder.name == "value_model":
         return "value"
-    shape, adapter = read_json(folder / "config.json"), read_json(folder / "adapter_config.json")
-    classes = " ".join(map(str, shape.get("architectures") or []))
+    config, adapter = read_json(folder / "config.json"), read_json(folder / "adapter_config.json")
+    classes = " ".join(map(str, config.get("architectures") or []))
     if adapter.get("task_type") != "SEQ_CLS" and "SequenceClassification" not in classes:
         return "language"
-    return "reward" if len(shape.get("id2label") or ()) == 1 else "classifier"
+    return "reward" if len(config.get("id2label") or ()) == 1 else "classifier"
 
 
 def license_of(folder: Path) -> str | None:
-    """The licence that the card of a model says, where it lies on this disk."""
+    """Read the licence from the card of a model on this disk; None without one."""
     from huggingface_hub import ModelCard
 
     file = folder.expanduser() / CARD
     if not file.is_file():
         return None
     try:
-        found = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+        model_card = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True)
     except ValueError:  # no YAML, or no text
         return None
-    name = found.data.to_dict().get("license")  # type: ignore[no-untyped-call]
+    name = model_card.data.to_dict().get("license")  # type: ignore[no-untyped-call]
     return name if isinstance(name, str) else None
 
 
 def _header(line: list[LineageStep], kind: str, folder: Path) -> dict[str, Any]:
-    """What the Hub reads: only what is known, and only names that it can have."""
+    """Build the header that the Hub reads: only what is known, and only names of the Hub."""
     stage, is_adapter = str(line[-1].manifest.get("stage")), _is_adapter(folder)
     bases = [i for step in line for i in step.inputs if i.role in ("model", "base") and not i.run]
     base = next((i.hub_id for i in bases if i.hub_id), None)
@@ -162,7 +161,7 @@ def _usage(kind: str, folder: Path) -> str:
 
 
 def _made(line: list[LineageStep]) -> str:
-    """The command, then every run before it and every file that went in."""
+    """List the command, then every run before it and every input."""
     command = [portable(str(word)) for word in line[-1].manifest.get("command") or []]
     parts = [f"```sh\n{shlex.join(command)}\n```"] if command else []
     parts.append("The run's `recipe.yaml` holds every setting as it was resolved.")
@@ -175,17 +174,17 @@ def _made(line: list[LineageStep]) -> str:
 
 
 def _step_row(step: LineageStep) -> tuple[str, str, str]:
-    named = [_named(one) for one in inputs_of(step.path, step.manifest)]
-    return str(step.manifest.get("stage")), _code(step.path.absolute().name), "; ".join(named)
+    inputs = "; ".join(map(_input_name, inputs_of(step.path, step.manifest)))
+    return str(step.manifest.get("stage")), _code(step.path.absolute().name), inputs
 
 
-def _named(one: RunInput) -> str:
-    """An input by its name here, and by what tells it from all others."""
-    mark = one.revision or one.sha256
-    kind = "revision" if one.revision else "sha256"
-    name = one.run.absolute().name if one.run else portable(one.path)
-    shown = f"{one.role.replace('_', ' ')} {_code(name)}"
-    return f"{shown} ({kind} {mark[:12]}…)" if mark else shown
+def _input_name(item: RunInput) -> str:
+    """Name an input, with its revision or hash."""
+    digest = item.revision or item.sha256
+    kind = "revision" if item.revision else "sha256"
+    name = item.run.absolute().name if item.run else portable(item.path)
+    shown = f"{item.role.replace('_', ' ')} {_code(name)}"
+    return f"{shown} ({kind} {digest[:12]}…)" if digest else shown
 
 
 def _figures(manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -209,7 +208,7 @@ def _cell(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """Text that Markdown leaves as it is, on one line."""
+    """Format text as Markdown code, on one line."""
     flat = json.dumps(text, ensure_ascii=False)[1:-1].replace("`", "'")
     return f"`{flat}`"
 

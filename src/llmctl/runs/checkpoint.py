@@ -1,10 +1,10 @@
-"""Checkpoints that survive a kill at any instant.
+"""Write checkpoints that survive a kill at any instant.
 
     checkpoints/checkpoint-N/
       model.safetensors       weights that train, and buffers
       optimizer.safetensors   optimizer tensors
       rng-RANK.safetensors    random generators of each rank
-      state.json              what is no tensor: progress, scheduler, optimizer scalars
+      state.json              all that is no tensor: progress, scheduler, optimizer scalars
       manifest.json           written last: step, run, identity, and size and sha256 of every file
 
 A checkpoint is filled under a temporary name, each file fsynced, the manifest last; then renamed,
@@ -41,12 +41,12 @@ def _nothing(event: str, path: Path) -> None:
 
 
 fault: Callable[[str, Path], None] = _nothing
-"""Called after every write, fsync, rename and delete; tests put a crash here."""
+"""Called after every write, fsync, rename and delete; tests crash here."""
 
 
 @dataclass(frozen=True)
 class CheckpointContent:
-    """What a checkpoint holds. Tensors of rank 0 matter, but for `rng`, which every rank has."""
+    """Content of a checkpoint. Only rank 0's is written, but for `rng`, which every rank has."""
 
     step: int
     model: Mapping[str, torch.Tensor]
@@ -59,7 +59,7 @@ class CheckpointContent:
 
 @dataclass(frozen=True)
 class Owner:
-    """Whose checkpoints these are: which run, and what one must share with it to resume."""
+    """The run that checkpoints belong to, and the settings that a resumed run must share."""
 
     run_id: str | None
     identity: Mapping[str, Any]
@@ -77,8 +77,8 @@ def save(
 
     Args:
         root: the run's checkpoints/ folder.
-        content: what to write.
-        owner: goes into the manifest.
+        content: to write.
+        owner: recorded in the manifest.
         rank: this process's; rank 0 writes all but the others' generators.
         together: ends when all ranks are done, and fails on all if it fails on one.
 
@@ -109,7 +109,7 @@ def save(
 def rotate(
     root: Path, keep: int, *, step: int, run_id: str | None, damaged: Collection[int] = ()
 ) -> None:
-    """After the save of `step`, delete what this run no longer needs.
+    """After saving `step`, delete checkpoints that this run no longer needs.
 
     Kept are the newest `keep` (at least two) checkpoints, and the best one that each of them refers
     to: whichever of them a run resumes from, it ends with the same result. Later ones than `step`
@@ -120,7 +120,7 @@ def rotate(
         keep: how many.
         step: of the checkpoint just saved.
         run_id: of this run.
-        damaged: steps of checkpoints that resume passed over: they count for nothing.
+        damaged: steps of checkpoints that resume passed over; they are deleted.
     """
     broken = [path for path in newest_first(root) if step_of(path) in damaged]
     mine = [p for p in newest_first(root) if run_of(p) == run_id and p not in broken]
@@ -139,13 +139,13 @@ def clean(root: Path) -> None:
 
 
 def size(content: CheckpointContent) -> int:
-    """Bytes that a checkpoint takes, about."""
+    """Estimate the bytes of a checkpoint."""
     tensors = [*content.model.values(), *content.optimizer.values()]
     return sum(t.numel() * t.element_size() for t in tensors) + 1_000_000
 
 
 def require_space(root: Path, needed: int) -> None:
-    """Refuse to begin what the disk cannot hold.
+    """Refuse to write what the disk cannot hold.
 
     Raises:
         ResourceError: fewer bytes are free than needed.
@@ -186,7 +186,7 @@ def _commit(staging: Path, final: Path, content: CheckpointContent, owner: Owner
 
 
 def _delete(path: Path) -> None:
-    """Delete a checkpoint so that no half of it is ever taken for one."""
+    """Delete a checkpoint under another name, so that half of it is never taken for one."""
     doomed = path.with_name(DOOMED + path.name)
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
@@ -213,9 +213,10 @@ def _fsync(path: Path) -> None:
 
 
 def manifest_of(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint that has one.
+    """Read the manifest of a checkpoint.
 
     Raises:
+        FileNotFoundError: there is none.
         ValueError: it is not as it was written.
     """
     manifest = json.loads((path / MANIFEST).read_bytes())
@@ -225,12 +226,12 @@ def manifest_of(path: Path) -> dict[str, Any]:
 
 
 def seal(manifest: Mapping[str, Any]) -> str:
-    """Hash of a manifest, which vouches for every file but itself."""
+    """Hash a manifest, which has the hashes of all other files."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def run_of(path: Path) -> str | None:
-    """The run that wrote a checkpoint; no run's id where that cannot be read."""
+    """Return the id of the run that wrote a checkpoint; empty if it cannot be read."""
     try:
         return manifest_of(path)["run_id"]  # type: ignore[no-any-return]
     except (OSError, ValueError):
@@ -238,11 +239,11 @@ def run_of(path: Path) -> str | None:
 
 
 def newest_first(root: Path) -> list[Path]:
-    """All that bear a checkpoint's name, the highest step first."""
-    found = [p for p in root.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=step_of, reverse=True)
+    """List the folders with a checkpoint's name, the highest step first."""
+    folders = [p for p in root.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()]
+    return sorted(folders, key=step_of, reverse=True)
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Read the step in a checkpoint's name."""
     return int(path.name.removeprefix(PREFIX))

@@ -1,4 +1,4 @@
-"""A run directory: what went in, how it went, what came out.
+"""Write a run directory: inputs, progress, results.
 
 recipe.yaml     the resolved config
 manifest.json   stage, command, versions, git, seed, inputs and outputs with hashes, timings
@@ -44,7 +44,7 @@ from llmctl.signals import reason
 
 @dataclass
 class Run:
-    """One run's directory. Only the main process writes."""
+    """One run and its directory. Only the main process writes."""
 
     path: Path
     stage: str
@@ -53,7 +53,7 @@ class Run:
     status: dict[str, Any] = field(default_factory=dict)
     meter: EnergyMeter = field(default_factory=EnergyMeter)
     under_way: bool = False
-    """Whether training began: until then a resumed run stays what it was if this call fails."""
+    """Whether training began: if this call fails before, a resumed run stays as it was."""
     tracking: trackers.Tracking | None = None
 
     @property
@@ -62,17 +62,17 @@ class Run:
         return self.path / "checkpoints"
 
     def log(self, metrics: Mapping[str, Any], name: str = METRICS) -> None:
-        """Append one line to metrics.jsonl, or its like; NaN and infinity become null."""
+        """Append one line to metrics.jsonl or another log; NaN and infinity become null."""
         if self.is_main:
             self.meter.tick()
-            shown = finite(redacted(metrics))
+            row = finite(redacted(metrics))
             with (self.path / name).open("a") as file:
-                file.write(json.dumps(shown, allow_nan=False) + "\n")
+                file.write(json.dumps(row, allow_nan=False) + "\n")
             if self.tracking is not None and name == METRICS:
-                self.tracking.log(shown)
+                self.tracking.log(row)
 
     def drop_metrics_after(self, step: int) -> None:
-        """Begin training: drop the lines of steps that will be done again, and what is no line."""
+        """Begin training: drop log lines of steps that will be done again, and broken lines."""
         self.under_way = True
         for path in (self.path / name for name in LOGS if self.is_main):
             if not path.exists():
@@ -81,8 +81,8 @@ class Run:
             steps = (parse_object(line).get("step") for line in lines)
             kept = [
                 line + b"\n"
-                for line, found in zip(lines, steps, strict=True)
-                if isinstance(found, int) and found <= step
+                for line, logged in zip(lines, steps, strict=True)
+                if isinstance(logged, int) and logged <= step
             ]
             replace_file(path, b"".join(kept))
         if self.tracking is not None:
@@ -93,24 +93,24 @@ class Run:
             self.record(trackers=self.tracking.start(self.manifest["run_id"], known, rows))
 
     def end_tracking(self, code: int) -> None:
-        """Let trackers go, last of all: one may wait long for its server."""
+        """Close the trackers, last of all: one may wait long for its server."""
         if self.tracking is not None:
             self.tracking.finish(redacted(self.manifest.get("result", {})), code)
 
     def keep_recipe(self, config: StageConfig) -> None:
-        """Write recipe.yaml: what the run is resumed with, once that was found to go together."""
+        """Write recipe.yaml: the config that the run is resumed with, once that is checked."""
         if self.is_main:
             replace_file(self.path / "recipe.yaml", config.to_yaml(self.stage).encode())
 
-    def record(self, **facts: Any) -> None:
-        """Add facts to the manifest, at once on disk."""
-        self.manifest.update(facts)
+    def record(self, **fields: Any) -> None:
+        """Add fields to the manifest, at once on disk."""
+        self.manifest.update(fields)
         if self.is_main:
             write_json(self.path / "manifest.json", self.manifest)
 
-    def set_status(self, state: str, **facts: Any) -> None:
+    def set_status(self, state: str, **fields: Any) -> None:
         """Write status.json."""
-        self.status.update(state=state, updated=now(), **facts)
+        self.status.update(state=state, updated=now(), **fields)
         if self.is_main:
             write_json(self.path / "status.json", self.status)
 
@@ -119,7 +119,7 @@ class Run:
 def open_run(stage: str, config: StageConfig) -> Iterator[Run]:
     """Create or reopen the run directory of `config.out`, locked while the body runs.
 
-    On an error nothing half-made is left: a run that holds no checkpoint is removed again.
+    On an error nothing half-made is left: a run without a checkpoint is removed again.
 
     Raises:
         OutputError: the directory is in use, finished, foreign, or cannot be written.
@@ -150,17 +150,17 @@ def open_run(stage: str, config: StageConfig) -> Iterator[Run]:
                 _fail(run, error, owned)
             run.end_tracking(error.code if isinstance(error, UserError) else 1)
             raise
-        owned.settle()
+        owned.drop_replaced()
         run.end_tracking(0)
 
 
 def finished_already(stage: str, config: StageConfig) -> dict[str, Any] | None:
-    """The result of the finished run that this call would resume, None where there is work to do.
+    """Return the result of the finished run that this call would resume, None if there is none.
 
-    Looks before anything heavy is imported; `open_run` is what takes the lock.
+    Runs before anything heavy is imported; `open_run` takes the lock.
 
     Raises:
-        OutputError: another run is at work in the directory, or what finished there is no such run.
+        OutputError: another run is at work in the directory, or a run of another command finished.
         ResourceError: a tracker is asked for that is not installed.
     """
     trackers.requested_trackers(config, stage, config.out)
@@ -184,12 +184,12 @@ def is_complete(out: Path | None) -> bool:
 
 
 def read_manifest(run: Path) -> dict[str, Any]:
-    """The manifest of a run, empty where there is none."""
+    """Read the manifest of a run, empty where there is none."""
     return read_json(run / "manifest.json")
 
 
 def resolve_model(reference: str) -> str:
-    """What `from_pretrained` should open: a run's model/ or adapter/, a folder, or a Hub id.
+    """Resolve what `from_pretrained` opens: a run's model/ or adapter/, a folder, or a Hub id.
 
     Raises:
         ModelError: the path is a run that holds no model, or a file.
@@ -209,24 +209,24 @@ def resolve_model(reference: str) -> str:
 
 
 def resolve_tokenizer(reference: str) -> str:
-    """What AutoTokenizer should open: a tokenize run's tokenizer/, else as `resolve_model`."""
+    """Resolve what AutoTokenizer opens: a tokenize run's tokenizer/, else as `resolve_model`."""
     folder = Path(reference).expanduser() / "tokenizer"
     return str(folder) if folder.is_dir() else resolve_model(reference)
 
 
 def now() -> str:
-    """Local time with its zone."""
+    """Format the local time with its zone."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def is_resuming(config: StageConfig) -> bool:
-    """Whether this call continues an earlier one; only training commands can."""
+    """Whether this call continues an earlier run; only training commands can."""
     control = {name: value for name, value in config if name in ("resume", "resume_from")}
     return any(control.values())
 
 
 def _begin(run: Run, config: StageConfig) -> None:
-    """Write the records, the manifest first: it makes the directory ours (see ownership.py)."""
+    """Write the records, the manifest first: it marks the directory as ours (see ownership.py)."""
     manifest, status = read_manifest(run.path), read_json(run.path / "status.json")
     known = manifest if manifest.get("stage") == run.stage else {}
     run.manifest = {
@@ -244,16 +244,16 @@ def _begin(run: Run, config: StageConfig) -> None:
     run.record()
     if not (run.path / "recipe.yaml").exists():
         run.keep_recipe(config)
-    started = is_resumable(run.path)
-    if started and "step" in status:
+    resumable = is_resumable(run.path)
+    if resumable and "step" in status:
         run.status["step"] = status["step"]
-    run.set_status("running", pid=os.getpid(), host=socket.gethostname(), resumable=started)
+    run.set_status("running", pid=os.getpid(), host=socket.gethostname(), resumable=resumable)
 
 
 def _fail(run: Run, error: BaseException, owned: Claim) -> None:
-    """Say in status.json how the run ended; leave nothing where nothing can be resumed.
+    """Record in status.json how the run ended; leave nothing where nothing can be resumed.
 
-    A run that could not be resumed stays what it was.
+    A run that failed to resume stays as it was.
     """
     if not (run.path / lock.LOCK).exists():
         return  # deleted while running: not to be made again
@@ -262,9 +262,9 @@ def _fail(run: Run, error: BaseException, owned: Claim) -> None:
     resumable = is_resumable(run.path)
     stays = owned.earlier and not run.under_way and (resumable or owned.has_ended())
     if not resumable and not stays and known and not isinstance(error, DivergedError):
-        owned.withdraw()
+        owned.undo()
         return
-    owned.sweep()
+    owned.remove_staged()
     if known is None:
         text = "".join(traceback.format_exception(error))
         (run.path / "error.log").write_text(redact(text))

@@ -1,6 +1,6 @@
-"""Where a run comes from: the runs, models and data that its manifest names, back to the first.
+"""Trace a run back through the runs, models and data that its manifest names.
 
-In: the manifest of a run and its directory. Out: one entry a run, the eldest first.
+In: the manifest of a run and its directory. Out: one `LineageStep` a run, the eldest first.
 """
 
 import re
@@ -21,30 +21,30 @@ _FOLDERS_BEFORE = re.compile(r"(^|=)~?/.*/")
 
 @dataclass(frozen=True)
 class RunInput:
-    """One thing that a run was given."""
+    """One input of a run."""
 
     role: str
     path: str
     sha256: str | None
     revision: str | None
     run: Path | None
-    """The run's directory that it is the result of, where it can be found."""
+    """Directory of the run that made it, where it can be found."""
 
     @property
     def is_data(self) -> bool:
-        """Whether it is text or rows, not a model or what belongs to one."""
+        """Whether it is text or rows, not a model or a part of one."""
         return self.role not in MODEL_ROLES
 
     @property
     def hub_id(self) -> str | None:
-        """Its name on the Hub, without a revision; None for what is a run or on this disk."""
-        named = HUB_ID.fullmatch(self.path) if self.run is None else None
-        return named[1] if named and not Path(self.path).exists() else None
+        """Its name on the Hub, without a revision; None for a run or a file on this disk."""
+        match = HUB_ID.fullmatch(self.path) if self.run is None else None
+        return match[1] if match and not Path(self.path).exists() else None
 
 
 @dataclass(frozen=True)
 class LineageStep:
-    """A run in a line of runs."""
+    """One run of a lineage."""
 
     path: Path
     manifest: Mapping[str, Any]
@@ -52,9 +52,9 @@ class LineageStep:
 
 
 def inputs_of(path: Path, manifest: Mapping[str, Any]) -> tuple[RunInput, ...]:
-    """What a run was given, with the runs that made it."""
-    found = manifest.get("inputs")
-    entries = [e for e in found if isinstance(e, dict)] if isinstance(found, list) else []
+    """Read the inputs of a run from its manifest, with the runs that made them."""
+    inputs = manifest.get("inputs")
+    entries = [e for e in inputs if isinstance(e, dict)] if isinstance(inputs, list) else []
     return tuple(
         RunInput(
             role=str(entry.get("role", "input")),
@@ -68,16 +68,16 @@ def inputs_of(path: Path, manifest: Mapping[str, Any]) -> tuple[RunInput, ...]:
 
 
 def run_of(reference: str, near: Path) -> Path | None:
-    """The run that a reference names, from here or, where runs were moved, from a run beside it."""
-    named = Path(reference)
+    """Find the run that a reference names: from here, or beside a run that was moved."""
+    path = Path(reference)
     if not reference or "\0" in reference:
         return None
     with suppress(RuntimeError):  # of a user whom this machine does not know
-        named = named.expanduser()
+        path = path.expanduser()
     beside = near.absolute().parent
-    places = (named, beside / named, beside / named.name, beside / named.parent.name)
-    for place in places:
-        folder = place.parent if place.name in OWN_FOLDERS else place
+    candidates = (path, beside / path, beside / path.name, beside / path.parent.name)
+    for candidate in candidates:
+        folder = candidate.parent if candidate.name in OWN_FOLDERS else candidate
         is_itself = folder.absolute() == near.absolute()
         if not is_itself and is_llmctl_manifest(read_json(folder / "manifest.json")):
             return folder
@@ -85,14 +85,14 @@ def run_of(reference: str, near: Path) -> Path | None:
 
 
 def lineage_of(path: Path, manifest: Mapping[str, Any]) -> list[LineageStep]:
-    """The run and those it stands on, the eldest first, each once."""
+    """List the run and those that it depends on, the eldest first, each once."""
     return list(_walk(path, manifest, set()))
 
 
 def portable(word: str) -> str:
-    """A word of a command without the folders of this machine: `--data=/home/me/a` as `--data=…/a`.
+    """Hide the folders of this machine in a word of a command: `--data=/home/me/a` as `--data=…/a`.
 
-    What lies under the current directory keeps its relative path.
+    Paths under the current directory become relative.
     """
     here = f"{Path.cwd()}/"
     return _FOLDERS_BEFORE.sub(r"\1…/", word.replace(here, "")) if "/" in word else word
@@ -101,9 +101,9 @@ def portable(word: str) -> str:
 def _walk(path: Path, manifest: Mapping[str, Any], seen: set[Path]) -> Iterator[LineageStep]:
     seen.add(path.resolve())
     inputs = inputs_of(path, manifest)
-    for one in inputs:
-        if one.run is not None and one.run.resolve() not in seen:
-            yield from _walk(one.run, read_json(one.run / "manifest.json"), seen)
+    for run in (i.run for i in inputs if i.run is not None):
+        if run.resolve() not in seen:
+            yield from _walk(run, read_json(run / "manifest.json"), seen)
     yield LineageStep(path, manifest, inputs)
 
 

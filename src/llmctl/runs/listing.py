@@ -1,4 +1,7 @@
-"""Find run directories and say how each one stands, from its small files alone."""
+"""Find run directories and summarize each from its small files alone.
+
+In: a folder. Out: a `RunSummary` of every run in and under it.
+"""
 
 import json
 import os
@@ -23,12 +26,12 @@ NOT_SEARCHED = {*OWN_FOLDERS, EVENTS, "checkpoints", ASIDE, "node_modules", "__p
 
 @dataclass(frozen=True)
 class RunSummary:
-    """How one run stands."""
+    """State of one run."""
 
     path: str
     stage: str | None
     status: str
-    """As in status.json; killed where nobody runs it, damaged where its files cannot be read."""
+    """As in status.json; `killed` if no process runs it, `damaged` if its files cannot be read."""
     step: int | None
     max_steps: int | None
     loss: float | None
@@ -42,16 +45,16 @@ class RunSummary:
 
 
 def list_runs(root: Path) -> list[RunSummary]:
-    """Every run under a directory, itself included, the newest first."""
-    found: dict[str, Path] = {}
+    """Summarize every run under a directory, itself included, the newest first."""
+    runs: dict[str, Path] = {}
     for path in _run_folders(root, DEEPEST):
-        found.setdefault(os.path.realpath(path), path)
+        runs.setdefault(os.path.realpath(path), path)
     now = datetime.now(UTC)
-    return sorted((summarize(path, now) for path in found.values()), key=lambda s: s.age_seconds)
+    return sorted((summarize(path, now) for path in runs.values()), key=lambda s: s.age_seconds)
 
 
 def summarize(path: Path, now: datetime) -> RunSummary:
-    """How a run stands now; a broken file makes it `damaged`, never an error."""
+    """Summarize a run; a broken file makes it `damaged`, never an error."""
     status, manifest = _object(path / "status.json"), _object(path / "manifest.json")
     state = _state(path, status, manifest)
     status, manifest = status or {}, manifest or {}
@@ -78,7 +81,7 @@ def summarize(path: Path, now: datetime) -> RunSummary:
 
 
 def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
-    """Runs in and under a folder; a link to a run counts, but none is followed any further."""
+    """Yield the runs in and under a folder, linked ones included; follow no other link."""
     try:
         with os.scandir(folder) as entries:
             names = {entry.name: entry for entry in entries}
@@ -98,7 +101,7 @@ def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _is_run(folder: Path, names: Any) -> bool:
-    """Whether llmctl wrote it, as far as can be told where its files may be broken."""
+    """Whether llmctl wrote it, as far as files that may be broken can tell."""
     records = {"status.json", "manifest.json"} & set(names)
     if not records or LOCK in names:
         return bool(records)
@@ -108,8 +111,8 @@ def _is_run(folder: Path, names: Any) -> bool:
 
 def _state(path: Path, status: dict[str, Any] | None, manifest: dict[str, Any] | None) -> str:
     state = _typed((status or {}).get("state"), str)
-    unsaid = not (path / "status.json").exists()  # killed before it could be written
-    if manifest is None or not isinstance(manifest.get("stage"), str) or not (state or unsaid):
+    has_none = not (path / "status.json").exists()  # killed before it could be written
+    if manifest is None or not isinstance(manifest.get("stage"), str) or not (state or has_none):
         return "damaged"
     if state is None or state == "running":
         return "running" if is_held(path) else "killed"
@@ -117,7 +120,7 @@ def _state(path: Path, status: dict[str, Any] | None, manifest: dict[str, Any] |
 
 
 def _object(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, None where there is no such thing."""
+    """Read the object in a JSON file; None for anything else."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -126,28 +129,28 @@ def _object(path: Path) -> dict[str, Any] | None:
 
 
 def _last_metrics(path: Path) -> dict[str, Any]:
-    """The latest loss, val_loss and step; lines that are torn or foreign are passed over."""
-    found: dict[str, Any] = {}
+    """Read the latest loss, val_loss and step, passing over lines that are torn or foreign."""
+    metrics: dict[str, Any] = {}
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
             lines = file.read().split(b"\n")
     except OSError:
-        return found
+        return metrics
     for line in reversed(lines):
-        wanted = [k for k in ("step", "loss", "val_loss") if k not in found]
+        wanted = [k for k in ("step", "loss", "val_loss") if k not in metrics]
         if not wanted:
             break
         if not any(f'"{key}"'.encode() in line for key in wanted):
             continue
         with suppress(ValueError, RecursionError):
             row = json.loads(line)
-            found = {**row, **found} if isinstance(row, dict) else found
-    return found
+            metrics = {**row, **metrics} if isinstance(row, dict) else metrics
+    return metrics
 
 
 def _updated(path: Path, status: dict[str, Any]) -> datetime:
-    """When status.json was written, by its own word or by the file system's."""
+    """Return when status.json was written: as it says, else as the file system says."""
     with suppress(KeyError, ValueError, TypeError):
         return datetime.fromisoformat(status["updated"]).astimezone(UTC)
     for file in (path / "status.json", path):
@@ -157,7 +160,7 @@ def _updated(path: Path, status: dict[str, Any]) -> datetime:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of all files in a folder; those that vanish meanwhile do not count."""
+    """Count the bytes of all files in a folder; those that vanish meanwhile are left out."""
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:
@@ -167,7 +170,7 @@ def _size(folder: Path) -> int:
 
 
 def _resume_command(path: Path, stage: str, manifest: dict[str, Any]) -> str:
-    """The recipe says what was changed half-way; the newest checkpoint may be from before that."""
+    """Build the command that resumes a run, with the changes that an earlier resume was allowed."""
     place = f"./{path}" if str(path).startswith("-") else str(path)
     recipe = os.path.join(place, "recipe.yaml")  # noqa: PTH118
     resumed = _typed(manifest.get("resumed"), dict) or {}

@@ -1,7 +1,7 @@
-"""The lock of a run directory or a file: one run at a time, and a refusal that names the other one.
+"""Lock a run directory or a file: one run at a time, and a refusal that names the other one.
 
 The lock is the operating system's, so that it ends with its process however that ends. Its file
-says who holds it: process id and host, a line each, as filelock's own soft locks do.
+names its holder: process id and host, a line each, as filelock's own soft locks do.
 """
 
 import fcntl
@@ -18,7 +18,7 @@ from llmctl.errors import OutputError
 
 LOCK = ".llmctl.lock"
 PROBE_SECONDS = 0.2
-"""How long to wait for a lock: `is_held` takes it for a moment."""
+"""Wait for a lock: `is_held` takes it for a moment."""
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def locked_file(file: Path) -> Iterator[None]:
-    """Hold the lock of a file while the body runs; it stands beside it, as long as there is one.
+    """Hold the lock of a file, which lies beside it, while the body runs.
 
     Raises:
         OutputError: another run holds it.
@@ -70,7 +70,7 @@ def _held(lock_file: Path, path: Path) -> Iterator[None]:
 
 
 def is_held(path: Path) -> bool:
-    """Whether a live run holds the directory's lock; needs no right to write."""
+    """Whether a live run holds the directory's lock; needs no write permission."""
     try:
         descriptor = os.open(path / LOCK, os.O_RDONLY)
     except OSError:
@@ -87,7 +87,12 @@ def is_held(path: Path) -> bool:
 
 
 def in_use(path: Path, lock_file: Path | None = None) -> OutputError:
-    """The refusal, with the process that the lock file (by default the directory's) names."""
+    """Build the error for a lock that is held, with the process that the lock file names.
+
+    Args:
+        path: what is locked.
+        lock_file: of it; by default the directory's.
+    """
     try:
         pid, host, *_ = (lock_file or path / LOCK).read_text().split("\n")
     except (OSError, ValueError):
@@ -97,9 +102,9 @@ def in_use(path: Path, lock_file: Path | None = None) -> OutputError:
 
 @contextmanager
 def still_there(path: Path) -> Iterator[None]:
-    """Tell a run whose directory went away under it from one that misses a file.
+    """Raise OutputError where the directory was deleted while the body ran.
 
-    The lock file tells also where some library made the directory again.
+    The missing lock file shows it, even if some library made the directory again.
     """
     deleted = OutputError("the run directory was deleted while running", file=path)
     try:

@@ -1,9 +1,9 @@
-"""Who owns what in a run directory: claim it, give it back as it was, or replace what was there.
+"""Claim a run directory, replace the run in it, or restore it after a failure.
 
 Only files that llmctl wrote are ever deleted. With `--overwrite` the earlier run is set aside, and
 deleted only once the new one has completed; a run that fails puts it back. A manifest of llmctl's
 makes a directory its own: it is the first file that a run writes, and the last that is moved or
-removed, so that the next call knows what a kill at any instant left.
+removed, so that the next call can tell what a kill at any instant left.
 """
 
 import json
@@ -25,7 +25,7 @@ LOGS = (METRICS, SAMPLES)
 ROWS = "rows.jsonl"
 OWN_FILES = ("recipe.yaml", "status.json", *LOGS, ROWS, "error.log", MANIFEST)
 EVENTS = "tensorboard"
-"""A folder of TensorBoard's: logs like the others, no result."""
+"""TensorBoard's folder: logs like the others, no result."""
 OWN_FOLDERS = ("tokenizer", "tokens", "model", "adapter", "value_model", "gguf")
 ASIDE = ".replaced"
 DOOMED = ".replaced.gone"
@@ -38,10 +38,10 @@ class Claim:
     path: Path
     before: frozenset[Path]
     earlier: Mapping[str, bytes] = field(default_factory=dict)
-    """Recipe, status and manifest of the run that is resumed, as it left them."""
+    """Recipe, status and manifest of the resumed run, as it left them."""
 
     def outputs(self) -> list[dict[str, Any]]:
-        """Path, size and sha256 of every result file of this run."""
+        """List path, size and sha256 of every result file of this run."""
         return [
             {
                 "path": str(file.relative_to(self.path)),
@@ -52,37 +52,34 @@ class Claim:
         ]
 
     def flush(self) -> None:
-        """Wait until all results are on the disk: what says that the run completed is so at once.
-
-        After a power cut the one would else be there without the others.
-        """
+        """Sync all results to the disk, before status.json says that the run completed."""
         files = [*self._results(), *(p for name in LOGS for p in self.path.glob(name))]
         folders = {p for file in files for p in file.parents if p.is_relative_to(self.path)}
         for path in (*files, *folders, self.path):
             fsync(path)
 
-    def settle(self) -> None:
-        """The run completed: what it replaced goes for good."""
+    def drop_replaced(self) -> None:
+        """Delete what the run replaced, once it has completed."""
         _drop_aside(self.path)
 
     def has_ended(self) -> bool:
-        """Whether the run that is resumed could say itself how it ended."""
+        """Whether the resumed run itself recorded how it ended."""
         state = parse_object(self.earlier.get("status.json", b"")).get("state")
         return state in ("preempted", "failed", "diverged")
 
     def restore(self) -> None:
-        """The run that was to be resumed goes on as it stood: its records are put back."""
+        """Put back the records of the run that was to be resumed."""
         for name, content in self.earlier.items():
             replace_file(self.path / name, content)
 
-    def withdraw(self) -> None:
-        """The run left nothing to keep: remove what it wrote, put back what it replaced."""
+    def undo(self) -> None:
+        """Remove what a run wrote that left nothing to keep, and put back what it replaced."""
         if (self.path / ASIDE).is_dir():  # from here on what was replaced is the directory's run
             (self.path / MANIFEST).unlink(missing_ok=True)
         events = (p for p in (self.path / EVENTS).glob("*") if p not in self.before)
         for file in (*self._results(), *events):
             file.unlink()
-        self.sweep()
+        self.remove_staged()
         _prune(self.path)
         for name in OWN_FILES:
             for file in (staged(self.path / name), self.path / name):
@@ -90,8 +87,8 @@ class Claim:
                     file.unlink(missing_ok=True)
         _put_back(self.path)
 
-    def sweep(self) -> None:
-        """Remove the folders that were being filled: results and checkpoints, not yet named."""
+    def remove_staged(self) -> None:
+        """Remove folders that were being filled: results and checkpoints, not yet renamed."""
         names = [self.path / f".tmp-{name}" for name in OWN_FOLDERS]
         for folder in (*names, *(self.path / "checkpoints").glob(".tmp-*")):
             shutil.rmtree(folder, ignore_errors=True)
@@ -104,7 +101,7 @@ class Claim:
 
 
 def claim(path: Path, *, overwrite: bool, resuming: bool) -> Claim:
-    """Refuse a directory that holds something else, or set aside what llmctl wrote to it.
+    """Claim a directory: refuse one that holds something else, set aside a run to overwrite.
 
     Raises:
         OutputError: it holds a run, or something foreign.
@@ -135,7 +132,7 @@ def claim(path: Path, *, overwrite: bool, resuming: bool) -> Claim:
 
 
 def is_resumable(path: Path) -> bool:
-    """Whether a run has something to resume from: a checkpoint, or rows of an evaluation."""
+    """Whether a run can be resumed: from a checkpoint, or rows of an evaluation."""
     rows = path / ROWS
     has_rows = rows.is_file() and rows.stat().st_size > 0
     return has_rows or any((path / "checkpoints").glob("checkpoint-*"))
@@ -143,18 +140,18 @@ def is_resumable(path: Path) -> bool:
 
 @contextmanager
 def made_directory(path: Path) -> Iterator[None]:
-    """Make the directory; where the body fails and leaves it empty, so are those made for it."""
+    """Make the directory; remove it and its new parents if the body fails and leaves them empty."""
     if (path.is_symlink() or path.exists()) and not path.is_dir():
         raise OutputError("a file is in the way of the run directory", file=path)
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
         with suppress(PermissionError):  # one may write where one may not read
-            for folder in made:
+            for folder in new:
                 fsync(folder.parent)
         yield
     except BaseException:
-        for folder in made:
+        for folder in new:
             with suppress(OSError):  # not empty, or never made
                 folder.rmdir()
         raise
@@ -167,7 +164,7 @@ def is_llmctl_manifest(manifest: Mapping[str, Any]) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is none."""
+    """Read the object in a JSON file, empty where there is none."""
     try:
         return parse_object(path.read_bytes())
     except OSError:
@@ -175,7 +172,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_object(text: bytes) -> dict[str, Any]:
-    """The JSON object, empty where it is none."""
+    """Parse a JSON object, empty where it is none."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -197,7 +194,7 @@ def _refuse_foreign(path: Path, present: set[str], overwrite: bool) -> None:
 
 
 def _recover(path: Path) -> None:
-    """Undo an overwriting that was killed before its run began; forget what one has replaced."""
+    """Finish or undo what a killed run with `--overwrite` left."""
     shutil.rmtree(path / DOOMED, ignore_errors=True)
     if not (path / ASIDE).is_dir():
         return
@@ -221,7 +218,7 @@ def _put_back(path: Path) -> None:
 
 
 def _move_written(source: Path, target: Path) -> None:
-    """Move what a run wrote: its records, its results as it listed them, its checkpoints."""
+    """Move what a run wrote: records, results as its manifest lists them, checkpoints."""
     manifest = read_json(source / MANIFEST) or read_json(target / MANIFEST)
     outputs = [output["path"] for output in manifest.get("outputs", [])]
     whole = (*(source / "checkpoints").glob("*checkpoint-*"), *(source / EVENTS).glob("*"))
@@ -233,7 +230,7 @@ def _move_written(source: Path, target: Path) -> None:
 
 
 def _prune(path: Path) -> None:
-    """Remove those of llmctl's folders that are empty."""
+    """Remove empty folders of llmctl's."""
     for name in (*OWN_FOLDERS, EVENTS, "checkpoints"):
         folders = [*sorted((path / name).rglob("*"), reverse=True), path / name]
         for folder in folders:

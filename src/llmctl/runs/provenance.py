@@ -1,4 +1,4 @@
-"""Where a result comes from: versions of the stack, and the commit it was made at."""
+"""Record where a result comes from: command, versions of the stack, commit."""
 
 import platform
 import subprocess
@@ -22,23 +22,23 @@ RECORDED = (
 
 
 def origin() -> dict[str, Any]:
-    """The command, the versions and the commit, as a manifest has them."""
+    """Return command, versions and commit for a manifest."""
     return {"command": ["llmctl", *sys.argv[1:]], "versions": versions(), "git": git()}
 
 
 def versions() -> dict[str, str]:
-    """Versions of llmctl, of Python and of the stack."""
-    found = {"llmctl": __version__, "python": platform.python_version()}
+    """Return the versions of llmctl, Python and the installed packages of the stack."""
+    installed = {"llmctl": __version__, "python": platform.python_version()}
     for package in RECORDED:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def git() -> dict[str, Any] | None:
-    """Commit of the directory the command runs in, and whether it has changes."""
+    """Return the commit of the working directory, and whether it has changes; None without git."""
     try:
         commit, changes = (
             subprocess.run(["git", *args], capture_output=True, text=True, check=True, timeout=5)

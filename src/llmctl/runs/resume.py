@@ -1,7 +1,7 @@
-"""Which checkpoint a run resumes from: the newest that is whole, its own, and of the same run.
+"""Choose the checkpoint that a run resumes from: the newest that is whole and its own; load it.
 
-In: the checkpoints that `checkpoint.save` wrote. Out: one that nothing is wrong with, or an error
-that names the file and the reason.
+In: the checkpoints that `checkpoint.save` wrote. Out: a valid one, or an error that names the file
+and the reason.
 """
 
 import json
@@ -29,24 +29,24 @@ from llmctl.runs.checkpoint import (
 from llmctl.runs.directory import read_manifest
 
 FIXED = ("architecture", "world_size")
-"""What no run may change half-way: the state of every weight and of every rank is needed."""
+"""Settings that no run may change half-way: the state of every weight and rank depends on them."""
 SHA256_DIGITS = 64
 FOREIGN = "it is of another run"
 DERIVED = {"max_steps": ("warmup", "decay")}
-"""What follows from a setting, and may differ where it may."""
+"""Settings that follow from another, and may differ where that one may."""
 
 
 def newest_valid(root: Path, run_id: str | None) -> tuple[Path | None, frozenset[int]]:
-    """This run's newest valid checkpoint, and the steps of its damaged ones that are newer.
+    """Find this run's newest valid checkpoint, and the steps of its damaged ones that are newer.
 
-    Says which ones it passed over and why. One whose best checkpoint is lost is passed over too: it
+    Logs which ones it passes over and why. One whose best checkpoint is lost is passed over too: it
     could not end as the uninterrupted run does. None where there is no checkpoint at all.
 
     Raises:
         ModelError: there are checkpoints, and none is valid.
     """
-    found, damaged = newest_first(root), set[int]()
-    for path in found:
+    checkpoints, damaged = newest_first(root), set[int]()
+    for path in checkpoints:
         reason = defect(path, run_id)
         if reason is not None and reason != FOREIGN:
             damaged.add(step_of(path))
@@ -55,7 +55,7 @@ def newest_valid(root: Path, run_id: str | None) -> tuple[Path | None, frozenset
         if reason is None:
             return path, frozenset(damaged)
         log.warning("passing over %s: %s", path, reason)
-    if found:
+    if checkpoints:
         raise ModelError(
             "no valid checkpoint here",
             file=root,
@@ -65,7 +65,7 @@ def newest_valid(root: Path, run_id: str | None) -> tuple[Path | None, frozenset
 
 
 def defect(path: Path, run_id: str | None = None) -> str | None:
-    """What is wrong with a checkpoint (of this run, if one is given), or None."""
+    """Find what is wrong with a checkpoint (of this run, if one is given); None if nothing is."""
     try:
         manifest = manifest_of(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -76,19 +76,19 @@ def defect(path: Path, run_id: str | None = None) -> str | None:
         return f"{MANIFEST} is of step {manifest['step']}"
     if run_id is not None and manifest["run_id"] != run_id:
         return FOREIGN
-    for name, facts in manifest["files"].items():
+    for name, expected in manifest["files"].items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != facts["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, not {facts['bytes']}"
-        if sha256_file(file) != facts["sha256"]:
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
+        if sha256_file(file) != expected["sha256"]:
             return f"{name} is damaged (its sha256 differs)"
     return None
 
 
 def lost_best(path: Path) -> str | None:
-    """Name and defect of the best checkpoint that a valid checkpoint refers to, or None."""
+    """Find name and defect of the best checkpoint that a valid checkpoint refers to; else None."""
     best = manifest_of(path)["best"]
     if best is None or best == step_of(path):
         return None
@@ -98,14 +98,14 @@ def lost_best(path: Path) -> str | None:
 
 
 def require_same(path: Path, owner: Owner, allow: Collection[str] = ()) -> dict[str, Any]:
-    """What differs between a checkpoint's run and this one: nothing but what is allowed.
+    """Refuse a checkpoint of a run that differs from this one in more than what is allowed.
 
     Returns:
-        name -> [then, now] of what was allowed to change and did.
+        name -> [then, now] of what differs and may.
 
     Raises:
         ModelError: something else differs; it is named, with both values.
-        UserError: `allow` names what no run has, or what no run may change.
+        UserError: `allow` names a setting that no run has, or may change.
     """
     saved, wanted = manifest_of(path)["identity"], json.loads(json.dumps(owner.identity))
     for name in allow:
@@ -133,14 +133,14 @@ def require_same(path: Path, owner: Owner, allow: Collection[str] = ()) -> dict[
 
 
 def earlier_manifest(config: Resumable) -> dict[str, Any]:
-    """The manifest of the run that is resumed: other threads sum in another order, for one."""
+    """Read the manifest of the run that is resumed, empty where none is."""
     if config.resume and config.out is not None and (config.out / "checkpoints").is_dir():
         return read_manifest(config.out)
     return read_manifest(config.resume_from.parent.parent) if config.resume_from else {}
 
 
 def load(path: Path, rank: int = 0) -> CheckpointContent:
-    """Read a checkpoint that `defect` found nothing wrong with."""
+    """Load a checkpoint that `defect` found nothing wrong with."""
     manifest = manifest_of(path)
     return CheckpointContent(
         step=manifest["step"],
@@ -153,7 +153,7 @@ def load(path: Path, rank: int = 0) -> CheckpointContent:
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Only the weights of a checkpoint of this run.
+    """Load only the weights of a checkpoint of this run.
 
     Raises:
         ModelError: it is damaged.
@@ -164,12 +164,12 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:
-    """Copies: a tensor that `load_file` maps would keep a deleted checkpoint on the disk."""
+    """Load and copy tensors: mapped ones would keep a deleted checkpoint on the disk."""
     return {name: tensor.clone() for name, tensor in load_file(file).items()}
 
 
 def _change(name: str, then: Any, now: Any) -> str:
-    """`lr: 0.1 -> 0.2`; of a mapping only what differs in it, of a hash its beginning."""
+    """Format a change: `lr: 0.1 -> 0.2`; of a mapping what differs, of a hash its beginning."""
     if all(isinstance(value, str) and len(value) == SHA256_DIGITS for value in (then, now)):
         return f"{name}: {then[:8]}… -> {now[:8]}…"
     if not (isinstance(then, dict) and isinstance(now, dict)):
