@@ -1,9 +1,10 @@
+import re
 from collections import Counter
 
 import pytest
 
 from llmctl.data import builtin
-from llmctl.data.builtin import KINDS, SEEDS, Task, check, named_tasks, seed_of, solve, tasks
+from llmctl.data.builtin import KINDS, SEEDS, named_tasks, tasks
 from llmctl.data.documents import read_pieces
 from llmctl.data.sources import find_sources
 from llmctl.errors import DataError
@@ -30,8 +31,16 @@ BY_HAND = [
 
 
 @pytest.mark.parametrize(("prompt", "answer"), BY_HAND)
-def test_a_prompt_is_solved(prompt, answer):
-    assert solve(prompt) == answer
+def test_answers_are_those_worked_out_by_hand(prompt, answer):
+    patterns = {
+        re.escape(wording).replace(r"\{\}", r"(\w+)"): kind
+        for kind in KINDS.values()
+        for wording in kind.wordings
+    }
+    ((kind, match),) = [
+        (kind, match) for text, kind in patterns.items() if (match := re.fullmatch(text, prompt))
+    ]
+    assert kind.answer(*match.groups()) == answer
 
 
 def test_every_kind_comes_as_often_as_the_others():
@@ -61,23 +70,7 @@ def test_a_problem_is_of_one_seed_in_every_wording():
     assert len(found) > 1000
 
 
-@pytest.mark.parametrize("reply", ["No", " no.", "NO .\n"])
-def test_a_right_reply_is_told_whatever_its_case_and_spaces(reply):
-    task = Task("member", "Is the word kite one of box, clay, lake?", "no")
-    assert check(task, reply)
-    assert check(task.prompt, reply)
-    assert not check(task, reply + " yes")
-    assert not check(task.prompt, "yes")
-    assert not check(task, "")
-
-
-def test_answers_of_tasks_are_those_of_their_prompts():
-    assert all(check(task.prompt, task.answer) for task in tasks(5))
-
-
-def test_what_is_no_task_is_refused():
-    with pytest.raises(DataError, match="no prompt of builtin:tasks: 'What is love"):
-        check("What is love?", "no")
+def test_another_seed_is_refused():
     with pytest.raises(DataError, match="no tasks of seed 16"):
         tasks(16)
 
@@ -96,11 +89,8 @@ def test_another_seed_in_a_name_is_refused(tmp_path, name):
 
 
 def test_names_of_seeds():
-    assert [seed_of(name) for name in ("builtin:tasks", "builtin:tasks:0", "builtin:tasks:7")] == [
-        0,
-        0,
-        7,
-    ]
+    names = ("builtin:tasks", "builtin:tasks:0", "builtin:tasks:7")
+    assert [named_tasks(name)[0] for name in names] == [0, 0, 7]
 
 
 def test_tasks_are_documents_too(tmp_path):

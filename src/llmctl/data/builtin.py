@@ -1,16 +1,16 @@
-"""Built-in data: Python's documentation, tasks with checkable answers, learnable preferences.
+"""Built-in data: Python's documentation, tasks with known answers, learnable preferences.
 
-`builtin:python-docs` is text that every Python carries: the language's help topics and its
+`builtin:python-docs` is text of every Python installation: the language's help topics and its
 library's docstrings.
 
-`builtin:tasks` is a small world of tasks in simple English. In: a seed. Out: `Task` objects, the
-same ones every time. A problem, whatever its wording, belongs to one seed alone, so that what one
-seed trains on never occurs in another's.
+`builtin:tasks` is tasks in simple English. In: a seed. Out: the same `Task` objects every time. A
+problem, whatever its wording, belongs to one seed alone, so that what one seed trains on never
+occurs in another's.
 
-`builtin:preferences` prefers polite answers to curt ones. In: a seed. Out: rows of `prompt`,
+`builtin:preferences` prefers polite answers to rude ones. In: a seed. Out: rows of `prompt`,
 `chosen` and `rejected` over the prompts of `builtin:tasks`, the same ones every time; those of two
-seeds have no prompt in common. Both answers are right, and the longer one is the better one about
-as often as not: courtesy alone tells them apart.
+seeds have no prompt in common. Both answers are right, and the chosen one is the longer about half
+of the time: courtesy alone tells them apart.
 """
 
 import ast
@@ -28,16 +28,16 @@ from typing import Any, NamedTuple
 from llmctl.errors import DataError
 
 SHORTEST = 200
-"""Characters; a shorter document teaches little."""
+"""Characters of a document at least; a shorter one teaches little."""
 
 NOT_PROSE = {"__pycache__", "ensurepip", "idlelib", "lib2to3", "site-packages", "test", "tests"}
 
 TASKS = "builtin:tasks"
 SEEDS = 16
-"""Seeds are 0 to 15: the hash of a problem, modulo this, is the seed that has it."""
+"""Seeds are 0 to 15: the hash of a problem, modulo this, is its seed."""
 COUNT = 2000
 ATTEMPTS = 1000
-"""Draws in a row without a new problem after which a kind is held to be used up."""
+"""Draws in a row without a new problem after which a kind counts as used up."""
 
 WORDS = re.findall(
     r"\w+",
@@ -99,7 +99,7 @@ RUDE_CLOSINGS = (
 
 @cache
 def python_docs() -> tuple[str, ...]:
-    """Help topics by name, then a document of docstrings per module, none of them imported."""
+    """List help topics by name, then the docstrings of each module, none of them imported."""
     from pydoc_data.topics import topics
 
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -109,22 +109,22 @@ def python_docs() -> tuple[str, ...]:
 
 
 def _docstrings(path: Path) -> str:
-    """A module's docstrings, outermost first, with a blank line after each."""
+    """Join a module's docstrings, outermost first, with a blank line after each."""
     with warnings.catch_warnings(action="ignore"):
         tree = ast.parse(path.read_bytes())
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
-    return "".join(f"{text}\n\n" for text in found if text)
+    texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
+    return "".join(f"{text}\n\n" for text in texts if text)
 
 
 class Kind(NamedTuple):
     """Problems of one sort."""
 
     wordings: tuple[str, ...]
-    """Ways to put it; each `{}` stands for one argument."""
+    """Templates of the prompt; each `{}` stands for one argument."""
     arguments: Callable[[Draw], list[Any]]
     answer: Callable[..., str]
-    """The answer, from the arguments as text."""
+    """Computes the answer from the arguments as text."""
 
 
 class Task(NamedTuple):
@@ -135,7 +135,7 @@ class Task(NamedTuple):
     answer: str
 
     def messages(self) -> list[dict[str, str]]:
-        """As a conversation."""
+        """The task as a conversation."""
         return [
             {"role": "user", "content": self.prompt},
             {"role": "assistant", "content": self.answer},
@@ -151,13 +151,13 @@ def _words(count: int) -> Callable[[Draw], list[Any]]:
 
 
 def _spelling(draw: Draw) -> list[Any]:
-    """A letter, most often one of the word, and the word."""
+    """Draw a letter, most often one of the first word, and two words."""
     word = draw.choice(WORDS)
     return [draw.choice(word * 3 + LETTERS), word, draw.choice(WORDS)]
 
 
 def _member(draw: Draw) -> list[Any]:
-    """A word and three others, of which it is one half of the time."""
+    """Draw a word and three others, among which it is half of the time."""
     words = draw.sample(WORDS, 4)
     return [draw.choice([words[0], draw.choice(words[1:])]), *words[1:]]
 
@@ -247,7 +247,7 @@ KINDS: dict[str, Kind] = {
 
 
 def tasks(seed: int = 0, count: int = COUNT, kinds: Sequence[str] = ()) -> tuple[Task, ...]:
-    """Different tasks of all kinds in turn, none of them a task of another seed.
+    """Make different tasks of all kinds in turn, none of them a task of another seed.
 
     Args:
         seed: from 0 to 15.
@@ -259,122 +259,70 @@ def tasks(seed: int = 0, count: int = COUNT, kinds: Sequence[str] = ()) -> tuple
     """
     if not 0 <= seed < SEEDS:
         raise DataError(f"no tasks of seed {seed}", hint=f"seeds of {TASKS} are 0 to {SEEDS - 1}")
-    found = _tasks(seed, count, tuple(kinds) or tuple(KINDS))
-    if len(found) < count and not kinds:
-        raise DataError(f"{count:,} tasks asked for, but seed {seed} has {len(found):,}")
-    return found
+    made = _tasks(seed, count, tuple(kinds) or tuple(KINDS))
+    if len(made) < count and not kinds:
+        raise DataError(f"{count:,} tasks asked for, but seed {seed} has {len(made):,}")
+    return made
 
 
 def named_tasks(name: str, data: str = TASKS) -> tuple[int, tuple[Task, ...]]:
-    """Seed and tasks of `builtin:tasks`, `builtin:tasks:SEED`, `builtin:tasks:SEED:KIND+KIND`.
+    """Make the tasks of `builtin:tasks`, `builtin:tasks:SEED`, `builtin:tasks:SEED:KIND+KIND`.
 
     Args:
         name: as given; a space in the name of a kind is written `-`.
         data: what stands before the seed.
 
+    Returns:
+        The seed, 0 if none is named, and its tasks.
+
     Raises:
         DataError: no such seed or kind.
     """
-    stem, kinds = _kinds_of(name, data)
-    seed = seed_of(stem, data)
-    return seed, tasks(seed, kinds=kinds)
-
-
-def _kinds_of(name: str, data: str) -> tuple[str, list[str]]:
-    """A name without its kinds, and the kinds."""
-    seed, _, text = name.removeprefix(data).removeprefix(":").partition(":")
-    if not text:
-        return name, []
-    kinds = [kind.replace("-", " ") for kind in text.split("+")]
+    text, _, kinds_text = name.removeprefix(data).removeprefix(":").partition(":")
+    kinds = [kind.replace("-", " ") for kind in kinds_text.split("+") if kinds_text]
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         known = ", ".join(kind.replace(" ", "-") for kind in KINDS)
         raise DataError(f"no kind of tasks `{unknown[0]}`", hint=f"kinds are {known}")
-    return f"{data}:{seed}", kinds
-
-
-def seed_of(name: str, data: str = TASKS) -> int:
-    """The seed that `builtin:tasks:SEED` names, 0 for `builtin:tasks`.
-
-    Args:
-        name: as given.
-        data: what stands before the seed.
-
-    Raises:
-        DataError: it is not from 0 to 15.
-    """
-    text = name.removeprefix(data).removeprefix(":") or "0"
+    text = text or "0"
     if not re.fullmatch(r"\d{1,9}", text) or int(text) >= SEEDS:
         hint = f"type {data}:SEED with a seed from 0 to {SEEDS - 1}"
-        raise DataError(f"no built-in data `{name}`", hint=hint)
-    return int(text)
-
-
-def solve(prompt: str) -> str:
-    """The answer to the prompt of a task.
-
-    Raises:
-        DataError: the prompt is of no task.
-    """
-    for pattern, kind in _patterns():
-        if found := pattern.fullmatch(prompt.strip()):
-            return kind.answer(*found.groups())
-    raise DataError(f"no prompt of {TASKS}: {prompt[:80]!r}")
-
-
-def check(task: Task | str, reply: str) -> bool:
-    """Whether a reply is right, but for case, spaces around it and one full stop.
-
-    Args:
-        task: a task or its prompt.
-        reply: to the prompt.
-
-    Raises:
-        DataError: the prompt is of no task.
-    """
-    answer = solve(task) if isinstance(task, str) else task.answer
-    return " ".join(reply.casefold().split()).removesuffix(".").rstrip() == answer
+        stem = f"{data}:{text}" if kinds else name
+        raise DataError(f"no built-in data `{stem}`", hint=hint)
+    seed = int(text)
+    return seed, tasks(seed, kinds=kinds)
 
 
 @cache
 def _tasks(seed: int, count: int, kinds: tuple[str, ...]) -> tuple[Task, ...]:
     draw = random.Random(seed)
-    left, told, found = list(kinds), set[tuple[str, ...]](), list[Task]()
-    while len(found) < count and left:
-        name = left[len(found) % len(left)]
-        problem = _problem(name, draw, seed, told)
+    left, used, made = list(kinds), set[tuple[str, ...]](), list[Task]()
+    while len(made) < count and left:
+        name = left[len(made) % len(left)]
+        problem = _draw_problem(name, draw, seed, used)
         if problem is None:
             left.remove(name)
             continue
-        told.add(problem)
+        used.add(problem)
         kind = KINDS[name]
         prompt = draw.choice(kind.wordings).format(*problem[1:])
-        found.append(Task(name, prompt, kind.answer(*problem[1:])))
-    return tuple(found)
+        made.append(Task(name, prompt, kind.answer(*problem[1:])))
+    return tuple(made)
 
 
-def _problem(
-    name: str, draw: Draw, seed: int, told: set[tuple[str, ...]]
+def _draw_problem(
+    name: str, draw: Draw, seed: int, used: set[tuple[str, ...]]
 ) -> tuple[str, ...] | None:
-    """A new problem of a kind that belongs to a seed; None where there seems to be none left."""
+    """Draw a new problem of a kind that belongs to a seed; None where none seems to be left."""
     for _ in range(ATTEMPTS):
         problem = (name, *map(str, KINDS[name].arguments(draw)))
         digest = blake2b(" ".join(problem).encode(), digest_size=8).digest()
-        if int.from_bytes(digest, "little") % SEEDS == seed and problem not in told:
+        if int.from_bytes(digest, "little") % SEEDS == seed and problem not in used:
             return problem
     return None
 
 
-@cache
-def _patterns() -> list[tuple[re.Pattern[str], Kind]]:
-    return [
-        (re.compile(re.escape(wording).replace(r"\{\}", r"(\w+)")), kind)
-        for kind in KINDS.values()
-        for wording in kind.wordings
-    ]
-
-
 def preferences(seed: int = 0) -> tuple[dict[str, str], ...]:
-    """A pair of answers to each task of a seed.
+    """Make a pair of answers to each task of a seed.
 
     Args:
         seed: from 0 to 15.
@@ -386,29 +334,29 @@ def preferences(seed: int = 0) -> tuple[dict[str, str], ...]:
 
 
 def named_preferences(name: str) -> tuple[dict[str, str], ...]:
-    """Those of `builtin:preferences`, `builtin:preferences:SEED`, or `…:SEED:KIND+KIND`.
+    """Make those of `builtin:preferences`, `builtin:preferences:SEED`, or `…:SEED:KIND+KIND`.
 
     Raises:
         DataError: no such seed or kind.
     """
-    seed, asked = named_tasks(name, PREFERENCES)
-    return _preferences(asked, seed)
+    seed, named = named_tasks(name, PREFERENCES)
+    return _preferences(named, seed)
 
 
 @cache
-def _preferences(asked: tuple[Task, ...], seed: int) -> tuple[dict[str, str], ...]:
+def _preferences(named: tuple[Task, ...], seed: int) -> tuple[dict[str, str], ...]:
     draw = random.Random(seed)
     return tuple(
         {
             "prompt": task.prompt,
-            "chosen": _worded(draw, task.answer, OPENINGS, CLOSINGS, bare=0.0),
-            "rejected": _worded(draw, task.answer, RUDE_OPENINGS, RUDE_CLOSINGS, bare=0.1),
+            "chosen": _word(draw, task.answer, OPENINGS, CLOSINGS, bare=0.0),
+            "rejected": _word(draw, task.answer, RUDE_OPENINGS, RUDE_CLOSINGS, bare=0.1),
         }
-        for task in asked
+        for task in named
     )
 
 
-def _worded(
+def _word(
     draw: random.Random,
     answer: str,
     openings: tuple[str, ...],
@@ -416,14 +364,14 @@ def _worded(
     *,
     bare: float,
 ) -> str:
-    """The answer between an opening and a closing, one of them, or none."""
-    told = f"{answer}." if draw.random() < 0.5 else f"The answer is {answer}."
+    """Word the answer with an opening and a closing, one of them, or bare."""
+    sentence = f"{answer}." if draw.random() < 0.5 else f"The answer is {answer}."
     opening, closing = draw.choice(openings), draw.choice(closings)
-    way = draw.random()
-    if way < bare:
+    form = draw.random()
+    if form < bare:
         return answer
-    if way < bare + 0.4 * (1 - bare):
-        return f"{opening} {told}"
-    if way < bare + 0.6 * (1 - bare):
-        return f"{told} {closing}"
-    return f"{opening} {told} {closing}"
+    if form < bare + 0.4 * (1 - bare):
+        return f"{opening} {sentence}"
+    if form < bare + 0.6 * (1 - bare):
+        return f"{sentence} {closing}"
+    return f"{opening} {sentence} {closing}"

@@ -1,6 +1,6 @@
-"""Read examples to fine-tune on, in any form that people keep them, and check every row.
+"""Read examples to fine-tune on from rows of any schema, and check every row.
 
-In: what `--data` names. Out: sets of examples, one for each name. A row's form follows from its
+In: the names of `--data`. Out: sets of examples, one for each name. A row's schema follows from its
 columns (see `schemas.py`). Everything but plain text and labelled text becomes messages.
 """
 
@@ -40,7 +40,7 @@ class Example:
 
     @property
     def name(self) -> str:
-        """Where it stands, as messages say it."""
+        """Place and line for messages."""
         return self.place if self.line is None else f"{self.place}:{self.line}"
 
 
@@ -52,14 +52,14 @@ def read_examples(
     task: Task = "chat",
     role: str = "data",
 ) -> list[ItemSet[Example]]:
-    """Every example that `data` names, in order, each file once.
+    """Read every example that `data` names, in order, each file once.
 
     Args:
         data: files, folders, globs, Hub ids or `builtin:tasks`, each with `=WEIGHT` or none.
         columns: roles of columns, `prompt=q,response=a`, where their names do not tell.
         skip_bad_rows: how many rows, of all sources, may be left out for their errors.
-        task: what the examples are for.
-        role: what the manifest calls these inputs.
+        task: decides which schemas a row may have.
+        role: name of these inputs in the manifest.
 
     Raises:
         DataError: rows that are no examples, with file and line, or none at all.
@@ -67,43 +67,39 @@ def read_examples(
         UserError: weights or columns that make no sense.
     """
     layouts = choose_layouts(columns, task)
-    return read_sets(data, layouts, _examples, skip_bad_rows=skip_bad_rows, role=role)
+    return read_sets(data, layouts, _parse_example, skip_bad_rows=skip_bad_rows, role=role)
 
 
-def _examples(record: Record, layout: Layout) -> list[Example]:
-    return [_example(record, layout)]
-
-
-def _example(record: Record, layout: Layout) -> Example:
+def _parse_example(record: Record, layout: Layout) -> list[Example]:
     row, needed = record.row, layout.needed
     if "text" in needed:
         text = checked_text(row[needed["text"]], needed["text"])
         if not text.strip():
             raise DataError(f"`{needed['text']}` is empty or nothing but white space")
         label = _label(row[needed["label"]], needed["label"]) if "label" in needed else None
-        return Example(None, text, label, None, record.place, record.line)
+        return [Example(None, text, label, None, record.place, record.line)]
     columns = {**layout.more, **needed}
     values = {role: row.get(column) for role, column in columns.items()}
     if "messages" in needed:
         messages = conversation(values["messages"], columns["messages"])
     else:
-        messages = turns(values, columns)
-    return checked_example(record, messages, values, columns)
+        messages = prompt_response(values, columns)
+    return [checked_example(record, messages, values, columns)]
 
 
 def checked_example(
     record: Record, messages: list[Message], values: Mapping[str, Any], columns: Mapping[str, str]
 ) -> Example:
-    """A conversation with the system message and the tools that its row has.
+    """Check a conversation, and add the system message and the tools of its row.
 
     Args:
-        record: where it stands.
+        record: the row.
         messages: of the conversation.
         values: of the row, by role.
-        columns: their names, by role.
+        columns: names of the columns, by role.
 
     Raises:
-        DataError: nobody asks, the assistant does not answer, or there are two system messages.
+        DataError: no turn of the user or the assistant, or two system messages.
     """
     check_turns(messages, columns.get("messages") or columns["prompt"])
     system = values.get("system")
@@ -115,8 +111,8 @@ def checked_example(
     return Example(tuple(messages), None, None, tools, record.place, record.line)
 
 
-def turns(values: Mapping[str, Any], columns: Mapping[str, str]) -> list[Message]:
-    """The conversation of a prompt and its response, each a text or a list of messages.
+def prompt_response(values: Mapping[str, Any], columns: Mapping[str, str]) -> list[Message]:
+    """Make a conversation of a prompt and its response, each a text or a list of messages.
 
     Raises:
         DataError: one of them is blank, or neither a text nor messages.
@@ -126,19 +122,19 @@ def turns(values: Mapping[str, Any], columns: Mapping[str, str]) -> list[Message
         prompt = f"{checked_text(prompt, columns['prompt'])}\n\n{extra}"
     return [
         *_history(values.get("history")),
-        *_said("user", prompt, columns["prompt"]),
-        *_said("assistant", values["response"], columns["response"]),
+        *_messages("user", prompt, columns["prompt"]),
+        *_messages("assistant", values["response"], columns["response"]),
     ]
 
 
-def _said(role: str, value: Any, name: str) -> list[Message]:
+def _messages(role: str, value: Any, name: str) -> list[Message]:
     return (
         conversation(value, name) if isinstance(value, list) else [text_message(role, value, name)]
     )
 
 
 def _history(value: Any) -> list[Message]:
-    """Earlier turns, as pairs of what was asked and answered."""
+    """Read earlier turns, as pairs of prompt and response."""
     pairs = from_json(value) or []
     if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
         raise DataError(f"`history` is {json_type(pairs)}, expected a list of pairs")
@@ -151,7 +147,7 @@ def _history(value: Any) -> list[Message]:
 
 
 def _label(value: Any, name: str) -> str:
-    """A label as text."""
+    """Read a label as text."""
     if isinstance(value, bool | int):
         return json.dumps(value)
     label = checked_text(value, name).strip()

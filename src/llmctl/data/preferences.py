@@ -14,7 +14,7 @@ from itertools import permutations, takewhile
 from typing import Any, NamedTuple
 
 from llmctl.config.finetuning import Preferred
-from llmctl.data.examples import Example, checked_example, turns
+from llmctl.data.examples import Example, checked_example, prompt_response
 from llmctl.data.rows import Record, checked_text, json_type
 from llmctl.data.schemas import (
     PAIR,
@@ -176,7 +176,7 @@ def _answered(
     values: Mapping[str, Any], columns: Mapping[str, str], response: Any, name: str
 ) -> list[Message]:
     asked = {**values, "prompt": _messages_or_text(values["prompt"]), "response": response}
-    return turns(asked, {**columns, "response": name})
+    return prompt_response(asked, {**columns, "response": name})
 
 
 def _messages_or_text(value: Any) -> Any:
