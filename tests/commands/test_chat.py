@@ -266,13 +266,13 @@ def test_the_oldest_exchanges_go_and_the_system_message_stays(tokenizer, monkeyp
         lambda tokenizer, messages: seen.append(messages) or encode_chat(tokenizer, messages),
     )
     for number in range(6):
-        talk.say(f"The cat sees star {number}", lambda _: None)
+        talk.send(f"The cat sees star {number}", lambda _: None)
         roles = [message["role"] for message in seen[-1]]
         assert roles == ["system", *["user", "assistant"] * (len(roles) // 2 - 1), "user"]
         assert seen[-1][-1]["content"] == f"The cat sees star {number}"
         assert len(encode_chat(tokenizer, seen[-1])) + 8 <= 100
     assert 3 <= len(roles) < 12
-    assert talk.forgotten == (12 - len(roles)) // 2
+    assert talk.dropped == (12 - len(roles)) // 2
 
 
 def test_a_message_too_long_is_an_error_and_the_talk_goes_on(say, tmp_path) -> None:
@@ -393,7 +393,7 @@ def test_kept_keys_change_no_reply(gpt2, tokenizer) -> None:
     ]
     for talk in talks:
         for text in ("The cat", "A dog", "My friend"):
-            talk.say(text, lambda _: None)
+            talk.send(text, lambda _: None)
         talk.undo()
         talk.retry(lambda _: None)
     assert talks[0].turns == talks[1].turns
@@ -417,7 +417,7 @@ def stopping_after(pieces: int):
 def test_a_reply_that_was_stopped_is_kept_as_far_as_it_came(tokenizer) -> None:
     talk = conversation_of(new_llama(tokenizer), tokenizer)
     shown, on_piece = stopping_after(3)
-    reply = talk.say("The cat", on_piece)
+    reply = talk.send("The cat", on_piece)
     assert (reply.text, reply.finish_reason) == ("".join(shown), "interrupted")
     assert talk.turns == [reply]
     other, on_piece = stopping_after(2)
@@ -427,11 +427,11 @@ def test_a_reply_that_was_stopped_is_kept_as_far_as_it_came(tokenizer) -> None:
 
 def test_a_reply_stopped_before_its_first_word_is_not_kept(tokenizer) -> None:
     talk = conversation_of(new_llama(tokenizer), tokenizer)
-    kept = talk.say("The cat", lambda _: None)
+    kept = talk.send("The cat", lambda _: None)
     terminal = Terminal()
     terminal._was_pressed = True  # between the key Enter and the reply
-    talk.stoppable = terminal.stoppable
-    assert talk.say("A dog", lambda _: None).finish_reason == "interrupted"
+    talk.interruptible = terminal.interruptible
+    assert talk.send("A dog", lambda _: None).finish_reason == "interrupted"
     talk.retry(lambda _: None)
     assert talk.turns == [kept]
 
@@ -448,10 +448,10 @@ def test_only_one_press_counts() -> None:
     before = signal.getsignal(signal.SIGINT)
     with Terminal() as terminal:
         signal.raise_signal(signal.SIGINT)  # nothing to stop: kept for the next reply
-        with pytest.raises(ReplyInterrupt), terminal.stoppable():
+        with pytest.raises(ReplyInterrupt), terminal.interruptible():
             pytest.fail("was to be stopped")
         terminal._was_pressed, done = False, []
-        with pytest.raises(ReplyInterrupt), terminal.stoppable():
+        with pytest.raises(ReplyInterrupt), terminal.interruptible():
             press_twice(done)
     assert done == ["clearing up"]
     assert signal.getsignal(signal.SIGINT) is before
@@ -459,15 +459,15 @@ def test_only_one_press_counts() -> None:
 
 def test_a_signal_through_a_pipe_ends_the_program(say, monkeypatch, tmp_path) -> None:
     file = tmp_path / "talk.jsonl"
-    say_it = Conversation.say
+    send = Conversation.send
 
     def say_and_stop(self, text, on_piece):
         if text == "A dog":
             on_piece("Wo")
             signal.raise_signal(signal.SIGINT)
-        return say_it(self, text, on_piece)
+        return send(self, text, on_piece)
 
-    monkeypatch.setattr(chat.Conversation, "say", say_and_stop)
+    monkeypatch.setattr(chat.Conversation, "send", say_and_stop)
     result = say("The cat", "A dog", "My friend", options=(*SHORT, "-o", file))
     assert result.code == 130
     assert result.out.endswith("\n\nWo\n")
@@ -562,7 +562,7 @@ def test_a_conversation_at_a_terminal(endless, tmp_path) -> None:
         screen.until("ab\r\nab\r\nab\r\n")
         screen.press("\x03")
         screen.until("> ")
-        screen.press("/undo\n")
+        screen.press("/und\t\n")  # completed
         screen.until("dropped: A dog\r\nand a bird\r\n")
         screen.until("> ")
         screen.press("half a mess")

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from llmctl.checkup import device, machine, network, stack
+from llmctl.checkup import device, machine, network, packages
 
 TOKEN = "hf_canarycanarycanarycanarycanary"
 
@@ -24,7 +24,7 @@ def examined(cli, *arguments):
 
 
 def states(findings):
-    return [(finding.name, finding.state) for finding in findings]
+    return [(check.name, check.state) for check in findings]
 
 
 def test_what_is_sound_is_said_to_be(cli, tmp_path, monkeypatch):
@@ -63,30 +63,30 @@ def test_lines_are_plain_in_a_pipe_and_colored_on_a_terminal(cli):
 
 def test_packages_are_held_to_what_is_asked_and_to_the_tested_set(monkeypatch):
     asked = ["torch>=99", "numpy>=2", "nowhere>=1", "typer>=0.1", "never; sys_platform == 'beos'"]
-    monkeypatch.setattr(stack, "requires", lambda _: [*asked, "gguf>=99; extra == 'gguf'"])
-    monkeypatch.setattr(stack, "tested_versions", lambda: {"numpy": "0.1"})
-    found = {finding.name: finding for finding in stack.check_packages()}
+    monkeypatch.setattr(packages, "requires", lambda _: [*asked, "gguf>=99; extra == 'gguf'"])
+    monkeypatch.setattr(packages, "tested_versions", lambda: {"numpy": "0.1"})
+    found = {check.name: check for check in packages.check_packages()}
     assert set(found) == {"torch", "numpy", "nowhere", "packages"}
     assert (found["torch"].state, found["torch"].fix) == ("failure", 'pip install "torch>=99"')
     assert (found["numpy"].state, found["numpy"].fix) == ("warning", 'pip install "numpy==0.1"')
     assert found["nowhere"].text == "missing; nowhere>=1 is needed"
     assert found["nowhere"].error.code == 5
-    extras = {finding.name: finding for finding in stack.check_extras()}
+    extras = {check.name: check for check in packages.check_extras()}
     assert extras["gguf"].fix == 'pip install "llmctl[gguf]"'
 
 
 def test_an_absent_extra_is_named_with_what_to_type(monkeypatch):
-    monkeypatch.setattr(stack, "requires", lambda _: ["nowhere>=1; extra == 'wandb'"])
-    (finding,) = stack.check_extras()
-    assert (finding.state, finding.text) == (
+    monkeypatch.setattr(packages, "requires", lambda _: ["nowhere>=1; extra == 'wandb'"])
+    (check,) = packages.check_extras()
+    assert (check.state, check.text) == (
         "ok",
         'none; to add others: pip install "llmctl[wandb]"',
     )
 
 
 def test_the_tested_set_is_found():
-    assert "torch" in stack.tested_versions()
-    assert "huggingface-hub" in stack.tested_versions(), "names are compared as pip does"
+    assert "torch" in packages.tested_versions()
+    assert "huggingface-hub" in packages.tested_versions(), "names are compared as pip does"
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,8 @@ def test_the_tested_set_is_found():
 )
 def test_threads_beyond_the_cores_are_told(monkeypatch, value, state, fix):
     monkeypatch.setenv("OMP_NUM_THREADS", value)
-    finding = machine.check_threads(2)
-    assert (finding.state, finding.fix) == (state, fix)
+    check = machine.check_threads(2)
+    assert (check.state, check.fix) == (state, fix)
 
 
 @pytest.mark.parametrize(("gigabytes", "state"), [(0.5, "failure"), (2, "warning"), (100, "ok")])
@@ -145,9 +145,9 @@ def test_a_gpu_that_torch_does_not_see_is_told(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    finding = device._unused_gpu("2.13.0", built_for)
-    assert finding.state == state
-    assert text in finding.text
+    check = device._unused_gpu("2.13.0", built_for)
+    assert check.state == state
+    assert text in check.text
     assert device._driver() == "580.65.06"
 
 
@@ -193,8 +193,8 @@ def test_the_hub_is_asked_and_the_token_never_shown(endpoint, monkeypatch, token
     monkeypatch.setattr(constants, "ENDPOINT", where)
     found = list(network.check_hub())
     assert states(found) == expected, found
-    assert all(finding.fix for finding in found if finding.state != "ok")
-    assert token is None or not any(token in str(finding) for finding in found)
+    assert all(check.fix for check in found if check.state != "ok")
+    assert token is None or not any(token in str(check) for check in found)
 
 
 @pytest.mark.gpu

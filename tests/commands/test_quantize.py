@@ -18,9 +18,9 @@ from llmctl.evaluate.perplexity import make_windows
 from llmctl.models.loading import load_causal_lm
 from llmctl.models.quantized import first_not_finite, is_quantized, memory_bytes_of
 from llmctl.quantize import convert, held_out
-from llmctl.quantize.compare import Fidelity, compare
-from llmctl.quantize.layers import Layers, asked_to_keep, choose_layers
-from llmctl.quantize.results import Report, Sizes
+from llmctl.quantize.fidelity import Fidelity, measure_fidelity
+from llmctl.quantize.layers import Layers, choose_layers, kept_by_flag
+from llmctl.quantize.results import ModelSize, QuantizationReport
 from tests.conftest import sentences
 from tests.models.test_adapters import make_base, make_tokenizer
 
@@ -200,7 +200,7 @@ def test_distances_are_those_of_the_definition():
         for weight in after.parameters():
             weight.add_(0.05 * torch.randn_like(weight))
     documents = [[3, 9, 11, 4, 30], [5, 6, 17], [8] * 40]
-    found = compare(before, after, make_windows(documents, context=8, stride=8))
+    found = measure_fidelity(before, after, make_windows(documents, context=8, stride=8))
     nats, others, divergence, same, count = 0.0, 0.0, 0.0, 0, 0
     for document in documents:
         for start in range(0, len(document) - 1, 8):
@@ -220,7 +220,7 @@ def test_distances_are_those_of_the_definition():
     assert found.perplexity_after == pytest.approx(math.exp(others / count), rel=1e-5)
     assert found.kl == pytest.approx(divergence / count, rel=1e-4)
     assert found.top1 == same / count
-    assert compare(before, before, make_windows(documents, context=8)).kl == 0
+    assert measure_fidelity(before, before, make_windows(documents, context=8)).kl == 0
 
 
 def test_the_gate_writes_nothing(cli, wide, tmp_path):
@@ -241,8 +241,8 @@ def test_the_gate_writes_nothing(cli, wide, tmp_path):
 
 def report(increase=0.2, **speeds):
     fidelity = Fidelity(100, 10.0, 10.0 * (1 + increase), 0.1, 0.9)
-    sizes = Sizes(100, 100)
-    return Report("x", "y", Layers((), {}), 0.5, sizes, sizes, fidelity, speeds, [])
+    sizes = ModelSize(100, 100)
+    return QuantizationReport("x", "y", Layers((), {}), 0.5, sizes, sizes, fidelity, speeds, [])
 
 
 def test_either_name_of_a_tied_matrix_keeps_it():
@@ -250,7 +250,7 @@ def test_either_name_of_a_tied_matrix_keeps_it():
     both = {"lm_head", "model.embed_tokens"}
     for name in both:
         config = QuantizeConfig(model="x", gguf="q8_0", keep=[name])
-        assert asked_to_keep(model, config) == both
+        assert kept_by_flag(model, config) == both
 
 
 @pytest.mark.parametrize(
@@ -264,16 +264,16 @@ def test_either_name_of_a_tied_matrix_keeps_it():
 def test_a_gate_names_what_is_left_to_try(method, more):
     failed = replace(report(0.2, fp32=1.0, after=1.0), method=method, layers=Layers(("q",), {}))
     with pytest.raises(GateError) as caught:
-        failed.hold(0.05)
+        failed.check_gate(0.05)
     assert more in caught.value.hint
 
 
 def test_the_gate_is_relative_and_takes_no_nan():
-    report(0.049).hold(0.05)
-    report(9.0).hold(None)
+    report(0.049).check_gate(0.05)
+    report(9.0).check_gate(None)
     for increase in (0.051, math.nan):
         with pytest.raises(GateError, match="perplexity grew"):
-            report(increase, fp32=1.0, after=1.0).hold(0.05)
+            report(increase, fp32=1.0, after=1.0).check_gate(0.05)
 
 
 def test_slower_names_only_what_is_faster():
@@ -397,7 +397,7 @@ def test_a_tokenizer_that_grew_still_reads_the_tokens(wide):
 
 
 def find(reference, tokenizer, **values):
-    return held_out.find_text(QuantizeConfig(model=str(reference), bits=8, **values), tokenizer)
+    return held_out.find_held_out(QuantizeConfig(model=str(reference), bits=8, **values), tokenizer)
 
 
 def test_text_of_runs_before(cli, wide, tuned, examples, tmp_path):

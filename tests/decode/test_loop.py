@@ -33,7 +33,7 @@ from llmctl.config.sections import Sampling
 from llmctl.decode import HuggingFaceForward, Response, TextStream, choose_forward, fast_forward
 from llmctl.decode.llama import LlamaForward, is_covered
 from llmctl.decode.loop import Prompt, decode
-from llmctl.decode.sampling import draw, noise, penalize, truncate
+from llmctl.decode.sampling import draw, penalize, truncate, uniform_stream
 from llmctl.errors import DataError, ModelError
 from llmctl.models.loading import stop_tokens
 
@@ -342,7 +342,10 @@ def test_truncation_is_that_of_transformers(sampling: Sampling) -> None:
 
 def test_draws_follow_the_weights() -> None:
     weights = torch.tensor([[0.0, 0.1, 0.0, 0.5, 0.2, 0.0]])
-    drawn = draw(weights.expand(40_000, -1), noise(0, 0, 40_000)).bincount(minlength=6) / 40_000
+    drawn = (
+        draw(weights.expand(40_000, -1), uniform_stream(0, 0, 40_000)).bincount(minlength=6)
+        / 40_000
+    )
     torch.testing.assert_close(drawn, weights[0] / 0.8, atol=0.01, rtol=0)
     assert drawn[[0, 2, 5]].sum() == 0
     edge = torch.tensor([0.0, 1 - 2**-24])

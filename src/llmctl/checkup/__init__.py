@@ -1,1 +1,20 @@
-"""What `llmctl doctor` looks at: functions from this machine to findings, each with its fix."""
+"""Check the machine, the packages and the network: each check gives a `CheckResult`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llmctl.errors import ResourceError, UserError
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One line of `llmctl doctor`."""
+
+    name: str
+    state: Literal["ok", "warning", "failure"]
+    text: str
+    fix: str | None = None
+    """In words, or as a command."""
+
+    error: type[UserError] = ResourceError
+    """Of a failure: gives the exit code."""

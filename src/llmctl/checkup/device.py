@@ -1,4 +1,4 @@
-"""Devices and what computes on them; torch is imported here, and may be what is broken."""
+"""Check devices and the libraries that compute on them; torch itself may be broken."""
 
 import logging
 import os
@@ -8,57 +8,57 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from llmctl.checkup.finding import Finding
+from llmctl.checkup import CheckResult
 from llmctl.checkup.machine import check_memory, check_threads
 
 DRIVER = Path("/proc/driver/nvidia/version")
-MOST_ERROR = 0.15
+MAX_ERROR = 0.15
 """NF4 with blocks of 64 loses about 0.09 of the norm of weights that are normally distributed."""
 
 
-def check_devices() -> Iterator[Finding]:
-    """Threads, memory, each GPU, and bitsandbytes on the device that would be used."""
+def check_devices() -> Iterator[CheckResult]:
+    """Check threads, memory, each GPU, and bitsandbytes on the default device."""
     try:
         import torch
 
         from llmctl import hardware
     except (ImportError, OSError) as error:  # a library of CUDA's that is not there
         text = f"torch does not load: {str(error).splitlines()[0]}"
-        yield Finding("torch", "failure", text, "pip install --force-reinstall torch")
+        yield CheckResult("torch", "failure", text, "pip install --force-reinstall torch")
         return
     yield check_threads(hardware.usable_cores())
     yield check_memory(hardware.memory_left())
     yield _cpu(hardware.device_name("cpu"), has_bf16=hardware.has_bf16("cpu"))
     if torch.cuda.is_available():
         yield from _gpus()
-    elif (missing := _unused_gpu(torch.__version__, torch.version.cuda)) is not None:
-        yield missing
+    elif (unused := _unused_gpu(torch.__version__, torch.version.cuda)) is not None:
+        yield unused
     device = hardware.pick_device("auto")
     if device == "mps":
-        yield Finding("gpu", "ok", "Apple's, through mps")
+        yield CheckResult("gpu", "ok", "Apple's, through mps")
     yield check_4bit("cpu" if device == "mps" else device)
 
 
-def check_4bit(device: str) -> Finding:
-    """Whether weights survive 4 bits of bitsandbytes' on a device, as closely as they should."""
+def check_4bit(device: str) -> CheckResult:
+    """Check that bitsandbytes' 4-bit weights lose no more than they should on a device."""
     name = "bitsandbytes"
     logging.getLogger(name).setLevel(logging.ERROR)  # it says which kernels a CPU has not
     try:
         error = _round_trip_error(device)
     except (ImportError, OSError, RuntimeError, AttributeError) as problem:
         text = f"4-bit weights do not work on {device}: {str(problem).splitlines()[0]}"
-        return Finding(name, "failure", text, "pip install --force-reinstall bitsandbytes")
+        return CheckResult(name, "failure", text, "pip install --force-reinstall bitsandbytes")
     text = f"4-bit weights on {device}: a round trip is off by {error:.1%}"
-    if not error < MOST_ERROR:
+    if not error < MAX_ERROR:
         fix = "do not use --load-in-4bit here; pip install --force-reinstall bitsandbytes"
-        return Finding(name, "failure", text, fix)
+        return CheckResult(name, "failure", text, fix)
     if device == "cpu" and _spoils_weights():
         text += "; this CPU's AVX512-BF16 path spoils weights, and llmctl keeps off it"
-    return Finding(name, "ok", text)
+    return CheckResult(name, "ok", text)
 
 
 def _round_trip_error(device: str) -> float:
-    """What 4 bits take from normally distributed weights, as a share of their norm."""
+    """Error of 4-bit normally distributed weights, as a share of their norm."""
     import torch
     from bitsandbytes import functional
 
@@ -69,19 +69,19 @@ def _round_trip_error(device: str) -> float:
 
 
 def _spoils_weights() -> bool:
-    """Whether this CPU is one whose 4-bit layers a guard of models/quantized.py has to save."""
+    """Whether models/quantized.py has to guard 4-bit layers on this CPU."""
     from bitsandbytes import functional
 
     return bool(functional.has_avx512bf16())
 
 
-def _cpu(name: str, *, has_bf16: bool) -> Finding:
+def _cpu(name: str, *, has_bf16: bool) -> CheckResult:
     kind = name if name != "cpu" else platform.processor() or platform.machine()
-    return Finding("cpu", "ok", f"{kind}, bfloat16 {'in hardware' if has_bf16 else 'emulated'}")
+    return CheckResult("cpu", "ok", f"{kind}, bfloat16 {'in hardware' if has_bf16 else 'emulated'}")
 
 
-def _gpus() -> Iterator[Finding]:
-    """Each GPU, tried with a small product."""
+def _gpus() -> Iterator[CheckResult]:
+    """Check each GPU with a small product."""
     import torch
     from rich.filesize import decimal
 
@@ -93,7 +93,7 @@ def _gpus() -> Iterator[Finding]:
             works = bool((ones @ ones == 64).all())
         except RuntimeError as error:
             text = f"does not compute: {str(error).splitlines()[0]}"
-            yield Finding(name, "failure", text, f"install a torch for CUDA {_driver_cuda()}")
+            yield CheckResult(name, "failure", text, f"install a torch for CUDA {_driver_cuda()}")
             continue
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         text = (
@@ -102,34 +102,34 @@ def _gpus() -> Iterator[Finding]:
             f"bfloat16 {'in hardware' if bf16 else 'emulated'}"
         )
         if not works:
-            yield Finding(name, "failure", f"{text}: wrong product", "test the card's memory")
+            yield CheckResult(name, "failure", f"{text}: wrong product", "test the card's memory")
         elif free < total / 2:
-            yield Finding(name, "warning", text, "another program uses it: see nvidia-smi")
+            yield CheckResult(name, "warning", text, "another program uses it: see nvidia-smi")
         else:
-            yield Finding(name, "ok", text)
+            yield CheckResult(name, "ok", text)
 
 
-def _unused_gpu(torch_version: str, built_for: str | None) -> Finding | None:
-    """Why torch sees no NVIDIA GPU where there is one."""
+def _unused_gpu(torch_version: str, built_for: str | None) -> CheckResult | None:
+    """Explain why torch sees no NVIDIA GPU; None where there is none."""
     if not (DRIVER.exists() or shutil.which("nvidia-smi")):
         return None
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return Finding("gpu", "ok", "hidden by CUDA_VISIBLE_DEVICES")
+        return CheckResult("gpu", "ok", "hidden by CUDA_VISIBLE_DEVICES")
     if built_for is None:
         text = f"there is one, and torch {torch_version} is built for the CPU only"
         fix = "pip install --force-reinstall torch, from the index of CUDA wheels that torch names"
-        return Finding("gpu", "failure", text, fix)
+        return CheckResult("gpu", "failure", text, fix)
     text = f"torch is built for CUDA {built_for}; driver {_driver() or 'unknown'} does not serve it"
-    return Finding("gpu", "failure", text, "update the driver, or reboot after an update")
+    return CheckResult("gpu", "failure", text, "update the driver, or reboot after an update")
 
 
 def _driver() -> str | None:
-    """The NVIDIA driver's version."""
+    """Version of the NVIDIA driver."""
     try:
-        found = re.search(r"(\d+\.\d+(?:\.\d+)?)\s", DRIVER.read_text())
+        match = re.search(r"(\d+\.\d+(?:\.\d+)?)\s", DRIVER.read_text())
     except OSError:
         return None
-    return found[1] if found else None
+    return match[1] if match else None
 
 
 def _driver_cuda() -> str:

@@ -1,61 +1,62 @@
-"""The Hugging Face Hub: whether it is switched off, is reached, and knows the user."""
+"""Check the Hugging Face Hub: whether it is switched off, is reached, and knows the user."""
 
 import os
 from collections.abc import Iterator
 
-from llmctl.checkup.finding import Finding
+from llmctl.checkup import CheckResult
 
-SECONDS = 4.0
-OFF = ("1", "ON", "YES", "TRUE")
+TIMEOUT = 4.0
+"""Seconds."""
+OFFLINE = ("1", "ON", "YES", "TRUE")
 
 
-def check_hub() -> Iterator[Finding]:
-    """One short request, two with a token; the token itself is never shown."""
+def check_hub() -> Iterator[CheckResult]:
+    """Make one short request, two with a token; the token itself is never shown."""
     import huggingface_hub
     from huggingface_hub import constants
 
     if huggingface_hub.is_offline_mode():
         name = next((n for n in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if _is_on(n)), "")
         text = f"switched off by {name or 'the environment'}: only what is cached is found"
-        yield Finding("hub", "warning", text, f"unset {name or 'HF_HUB_OFFLINE'}, to download")
+        yield CheckResult("hub", "warning", text, f"unset {name or 'HF_HUB_OFFLINE'}, to download")
         return
-    place = constants.ENDPOINT
-    status = _status(f"{place}/api/models?limit=1", None)
+    endpoint = constants.ENDPOINT
+    status = _status(f"{endpoint}/api/models?limit=1", None)
     if isinstance(status, str):
-        cure = "check the network and HTTPS_PROXY, or work with local files: HF_HUB_OFFLINE=1"
-        yield Finding("hub", "warning", f"{place} is not reached: {status}", cure)
+        fix = "check the network and HTTPS_PROXY, or work with local files: HF_HUB_OFFLINE=1"
+        yield CheckResult("hub", "warning", f"{endpoint} is not reached: {status}", fix)
         return
     if status < 400:
-        yield Finding("hub", "ok", f"{place} answers")
+        yield CheckResult("hub", "ok", f"{endpoint} answers")
     else:
-        text = f"{place} answers with an error ({status})"
-        yield Finding("hub", "warning", text, "look again later, or check HF_ENDPOINT")
-    yield _login(place, huggingface_hub.get_token())
+        text = f"{endpoint} answers with an error ({status})"
+        yield CheckResult("hub", "warning", text, "look again later, or check HF_ENDPOINT")
+    yield _login(endpoint, huggingface_hub.get_token())
 
 
-def _login(place: str, token: str | None) -> Finding:
+def _login(endpoint: str, token: str | None) -> CheckResult:
     if token is None:
         text = "not logged in: public models and data sets only (hf auth login for others)"
-        return Finding("login", "ok", text)
-    status = _status(f"{place}/api/whoami-v2", token)
+        return CheckResult("login", "ok", text)
+    status = _status(f"{endpoint}/api/whoami-v2", token)
     if status == 200:
-        return Finding("login", "ok", "the Hub knows the token")
+        return CheckResult("login", "ok", "the Hub knows the token")
     text = f"the Hub refuses the token ({status})"
     where = "replace HF_TOKEN, or unset it" if "HF_TOKEN" in os.environ else "run: hf auth login"
-    return Finding("login", "warning", text, where)
+    return CheckResult("login", "warning", text, where)
 
 
 def _status(url: str, token: str | None) -> int | str:
-    """The status that a URL answers with, or why it does not answer."""
+    """The HTTP status of a URL, or the name of the error."""
     from huggingface_hub import get_session
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # its client's
 
     headers = {} if token is None else {"authorization": f"Bearer {token}"}
     try:
-        return int(get_session().get(url, headers=headers, timeout=SECONDS).status_code)
+        return int(get_session().get(url, headers=headers, timeout=TIMEOUT).status_code)
     except (HTTPError, OSError) as error:
         return type(error).__name__
 
 
 def _is_on(name: str) -> bool:
-    return os.environ.get(name, "").upper() in OFF
+    return os.environ.get(name, "").upper() in OFFLINE

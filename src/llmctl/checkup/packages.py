@@ -1,4 +1,4 @@
-"""Python and the packages, beside what llmctl asks for and what it was tested with."""
+"""Check Python and the packages against what llmctl requires and was tested with."""
 
 import platform
 import re
@@ -12,73 +12,77 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from llmctl import __version__
-from llmctl.checkup.finding import Finding
+from llmctl.checkup import CheckResult
 from llmctl.runs.provenance import RECORDED
 
-LEAST_PYTHON = (3, 11)
+MIN_PYTHON = (3, 11)
 SHIPPED = Path(__file__).parents[1] / "constraints.txt"
 """Where the wheel has the tested set; a checkout has it at its root."""
 NOT_FOR_USERS = ("dev", "docs")
-ANEW = 'pip install --upgrade "llmctl"'
+REINSTALL = 'pip install --upgrade "llmctl"'
 
 
-def check_python() -> Finding:
-    """Python's version, and where it runs."""
+def check_python() -> CheckResult:
+    """Check the version of Python."""
     text = f"{platform.python_version()} ({sys.executable}), llmctl {__version__}"
-    if sys.version_info < LEAST_PYTHON:
-        return Finding("python", "failure", text, "use Python 3.11 or newer")
-    return Finding("python", "ok", text)
+    if sys.version_info < MIN_PYTHON:
+        return CheckResult("python", "failure", text, "use Python 3.11 or newer")
+    return CheckResult("python", "ok", text)
 
 
-def check_packages() -> Iterator[Finding]:
-    """Packages that llmctl needs: one line for those that are right, one for each that is not."""
+def check_packages() -> Iterator[CheckResult]:
+    """Check required packages: one line for those that are right, one for each that is not."""
     try:
         needed = [Requirement(line) for line in requires("llmctl") or []]
     except PackageNotFoundError:
-        yield Finding("packages", "warning", "llmctl is not installed, only on the path", ANEW)
+        yield CheckResult(
+            "packages", "warning", "llmctl is not installed, only on the path", REINSTALL
+        )
         return
     tested, right = tested_versions(), []
     for requirement in needed:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        wrong = _judge(requirement, tested.get(canonicalize_name(requirement.name)))
-        if wrong is None:
+        problem = _check(requirement, tested.get(canonicalize_name(requirement.name)))
+        if problem is None:
             right.append(requirement.name)
         else:
-            yield wrong
+            yield problem
     shown = [f"{name} {version(name)}" for name in RECORDED if name in right]
     rest = len(right) - len(shown)
-    yield Finding("packages", "ok", ", ".join(shown) + f", and {rest} more, as tested")
+    yield CheckResult("packages", "ok", ", ".join(shown) + f", and {rest} more, as tested")
 
 
-def check_extras() -> Iterator[Finding]:
-    """Optional packages: what is here, and what to type for what is not."""
+def check_extras() -> Iterator[CheckResult]:
+    """Check optional packages: which are installed, and what to type for the others."""
     try:
         extras = metadata("llmctl").get_all("Provides-Extra") or []
     except PackageNotFoundError:
         return
-    here, absent = [], []
+    installed, absent = [], []
     for extra in extras:
         if extra in NOT_FOR_USERS:
             continue
         for requirement in _requirements_of(extra):
-            found = _version_of(requirement.name)
-            if found is None:
+            installed_version = _version_of(requirement.name)
+            if installed_version is None:
                 absent.append(extra)
-            elif found not in requirement.specifier:
-                text = f"{found}, where {requirement.specifier} is needed"
-                yield Finding(requirement.name, "warning", text, f'pip install "llmctl[{extra}]"')
+            elif installed_version not in requirement.specifier:
+                text = f"{installed_version}, where {requirement.specifier} is needed"
+                yield CheckResult(
+                    requirement.name, "warning", text, f'pip install "llmctl[{extra}]"'
+                )
             else:
-                here.append(f"{requirement.name} {found}")
-    text = ", ".join(here) or "none"
+                installed.append(f"{requirement.name} {installed_version}")
+    text = ", ".join(installed) or "none"
     if absent:
         names = ",".join(dict.fromkeys(absent))
         text += f'; to add others: pip install "llmctl[{names}]"'
-    yield Finding("extras", "ok", text)
+    yield CheckResult("extras", "ok", text)
 
 
 def tested_versions() -> dict[str, str]:
-    """Name -> version of the tested set, empty where it is not at hand."""
+    """Map the names of the tested set to versions; empty where the file is missing."""
     places = (SHIPPED, SHIPPED.parents[2] / "constraints.txt")
     file = next((path for path in places if path.is_file()), None)
     lines = file.read_text().splitlines() if file else []
@@ -86,19 +90,21 @@ def tested_versions() -> dict[str, str]:
     return {canonicalize_name(pair[1]): pair[2] for pair in pairs if pair}
 
 
-def _judge(requirement: Requirement, tested: str | None) -> Finding | None:
-    """What is wrong with a package, if anything is."""
+def _check(requirement: Requirement, tested: str | None) -> CheckResult | None:
+    """The problem with a package, if there is one."""
     name = requirement.name
-    found = _version_of(name)
-    asked = f"{name}{requirement.specifier}"
-    if found is None:
-        return Finding(name, "failure", f"missing; {asked} is needed", f'pip install "{asked}"')
-    if found not in requirement.specifier:
-        text = f"{found}, where {requirement.specifier} is needed"
-        return Finding(name, "failure", text, f'pip install "{asked}"')
-    if tested is not None and Version(tested).public != found.public:
-        text = f"{found}; llmctl was tested with {tested}"
-        return Finding(name, "warning", text, f'pip install "{name}=={tested}"')
+    installed = _version_of(name)
+    required = f"{name}{requirement.specifier}"
+    if installed is None:
+        return CheckResult(
+            name, "failure", f"missing; {required} is needed", f'pip install "{required}"'
+        )
+    if installed not in requirement.specifier:
+        text = f"{installed}, where {requirement.specifier} is needed"
+        return CheckResult(name, "failure", text, f'pip install "{required}"')
+    if tested is not None and Version(tested).public != installed.public:
+        text = f"{installed}; llmctl was tested with {tested}"
+        return CheckResult(name, "warning", text, f'pip install "{name}=={tested}"')
     return None
 
 
@@ -110,7 +116,7 @@ def _version_of(name: str) -> Version | None:
 
 
 def _requirements_of(extra: str) -> Iterator[Requirement]:
-    """What an extra adds to the packages that are needed anyway."""
+    """Requirements of an extra alone."""
     for line in requires("llmctl") or []:
         requirement = Requirement(line)
         marker = requirement.marker

@@ -13,7 +13,7 @@ from llmctl.console import log, short, show_recipes
 from llmctl.decode.conversation import Conversation, chat_window
 from llmctl.decode.loop import load_for_generation
 from llmctl.decode.prefix import conversation_forward
-from llmctl.decode.slash_commands import check_command, run_slash_command
+from llmctl.decode.slash_commands import COMMANDS, check_command, run_slash_command
 from llmctl.decode.terminal import Pipe, Terminal, UserInput, open_input
 from llmctl.errors import UserError
 from llmctl.files import check_out
@@ -35,14 +35,14 @@ def run(config: ChatConfig) -> dict[str, Any] | None:
     with memory_errors(batch_size=1):
         forward = conversation_forward(model, window.encode(config.system, [], "Hi"))
     conversation = Conversation(model, forward, window, config, config.seed, config.system)
-    with open_input() as user:
-        conversation.stoppable = user.stoppable
-        if user.is_terminal:
+    with open_input(COMMANDS) as reader:
+        conversation.interruptible = reader.interruptible
+        if reader.is_terminal:
             size = short(parameter_count(model))
             log.info("%s: %s parameters on %s", config.model, size, device)
             log.info("/help lists the commands, Ctrl-D leaves")
         try:
-            _talk(conversation, user, as_json=config.as_json)
+            _talk(conversation, reader, as_json=config.as_json)
         finally:
             if config.out and conversation.turns:
                 conversation.save(config.out, overwrite=config.overwrite)
@@ -50,38 +50,42 @@ def run(config: ChatConfig) -> dict[str, Any] | None:
     return None
 
 
-def _talk(conversation: Conversation, user: Terminal | Pipe, *, as_json: bool) -> None:
-    """Hear and answer, until the user leaves; what cannot be done is said, and changes nothing."""
-    while (turn := user.read()) is not None and turn.command != "/exit":
+def _talk(conversation: Conversation, reader: Terminal | Pipe, *, as_json: bool) -> None:
+    """Answer input until the user leaves; an error is shown, and changes nothing."""
+    while (user_input := reader.read()) is not None and user_input.command != "/exit":
         try:
-            if turn.command is None and turn.text.strip():
-                _speak(conversation, user, turn, as_json=as_json)
-            elif turn.command == "/retry":
-                check_command(turn)
-                _speak(conversation, user, turn, as_json=as_json)
-            elif turn.command is not None:
-                print(run_slash_command(conversation, turn), file=sys.stderr)
+            if user_input.command is None and user_input.text.strip():
+                _reply(conversation, reader, user_input, as_json=as_json)
+            elif user_input.command == "/retry":
+                check_command(user_input)
+                _reply(conversation, reader, user_input, as_json=as_json)
+            elif user_input.command is not None:
+                print(run_slash_command(conversation, user_input), file=sys.stderr)
         except UserError as error:
             log.error("%s", error)
             if as_json:
                 print(json.dumps({"error": redacted(error.as_json())}), flush=True)
 
 
-def _speak(
-    conversation: Conversation, user: Terminal | Pipe, turn: UserInput, *, as_json: bool
+def _reply(
+    conversation: Conversation, reader: Terminal | Pipe, user_input: UserInput, *, as_json: bool
 ) -> None:
     """Answer a message, or the last one anew; between replies there is a blank line."""
-    between = "\n" if conversation.replies and not user.is_terminal else ""
+    between = "\n" if conversation.replies and not reader.is_terminal else ""
 
     def show(piece: str) -> None:
         nonlocal between
         if not as_json:
-            sys.stdout.write(between + user.visible(piece))
+            sys.stdout.write(between + reader.visible(piece))
             sys.stdout.flush()
             between = ""
 
     try:
-        reply = conversation.retry(show) if turn.command else conversation.say(turn.text, show)
+        reply = (
+            conversation.retry(show)
+            if user_input.command
+            else conversation.send(user_input.text, show)
+        )
     except KeyboardInterrupt:
         show("\n")
         raise
@@ -94,7 +98,7 @@ def _speak(
         }
         print(json.dumps(row, ensure_ascii=False), flush=True)
         return
-    show("\n\n" if user.is_terminal else "\n")
+    show("\n\n" if reader.is_terminal else "\n")
     if reply.finish_reason == "interrupted" and not reply.text:
         log.info("stopped before the first word: the message was not kept")
     if reply.finish_reason == "length":

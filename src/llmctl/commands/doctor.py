@@ -1,15 +1,15 @@
-"""`llmctl doctor`: what is here and what is amiss, each with its fix, on stdout."""
+"""`llmctl doctor`: the state of machine and packages, each problem with its fix, on stdout."""
 
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from llmctl.checkup import CheckResult
 from llmctl.checkup.device import check_devices
-from llmctl.checkup.finding import Finding
 from llmctl.checkup.machine import check_disks
 from llmctl.checkup.network import check_hub
-from llmctl.checkup.stack import check_extras, check_packages, check_python
+from llmctl.checkup.packages import check_extras, check_packages, check_python
 from llmctl.config.commands import DoctorConfig
 from llmctl.redact import redact
 from llmctl.runs.provenance import versions
@@ -19,30 +19,30 @@ PLAIN = "\x1b[0m"
 
 
 def run(config: DoctorConfig) -> dict[str, Any] | None:
-    """Print each finding as it is made; with --json they are the result.
+    """Print each check as it is done; with --json they are the result.
 
     Raises:
         UserError: at least one is a failure; with the exit code of the first.
     """
-    found = []
-    for finding in _findings():
-        shown = replace(finding, text=redact(finding.text))
-        found.append(shown)
+    results = []
+    for check in _checks():
+        shown = replace(check, text=redact(check.text))
+        results.append(shown)
         if not config.as_json:
             _print(shown)
-    states = [finding.state for finding in found]
+    states = [check.state for check in results]
     worst = next(state for state in ("failure", "warning", "ok") if state in states)
-    checks = [{"name": f.name, "state": f.state, "text": f.text, "fix": f.fix} for f in found]
+    checks = [{"name": f.name, "state": f.state, "text": f.text, "fix": f.fix} for f in results]
     result = {"stage": "doctor", "status": worst, "versions": versions(), "checks": checks}
-    if failed := [finding for finding in found if finding.state == "failure"]:
-        names = ", ".join(finding.name for finding in failed)
+    if failed := [check for check in results if check.state == "failure"]:
+        names = ", ".join(check.name for check in failed)
         error = failed[0].error(f"doctor found what must be mended: {names}", hint=failed[0].fix)
         error.report = result
         raise error
     return result if config.as_json else None
 
 
-def _findings() -> Iterator[Finding]:
+def _checks() -> Iterator[CheckResult]:
     yield check_python()
     yield from check_packages()
     yield from check_extras()
@@ -51,11 +51,11 @@ def _findings() -> Iterator[Finding]:
     yield from check_hub()
 
 
-def _print(finding: Finding) -> None:
+def _print(check: CheckResult) -> None:
     """One line, and one with the fix."""
     colored = sys.stdout.isatty()
-    state = finding.state.ljust(7)
-    shown = f"{COLORS[finding.state]}{state}{PLAIN}" if colored else state
-    print(f"{shown}  {finding.name:<12}  {finding.text}", flush=True)
-    if finding.fix is not None:
-        print(f"{' ' * 23}fix: {finding.fix}", flush=True)
+    state = check.state.ljust(7)
+    shown = f"{COLORS[check.state]}{state}{PLAIN}" if colored else state
+    print(f"{shown}  {check.name:<12}  {check.text}", flush=True)
+    if check.fix is not None:
+        print(f"{' ' * 23}fix: {check.fix}", flush=True)

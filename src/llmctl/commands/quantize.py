@@ -5,9 +5,9 @@ from typing import Any
 from llmctl import hardware
 from llmctl.config.commands import QuantizeConfig
 from llmctl.console import show_recipes
-from llmctl.quantize.convert import make_folder, make_gguf
+from llmctl.quantize.convert import convert_to_folder, convert_to_gguf
+from llmctl.quantize.job import announce, prepare
 from llmctl.quantize.methods import check_method
-from llmctl.quantize.prepare import announce, prepare
 from llmctl.runs.directory import open_run
 
 
@@ -25,16 +25,16 @@ def run(config: QuantizeConfig) -> dict[str, Any] | None:
         with hardware.memory_errors():
             if config.gguf is None:
                 model = run.path / "model"
-                report = make_folder(job, config, model)
+                report = convert_to_folder(job, config, model)
             else:
-                report, model = make_gguf(job, config, run.path / "gguf")
+                report, model = convert_to_gguf(job, config, run.path / "gguf")
         report.show()
         result = {
             "stage": "quantize",
             "out": str(run.path),
             "model": str(model),
             "status": "completed",
-            **report.facts(),
+            **report.as_dict(),
         }
         run.record(result=result)
     return result

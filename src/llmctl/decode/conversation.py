@@ -1,6 +1,6 @@
-"""A conversation with a model: its history, what of it fits the context, and the next reply.
+"""A conversation with a model: its history, the part of it that fits the context, the next reply.
 
-In: what the user says. Out: replies, piece by piece, and rows of `messages` for fine-tuning.
+In: messages of the user. Out: replies, piece by piece, and rows of `messages` for fine-tuning.
 """
 
 import json
@@ -29,23 +29,22 @@ OnPiece = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model answered."""
+    """A message of the user and the model's reply to it."""
 
     prompt: str
-    """The message it answers."""
     text: str
     finish_reason: FinishReason | Literal["interrupted"]
 
 
 @dataclass(frozen=True)
 class ContextWindow:
-    """What a model sees of a conversation: tokens that leave it room to reply."""
+    """The context of a model, and the part of it that a reply may take."""
 
     tokenizer: PreTrainedTokenizerBase
     context: int
     """Tokens of history and reply at most."""
-    reply: int
-    """Tokens that a reply may take; half the context is always enough."""
+    max_reply: int
+    """Tokens of a reply at most; room for half the context is always enough."""
 
     def encode(self, system: str | None, turns: list[Reply], text: str) -> list[int]:
         """Tokens of the chat template, up to where the next reply begins."""
@@ -55,7 +54,7 @@ class ContextWindow:
 
     def leaves_room(self, tokens: list[int]) -> bool:
         """Whether a whole reply fits after these tokens."""
-        return len(tokens) + min(self.reply, self.context // 2) <= self.context
+        return len(tokens) + min(self.max_reply, self.context // 2) <= self.context
 
 
 def chat_window(
@@ -65,7 +64,7 @@ def chat_window(
     system: str | None,
     max_new_tokens: int,
 ) -> ContextWindow:
-    """The window of a model, once its chat template was seen to work.
+    """The context window of a model whose chat template works.
 
     Raises:
         ModelError: no chat template, one that refuses the system message, or another model's.
@@ -77,30 +76,30 @@ def chat_window(
             "this model has no chat template: it continues text, but does not answer",
             hint="use llmctl generate, or fine-tune it on conversations with llmctl sft",
         )
-    there = context_size(shape)
-    if context is not None and there is not None and context > there:
-        raise UserError(f"--context {context:,}: the model's context is {there:,}")
-    size = context or there or 1 << 62
-    found = ContextWindow(tokenizer, size, max_new_tokens)
-    tokens = found.encode(system, [], "Hi")
+    limit = context_size(shape)
+    if context is not None and limit is not None and context > limit:
+        raise UserError(f"--context {context:,}: the model's context is {limit:,}")
+    size = context or limit or 1 << 62
+    window = ContextWindow(tokenizer, size, max_new_tokens)
+    tokens = window.encode(system, [], "Hi")
     check_prompt(tokens, shape, "the system message" if system else "the chat template")
     if len(tokens) >= size:
         raise DataError(f"--context {size:,}: the chat template takes {len(tokens):,} tokens")
-    return found
+    return window
 
 
 def messages(system: str | None, turns: list[Reply]) -> list[Message]:
-    """A conversation as fine-tuning reads it."""
-    found = [] if system is None else [{"role": "system", "content": system}]
+    """A conversation as a row of `messages`, which sft reads."""
+    history = [] if system is None else [{"role": "system", "content": system}]
     for turn in turns:
-        found.append({"role": "user", "content": turn.prompt})
-        found.append({"role": "assistant", "content": turn.text})
-    return found
+        history.append({"role": "user", "content": turn.prompt})
+        history.append({"role": "assistant", "content": turn.text})
+    return history
 
 
 @dataclass
 class Conversation:
-    """The state of a conversation. Its replies depend on the seed and what was asked before."""
+    """The state of a conversation. Replies depend on the seed and the messages before them."""
 
     model: PreTrainedModel
     forward: Forward
@@ -108,22 +107,21 @@ class Conversation:
     sampling: Sampling
     seed: int
     system: str | None = None
-    stoppable: Callable[[], AbstractContextManager[None]] = nullcontext
+    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
     """Within it a `ReplyInterrupt` may end a reply."""
     turns: list[Reply] = field(default_factory=list)
-    """What was said and answered."""
     replies: int = 0
-    """Ever asked for: each has noise of its own, so that a second try differs."""
-    forgotten: int = 0
+    """Generated so far: each has a sampling stream of its own, so that a second try differs."""
+    dropped: int = 0
     """Oldest turns that no longer fit the context."""
 
-    def say(self, text: str, on_piece: OnPiece) -> Reply:
-        """Answer a message; a reply that was stopped counts as far as it came.
+    def send(self, text: str, on_piece: OnPiece) -> Reply:
+        """Answer a message; an interrupted reply is kept as far as it came.
 
         Raises:
-            DataError: a message too long for the context. It is not kept, as with every error.
+            DataError: a message too long for the context; no message is kept after an error.
         """
-        reply = self._answer(self.turns, text, on_piece)
+        reply = self._generate(self.turns, text, on_piece)
         if reply.text or reply.finish_reason != "interrupted":
             self.turns.append(reply)
         return reply
@@ -132,18 +130,18 @@ class Conversation:
         """Answer the last message anew.
 
         Raises:
-            UserError: nothing was said yet.
+            UserError: there is no message yet.
         """
         self._require_turns("answer anew")
         if self.sampling.greedy or self.sampling.temperature == 0:
             log.warning("the reply will be the same: nothing is sampled at temperature 0")
-        reply = self._answer(self.turns[:-1], self.turns[-1].prompt, on_piece)
+        reply = self._generate(self.turns[:-1], self.turns[-1].prompt, on_piece)
         if reply.text or reply.finish_reason != "interrupted":
             self.turns[-1] = reply
         return reply
 
     def undo(self) -> Reply:
-        """Take the last exchange back, and return it.
+        """Drop the last message and its reply, and return them.
 
         Raises:
             UserError: nothing was said yet.
@@ -152,7 +150,7 @@ class Conversation:
         return self.turns.pop()
 
     def clear(self) -> None:
-        """Forget everything but the system message."""
+        """Drop all turns; the system message stays."""
         self.turns = []
 
     def set_system(self, system: str | None) -> None:
@@ -188,7 +186,7 @@ class Conversation:
         if not self.turns:
             raise UserError(f"nothing to {purpose}: nothing was said yet")
 
-    def _answer(self, before: list[Reply], text: str, on_piece: OnPiece) -> Reply:
+    def _generate(self, before: list[Reply], text: str, on_piece: OnPiece) -> Reply:
         pieces: list[str] = []
 
         def on_text(_: int, piece: str) -> None:
@@ -196,10 +194,10 @@ class Conversation:
             on_piece(piece)
 
         try:
-            with self.stoppable(), memory_errors(batch_size=1):
-                tokens = self._fit(before, text)
-                room = min(self.sampling.max_new_tokens, self.window.context - len(tokens))
-                prompt = Prompt(tokens, self.replies, room)
+            with self.interruptible(), memory_errors(batch_size=1):
+                tokens = self._encode_fitting(before, text)
+                limit = min(self.sampling.max_new_tokens, self.window.context - len(tokens))
+                prompt = Prompt(tokens, self.replies, limit)
                 self.replies += 1
                 (response,) = decode(
                     self.model,
@@ -216,13 +214,13 @@ class Conversation:
         assert response.finish_reason is not None
         return Reply(text, response.text, response.finish_reason)
 
-    def _fit(self, before: list[Reply], text: str) -> list[int]:
-        """Tokens of the message after as much of the history as fits, from its end.
+    def _encode_fitting(self, before: list[Reply], text: str) -> list[int]:
+        """Encode the message after as many of the last turns as fit.
 
         Raises:
             DataError: the message does not fit by itself.
         """
-        first = min(self.forgotten, len(before))
+        first = min(self.dropped, len(before))
         tokens = self.window.encode(self.system, before[first:], text)
         while first < len(before) and not self.window.leaves_room(tokens):
             first += 1
@@ -233,7 +231,7 @@ class Conversation:
                 f"the context has {self.window.context:,}",
                 hint="say it in fewer words",
             )
-        if first and not self.forgotten:
+        if first and not self.dropped:
             log.warning("the context is full: the model forgets the oldest exchanges")
-        self.forgotten = first
+        self.dropped = first
         return tokens

@@ -38,7 +38,7 @@ class Forward(Protocol):
 
 
 def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids (rows, longest), and the column (rows,) in which each prompt starts."""
+    """Pad to token ids (rows, longest); also the column (rows,) in which each prompt starts."""
     longest = max(map(len, prompts))
     padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     starts = [longest - len(prompt) for prompt in prompts]
@@ -46,9 +46,7 @@ def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Te
 
 
 def require_cache(model: PreTrainedModel) -> None:
-    """Refuse models that keep their state elsewhere than in keys and values: Mamba, RWKV.
-
-    They take whatever cache they are given, and ignore it.
+    """Refuse models without a cache of keys and values, such as Mamba and RWKV.
 
     Raises:
         ModelError: naming the architecture.

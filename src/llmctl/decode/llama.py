@@ -1,15 +1,16 @@
-"""The Llama family's forward pass in few operations: what makes small models generate fast.
+"""The Llama family's forward pass in few operations, which makes small models generate fast.
 
 transformers spends some forty Python calls and as many small kernels on every layer; here a layer
 is a dozen kernels. Covered are plain dense Llama, Mistral, Qwen2 and Qwen3. `fast_forward` refuses
 everything else, and compares logits with transformers' own before it trusts itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     LlamaForCausalLM,
     MistralForCausalLM,
@@ -19,9 +20,9 @@ from transformers import (
 )
 
 from llmctl.decode.forward import pad_left
-from llmctl.decode.fused import WeightsOf, fuse, plain_weights
 from llmctl.models.quantized import saved_precision
 
+WeightsOf = Callable[[nn.Module], Mapping[str, Tensor]]
 COVERED = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 LARGEST = 300_000_000
 """Parameters up to which a second copy of most weights is worth the calls it saves."""
@@ -37,6 +38,65 @@ PARAMETERS = {
 """Of one block; an adapter, a quantized layer or another bias has names that are not here."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference in logits, relative to the largest logit."""
+
+
+def plain_weights(block: nn.Module) -> dict[str, Tensor]:
+    """The weights of a block by name, as they are."""
+    return {name: weight.detach() for name, weight in block.named_parameters()}
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """One block's weights as (in, out) matrices, with the weights of the norms folded in.
+
+    The halves of each query and key head are interleaved, so that rotating is one complex product;
+    attention, a sum over the head, does not see the order.
+    """
+
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    qk_norm: Tensor | None
+    """Weights of Qwen3's norms of queries and keys, (heads + kv_heads, head_size)."""
+    out: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+def fuse_layer(named: Mapping[str, Tensor], head_size: int, dtype: torch.dtype) -> FusedLayer:
+    """Join a block's weights that read the same input, in one type."""
+    weights = {name: weight.to(dtype) for name, weight in named.items()}
+
+    def interleaved(name: str) -> Tensor:
+        """Interleave the two halves of each head (rows · head_size, …)."""
+        weight = weights[name]
+        heads = weight.view(-1, 2, head_size // 2, *weight.shape[1:])
+        return heads.transpose(1, 2).flatten(0, 2)
+
+    def heads_of(part: str) -> list[Tensor]:
+        query, key = (interleaved(f"self_attn.{name}_proj.{part}") for name in "qk")
+        return [query, key, weights[f"self_attn.v_proj.{part}"]]
+
+    qkv = heads_of("weight")
+    norms = [
+        interleaved(f"self_attn.{name}_norm.weight").expand(len(heads) // head_size, -1)
+        for name, heads in zip("qk", qkv, strict=False)
+        if f"self_attn.{name}_norm.weight" in weights
+    ]
+    gate_up = [weights[f"mlp.{name}_proj.weight"] for name in ("gate", "up")]
+    return FusedLayer(
+        qkv=_folded(qkv, weights["input_layernorm.weight"]),
+        qkv_bias=torch.cat(heads_of("bias")) if "self_attn.q_proj.bias" in weights else None,
+        qk_norm=torch.cat(norms) if norms else None,
+        out=weights["self_attn.o_proj.weight"].t(),
+        gate_up=_folded(gate_up, weights["post_attention_layernorm.weight"]),
+        down=weights["mlp.down_proj.weight"].t(),
+    )
+
+
+def _folded(weights: Sequence[Tensor], norm: Tensor) -> Tensor:
+    """One (in, out) matrix that also multiplies by the weight of the norm before it."""
+    joined = torch.cat(list(weights))
+    return (joined.float() * norm.float()).to(joined.dtype).t().contiguous()
 
 
 class LlamaForward:
@@ -56,7 +116,8 @@ class LlamaForward:
         self.epsilon = float(config.rms_norm_eps)
         self.embedding = model.model.embed_tokens.weight.detach().to(self.dtype)
         self.layers = [
-            fuse(weights_of(layer), self.head_size, self.dtype) for layer in model.model.layers
+            fuse_layer(weights_of(layer), self.head_size, self.dtype)
+            for layer in model.model.layers
         ]
         self.norm = model.model.norm.weight.detach().to(self.dtype)
         self.unembedding = model.lm_head.weight.detach().to(self.dtype).t()

@@ -1,4 +1,7 @@
-"""Generate: batches of prompts, one forward pass a token, finished rows dropped."""
+"""Generate: batches of prompts, one forward pass a token, finished rows dropped.
+
+In: a model, prompts as token ids and sampling settings. Out: responses as they finish.
+"""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from llmctl.config.sections import Loading, Sampling
 from llmctl.decode.forward import Forward, HuggingFaceForward
 from llmctl.decode.llama import fast_forward
-from llmctl.decode.sampling import TokenSampler, noise
+from llmctl.decode.sampling import TokenSampler, uniform_stream
 from llmctl.decode.text import TextStream
 from llmctl.errors import DataError, ModelError
 from llmctl.hardware import set_threads, usable_cores
@@ -25,23 +28,23 @@ OnText = Callable[[int, str], None]
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to continue."""
+    """Token ids to continue."""
 
     tokens: Sequence[int]
-    row: int
-    """Number of its noise: rows of different numbers differ, equal ones are the same text."""
+    stream_id: int
+    """Of the sampling stream: the same (seed, id) and prompt give the same text."""
     max_new_tokens: int | None = None
-    """Fewer tokens than the sampling asks for."""
+    """In index of the sampling's."""
 
 
 @dataclass
 class Response:
-    """What a model wrote. Filled while it writes, finished when it is handed out."""
+    """A generated text; finished when it is handed out."""
 
     index: int
-    """Place of its prompt."""
+    """Of its prompt."""
     tokens: list[int] = field(default_factory=list)
-    """With the token that ended it, where one did."""
+    """With the stop token, where one ended it."""
     text: str = ""
     finish_reason: FinishReason | None = None
     log_probs: list[float] = field(default_factory=list)
@@ -50,7 +53,7 @@ class Response:
 
 @dataclass
 class _Row:
-    """One response in the making."""
+    """A response that is being generated."""
 
     prompt: Prompt
     response: Response
@@ -59,13 +62,13 @@ class _Row:
     stream: TextStream | None
     on_text: OnText | None
 
-    def take(self, token: int) -> None:
-        """Append a token; the response has a finish reason when it was the last."""
+    def append(self, token: int) -> None:
+        """Append a token, and set the finish reason if it is the last."""
         response = self.response
         response.tokens.append(token)
         is_eos = token in self.eos
         if self.stream is not None and (self.on_text or self.stream.stops) and not is_eos:
-            self._say(self.stream.feed([token]))
+            self._emit(self.stream.feed([token]))
         if self.stream is not None and self.stream.stopped:
             response.finish_reason = "stop"
         elif is_eos:
@@ -74,10 +77,10 @@ class _Row:
             response.finish_reason = "length"
         if response.finish_reason and self.stream is not None:
             if not (self.on_text or self.stream.stops):
-                self._say(self.stream.feed(response.tokens[: -1 if is_eos else None]))
-            self._say(self.stream.finish())
+                self._emit(self.stream.feed(response.tokens[: -1 if is_eos else None]))
+            self._emit(self.stream.finish())
 
-    def _say(self, piece: str) -> None:
+    def _emit(self, piece: str) -> None:
         self.response.text += piece
         if piece and self.on_text:
             self.on_text(self.response.index, piece)
@@ -111,7 +114,7 @@ def check_prompt(tokens: Sequence[int], config: PreTrainedConfig, name: str) -> 
 
 
 def limit_new_tokens(tokens: Sequence[int], config: PreTrainedConfig, wanted: int) -> int:
-    """New tokens after this prompt at most: what is wanted, as far as the context has room."""
+    """Lower the number of new tokens to what the context has room for after a prompt."""
     context = context_size(config)
     return wanted if context is None else min(wanted, context - len(tokens))
 
@@ -139,10 +142,10 @@ def decode(
         sampling: how to choose tokens, how many, and the stop strings.
         eos: tokens that end a response.
         forward: how to run the model; by default chosen here.
-        seed: of the noise; a row's noise depends on this and its number alone.
+        seed: of sampling; a prompt's stream depends on this and its id alone.
         batch_size: most rows at once.
-        tokenizer: needed for texts, stop strings and on_text.
-        on_text: called with the prompt's place and each new piece of its text.
+        tokenizer: decodes; None leaves texts empty.
+        on_text: called with the prompt's index and each new piece of its text.
         log_probs: record them.
 
     Raises:
@@ -162,76 +165,76 @@ def decode(
     rows.sort(key=lambda row: len(row.prompt.tokens))
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        chooser = TokenSampler(
+        sampler = TokenSampler(
             sampling,
             [row.prompt.tokens for row in batch],
-            [noise(seed, row.prompt.row, row.limit) for row in batch],
+            [uniform_stream(seed, row.prompt.stream_id, row.limit) for row in batch],
             vocabulary=model.config.get_text_config().vocab_size,
             device=model.device,
-            record=log_probs,
+            record_log_probs=log_probs,
         )
-        for row in _decode_batch(forward, chooser, batch):
+        for row in _decode_batch(forward, sampler, batch):
             yield row.response
 
 
 @torch.inference_mode()
-def _decode_batch(forward: Forward, chooser: TokenSampler, rows: Sequence[_Row]) -> Iterator[_Row]:
-    """Fill the responses of one batch; each row comes when it is finished, and leaves the batch."""
+def _decode_batch(forward: Forward, sampler: TokenSampler, rows: Sequence[_Row]) -> Iterator[_Row]:
+    """Generate one batch; each row is yielded when it finishes, and leaves the batch."""
     prompts = [tuple(row.prompt.tokens) for row in rows]
     distinct = list(dict.fromkeys(prompts))
     logits = forward.prefill(distinct)
     if len(distinct) < len(prompts):
-        places = [distinct.index(prompt) for prompt in prompts]
-        forward.select(places)
-        logits = logits[places]
+        indices = [distinct.index(prompt) for prompt in prompts]
+        forward.select(indices)
+        logits = logits[indices]
     while True:
-        tokens = chooser.choose(logits)
+        tokens = sampler.sample(logits)
         for row, token in zip(rows, tokens.tolist(), strict=True):  # the one wait for the device
-            row.take(token)
+            row.append(token)
         if any(row.response.finish_reason for row in rows):
-            for place, row in enumerate(rows):
+            for index, row in enumerate(rows):
                 if row.response.finish_reason:
-                    row.response.log_probs = chooser.recorded(place)
+                    row.response.log_probs = sampler.log_probs_of(index)
                     yield row
-            places = _remaining(rows)
-            if not places:
+            indices = _remaining(rows)
+            if not indices:
                 return
-            rows, tokens = [rows[place] for place in places], tokens[places]
-            forward.select(places)
-            chooser.select(places)
+            rows, tokens = [rows[index] for index in indices], tokens[indices]
+            forward.select(indices)
+            sampler.select(indices)
         logits = forward.step(tokens)
 
 
 def _remaining(rows: Sequence[_Row]) -> list[int]:
-    """Places of the unfinished rows; the last ones fill the gaps, so that few have to move."""
-    places = list(range(len(rows)))
-    place = 0
-    while place < len(places):
-        if rows[places[place]].response.finish_reason is None:
-            place += 1
+    """Indices of the unfinished rows; the last ones fill the gaps, so that few have to move."""
+    indices = list(range(len(rows)))
+    index = 0
+    while index < len(indices):
+        if rows[indices[index]].response.finish_reason is None:
+            index += 1
             continue
-        last = places.pop()
-        if place < len(places):
-            places[place] = last
-    return places
+        last = indices.pop()
+        if index < len(indices):
+            indices[index] = last
+    return indices
 
 
 def best_threads(parameters: int, rows: int, cores: int) -> int:
-    """CPU threads for a batch: a small product is done before a second thread has woken."""
+    """CPU threads for a batch: a small product ends before a second thread has woken."""
     return cores if parameters * rows >= WORTH_THREADS else 1
 
 
 def load_for_generation(
     reference: str, config: Loading, shape: PreTrainedConfig, *, device: str, rows: int
 ) -> PreTrainedModel:
-    """The model of a run, a folder or a Hub id.
+    """Load the model of a run, a folder or a Hub id, and set the threads for its batches.
 
     Args:
         reference: names it.
         config: how to load it.
         shape: its configuration.
         device: where to.
-        rows: most sequences that it writes at once.
+        rows: sequences of a batch at most.
 
     Raises:
         ModelError: it is broken, not trusted, or no language model.

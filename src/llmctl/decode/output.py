@@ -1,4 +1,4 @@
-"""Where responses go: rows of jsonl in a file or on stdout, or plain texts with a line between."""
+"""Write responses: rows of jsonl in a file or on stdout, or plain texts with a line between."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ Emit = Callable[[Row], None]
 
 @contextmanager
 def open_rows(out: Path | None, *, as_json: bool) -> Iterator[Emit]:
-    """A function that writes a row; a file appears whole, or with what an interrupt left."""
+    """Give a function that writes a row; a file appears whole, or as an interrupt left it."""
     if out is None:
         yield _print_json if as_json else _printer()
         return
@@ -38,7 +38,7 @@ def open_rows(out: Path | None, *, as_json: bool) -> Iterator[Emit]:
 def write_rows(
     responses: Iterable[Response], row_of: Callable[[Response], Row], emit: Emit, total: int
 ) -> tuple[int, int]:
-    """Write every response in order; say on stderr how fast they came.
+    """Write every response in order; log the speed on stderr.
 
     Returns:
         Rows and tokens written.
@@ -62,18 +62,18 @@ def write_rows(
 
 
 def in_order(responses: Iterable[Response], write: Callable[[Response], None]) -> None:
-    """Write responses in the order of their prompts, each as soon as those before it are there.
+    """Write responses in the order of their prompts, each as soon as those before it are finished.
 
     On an interrupt those that were still waiting for an earlier one are written too.
     """
     waiting: dict[int, Response] = {}
-    place = 0
+    index = 0
     try:
         for response in responses:
             waiting[response.index] = response
-            while place in waiting:
-                write(waiting.pop(place))
-                place += 1
+            while index in waiting:
+                write(waiting.pop(index))
+                index += 1
     except KeyboardInterrupt:
         for index in sorted(waiting):
             write(waiting[index])
@@ -85,7 +85,7 @@ def _print_json(row: Row) -> None:
 
 
 def _printer() -> Emit:
-    """Prints responses with a blank line between them."""
+    """Print responses with a blank line between them."""
     between = ""
 
     def emit(row: Row) -> None:

@@ -1,4 +1,4 @@
-"""A forward pass for conversations: what a prompt shares with the one before is not read again.
+"""A forward pass for conversations: the prefix shared with the last prompt stays in the cache.
 
 In: the growing prompt of one conversation. Out: logits, as from `forward.HuggingFaceForward`.
 """
@@ -15,7 +15,7 @@ from llmctl.decode.llama import fast_forward
 
 
 class PrefixForward:
-    """See `forward.Forward`; of one row, whose keys and values stay when its reply is done."""
+    """See `forward.Forward`; for one row, whose keys and values stay after its reply."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Wrap a model in eval mode, which keeps keys and values of all tokens in every layer."""
@@ -26,7 +26,7 @@ class PrefixForward:
         """Tokens whose keys and values are in the cache."""
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Keep what the prompt shares with the tokens read, cut off the rest, read what is new."""
+        """Keep the cache of the shared prefix, crop the rest, read the new tokens."""
         (prompt,) = prompts
         kept = common_prefix(self._read, prompt[:-1])
         if kept == 0:
@@ -59,17 +59,16 @@ class PrefixForward:
         return logits
 
 
-def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences begin with together."""
-    pairs = enumerate(zip(one, other, strict=False))
-    shorter = min(len(one), len(other))
-    return next((place for place, (a, b) in pairs if a != b), shorter)
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """Number of tokens that two sequences have in common at their beginning."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
 def conversation_forward(model: PreTrainedModel, prompt: Sequence[int]) -> Forward:
-    """The pass for a conversation: where it can be had, one that remembers.
+    """Choose the forward pass for a conversation: with a kept prefix where the model allows it.
 
-    Small models take the fast pass, which reads a prompt anew: a token costs them more than that.
+    Small models take the fast pass, though it reads every prompt anew: it is faster all the same.
     """
     if fast := fast_forward(model, prompt):
         return fast

@@ -1,4 +1,4 @@
-"""From what the user gives (text, files, conversations) to the tokens a model continues."""
+"""Prompts of the user (text, files, conversations) in, the tokens that a model continues out."""
 
 import sys
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from llmctl.errors import DataError, UserError
 
 
 def read_stdin() -> PromptExample:
-    """All of stdin as one prompt, without the newline at its end.
+    """Read all of stdin as one prompt, without the newline at its end.
 
     Raises:
-        UserError: stdin is a terminal, where nobody knows that text is waited for.
-        DataError: it is not UTF-8.
+        UserError: stdin is a terminal: nothing is piped in.
+        DataError: not UTF-8.
     """
     if sys.stdin is None or sys.stdin.isatty():
         raise UserError(
@@ -37,7 +37,7 @@ def read_stdin() -> PromptExample:
 
 
 def read_shots(file: Path) -> list[tuple[str, str]]:
-    """The few-shot examples of a jsonl file, each (prompt, response).
+    """Read the few-shot examples (prompt, response) of a jsonl file.
 
     Raises:
         DataError: unreadable, not UTF-8, empty, or a row without the two texts.
@@ -56,26 +56,26 @@ def read_shots(file: Path) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class PromptEncoder:
-    """Turns prompts into tokens: as plain text, or in the model's chat template."""
+    """Encodes prompts as plain text, or in the model's chat template."""
 
     tokenizer: PreTrainedTokenizerBase
     chat: bool = False
     system: str | None = None
     shots: Sequence[tuple[str, str]] = ()
 
-    def encode(self, ask: PromptExample) -> list[int]:
-        """The tokens of a prompt with its examples before it.
+    def encode(self, example: PromptExample) -> list[int]:
+        """Encode a prompt with its few-shot examples before it.
 
         Text that spells a special token is encoded as text; BOS is put once, where the tokenizer
         or the template puts it, and alone for an empty prompt.
         """
-        if isinstance(ask.prompt, list):
+        if isinstance(example.prompt, list):
             if self.system is not None or self.shots:
-                raise UserError(f"{ask.name}: --system and --shots do not go with `messages`")
-            return self._format.encode_prompt(ask.prompt)
+                raise UserError(f"{example.name}: --system and --shots do not go with `messages`")
+            return self._format.encode_prompt(example.prompt)
         if self.chat:
-            return self._format.encode_prompt(self._turns(ask.prompt))
-        return encode_text(self.tokenizer, self.text(ask.prompt))
+            return self._format.encode_prompt(self._turns(example.prompt))
+        return encode_text(self.tokenizer, self.text(example.prompt))
 
     @cached_property
     def _format(self) -> ChatFormat:
@@ -89,7 +89,7 @@ class PromptEncoder:
         return [*turns, {"role": "user", "content": prompt}]
 
     def text(self, prompt: str) -> str:
-        """Each example on lines of its own, `prompt response`, with a blank line after it."""
+        """Join examples, `prompt response` each, and the prompt with blank lines between them."""
         examples = [
             text + ("" if text[-1:].isspace() or response[:1].isspace() else " ") + response
             for text, response in self.shots
@@ -98,30 +98,30 @@ class PromptEncoder:
 
 
 def build_prompts(
-    asks: Sequence[PromptExample],
+    examples: Sequence[PromptExample],
     encoder: PromptEncoder,
     shape: PreTrainedConfig,
     max_new_tokens: int,
     samples: int,
 ) -> list[Prompt]:
-    """One per response: the samples of a prompt follow each other.
+    """Encode one prompt per response: the samples of a prompt follow each other.
 
     Raises:
         DataError: a prompt longer than the model's context.
     """
     prompts: list[Prompt] = []
-    for ask in asks:
-        tokens = encoder.encode(ask)
-        check_prompt(tokens, shape, ask.name)
-        fits = limit_new_tokens(tokens, shape, max_new_tokens)
-        if fits < max_new_tokens:
-            log.warning("%s: the context has room for %d new tokens only", ask.name, fits)
+    for example in examples:
+        tokens = encoder.encode(example)
+        check_prompt(tokens, shape, example.name)
+        limit = limit_new_tokens(tokens, shape, max_new_tokens)
+        if limit < max_new_tokens:
+            log.warning("%s: the context has room for %d new tokens only", example.name, limit)
         prompts += (Prompt(tokens, len(prompts) + i) for i in range(samples))
     return prompts
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Tokens of a conversation in the chat template, up to where the assistant's turn begins.
+    """Encode a conversation in the chat template, up to where the assistant's turn begins.
 
     Raises:
         ModelError: the tokenizer has no chat template, or it refuses these messages.

@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits: penalties, truncation, and noise of each row's own.
+"""Sample the next token from logits: penalties, truncation, and random numbers of each row's own.
 
 The conventions and their order are Hugging Face's: repetition penalty, temperature, top-k, top-p,
 min-p. Every truncation keeps the tokens whose probability reaches some threshold, so one sort of
@@ -14,12 +14,12 @@ from torch import Tensor
 from llmctl.config.sections import Sampling
 
 
-def noise(seed: int, row: int, count: int) -> Tensor:
+def uniform_stream(seed: int, stream_id: int, count: int) -> Tensor:
     """Uniform numbers in [0, 1) for the positions of one row, whatever else is sampled.
 
-    Philox is a counter-based generator (Salmon et al. 2011): (seed, row) is its key.
+    Philox is a counter-based generator (Salmon et al. 2011): (seed, stream_id) is its key.
     """
-    generator = np.random.Generator(np.random.Philox(key=[seed, row]))
+    generator = np.random.Generator(np.random.Philox(key=[seed, stream_id]))
     return torch.from_numpy(generator.random(count, dtype=np.float32))
 
 
@@ -60,7 +60,7 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
 
 
 class TokenSampler:
-    """Chooses tokens for the rows of one batch, which all started together."""
+    """Samples tokens for the rows of one batch, which all started together."""
 
     def __init__(
         self,
@@ -69,14 +69,16 @@ class TokenSampler:
         uniforms: Sequence[Tensor],
         vocabulary: int,
         device: torch.device,
-        record: bool = False,
+        record_log_probs: bool = False,
     ) -> None:
         """Take each row's prompt and its uniform numbers, one per token to come."""
         self.sampling = sampling
         self.is_greedy = sampling.greedy or sampling.temperature == 0
         self._step = 0
         longest = max(map(len, uniforms))
-        self._log_probs = torch.zeros(len(uniforms), longest, device=device) if record else None
+        self._log_probs = (
+            torch.zeros(len(uniforms), longest, device=device) if record_log_probs else None
+        )
         self._uniforms = torch.zeros(0, 0)
         if not self.is_greedy:
             padded = torch.nn.utils.rnn.pad_sequence(list(uniforms), batch_first=True)
@@ -87,8 +89,8 @@ class TokenSampler:
             for row, prompt in enumerate(prompts):
                 self._seen[row, torch.tensor(list(prompt), device=device)] = True
 
-    def choose(self, logits: Tensor) -> Tensor:
-        """The next token (rows,) after logits (rows, vocabulary)."""
+    def sample(self, logits: Tensor) -> Tensor:
+        """Sample the next token (rows,) from logits (rows, vocabulary)."""
         if self._seen is not None:
             logits = penalize(logits.float(), self._seen, self.sampling.repetition_penalty)
         if self.is_greedy:
@@ -103,7 +105,7 @@ class TokenSampler:
         self._step += 1
         return tokens
 
-    def recorded(self, row: int) -> list[float]:
+    def log_probs_of(self, row: int) -> list[float]:
         """The log-probabilities of a row's tokens so far, where they are recorded."""
         if self._log_probs is None:
             return []

@@ -1,4 +1,4 @@
-"""The commands of a conversation: a turn that begins with a slash in, an answer out."""
+"""Slash commands of a conversation: a line that begins with a slash in, a notice out."""
 
 import difflib
 from pathlib import Path
@@ -18,14 +18,14 @@ COMMANDS = {
 }
 
 
-def run_slash_command(conversation: Conversation, turn: UserInput) -> str:
-    """Carry out a command that is neither `/retry` nor `/exit`; what to tell the user.
+def run_slash_command(conversation: Conversation, user_input: UserInput) -> str:
+    """Run a command that is neither `/retry` nor `/exit`, and return its notice.
 
     Raises:
-        UserError: the command does not exist, or cannot be carried out.
+        UserError: the command does not exist, or fails.
     """
-    check_command(turn)
-    match turn.command:
+    check_command(user_input)
+    match user_input.command:
         case "/help":
             return command_help()
         case "/undo":
@@ -34,36 +34,37 @@ def run_slash_command(conversation: Conversation, turn: UserInput) -> str:
             conversation.clear()
             return "the conversation begins anew"
         case "/save":
-            path = Path(turn.text).expanduser()
+            path = Path(user_input.text).expanduser()
             conversation.save(path)
             return f"saved to {path}"
         case _:  # /system
-            if turn.text:
-                conversation.set_system(None if turn.text == "off" else turn.text)
+            if user_input.text:
+                conversation.set_system(None if user_input.text == "off" else user_input.text)
             return f"system message: {conversation.system or 'none'}"
 
 
-def check_command(turn: UserInput) -> None:
-    """Refuse a command that does not exist, or has too much or too little after it.
+def check_command(user_input: UserInput) -> None:
+    """Refuse a command that does not exist, or has a wrong number of arguments.
 
     Raises:
-        UserError: with what was probably meant.
+        UserError: with the nearest command.
     """
-    if turn.command not in COMMANDS:
-        near = difflib.get_close_matches(str(turn.command), COMMANDS, 1)
-        meant = f"did you mean {near[0]}? " if near else "/help lists them. "
+    command = str(user_input.command)
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, 1)
+        suggestion = f"did you mean {close[0]}? " if close else "/help lists them. "
         raise UserError(
-            f"no command {turn.command}", hint=f"{meant}To send text that begins with /, type //"
+            f"no command {command}", hint=f"{suggestion}To send text that begins with /, type //"
         )
-    argument = COMMANDS[turn.command][0]
-    if turn.text and not argument:
-        raise UserError(f"{turn.command} takes nothing after it, got `{turn.text}`")
-    if not turn.text and argument and not argument.startswith("["):
-        raise UserError(f"{turn.command} needs a {argument}", hint=f"{turn.command} {argument}")
+    argument, text = COMMANDS[command][0], user_input.text
+    if text and not argument:
+        raise UserError(f"{command} takes nothing after it, got `{text}`")
+    if not text and argument and not argument.startswith("["):
+        raise UserError(f"{command} needs a {argument}", hint=f"{command} {argument}")
 
 
 def command_help() -> str:
-    """What `/help` shows."""
+    """The text of `/help`."""
     lines = [f"{name} {argument}".ljust(16) + what for name, (argument, what) in COMMANDS.items()]
     return "\n".join(
         [

@@ -1,12 +1,12 @@
-"""What a user types in a conversation: messages of one line or many, commands, and Ctrl-C.
+"""Input of a conversation: messages of one line or many, slash commands, and Ctrl-C.
 
-In: a terminal, edited with readline, or a pipe. Out: turns, one at a time.
+In: a terminal, edited with readline, or a pipe. Out: one `UserInput` at a time.
 """
 
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from types import FrameType
@@ -19,25 +19,25 @@ from llmctl.errors import DataError, UserError
 QUOTES = '"""'
 PROMPT, MORE = "> ", ". "
 NextLine = Callable[[str], str]
-"""Gives the next line, without its end, after showing a prompt; raises EOFError at the end."""
+"""Shows a prompt and returns the next line without its end; raises EOFError at the end."""
 
 
 class ReplyInterrupt(KeyboardInterrupt):
-    """Ctrl-C where it ends what the program does, and not the program."""
+    """Ctrl-C that ends a reply or a line, and not the program."""
 
 
 @dataclass(frozen=True)
 class UserInput:
-    """One thing that the user said."""
+    """One message or slash command."""
 
     text: str
-    """The message, or what follows a command."""
+    """The message, or the argument of a command."""
     command: str | None = None
     """With its slash."""
 
 
 def read_input(next_line: NextLine) -> UserInput | None:
-    """The next turn, None at the end.
+    """Read the next input; None at the end.
 
     A line that ends in a backslash goes on in the next, a block between triple quotes is always a
     message, and two slashes begin a message with one.
@@ -75,7 +75,7 @@ def _read_block(text: str, next_line: NextLine) -> str:
 
 
 class Pipe:
-    """Turns from a pipe or a file."""
+    """Input from a pipe or a file."""
 
     is_terminal = False
 
@@ -84,19 +84,19 @@ class Pipe:
         self._lines = read_lines(stream, "stdin")
 
     def read(self) -> UserInput | None:
-        """The next turn, None at the end.
+        """Read the next input; None at the end.
 
         Raises:
-            DataError: what is not UTF-8, or a block that does not end.
+            DataError: text that is not UTF-8, or a block that does not end.
         """
         return read_input(self._line)
 
-    def stoppable(self) -> AbstractContextManager[None]:
-        """Nothing to do around a reply: Ctrl-C ends the program."""
+    def interruptible(self) -> AbstractContextManager[None]:
+        """Do nothing: Ctrl-C ends the program."""
         return nullcontext()
 
     def visible(self, text: str) -> str:
-        """The model's text as it is."""
+        """Return the model's text as it is."""
         return text
 
     def _line(self, _: str) -> str:
@@ -106,13 +106,14 @@ class Pipe:
 
 
 class Terminal:
-    """Turns typed at a terminal, with editing and history; used as a context, it minds Ctrl-C."""
+    """Input typed at a terminal, with editing and history; as a context, it handles Ctrl-C."""
 
     is_terminal = True
 
-    def __init__(self) -> None:
-        """Without a terminal to write to, the prompt goes to stderr and nothing can be edited."""
-        self._typed: Callable[[], str] = str
+    def __init__(self, commands: Iterable[str] = ()) -> None:
+        """Complete these commands; without a terminal as stdout there is no editing."""
+        self._commands = tuple(commands)
+        self._line_buffer: Callable[[], str] = str
         self._is_edited = sys.stdout.isatty()
         self._lines = 0
         self._is_armed = self._was_pressed = False
@@ -125,31 +126,34 @@ class Terminal:
 
                 if os.environ.get("TERM") != "dumb":
                     readline.parse_and_bind("set enable-bracketed-paste on")
-                self._typed = readline.get_line_buffer
-        self._before = signal.getsignal(signal.SIGINT)
-        if self._before is not signal.SIG_IGN:
+                readline.set_completer_delims(" ")
+                readline.set_completer(self._complete)
+                readline.parse_and_bind("tab: complete")
+                self._line_buffer = readline.get_line_buffer
+        self._previous_handler = signal.getsignal(signal.SIGINT)
+        if self._previous_handler is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         """Give SIGINT back."""
-        signal.signal(signal.SIGINT, self._before)
+        signal.signal(signal.SIGINT, self._previous_handler)
 
     def read(self) -> UserInput | None:
-        """The next turn, None at Ctrl-D.
+        """Read the next input; None at Ctrl-D.
 
         Raises:
-            ReplyInterrupt: Ctrl-C was pressed twice where nothing was typed.
+            ReplyInterrupt: Ctrl-C was pressed twice on an empty line.
         """
         was_hinted = False
         while True:
             self._lines, self._was_pressed = 0, False
             try:
-                with self.stoppable():
-                    turn = read_input(self._line)
+                with self.interruptible():
+                    user_input = read_input(self._line)
             except ReplyInterrupt:
                 print(file=sys.stderr)
-                was_empty = self._lines == 1 and not self._typed()
+                was_empty = self._lines == 1 and not self._line_buffer()
                 if was_empty and was_hinted:
                     raise
                 if was_empty:
@@ -158,15 +162,15 @@ class Terminal:
             except DataError as error:
                 log.error("%s", error)
             else:
-                if turn is None:
+                if user_input is None:
                     print(file=sys.stderr)
-                return turn
+                return user_input
 
     @contextmanager
-    def stoppable(self) -> Iterator[None]:
-        """While the body runs, Ctrl-C ends it by a `ReplyInterrupt`; elsewhere it waits for the next body.
+    def interruptible(self) -> Iterator[None]:
+        """Have Ctrl-C end the body by a `ReplyInterrupt`; outside, it waits for the next body.
 
-        A press is one `ReplyInterrupt`, however often it is repeated until the user is asked again.
+        Repeated presses are one `ReplyInterrupt` until the next input is read.
         """
         if self._was_pressed:
             raise ReplyInterrupt
@@ -177,7 +181,7 @@ class Terminal:
             self._is_armed = False
 
     def visible(self, text: str) -> str:
-        """The model's text, with no control characters in it."""
+        """Return the model's text without control characters."""
         return text.translate(SEEN)
 
     def _handle(self, _: int, __: FrameType | None) -> None:
@@ -185,6 +189,11 @@ class Terminal:
         if self._is_armed:
             self._is_armed = False
             raise ReplyInterrupt
+
+    def _complete(self, text: str, state: int) -> str | None:
+        """The command number `state` that begins with a text, as readline asks for them."""
+        matches = [name for name in self._commands if text and name.startswith(text)]
+        return matches[state] if state < len(matches) else None
 
     def _line(self, prompt: str) -> str:
         self._lines += 1
@@ -203,8 +212,8 @@ class Terminal:
 
 
 @contextmanager
-def open_input() -> Iterator[Terminal | Pipe]:
-    """Where the user's turns come from.
+def open_input(commands: Iterable[str] = ()) -> Iterator[Terminal | Pipe]:
+    """Open stdin as a terminal or a pipe.
 
     Raises:
         UserError: stdin is closed.
@@ -214,5 +223,5 @@ def open_input() -> Iterator[Terminal | Pipe]:
     if not sys.stdin.isatty():
         yield Pipe(sys.stdin.buffer)
         return
-    with Terminal() as terminal:
+    with Terminal(commands) as terminal:
         yield terminal

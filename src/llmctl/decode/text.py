@@ -1,4 +1,4 @@
-"""From tokens to text as they come: whole characters only, and nothing past a stop string."""
+"""Tokens in, text out as they come: whole characters only, and nothing past a stop string."""
 
 from collections.abc import Sequence
 
@@ -41,7 +41,7 @@ class TextStream:
         return self._release()
 
     def finish(self) -> str:
-        """What was held back for a stop string that did not come."""
+        """Return the text held back for a stop string that did not come."""
         text, self._held = "" if self.stopped else self._held, ""
         return text
 
@@ -58,10 +58,10 @@ class TextStream:
         return str(text)
 
     def _release(self) -> str:
-        found = [place for stop in self.stops if (place := self._held.find(stop)) >= 0]
-        if found:
+        stops = [index for stop in self.stops if (index := self._held.find(stop)) >= 0]
+        if stops:
             self.stopped = True
-            text, self._held = self._held[: min(found)], ""
+            text, self._held = self._held[: min(stops)], ""
             return text
         keep = max((_overlap(self._held, stop) for stop in self.stops), default=0)
         ready = len(self._held) - keep

@@ -1,6 +1,6 @@
-"""What a GGUF file says about a model: its architecture, its sizes and its rotary positions.
+"""A model's architecture, sizes and rotary positions in the terms of GGUF.
 
-In goes a configuration of transformers; out come key and value, as llama.cpp reads them. What
+In: a configuration of transformers. Out: keys and values, as llama.cpp reads them. A model that
 llama.cpp would compute otherwise than transformers is refused.
 """
 
@@ -23,7 +23,7 @@ YARN_OPTIONS = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
 
 
 @dataclass(frozen=True)
-class Heads:
+class AttentionHeads:
     """How attention divides the rows of its projections."""
 
     queries: int
@@ -31,18 +31,18 @@ class Heads:
     width: int
 
 
-def heads_of(config: PreTrainedConfig) -> Heads:
+def heads_of(config: PreTrainedConfig) -> AttentionHeads:
     """Attention heads, those of keys and values, and the width of one."""
     queries = int(config.num_attention_heads)
     width = config.to_dict().get("head_dim") or config.hidden_size // queries
-    return Heads(queries, int(config.num_key_value_heads), int(width))
+    return AttentionHeads(queries, int(config.num_key_value_heads), int(width))
 
 
 def check_architecture(config: PreTrainedConfig) -> None:
     """Refuse a model that llama.cpp does not know, or would compute otherwise.
 
     Raises:
-        ModelError: naming what is in the way.
+        ModelError: naming the setting.
     """
     kind = config.model_type
     if kind not in ARCHITECTURES:
@@ -50,21 +50,21 @@ def check_architecture(config: PreTrainedConfig) -> None:
             f"a GGUF file cannot be written for the architecture {kind}",
             hint=f"those that can: {', '.join(ARCHITECTURES)}",
         )
-    facts = config.to_dict()
-    if facts.get("quantization_config"):
+    settings = config.to_dict()
+    if settings.get("quantization_config"):
         raise ModelError(
             "the weights are quantized already",
             hint="write the GGUF file from the model that they were made of",
         )
     if config.hidden_act != "silu":
         raise ModelError(f"hidden_act {config.hidden_act}: llama.cpp computes {kind} with silu")
-    if kind == "qwen3" and facts.get("attention_bias"):
+    if kind == "qwen3" and settings.get("attention_bias"):
         raise ModelError("attention_bias: llama.cpp knows no biases in qwen3's attention")
     _check_rope(config)
 
 
-def metadata(config: PreTrainedConfig) -> Iterator[tuple[str, int | float | str]]:
-    """Key, without the architecture's name before it, and value, in the order of the file."""
+def architecture_metadata(config: PreTrainedConfig) -> Iterator[tuple[str, int | float | str]]:
+    """Yield key, without the architecture's name before it, and value, in the order of the file."""
     heads = heads_of(config)
     rope = config.rope_parameters
     yield "block_count", config.num_hidden_layers
@@ -91,20 +91,20 @@ def metadata(config: PreTrainedConfig) -> Iterator[tuple[str, int | float | str]
 
 
 def context_length(config: PreTrainedConfig) -> int:
-    """Tokens up to which llama.cpp computes what transformers does.
+    """Tokens up to which llama.cpp computes the same as transformers.
 
     It knows no sliding window for these architectures: within the first window there is none.
     """
-    facts = config.to_dict()
-    window, longest = facts.get("sliding_window"), int(config.max_position_embeddings)
-    slides = "sliding_attention" in (facts.get("layer_types") or ["sliding_attention"])
+    settings = config.to_dict()
+    window, longest = settings.get("sliding_window"), int(config.max_position_embeddings)
+    slides = "sliding_attention" in (settings.get("layer_types") or ["sliding_attention"])
     return min(longest, int(window)) if window and slides else longest
 
 
 def rope_factors(config: PreTrainedConfig) -> Tensor | None:
-    """By what each rotary frequency (width / 2,) is divided; None where they are as they are.
+    """Divisors of the rotary frequencies (width / 2,), None without Llama 3.1's scaling.
 
-    So llama.cpp is told of Llama 3.1's scaling, which stretches long waves and leaves short ones.
+    It stretches long waves and leaves short ones.
     """
     rope = config.rope_parameters
     if rope["rope_type"] != "llama3":

@@ -1,4 +1,4 @@
-"""A model's weights as a GGUF file holds them: names, order of rows, and type of each."""
+"""A model in; the tensors of its GGUF file, with names, order of rows and types, out."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmctl.errors import ModelError
-from llmctl.gguf_file.architecture import ARCHITECTURES, Heads, heads_of, rope_factors
+from llmctl.gguf_file.architecture import ARCHITECTURES, AttentionHeads, heads_of, rope_factors
 
-NEIGHBOURS = ("llama", "mistral")
+INTERLEAVED_ROPE = ("llama", "mistral")
 """Model types whose queries and keys llama.cpp rotates in neighbouring pairs."""
 
 BLOCKS = (Type.Q8_0, Type.Q4_0)
@@ -21,7 +21,7 @@ BLOCKS = (Type.Q8_0, Type.Q4_0)
 
 
 @dataclass(frozen=True)
-class Weight:
+class GgufTensor:
     """One tensor of the file."""
 
     name: str
@@ -35,7 +35,7 @@ class Weight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As the format counts: bytes in a row for types of blocks."""
+        """Shape in the file: bytes in a row for types of blocks."""
         shape = tuple(self.value.shape)
         if self.type in (Type.F32, Type.F16):
             return shape
@@ -43,13 +43,13 @@ class Weight:
 
     @property
     def dtype(self) -> np.dtype[np.generic]:
-        """Of the array that is written."""
+        """Type of the array that is written."""
         plain = {Type.F32: np.float32, Type.F16: np.float16}
         return np.dtype(plain.get(self.type, np.uint8))
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Bytes."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def array(self) -> NDArray[np.generic]:
@@ -67,8 +67,8 @@ class Weight:
         return data
 
 
-def weights(model: PreTrainedModel, kind: Type, keep: Collection[str]) -> Iterator[Weight]:
-    """The tensors of the file, in order.
+def gguf_tensors(model: PreTrainedModel, kind: Type, keep: Collection[str]) -> Iterator[GgufTensor]:
+    """Yield the tensors of the file, in order.
 
     Args:
         model: not quantized.
@@ -77,7 +77,7 @@ def weights(model: PreTrainedModel, kind: Type, keep: Collection[str]) -> Iterat
             do too; with q4_0 the output layer has eight bits.
 
     Raises:
-        ModelError: a tensor that the architecture has not in llama.cpp.
+        ModelError: a tensor that llama.cpp's architecture lacks.
     """
     config = model.config
     named = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -85,7 +85,7 @@ def weights(model: PreTrainedModel, kind: Type, keep: Collection[str]) -> Iterat
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     factors = rope_factors(config)
     if factors is not None:
-        yield Weight("rope_freqs.weight", "rope_parameters", factors, Type.F32)
+        yield GgufTensor("rope_freqs.weight", "rope_parameters", factors, Type.F32)
     tied = is_tied(model)
     for source, value in model.state_dict().items():
         if tied and source == "lm_head.weight":
@@ -93,13 +93,13 @@ def weights(model: PreTrainedModel, kind: Type, keep: Collection[str]) -> Iterat
         name = names.get_name(source, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ModelError(f"llama.cpp has no such tensor in {config.model_type}: {source}")
-        if config.model_type in NEIGHBOURS:
-            value = _paired(source, value, heads_of(config))
+        if config.model_type in INTERLEAVED_ROPE:
+            value = _interleave(source, value, heads_of(config))
         is_output = name == "output.weight" or (tied and name == "token_embd.weight")
         wanted = Type.Q8_0 if is_output and kind == Type.Q4_0 else kind
         if source.rpartition(".")[0] in keep and kind in BLOCKS:
             wanted = Type.F16
-        yield Weight(name, source, value, _possible(value, wanted))
+        yield GgufTensor(name, source, value, _supported_type(value, wanted))
 
 
 def is_tied(model: PreTrainedModel) -> bool:
@@ -107,15 +107,15 @@ def is_tied(model: PreTrainedModel) -> bool:
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-def _possible(value: Tensor, wanted: Type) -> Type:
-    """The type in which a tensor can be: llama.cpp takes vectors in float32 only."""
+def _supported_type(value: Tensor, wanted: Type) -> Type:
+    """The nearest type that a tensor can have: llama.cpp takes vectors in float32 only."""
     if value.dim() == 1:
         return Type.F32
     return Type.F16 if value.shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] else wanted
 
 
-def _paired(source: str, value: Tensor, heads: Heads) -> Tensor:
-    """Queries and keys in llama.cpp's order of rows; other tensors as they are.
+def _interleave(source: str, value: Tensor, heads: AttentionHeads) -> Tensor:
+    """Put queries and keys in llama.cpp's order of rows; return other tensors as they are.
 
     transformers rotates row i of a head with row i + width / 2, llama.cpp with row i + 1.
     """

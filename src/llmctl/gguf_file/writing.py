@@ -1,18 +1,30 @@
-"""Write a GGUF file: refuse first what cannot be written, then write it whole or not at all."""
+"""Write a GGUF file, whole or not at all, and read it back with transformers.
+
+The reader of transformers is another's code than the writer here: what both agree on is right.
+"""
 
 from collections import Counter
 from collections.abc import Collection
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from llmctl.console import log
 from llmctl.errors import require_extra
 from llmctl.files import fsync, staged, writing
-from llmctl.gguf_file.architecture import ARCHITECTURES, check_architecture, metadata
-from llmctl.gguf_file.tokens import frame, read_tokens
+from llmctl.gguf_file.architecture import ARCHITECTURES, architecture_metadata, check_architecture
+from llmctl.gguf_file.tokenizer import adds_bos_eos, convert_tokenizer
 from llmctl.models.loading import stop_tokens
 from llmctl.runs.cards import license_of
 
@@ -21,10 +33,12 @@ if TYPE_CHECKING:
 
 Kind = Literal["q8_0", "q4_0", "f16", "bf16", "f32"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+UNREAD = ("head_dim", "rope_parameters", "attention_bias", "mlp_bias")
+"""Settings that transformers does not read from the file, for some or all architectures."""
 
 
 @dataclass(frozen=True)
-class Written:
+class GgufFile:
     """A file that was written."""
 
     path: Path
@@ -46,8 +60,8 @@ def check_gguf(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> 
     """
     require_extra("gguf", "gguf", "writing GGUF files")
     check_architecture(config)
-    read_tokens(tokenizer, config.vocab_size)
-    frame(tokenizer)
+    convert_tokenizer(tokenizer, config.vocab_size)
+    adds_bos_eos(tokenizer)
 
 
 def write_gguf(
@@ -56,7 +70,7 @@ def write_gguf(
     path: Path,
     kind: Kind,
     keep: Collection[str] = (),
-) -> Written:
+) -> GgufFile:
     """Write a model and its tokenizer to one file, whole or not at all, in place of any before it.
 
     Args:
@@ -74,17 +88,17 @@ def write_gguf(
     check_gguf(model.config, tokenizer)
     from gguf import GGMLQuantizationType, GGUFWriter, size_label  # an extra
 
-    from llmctl.gguf_file.tensors import BLOCKS, weights
+    from llmctl.gguf_file.tensors import BLOCKS, gguf_tensors
 
-    matrices = GGMLQuantizationType[kind.upper()]
-    tensors = list(weights(model, matrices, keep))
+    matrix_type = GGMLQuantizationType[kind.upper()]
+    tensors = list(gguf_tensors(model, matrix_type, keep))
     staging = staged(path)
     writer = GGUFWriter(staging, ARCHITECTURES[model.config.model_type])
     _describe(writer, model, kind)
     _add_tokens(writer, model, tokenizer)
-    for weight in tensors:
+    for tensor in tensors:
         writer.add_tensor_info(
-            weight.name, weight.shape, weight.dtype, weight.size, raw_dtype=weight.type
+            tensor.name, tensor.shape, tensor.dtype, tensor.size, raw_dtype=tensor.type
         )
     writer.add_size_label(size_label(*writer.get_total_parameter_count()))
     try:
@@ -92,8 +106,8 @@ def write_gguf(
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for weight in tensors:
-                writer.write_tensor_data(weight.array())
+            for tensor in tensors:
+                writer.write_tensor_data(tensor.array())
             writer.close()
             fsync(staging)
             staging.replace(path)
@@ -101,28 +115,46 @@ def write_gguf(
     finally:
         writer.close()
         staging.unlink(missing_ok=True)
-    halves = [w for w in tensors if w.type == GGMLQuantizationType.F16 and matrices in BLOCKS]
-    return Written(
+    kept = [t for t in tensors if t.type == GGMLQuantizationType.F16 and matrix_type in BLOCKS]
+    return GgufFile(
         path,
         path.stat().st_size,
-        dict(Counter(weight.type.name.lower() for weight in tensors)),
-        tuple(weight.source.removesuffix(".weight") for weight in halves),
+        dict(Counter(tensor.type.name.lower() for tensor in tensors)),
+        tuple(tensor.source.removesuffix(".weight") for tensor in kept),
     )
 
 
+def read_back(path: Path, original: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a GGUF file, dequantized to float32, in eval mode.
+
+    Args:
+        path: of the file.
+        original: configuration of the model that it was made of; gives what transformers does not
+            read from the file.
+    """
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    known = original.to_dict()
+    config.update({name: known[name] for name in UNREAD if known.get(name) is not None})
+    with redirect_stderr(StringIO()):  # its progress bar cannot be switched off
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, config=config, dtype=torch.float32
+        )
+    return model.eval()
+
+
 def _describe(writer: "GGUFWriter", model: PreTrainedModel, kind: Kind) -> None:
-    """What the file is, and the sizes of the model."""
+    """Add the file's kind, and the sizes of the model."""
     from gguf import GGML_QUANT_VERSION, LlamaFileType
 
     writer.add_type("model")
-    if name := _name(model.config):
+    if name := _model_name(model.config):
         writer.add_name(name)
     if licence := license_of(Path(model.config.name_or_path)):
         writer.add_license(licence)
-    written = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
-    writer.add_file_type(LlamaFileType[written])
+    file_type = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
+    writer.add_file_type(LlamaFileType[file_type])
     writer.add_quantization_version(GGML_QUANT_VERSION)
-    for key, value in metadata(model.config):
+    for key, value in architecture_metadata(model.config):
         key = f"{ARCHITECTURES[model.config.model_type]}.{key}"
         if isinstance(value, str):
             writer.add_string(key, value)
@@ -135,21 +167,21 @@ def _describe(writer: "GGUFWriter", model: PreTrainedModel, kind: Kind) -> None:
 def _add_tokens(
     writer: "GGUFWriter", model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """The vocabulary, the tokens with a role, and the chat template."""
-    tokens = read_tokens(tokenizer, model.config.vocab_size)
-    if tokens.caution:
-        log.warning("llama.cpp may cut %s into other tokens than transformers", tokens.caution)
-    writer.add_tokenizer_model(tokens.model)
-    writer.add_tokenizer_pre(tokens.pre)
-    writer.add_token_list(tokens.texts)
-    writer.add_token_types(tokens.types)
-    if tokens.scores is not None:
-        writer.add_token_scores(tokens.scores)
-    if tokens.merges is not None:
-        writer.add_token_merges(tokens.merges)
-    if tokens.space_prefix is not None:
-        writer.add_add_space_prefix(tokens.space_prefix)
-    bos, eos = frame(tokenizer)
+    """Add the vocabulary, the special tokens and the chat template."""
+    converted = convert_tokenizer(tokenizer, model.config.vocab_size)
+    if converted.caution:
+        log.warning("llama.cpp may cut %s into other tokens than transformers", converted.caution)
+    writer.add_tokenizer_model(converted.model)
+    writer.add_tokenizer_pre(converted.pre)
+    writer.add_token_list(converted.texts)
+    writer.add_token_types(converted.types)
+    if converted.scores is not None:
+        writer.add_token_scores(converted.scores)
+    if converted.merges is not None:
+        writer.add_token_merges(converted.merges)
+    if converted.space_prefix is not None:
+        writer.add_add_space_prefix(converted.space_prefix)
+    bos, eos = adds_bos_eos(tokenizer)
     writer.add_add_bos_token(bos)
     writer.add_add_eos_token(eos)
     stops = [token for token in stop_tokens(model, tokenizer) if token != tokenizer.eos_token_id]
@@ -171,7 +203,7 @@ def _add_tokens(
         writer.add_chat_template(template)
 
 
-def _name(config: PreTrainedConfig) -> str:
+def _model_name(config: PreTrainedConfig) -> str:
     """The model's name: of its folder, or of the run that the folder is in."""
     folder = Path(config.name_or_path)
     return folder.parent.name if folder.name in ("model", "adapter") else folder.name

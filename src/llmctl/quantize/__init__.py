@@ -1,1 +1,1 @@
-"""Make a model smaller, and measure what that costs."""
+"""Quantize a model, and measure the loss."""

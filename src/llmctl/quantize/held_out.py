@@ -1,7 +1,6 @@
-"""What a model is measured on: held-out text of its own, or of the runs that it comes from.
+"""Find held-out text to measure a model on: `--data`, or the validation data of its runs.
 
-In: a reference to a model, or what `--data` names. Out: documents as tokens, with the prompts that
-samples are written to.
+In: a reference to a model, or names of data. Out: documents as tokens, with prompts for samples.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,10 +27,9 @@ from llmctl.runs.directory import read_manifest
 PARENTS = ("model", "adapter", "base")
 """Roles of the inputs that a run started from."""
 PROMPTS, PROMPT_TOKENS = 3, 24
-CHARACTERS = 16
-"""Of plain text that are read for a token that is wanted."""
-FURTHEST = 20
-"""Runs that are walked back at most."""
+CHARACTERS_PER_TOKEN = 16
+"""Characters of plain text that are read for each token."""
+MAX_ANCESTORS = 20
 
 
 @dataclass(frozen=True)
@@ -41,21 +39,21 @@ class HeldOut:
     documents: list[list[int]]
     prompts: list[list[int]]
     name: str
-    """What they are."""
+    """What the text is, for messages."""
     inputs: list[dict[str, Any]]
     """For the manifest."""
 
     @property
     def tokens(self) -> int:
-        """Of all documents."""
+        """Number of tokens of all documents."""
         return sum(map(len, self.documents))
 
 
-def find_text(config: QuantizeConfig, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
-    """What `--data` names, else the validation data of the run or of the nearest one before it.
+def find_held_out(config: QuantizeConfig, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
+    """Read `--data`, else the validation data of the run or of the nearest one before it.
 
     Args:
-        config: says which, and how much.
+        config: names the data, and how many tokens of them.
         tokenizer: of the model.
 
     Raises:
@@ -63,17 +61,17 @@ def find_text(config: QuantizeConfig, tokenizer: PreTrainedTokenizerBase) -> Hel
     """
     limit = config.eval_tokens
     if config.data:
-        return _of_data(config.data, tokenizer, limit)
-    runs = list(_ancestry(config.model))
+        return _from_data(config.data, tokenizer, limit)
+    runs = list(_ancestor_runs(config.model))
     for run in runs:
         stage = read_manifest(run).get("stage")
-        found = None
+        held_out = None
         if stage == "pretrain":
-            found = _of_pretrain(run, tokenizer, limit)
+            held_out = _from_pretrain_run(run, tokenizer, limit)
         elif stage == "sft":
-            found = _of_sft(run, tokenizer, limit)
-        if found is not None and any(len(document) > 1 for document in found.documents):
-            return found
+            held_out = _from_sft_run(run, tokenizer, limit)
+        if held_out is not None and any(len(document) > 1 for document in held_out.documents):
+            return held_out
     where = f"none of the runs behind it ({len(runs)})" if runs else "no run of llmctl's behind it"
     raise DataError(
         f"no text to measure on: {config.model} has {where} with validation data",
@@ -87,11 +85,11 @@ def run_of(reference: str) -> Path | None:
     return next((p for p in (path, path.parent) if (p / "manifest.json").is_file()), None)
 
 
-def _ancestry(reference: str) -> Iterator[Path]:
-    """The run of a model, the run of the model that it started from, and so on."""
+def _ancestor_runs(reference: str) -> Iterator[Path]:
+    """Yield the run of a model, the run of the model that it started from, and so on."""
     seen: set[Path] = set()
     queue = [reference]
-    while queue and len(seen) < FURTHEST:
+    while queue and len(seen) < MAX_ANCESTORS:
         run = run_of(queue.pop(0))
         if run is None or run.resolve() in seen:
             continue
@@ -101,28 +99,29 @@ def _ancestry(reference: str) -> Iterator[Path]:
         queue += [i["path"] for role in PARENTS for i in inputs if i.get("role") == role]
 
 
-def _of_data(data: list[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> HeldOut:
-    texts, rows, inputs = read_texts(data, limit * CHARACTERS)
-    examples = read_examples(rows) if rows else []
-    chosen = [example for found in examples for example in found.examples]
-    inputs += [facts for found in examples for facts in found.inputs]
-    documents, prompts = _rendered(chosen, tokenizer, limit)
+def _from_data(data: list[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> HeldOut:
+    texts, rows, inputs = read_texts(data, limit * CHARACTERS_PER_TOKEN)
+    sets = read_examples(rows) if rows else []
+    examples = [example for data_set in sets for example in data_set.examples]
+    inputs += [entry for data_set in sets for entry in data_set.inputs]
+    documents, prompts = _render(examples, tokenizer, limit)
     plain = encode_documents(tokenizer, texts, end=False)
-    documents = _capped([*documents, *plain], limit)
-    return HeldOut(documents, prompts or _openings(documents), ", ".join(data), inputs)
+    documents = _truncate([*documents, *plain], limit)
+    return HeldOut(documents, prompts or _opening_prompts(documents), ", ".join(data), inputs)
 
 
-def _of_pretrain(run: Path, tokenizer: PreTrainedTokenizerBase, limit: int) -> HeldOut | None:
-    """Documents of the validation shards; None where there are none, or of other tokens."""
-    named = [i for i in read_manifest(run).get("inputs", []) if i.get("role") == "tokens"]
-    folder = Path(named[0]["path"]).expanduser() if named else run
+def _from_pretrain_run(run: Path, tokenizer: PreTrainedTokenizerBase, limit: int) -> HeldOut | None:
+    """Documents of the validation shards; None where there are none, or the tokenizer differs."""
+    token_inputs = [i for i in read_manifest(run).get("inputs", []) if i.get("role") == "tokens"]
+    folder = Path(token_inputs[0]["path"]).expanduser() if token_inputs else run
     if not (folder / "tokens" / "index.json").is_file():
         log.warning("%s: its tokens are gone from %s", run, folder)
         return None
-    if named and sha256_file(folder / "tokens" / "index.json") != named[0]["sha256"]:
+    index_file = folder / "tokens" / "index.json"
+    if token_inputs and sha256_file(index_file) != token_inputs[0]["sha256"]:
         raise _changed(run, folder)
     index = open_tokens(folder)
-    if index.val is None or not _reads(tokenizer, folder, index):
+    if index.val is None or not _has_same_ids(tokenizer, folder, index):
         return None
     stream = index.val.window(0, min(index.val.tokens, 2 * limit)).tolist()
     start = [] if index.bos_token_id is not None else [index.eos_token_id]
@@ -131,12 +130,14 @@ def _of_pretrain(run: Path, tokenizer: PreTrainedTokenizerBase, limit: int) -> H
         documents[-1].append(token)
         if token == index.eos_token_id:
             documents.append([*start])
-    documents = _capped([d for d in documents if len(d) > 1], limit)
-    return HeldOut(documents, _openings(documents), f"the validation tokens of {run}", named)
+    documents = _truncate([d for d in documents if len(d) > 1], limit)
+    return HeldOut(
+        documents, _opening_prompts(documents), f"the validation tokens of {run}", token_inputs
+    )
 
 
-def _reads(tokenizer: PreTrainedTokenizerBase, folder: Path, index: TokenIndex) -> bool:
-    """Whether tokens mean the same to this tokenizer, which may have more of them by now."""
+def _has_same_ids(tokenizer: PreTrainedTokenizerBase, folder: Path, index: TokenIndex) -> bool:
+    """Whether this tokenizer gives the shards' tokens the same ids; it may have further ones."""
     if fingerprint(tokenizer.backend_tokenizer) == index.tokenizer_sha256:
         return True
     made_by = load_tokenizer(str(folder))
@@ -144,8 +145,8 @@ def _reads(tokenizer: PreTrainedTokenizerBase, folder: Path, index: TokenIndex) 
     return is_theirs and made_by.get_vocab().items() <= tokenizer.get_vocab().items()
 
 
-def _of_sft(run: Path, tokenizer: PreTrainedTokenizerBase, limit: int) -> HeldOut | None:
-    """The examples that a run of `sft` held out; None where it held out none."""
+def _from_sft_run(run: Path, tokenizer: PreTrainedTokenizerBase, limit: int) -> HeldOut | None:
+    """Examples that an sft run held out; None where it held out none."""
     config = SftConfig.load("sft", run / "recipe.yaml", {})
     if config.task != "chat":
         return None
@@ -153,17 +154,17 @@ def _of_sft(run: Path, tokenizer: PreTrainedTokenizerBase, limit: int) -> HeldOu
     if not split.val:
         return None
     known = {i.get("sha256") for i in read_manifest(run).get("inputs", [])}
-    if any(facts["sha256"] not in known for facts in split.inputs):
+    if any(entry["sha256"] not in known for entry in split.inputs):
         raise _changed(run, ", ".join([*config.data, *config.val_data]))
-    documents, prompts = _rendered(split.val, tokenizer, limit)
+    documents, prompts = _render(split.val, tokenizer, limit)
     name = f"the examples that {run} held out"
-    return HeldOut(documents, prompts or _openings(documents), name, split.inputs)
+    return HeldOut(documents, prompts or _opening_prompts(documents), name, split.inputs)
 
 
-def _rendered(
+def _render(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, limit: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Conversations in the chat template, and what stands before their first answers."""
+    """Render conversations in the chat template; also the prompts before their first answers."""
     documents: list[list[int]] = []
     prompts: list[list[int]] = []
     total = 0
@@ -176,11 +177,11 @@ def _rendered(
                 prompts.append(list(encoded.tokens[:first]))
         if total >= limit:
             break
-    return _capped(documents, limit), prompts
+    return _truncate(documents, limit), prompts
 
 
-def _capped(documents: Sequence[list[int]], limit: int) -> list[list[int]]:
-    """The first documents, of so many tokens together."""
+def _truncate(documents: Sequence[list[int]], limit: int) -> list[list[int]]:
+    """Cut the documents off after so many tokens in all."""
     kept: list[list[int]] = []
     for document in documents:
         left = limit - sum(map(len, kept))
@@ -190,8 +191,8 @@ def _capped(documents: Sequence[list[int]], limit: int) -> list[list[int]]:
     return kept
 
 
-def _openings(documents: Sequence[list[int]]) -> list[list[int]]:
-    """Beginnings to continue: of three documents, or of three parts of fewer."""
+def _opening_prompts(documents: Sequence[list[int]]) -> list[list[int]]:
+    """Prompts from the beginnings of three documents, or of three parts of fewer."""
     long = [document for document in documents if len(document) > 1]
     if not long:
         return []

@@ -1,4 +1,4 @@
-"""The report on a smaller model: figures as a result has them, and as lines that people read."""
+"""The report on a quantized model: a dict for the result, and lines for the log."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -7,18 +7,18 @@ from rich.filesize import decimal
 
 from llmctl.console import log
 from llmctl.errors import GateError
-from llmctl.quantize.compare import Fidelity, Sample
+from llmctl.quantize.fidelity import Fidelity, SamplePair
 from llmctl.quantize.layers import Layers
 
 SHOWN = 160
 """Characters of a sample in the log."""
 MORE_BITS = {"4 bits": "--bits 8", "q4_0": "--gguf q8_0", "q8_0": "--gguf bf16"}
-"""What is nearer to the model, by what a method's name says."""
+"""Part of a method's name -> flag of a method that loses less."""
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Bytes that a model takes."""
+class ModelSize:
+    """Bytes of a model."""
 
     disk: int | None
     """Of its weights' files; None where nothing was written."""
@@ -26,40 +26,40 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What was won and lost."""
+class QuantizationReport:
+    """Sizes, fidelity, speed and samples of a model before and after."""
 
     method: str
     text: str
-    """What the models were measured on."""
+    """Name of the text that the models were measured on."""
     layers: Layers
     share: float
-    """Of all weights, those that are in few bits."""
-    before: Sizes
-    after: Sizes
+    """Share of all weights that are quantized."""
+    before: ModelSize
+    after: ModelSize
     fidelity: Fidelity
     speeds: dict[str, float]
     """Tokens a second, by the type of the weights; `after` is the smaller model, where it can be
     timed here."""
-    samples: list[Sample]
+    samples: list[SamplePair]
 
-    def facts(self) -> dict[str, Any]:
-        """For a result."""
-        found = self.fidelity
+    def as_dict(self) -> dict[str, Any]:
+        """The figures by name, for the result."""
+        fidelity = self.fidelity
         others = {f"tokens_per_second_{name}": speed for name, speed in self.speeds.items()}
         return {
             "method": self.method,
             "eval_text": self.text,
-            "eval_tokens": found.tokens,
+            "eval_tokens": fidelity.tokens,
             "disk_bytes_before": self.before.disk,
             "disk_bytes_after": self.after.disk,
             "memory_bytes_before": self.before.memory,
             "memory_bytes_after": self.after.memory,
-            "perplexity_before": found.perplexity_before,
-            "perplexity_after": found.perplexity_after,
-            "perplexity_increase": found.increase,
-            "kl": found.kl,
-            "top1_agreement": found.top1,
+            "perplexity_before": fidelity.perplexity_before,
+            "perplexity_after": fidelity.perplexity_after,
+            "perplexity_increase": fidelity.increase,
+            "kl": fidelity.kl,
+            "top1_agreement": fidelity.top1,
             **others,
             "slower": self.slower(),
             "quantized_layers": len(self.layers.taken),
@@ -69,26 +69,28 @@ class Report:
         }
 
     def slower(self) -> list[str]:
-        """Types of the full weights in which generation is faster than by the smaller model."""
+        """Types of the full weights with which generation is faster than with the quantized."""
         after = self.speeds.get("after")
         return [name for name, speed in self.speeds.items() if after and speed > after]
 
     def show(self) -> None:
-        """Say it on stderr."""
-        found, speeds = self.fidelity, dict(self.speeds)
+        """Log the report."""
+        fidelity, speeds = self.fidelity, dict(self.speeds)
         after = speeds.pop("after", None)
         own = next(iter(speeds.values()))
-        unit = "token" if found.tokens == 1 else "tokens"
-        log.info("%s, measured on %s %s of %s:", self.method, f"{found.tokens:,}", unit, self.text)
+        unit = "token" if fidelity.tokens == 1 else "tokens"
+        log.info(
+            "%s, measured on %s %s of %s:", self.method, f"{fidelity.tokens:,}", unit, self.text
+        )
         rows = [
             ("", "before", "after", ""),
             ("weights on disk", *_bytes(self.before.disk, self.after.disk)),
             ("weights in memory", *_bytes(self.before.memory, self.after.memory)),
             (
                 "perplexity",
-                f"{found.perplexity_before:.3f}",
-                f"{found.perplexity_after:.3f}",
-                f"{found.increase:+.2%}",
+                f"{fidelity.perplexity_before:.3f}",
+                f"{fidelity.perplexity_after:.3f}",
+                f"{fidelity.increase:+.2%}",
             ),
             (
                 "tokens/s",
@@ -96,10 +98,10 @@ class Report:
                 *((f"{after:.1f}", f"{after / own:.2f}x") if after else "- "),
             ),
         ]
-        for name, one, other, change in rows:
-            log.info("  %-20s %12s %12s  %s", name, one, other, change)
-        log.info("  %-20s %12s  nats a token", "mean KL", f"{found.kl:.2g}")
-        log.info("  %-20s %12s  of the most likely tokens", "agreement", f"{found.top1:.2%}")
+        for row in rows:
+            log.info("  %-20s %12s %12s  %s", *row)
+        log.info("  %-20s %12s  nats a token", "mean KL", f"{fidelity.kl:.2g}")
+        log.info("  %-20s %12s  of the most likely tokens", "agreement", f"{fidelity.top1:.2%}")
         self._show_slower()
         for line in self.layers.summary():
             log.info("  kept: %s", line)
@@ -117,25 +119,25 @@ class Report:
                 self.speeds[name],
             )
 
-    def hold(self, limit: float | None) -> None:
+    def check_gate(self, limit: float | None) -> None:
         """Refuse a model that lost more than it may.
 
         Raises:
             GateError: perplexity grew by more than this share.
         """
-        found = self.fidelity
-        if limit is None or found.increase <= limit:
+        fidelity = self.fidelity
+        if limit is None or fidelity.increase <= limit:
             return
         self.show()
         fewest = next((few for few in MORE_BITS if few in self.method), None)
         more = f"more bits ({MORE_BITS[fewest]}), or " if fewest else ""
         error = GateError(
-            f"perplexity grew by {found.increase:.2%}, from {found.perplexity_before:.3f} to "
-            f"{found.perplexity_after:.3f}; --max-perplexity-increase {limit:g} allows "
+            f"perplexity grew by {fidelity.increase:.2%}, from {fidelity.perplexity_before:.3f} to "
+            f"{fidelity.perplexity_after:.3f}; --max-perplexity-increase {limit:g} allows "
             f"{limit:.2%}: nothing was written",
             hint=f"keep {more}the layers that matter (--keep)" if self.layers.taken else None,
         )
-        error.report = self.facts()
+        error.report = self.as_dict()
         raise error
 
 

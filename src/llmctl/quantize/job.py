@@ -1,6 +1,6 @@
-"""What is to become smaller: found and checked before any weight is read, then loaded.
+"""Prepare a quantization: find and check the model and its text, before any weight is read.
 
-In: a config. Out: a `Job`, and from it the model in full precision.
+In: a config. Out: a `QuantizationJob`, which loads the model in full precision.
 """
 
 from dataclasses import dataclass
@@ -34,19 +34,19 @@ from llmctl.models.loading import (
 from llmctl.models.merging import Mergeable, find_mergeable, merge
 from llmctl.models.quantized import require_full
 from llmctl.models.vetting import BROKEN, first_line, read_object
-from llmctl.quantize.held_out import HeldOut, find_text
+from llmctl.quantize.held_out import HeldOut, find_held_out
 from llmctl.quantize.layers import Layers, choose_layers
-from llmctl.quantize.methods import copy_as, describe
+from llmctl.quantize.methods import copy_model, describe
 from llmctl.runs.directory import resolve_model
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-ROOM = 1.2
-"""Of a copy's size that must be free before one is made only to be timed."""
+FREE_FACTOR = 1.2
+"""Free memory, in sizes of a copy, without which none is made only to be timed."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """A model that can be made smaller, and what to measure it on."""
+class QuantizationJob:
+    """A model that can be quantized, and the text to measure it on."""
 
     reference: str
     adapter: Mergeable | None
@@ -59,18 +59,18 @@ class Job:
     def inputs(self) -> list[dict[str, Any]]:
         """For the manifest."""
         if self.adapter is not None:
-            found = [
+            digests = [
                 ("adapter", self.reference, sha256_folder(self.adapter.adapter.folder)),
                 ("base", str(self.adapter.base), weights_sha256(self.adapter.base)),
             ]
         else:
             folder = local_folder(resolve_model(self.reference))
-            found = [("model", self.reference, weights_sha256(folder))]
-        own = [hub.model_input(role, path, digest) for role, path, digest in found]
-        return [*own, *({**facts, "role": "eval-text"} for facts in self.text.inputs)]
+            digests = [("model", self.reference, weights_sha256(folder))]
+        own = [hub.model_input(role, path, digest) for role, path, digest in digests]
+        return [*own, *({**entry, "role": "eval-text"} for entry in self.text.inputs)]
 
     def load(self) -> PreTrainedModel:
-        """The model in its own type, or the merged one in float32, in eval mode.
+        """Load the model in its own type, or merge it in float32; in eval mode.
 
         Raises:
             ModelError: it does not load, its weights are not finite, or it does not merge.
@@ -85,19 +85,19 @@ class Job:
         )
 
     def disk_before(self) -> int | None:
-        """Bytes of the weights' files; None where they are merged only now."""
+        """Bytes of the weights' files; None for a merged model, which has none."""
         if self.adapter is not None:
             return None
         return weights_size(local_folder(resolve_model(self.reference)))
 
 
-def prepare(config: QuantizeConfig, device: str) -> Job:
-    """Find the model, its layers and its text, and refuse what cannot be.
+def prepare(config: QuantizeConfig, device: str) -> QuantizationJob:
+    """Find the model, its layers and its text, and check that they fit the method.
 
     Raises:
         DataError: no text to measure on.
-        ModelError: quantized already, no language model, an adapter that is not to be merged, or
-            no layer that the method takes.
+        ModelError: quantized already, no language model, an adapter without `--merge`, or no layer
+            that the method takes.
         UserError: flags that do not go with this model.
     """
     folder = local_folder(resolve_model(config.model))
@@ -118,16 +118,16 @@ def prepare(config: QuantizeConfig, device: str) -> Job:
     own = torch.float32 if adapter is not None else shape.dtype
     if config.library is None and config.gguf is None and own == DTYPES[config.dtype]:
         raise UserError(f"--dtype {config.dtype}: the weights are in that type already")
-    layers = choose_layers(_without_weights(shape, config.model), config)
+    layers = choose_layers(_empty_model(shape, config.model), config)
     tokenizer = load_tokenizer(str(folder))
     if config.gguf is not None:
         check_gguf(shape, tokenizer)
-    text = find_text(config, tokenizer)
-    return Job(config.model, adapter, tokenizer, text, layers, device)
+    text = find_held_out(config, tokenizer)
+    return QuantizationJob(config.model, adapter, tokenizer, text, layers, device)
 
 
-def announce(job: Job, config: QuantizeConfig) -> None:
-    """Say what would be done."""
+def announce(job: QuantizationJob, config: QuantizeConfig) -> None:
+    """Log what a run would do."""
     log.info("would make %s smaller: %s, on %s", job.reference, describe(config), job.device)
     log.info("would measure on %s tokens of %s", f"{job.text.tokens:,}", job.text.name)
     if config.library is not None:
@@ -136,20 +136,19 @@ def announce(job: Job, config: QuantizeConfig) -> None:
             log.info("would keep %s", line)
 
 
-def rivals(before: PreTrainedModel, config: QuantizeConfig) -> dict[str, PreTrainedModel]:
-    """The model in full precision, in its own type first, and on a CPU in the other usual one.
+def baselines(before: PreTrainedModel, config: QuantizeConfig) -> dict[str, PreTrainedModel]:
+    """The model in full precision, in its own type first; on a CPU in fp32 or bf16, too.
 
-    A quantized model may be slower than either, and which of them is the faster differs from one
-    CPU to the next.
+    A quantized model may be slower than either; which of them is faster differs among CPUs.
     """
     own = NAMES[before.dtype]
     other = "bf16" if own == "fp32" else "fp32"
-    found = {own: before}
+    models = {own: before}
     is_cast_to = config.library is None and config.dtype == other
     size = parameter_count(before) * DTYPES[other].itemsize
-    if before.device.type == "cpu" and not is_cast_to and memory_left() > ROOM * size:
-        found[other] = copy_as(before, DTYPES[other])
-    return found
+    if before.device.type == "cpu" and not is_cast_to and memory_left() > FREE_FACTOR * size:
+        models[other] = copy_model(before, DTYPES[other])
+    return models
 
 
 def quantized_share(model: PreTrainedModel, layers: Layers) -> float:
@@ -175,7 +174,7 @@ def _require_language_model(shape: PreTrainedConfig, reference: str, *, is_heade
         )
 
 
-def _without_weights(shape: PreTrainedConfig, reference: str) -> Any:
+def _empty_model(shape: PreTrainedConfig, reference: str) -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(shape, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""What a GGUF file says about a tokenizer: its tokens, their types, and how text becomes them.
+"""A tokenizer in the terms of GGUF: its tokens, their types, and how text is split.
 
 llama.cpp has code of its own for this. Two of its tokenizers are written: byte-level BPE, which it
 calls `gpt2`, and BPE with bytes to fall back on, as SentencePiece makes it, which it calls `llama`.
@@ -42,14 +42,14 @@ PREFIXES = {
 }
 """`tokenizers`' ways to put a space before a text, and where llama.cpp's own differs."""
 
-KNOWN = (
+SUPPORTED = (
     "those that can: byte-level BPE cut into words as GPT-2, SmolLM, Llama 3, Qwen2 or Tekken do, "
     "and SentencePiece's BPE with byte fallback"
 )
 
 
 @dataclass(frozen=True)
-class Tokens:
+class GgufTokenizer:
     """A tokenizer as llama.cpp reads it."""
 
     model: str
@@ -62,11 +62,11 @@ class Tokens:
     """Whether a space is put before a text; None where that is no question."""
 
     caution: str | None = None
-    """For which texts llama.cpp's tokens are others all the same."""
+    """Texts that llama.cpp splits otherwise all the same."""
 
 
-def read_tokens(tokenizer: PreTrainedTokenizerBase, rows: int) -> Tokens:
-    """A tokenizer in llama.cpp's terms.
+def convert_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int) -> GgufTokenizer:
+    """Convert a tokenizer into llama.cpp's terms.
 
     Args:
         tokenizer: of transformers, with a `tokenizers` form.
@@ -76,22 +76,22 @@ def read_tokens(tokenizer: PreTrainedTokenizerBase, rows: int) -> Tokens:
         ModelError: llama.cpp has no such tokenizer, or the model has no row for a token.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise _refusal(f"{type(tokenizer).__name__} has no `tokenizers` form")
+        raise _unsupported(f"{type(tokenizer).__name__} has no `tokenizers` form")
     form = json.loads(tokenizer.backend_tokenizer.to_str())
     if form["model"]["type"] != "BPE":
-        raise _refusal(f"{form['model']['type']} tokens")
+        raise _unsupported(f"{form['model']['type']} tokens")
     last = max(tokenizer.get_vocab().values())
     if last >= rows:
         raise ModelError(f"the tokenizer has token {last:,}, the model {rows:,} rows for tokens")
     for token in form["added_tokens"]:
         odd = [name for name in ("lstrip", "rstrip", "single_word") if token[name]]
         if odd:
-            raise _refusal(f"the token {token['content']} with {odd[0]}")
-    read = _sentencepiece if form["model"]["byte_fallback"] else _byte_level
-    return read(tokenizer, form, rows)
+            raise _unsupported(f"the token {token['content']} with {odd[0]}")
+    convert = _sentencepiece if form["model"]["byte_fallback"] else _byte_level
+    return convert(tokenizer, form, rows)
 
 
-def frame(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
+def adds_bos_eos(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
     """Whether the tokenizer puts bos before a text, and eos after it.
 
     Raises:
@@ -103,44 +103,48 @@ def frame(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
     for head, tail in (([], []), ([bos], []), ([bos], [eos]), ([], [eos])):
         if framed == [*head, *plain, *tail]:
             return bool(head), bool(tail)
-    raise _refusal("other tokens than bos and eos put around a text")
+    raise _unsupported("other tokens than bos and eos put around a text")
 
 
-def _byte_level(tokenizer: PreTrainedTokenizerFast, form: dict[str, Any], rows: int) -> Tokens:
+def _byte_level(
+    tokenizer: PreTrainedTokenizerFast, form: dict[str, Any], rows: int
+) -> GgufTokenizer:
     model, normalizer = form["model"], form["normalizer"]
     if normalizer is not None and normalizer["type"] != "NFC":
-        raise _refusal(f"text normalized by {normalizer['type']}")
+        raise _unsupported(f"text normalized by {normalizer['type']}")
     if model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
-        raise _refusal("tokens with a prefix or suffix of their own inside words")
+        raise _unsupported("tokens with a prefix or suffix of their own inside words")
     if not model["merges"]:
-        raise _refusal("bytes without merges")
-    pre = _words(form["pre_tokenizer"])
+        raise _unsupported("bytes without merges")
+    pre = _word_split(form["pre_tokenizer"])
     added = {token["content"] for token in form["added_tokens"]}
     if model["ignore_merges"] != (pre in WHOLE_WORDS):
         by_merges = {**form, "model": {**model, "ignore_merges": False}}
         merge = Tokenizer.from_str(json.dumps(by_merges)).model.tokenize
         whole = (text for text in model["vocab"] if text not in added)
         if lost := next((text for text in whole if len(merge(text)) != 1), None):
-            raise _refusal(f"the token {lost!r}, which no merges make (ignore_merges)")
-    texts, types = _typed(tokenizer, form, rows)
-    return Tokens(
+            raise _unsupported(f"the token {lost!r}, which no merges make (ignore_merges)")
+    texts, types = _texts_and_types(tokenizer, form, rows)
+    return GgufTokenizer(
         "gpt2",
         pre,
         texts,
         types,
-        merges=[" ".join(pair) for pair in _pairs(model)],
+        merges=[" ".join(pair) for pair in _merge_pairs(model)],
         caution="text that is not in Unicode's form NFC" if normalizer else None,
     )
 
 
-def _sentencepiece(tokenizer: PreTrainedTokenizerFast, form: dict[str, Any], rows: int) -> Tokens:
+def _sentencepiece(
+    tokenizer: PreTrainedTokenizerFast, form: dict[str, Any], rows: int
+) -> GgufTokenizer:
     vocab: dict[str, int] = form["model"]["vocab"]
     if missing := [name for name in map("<0x{:02X}>".format, range(256)) if name not in vocab]:
-        raise _refusal(f"byte fallback without a token {missing[0]}")
+        raise _unsupported(f"byte fallback without a token {missing[0]}")
     if form["model"]["ignore_merges"]:
-        raise _refusal("byte fallback with ignore_merges")
+        raise _unsupported("byte fallback with ignore_merges")
     prefix, caution = _space_prefix(form)
-    texts, types = _typed(tokenizer, form, rows)
+    texts, types = _texts_and_types(tokenizer, form, rows)
     for index, text in enumerate(texts):
         if re.fullmatch("<0x[0-9A-F]{2}>", text):
             types[index] = BYTE
@@ -149,8 +153,8 @@ def _sentencepiece(tokenizer: PreTrainedTokenizerFast, form: dict[str, Any], row
     if tokenizer.unk_token_id is not None:
         types[tokenizer.unk_token_id] = UNKNOWN
     pieces = [text for text, kind in zip(texts, types, strict=True) if kind == NORMAL]
-    scores = _scores(_pairs(form["model"]), pieces)
-    return Tokens(
+    scores = _scores(_merge_pairs(form["model"]), pieces)
+    return GgufTokenizer(
         "llama",
         "default",
         texts,
@@ -161,10 +165,10 @@ def _sentencepiece(tokenizer: PreTrainedTokenizerFast, form: dict[str, Any], row
     )
 
 
-def _typed(
+def _texts_and_types(
     tokenizer: PreTrainedTokenizerFast, form: dict[str, Any], rows: int
 ) -> tuple[list[str], list[int]]:
-    """Text and type of every row: what no token has is unused."""
+    """Text and type of every row; rows without a token are unused."""
     texts, types = [f"[PAD{row}]" for row in range(rows)], [UNUSED] * rows
     for text, token in tokenizer.get_vocab().items():
         texts[token], types[token] = text, NORMAL
@@ -173,18 +177,18 @@ def _typed(
     return texts, types
 
 
-def _pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
+def _merge_pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
     return [(left, right) for left, right in model["merges"]]
 
 
-def _words(pre_tokenizer: dict[str, Any] | None) -> str:
-    """llama.cpp's name for the way in which text is cut into words.
+def _word_split(pre_tokenizer: dict[str, Any] | None) -> str:
+    """llama.cpp's name for the way in which text is split into words.
 
     Its own converter looks up the hash of how a tokenizer encodes a certain text; the tokenizer's
     parts say the same of any vocabulary, also of one that nobody has seen before.
     """
     if pre_tokenizer is None:
-        raise _refusal("text that is not cut into words")
+        raise _unsupported("text that is not cut into words")
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     match steps:
         case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
@@ -199,11 +203,11 @@ def _words(pre_tokenizer: dict[str, Any] | None) -> str:
             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
         ] if regex in SPLITS:
             return SPLITS[regex]
-    raise _refusal(f"text cut into words by {json.dumps(pre_tokenizer)[:200]}")
+    raise _unsupported(f"text cut into words by {json.dumps(pre_tokenizer)[:200]}")
 
 
 def _space_prefix(form: dict[str, Any]) -> tuple[bool, str | None]:
-    """Whether a space is put before a text, and where llama.cpp does so otherwise.
+    """Whether a space is put before a text, and the texts where llama.cpp differs.
 
     Raises:
         ModelError: something else is done to the text.
@@ -218,7 +222,7 @@ def _space_prefix(form: dict[str, Any]) -> tuple[bool, str | None]:
             return False, None
         case [], {"type": "Metaspace", "replacement": "\u2581", "split": False}:
             return PREFIXES[pre_tokenizer["prepend_scheme"]]
-    raise _refusal("byte fallback with other normalizers than those for spaces")
+    raise _unsupported("byte fallback with other normalizers than those for spaces")
 
 
 def _scores(merges: Sequence[tuple[str, str]], pieces: Sequence[str]) -> dict[str, float]:
@@ -237,7 +241,7 @@ def _scores(merges: Sequence[tuple[str, str]], pieces: Sequence[str]) -> dict[st
     for left, right in merges:
         token = left + right
         if token != before and token in scores:
-            raise _refusal(f"merges that make {token!r} at different ranks")
+            raise _unsupported(f"merges that make {token!r} at different ranks")
         scores.setdefault(token, -1.0 - len(scores))
         made.setdefault(token, set()).add((left, right))
         before = token
@@ -245,9 +249,9 @@ def _scores(merges: Sequence[tuple[str, str]], pieces: Sequence[str]) -> dict[st
         parts = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
         pairs = {pair for pair in parts if known.issuperset(pair)}
         if pairs != made.get(text, set()):
-            raise _refusal(f"the token {text!r}, which not all of its parts are merged to")
+            raise _unsupported(f"the token {text!r}, which not all of its parts are merged to")
     return scores
 
 
-def _refusal(what: str) -> ModelError:
-    return ModelError(f"llama.cpp has no tokenizer like this one: {what}", hint=KNOWN)
+def _unsupported(feature: str) -> ModelError:
+    return ModelError(f"llama.cpp has no tokenizer like this one: {feature}", hint=SUPPORTED)
