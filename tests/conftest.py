@@ -50,6 +50,7 @@ def cli():
     import torch
 
     from llmctl.cli import main
+    from tests.known_metrics import known_metrics
 
     torch.set_num_threads(1)
 
@@ -57,7 +58,11 @@ def cli():
         out, err, before = io.StringIO(), io.StringIO(), sys.argv
         sys.argv = ["llmctl", *map(str, arguments)]
         try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            with (
+                contextlib.redirect_stdout(out),
+                contextlib.redirect_stderr(err),
+                known_metrics(),
+            ):
                 main()
         except SystemExit as exit_:
             code = exit_.code or 0

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from llmctl import metrics
+from llmctl import metrics, numbers
 from llmctl.reporting.curves import panels, smoothed, thinned
 from llmctl.reporting.draw import draw, log_ticks, ticks
 from llmctl.reporting.graph import edges, graphs
@@ -18,7 +18,7 @@ from llmctl.reporting.records import read_records
 from llmctl.reporting.texts import samples_of
 from tests.made_runs import curve, make_life, make_run
 
-DASH = metrics.MISSING
+DASH = numbers.MISSING
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>{{ 7 * 7 }}"
 
 
@@ -58,7 +58,7 @@ def test_a_real_run_is_told_in_full(cli, base, tokens, tmp_path):
 
 
 def text_seconds(manifest):
-    return metrics.seconds(manifest["energy"]["seconds"]).replace(metrics.NARROW, " ")
+    return numbers.seconds(manifest["energy"]["seconds"]).replace(numbers.NARROW, " ")
 
 
 def test_a_page_needs_nothing_else(cli, life, tmp_path):
@@ -291,7 +291,7 @@ def test_markdown_is_a_summary_for_ci(cli, life):
         "# life\n\n5 runs, all completed in 2 min 35 s. Of 2 gates, 1 did not hold.\n"
     )
     assert "| sft | sft | ✅ completed | Validation loss 2.1, Token accuracy, held out 51.2 %" in (
-        md.replace(metrics.NARROW, " "))  # fmt: skip
+        md.replace(numbers.NARROW, " "))  # fmt: skip
     assert "```mermaid\nflowchart LR\n" in md
     assert '"reward: reward"' in md
     assert md.count("<details>") == md.count("</details>") > 5
@@ -462,4 +462,4 @@ def test_the_kept_step_is_shown_not_the_last(tmp_path):
     ],
 )
 def test_numbers_are_said_as_people_do(key, value, shown):
-    assert metrics.value(key, value).replace(metrics.NARROW, " ") == shown
+    assert metrics.value(key, value).replace(numbers.NARROW, " ") == shown

@@ -26,7 +26,7 @@ from llmctl.files import no_space
 from llmctl.models import presets
 from llmctl.pipeline.predicted import Foretold
 from llmctl.pipeline.references import Stage
-from llmctl.planning.memory import memory_of
+from llmctl.planning.memory import estimate_memory
 from llmctl.planning.outlook import device_memory
 from llmctl.planning.recipe import plan_recipe
 
@@ -73,8 +73,8 @@ def least_memory(stage: Stage, model: Foretold) -> float:
     with tempfile.TemporaryDirectory(prefix="llmctl-") as folder:
         model.shape.save_pretrained(folder)
         asked = PlanConfig(shape=folder, length=1, devices=stage.processes)
-        work, _, _ = plan_recipe(config, asked, _device(stage))
-    return memory_of(work).peak
+        workload, _, _ = plan_recipe(config, asked, _device(stage))
+    return estimate_memory(workload).peak
 
 
 def disk_of(stage: Stage, model: Foretold) -> int:

@@ -13,7 +13,7 @@ from llmctl.console import log
 from llmctl.errors import GateError, OutputError, UserError
 from llmctl.files import sha256_file, writing
 from llmctl.pipeline.content_hash import address_of
-from llmctl.pipeline.gates import Verdict, judge
+from llmctl.pipeline.gates import GateResult, check_gates
 from llmctl.pipeline.launching import launch
 from llmctl.pipeline.references import Stage
 from llmctl.pipeline.report import require_page, write_page
@@ -137,9 +137,9 @@ class Cycle:
         known = journal.record(stage)
         result = result_of(stage, known)
         journal.note(stage, address=self.addresses[stage.name], state="completed", result=result)
-        verdicts = self._judged(stage, result, journal)
-        view.end(stage.name, "unchanged", result, verdicts)
-        _require(stage, verdicts)
+        gate_results = self._judged(stage, result, journal)
+        view.end(stage.name, "unchanged", result, gate_results)
+        _require(stage, gate_results)
 
     def _run_one(self, stage: Stage, what: Todo, journal: Journal, view: View) -> None:
         """Run a stage; the journal knows before and after."""
@@ -161,19 +161,19 @@ class Cycle:
         seconds = time.monotonic() - began
         digest = {"sha256": sha256_file(stage.out)} if stage.is_file else {}
         journal.note(stage, state="completed", result=result, seconds=round(seconds, 1), **digest)
-        verdicts = self._judged(stage, result, journal)
-        view.end(stage.name, "completed", result, verdicts, seconds)
-        _require(stage, verdicts)
+        gate_results = self._judged(stage, result, journal)
+        view.end(stage.name, "completed", result, gate_results, seconds)
+        _require(stage, gate_results)
 
     def _judged(
         self, stage: Stage, result: Mapping[str, Any], journal: Journal
-    ) -> tuple[Verdict, ...]:
+    ) -> tuple[GateResult, ...]:
         try:
-            verdicts = judge(stage.gates, result)
+            gate_results = check_gates(stage.gates, result)
         except GateError as error:
             raise stage.wrong(error) from None
-        journal.note(stage, gates=[verdict.as_json() for verdict in verdicts])
-        return verdicts
+        journal.note(stage, gates=[gate_result.as_json() for gate_result in gate_results])
+        return gate_results
 
     def _take(self, stage: Stage, known: Mapping[str, Any]) -> None:
         """Let a stage stand as it is, whatever it was made from."""
@@ -237,9 +237,9 @@ def _run_id(stage: Stage) -> str | None:
     return None if found is None else str(found)
 
 
-def _require(stage: Stage, verdicts: tuple[Verdict, ...]) -> None:
+def _require(stage: Stage, gate_results: tuple[GateResult, ...]) -> None:
     """Refuse figures that are not what the recipe demands."""
-    if broken := [verdict for verdict in verdicts if not verdict.holds]:
+    if broken := [gate_result for gate_result in gate_results if not gate_result.holds]:
         first = broken[0]
         raise GateError(
             f"stage `{stage.name}`: gate {first.gate} does not hold: it is {first.value:.4g}",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmctl.console import duration, is_terminal, log, watched
-from llmctl.pipeline.gates import Verdict
+from llmctl.pipeline.gates import GateResult
 from llmctl.pipeline.references import Stage
 
 FIGURES = (
@@ -39,7 +39,7 @@ class Row:
     state: str = "waiting"
     seconds: float | None = None
     figures: str = ""
-    verdicts: Sequence[Verdict] = field(default_factory=tuple)
+    gate_results: Sequence[GateResult] = field(default_factory=tuple)
 
 
 class View:
@@ -83,20 +83,20 @@ class View:
         name: str,
         state: str,
         result: Mapping[str, Any],
-        verdicts: Sequence[Verdict] = (),
+        gate_results: Sequence[GateResult] = (),
         seconds: float | None = None,
     ) -> None:
         """A stage ended, or needed not to begin."""
         place = list(self.rows).index(name) + 1
         row = self.rows[name]
-        row.state, row.seconds, row.verdicts = state, seconds, verdicts
-        row.figures = _figures(result, verdicts)
+        row.state, row.seconds, row.gate_results = state, seconds, gate_results
+        row.figures = _figures(result, gate_results)
         took = "" if seconds is None else f" in {duration(seconds)}"
         said = f"  {row.figures}" if row.figures else ""
         log.info("[%d/%d] %s: %s%s%s", place, len(self.rows), name, state, took, said)
-        for verdict in verdicts:
-            held = "holds" if verdict.holds else "does NOT hold"
-            log.info("  gate %s: %s (%.4g)", verdict.gate, held, verdict.value)
+        for gate_result in gate_results:
+            held = "holds" if gate_result.holds else "does NOT hold"
+            log.info("  gate %s: %s (%.4g)", gate_result.gate, held, gate_result.value)
         self.current = None
 
     def table(self) -> Any:
@@ -139,22 +139,24 @@ class View:
 
 def show_gates(rows: Mapping[str, Row]) -> None:
     """A table of every gate, as lines of the log."""
-    found = [(row.name, verdict) for row in rows.values() for verdict in row.verdicts]
+    found = [(row.name, gate_result) for row in rows.values() for gate_result in row.gate_results]
     if not found:
         return
-    width = max(len(f"{name}  {verdict.gate}") for name, verdict in found)
+    width = max(len(f"{name}  {gate_result.gate}") for name, gate_result in found)
     log.info("gates:")
-    for name, verdict in found:
-        mark = "holds" if verdict.holds else "FAILS"
-        log.info("  %s  %-10.4g %s", f"{name}  {verdict.gate}".ljust(width), verdict.value, mark)
+    for name, gate_result in found:
+        mark = "holds" if gate_result.holds else "FAILS"
+        log.info(
+            "  %s  %-10.4g %s", f"{name}  {gate_result.gate}".ljust(width), gate_result.value, mark
+        )
 
 
-def _figures(result: Mapping[str, Any], verdicts: Sequence[Verdict]) -> str:
-    gated = {verdict.gate.figure for verdict in verdicts}
+def _figures(result: Mapping[str, Any], gate_results: Sequence[GateResult]) -> str:
+    gated = {gate_result.gate.figure for gate_result in gate_results}
     named = [name for name in FIGURES if isinstance(result.get(name), int | float)]
     shown = [name for name in named if name not in gated][:3]
     figures = [f"{name} {_number(result[name])}" for name in shown]
-    return "  ".join([*(f"{v.gate.figure} {_number(v.value)}" for v in verdicts), *figures])
+    return "  ".join([*(f"{v.gate.figure} {_number(v.value)}" for v in gate_results), *figures])
 
 
 def _number(value: float) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmctl import metrics
+from llmctl import metrics, numbers
 from llmctl.reporting.draw import Scale, Tick, spread, ticks
 from llmctl.reporting.records import Record
 
@@ -106,5 +106,5 @@ def _spreads(report: Mapping[str, Any]) -> tuple[tuple[Spread, ...], tuple[Tick,
         )
         for side, found in known.items()
     )
-    marks = tuple(Tick(scale(at), metrics.compact(at)) for at in ticks(scale.low, scale.high, 5))
+    marks = tuple(Tick(scale(at), numbers.compact(at)) for at in ticks(scale.low, scale.high, 5))
     return drawn, marks

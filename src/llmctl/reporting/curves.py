@@ -13,25 +13,6 @@ from typing import Any
 from llmctl import metrics
 from llmctl.reporting.records import Record
 
-FIRST = (
-    "score",
-    "score/",
-    "kl",
-    "win_rate",
-    "loss",
-    "bits_per_byte",
-    "accuracy",
-    "token_accuracy",
-    "margin",
-    "entropy",
-    "length",
-    "eos_share",
-    "clip_fraction",
-    "explained_variance",
-)
-"""Panels that are always in sight, in this order; others stand below, folded."""
-THEN = ("lr", "grad_norm", "tokens_per_second", "episodes_per_second", "policy_loss", "value_loss")
-"""The first of the others."""
 TITLES = {
     "bits_per_byte": "Bits per byte",
     "kl": "KL from the reference",
@@ -40,13 +21,8 @@ TITLES = {
     "score/": "Score by source",
     "win_rate": "Wins against the reference",
 }
-NOT_SHOWN = {
-    "step", "time", "tokens", "val_perplexity", "val_prompts", "episodes", "updates",
-    "val_reference_std", "val_win_rate_low", "val_win_rate_high", "skipped_steps",
-}  # fmt: skip
 JUDGED = ("val_loss", "val_score")
 """Where the best step is marked."""
-INTERVAL = ("val_win_rate_low", "val_win_rate_high")
 MOST_POINTS = 360
 """Of a series: more cannot be told apart."""
 NOISY = 24
@@ -92,7 +68,8 @@ def panels(records: Sequence[Record]) -> tuple[list[Panel], list[Panel]]:
     if records[0].stage == "ppo":  # minus the objective, which is no loss of the policy's
         keys.discard("val_loss")
     groups: dict[str, list[str]] = {}
-    for key in sorted(keys - NOT_SHOWN, key=lambda key: (key.startswith("val_"), key)):
+    drawn = [key for key in keys if _curve(key) != "none"]
+    for key in sorted(drawn, key=lambda key: (key.startswith("val_"), key)):
         base, slash, _ = key.removeprefix("val_").partition("/")
         groups.setdefault(base + slash, []).append(key)
     several = len(records) > 1
@@ -103,9 +80,18 @@ def panels(records: Sequence[Record]) -> tuple[list[Panel], list[Panel]]:
         for base, panel in made.items()
         if panel.series and not (is_over and all(len(one.points) == 1 for one in panel.series))
     }
-    first = [shown[base] for base in FIRST if base in shown]
-    others = dict.fromkeys([*(base for base in THEN if base in shown), *shown])
-    return first, [shown[base] for base in others if base not in FIRST]
+    ordered = sorted(shown, key=metrics.place)
+    in_sight = {base for base in ordered if any(_curve(key) == "first" for key in groups[base])}
+    return (
+        [shown[base] for base in ordered if base in in_sight],
+        [shown[base] for base in ordered if base not in in_sight],
+    )
+
+
+def _curve(key: str) -> str:
+    """Return where the table of metrics shows a key's curve; folded for one that is not in it."""
+    metric = metrics.find(key)
+    return "folded" if metric is None else metric.curve
 
 
 def _panel(base: str, keys: list[str], records: Sequence[Record], several: bool) -> Panel:
@@ -120,7 +106,7 @@ def _panel(base: str, keys: list[str], records: Sequence[Record], several: bool)
     is_log = base == "lr" and bool(values) and min(values) > 0 and _is_steep(values)
     title = TITLES.get(base) or metrics.label(base)
     is_policy = base == "loss" and records[0].stage == "ppo"  # of a clipped term, in no unit
-    unit = "" if is_policy else metrics.UNITS.get(base.rstrip("/"), "")
+    unit = "" if is_policy else metrics.unit_of(base)
     return Panel(base, title, unit, is_log, tuple(series))
 
 
@@ -153,7 +139,7 @@ def _series(record: Record, key: str, color: int, several: bool, *, alone: bool)
         points=tuple(thinned(points)),
         smooth=tuple(thinned(smoothed(points))) if is_noisy else (),
         best=next(((x, y) for x, y in points if x == best), None),
-        band=tuple(_band(record)) if key == "val_win_rate" else (),
+        band=tuple(_band(record, key)),
     )
 
 
@@ -166,11 +152,13 @@ def _points(record: Record, key: str) -> Iterator[tuple[float, float]]:
     yield from sorted(found.items())
 
 
-def _band(record: Record) -> Iterator[tuple[float, float, float]]:
+def _band(record: Record, key: str) -> Iterator[tuple[float, float, float]]:
+    """Step and interval, where `KEY_low` and `KEY_high` were logged."""
+    names = ("step", f"{key}_low", f"{key}_high")
     for row in record.metrics:
-        if all(_is_number(row.get(name)) for name in ("step", *INTERVAL)):
-            low, high = (float(row[name]) for name in INTERVAL)
-            yield float(row["step"]), low, high
+        if all(_is_number(row.get(name)) for name in names):
+            step, low, high = (float(row[name]) for name in names)
+            yield step, low, high
 
 
 def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

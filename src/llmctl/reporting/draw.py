@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmctl import metrics
+from llmctl import metrics, numbers
 from llmctl.reporting.curves import Panel, Series
 
 WIDTH, HEIGHT = 400, 212
@@ -102,7 +102,7 @@ def draw(panel: Panel) -> Drawing:
         title=panel.title,
         unit=panel.unit,
         is_log=panel.is_log,
-        x_ticks=tuple(Tick(x_scale(x), metrics.compact(x)) for x in x_at),
+        x_ticks=tuple(Tick(x_scale(x), numbers.compact(x)) for x in x_at),
         y_ticks=tuple(Tick(y_scale(y), metrics.number(panel.key, y)) for y in y_at),
         lines=lines,
         about=f"{panel.title} by step. At the end: {said}.",

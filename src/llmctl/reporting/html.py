@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from llmctl import __version__, metrics
+from llmctl import __version__, numbers
 from llmctl.config import commands
 from llmctl.reporting import origins, tables
 from llmctl.reporting.calibration import Judgement, judgement
@@ -125,7 +125,7 @@ def lede(records: Sequence[Record], gates: Sequence[tuple[str, Mapping[str, Any]
     """What the page is on, in one sentence, and whether what had to hold does."""
     states = [record.state for record in records]
     time = sum(record.seconds or 0 for record in records)
-    spent = f" in {metrics.seconds(time)}" if time else ""
+    spent = f" in {numbers.seconds(time)}" if time else ""
     if len(records) == 1:
         return f"One run of llmctl {records[0].stage}, {states[0]}{spent}.{_of_gates(gates)}"
     how = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))

@@ -6,7 +6,7 @@ In: records. Out: tables of texts, which a template escapes.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from llmctl import metrics
+from llmctl import metrics, numbers
 from llmctl.config import commands
 from llmctl.config.base import Config
 from llmctl.reporting.records import Record
@@ -94,8 +94,8 @@ def machine_table(records: Sequence[Record]) -> tuple[Table | None, list[tuple[s
     facts = [_machine(record) for record in records]
     rows, same = [], []
     for key in dict.fromkeys(name for one in facts for name in one):
-        values = [one.get(key, metrics.MISSING) for one in facts]
-        known = set(values) - {metrics.MISSING}
+        values = [one.get(key, numbers.MISSING) for one in facts]
+        known = set(values) - {numbers.MISSING}
         if len(known) == 1:
             same.append((key, known.pop()))
         elif known:
@@ -122,22 +122,22 @@ def _machine(record: Record) -> dict[str, str]:
 
 def time_of(record: Record) -> str:
     """How long a run worked."""
-    return metrics.MISSING if record.seconds is None else metrics.seconds(record.seconds)
+    return numbers.MISSING if record.seconds is None else numbers.seconds(record.seconds)
 
 
 def energy_of(record: Record) -> str:
     """The energy that a run took, a dash where it was not counted."""
     kwh = mapping(record.manifest.get("energy")).get("kwh")
-    return metrics.energy(kwh) if isinstance(kwh, int | float) else metrics.MISSING
+    return numbers.energy(kwh) if isinstance(kwh, int | float) else numbers.MISSING
 
 
 def _commit(record: Record) -> str:
     git = mapping(record.manifest.get("git"))
     if not isinstance(git.get("commit"), str):
-        return metrics.MISSING
+        return numbers.MISSING
     return str(git["commit"])[:12] + (" and changes" if git.get("dirty") else "")
 
 
 def _mark(one: Mapping[str, Any]) -> str:
     mark = one.get("revision") or one.get("sha256")
-    return str(mark)[:16] if mark else metrics.MISSING
+    return str(mark)[:16] if mark else numbers.MISSING

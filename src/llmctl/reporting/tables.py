@@ -7,25 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmctl import metrics
+from llmctl import metrics, numbers
 from llmctl.reporting.records import Record
 
-KEY_FIGURES = {
-    "tokenize": ("tokens", "vocab_size", "bytes_per_token", "vocab_used", "unknown_rate"),
-    "pretrain": ("val_loss", "val_bits_per_byte", "val_perplexity", "parameters", "tokens"),
-    "sft": ("val_loss", "val_accuracy", "val_token_accuracy", "trained_parameters", "tokens"),
-    "reward": (
-        "val_accuracy",
-        "val_longer_wins",
-        "val_calibration_error",
-        "val_loss",
-        "val_margin",
-    ),
-    "ppo": ("val_win_rate", "val_score", "val_reference_score", "val_kl", "val_length"),
-    "quantize": ("perplexity_after", "perplexity_increase", "top1_agreement", "disk_bytes_after"),
-    "evaluate": ("exact", "accuracy", "f1", "perplexity", "bits_per_byte", "rouge1", "bleu", "wer"),
-    "dpo": ("val_accuracy", "val_loss", "val_margin", "trained_parameters", "tokens"),
-}
 SIGNS = {">=": "\N{GREATER-THAN OR EQUAL TO}", "<=": "\N{LESS-THAN OR EQUAL TO}"}
 MOST_KEY_FIGURES = 5
 MOST_ROWS = 60
@@ -56,7 +40,7 @@ class Figure:
 def key_figures(record: Record) -> list[Figure]:
     """The few figures that a stage is judged by."""
     found = dict(metrics.figures(record.result))
-    names = [name for name in KEY_FIGURES.get(record.stage, ()) if name in found]
+    names = [m.name for m in metrics.METRICS if record.stage in m.key and m.name in found]
     if not names:
         names = [n for n in found if n not in ("mfu", "step", "best_step", "memory_bytes")]
     return [
@@ -80,7 +64,7 @@ def compared_table(records: Sequence[Record]) -> Table:
     columns = [{one.label: one for one in key_figures(record)} for record in records]
     labels = dict.fromkeys(label for column in columns for label in column)
     rows = [
-        (label, *(c[label].value if label in c else metrics.MISSING for c in columns))
+        (label, *(c[label].value if label in c else numbers.MISSING for c in columns))
         for label in labels
     ]
     return Table("Key figures", ("", *(record.name for record in records)), tuple(rows))
@@ -189,7 +173,7 @@ def _list_table(key: str, value: list[Any]) -> Iterator[Table]:
 def shown(value: Any) -> str:
     """A setting as a recipe would have it, on one line."""
     if value is None or value == [] or value == "":
-        return metrics.MISSING
+        return numbers.MISSING
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list):
@@ -216,7 +200,7 @@ def _interval(name: str, found: Mapping[str, Any]) -> str:
     ends = found.get(f"{name}_interval") or [found.get(f"{name}_{end}") for end in ("low", "high")]
     if any(not isinstance(end, int | float) for end in ends):
         return ""
-    return f"{metrics.value(name, list(ends))} (95{metrics.NARROW}%)"
+    return f"{metrics.value(name, list(ends))} (95{numbers.NARROW}%)"
 
 
 def mapping(value: Any) -> dict[str, Any]:

@@ -99,11 +99,10 @@ class Meter:
         done = self.state.progress
         speed = round(done.tokens / max(done.training_seconds, 1e-9), 1)
         means = {"tokens_per_second": speed, "mfu": self._mfu(speed)}
-        command = str(self.state.run.manifest["stage"])
         last = {
             name: value
             for name, value in done.last_log.items()
-            if is_result(name, command) and name not in means
+            if is_result(name, self.state.run.stage) and name not in means
         }
         totals = {"step": done.step, "tokens": done.tokens}
         return {**last, **totals, **done.best_eval, "best_step": done.best_step, **means}
