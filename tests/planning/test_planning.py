@@ -19,11 +19,15 @@ from llmctl.config.commands import SftConfig
 from llmctl.errors import UserError
 from llmctl.planning import compute, memory
 from llmctl.planning.compute import flops_per_step, flops_per_token
-from llmctl.planning.memory import memory_of, weight_bytes
-from llmctl.planning.placement import bytes_per_parameter, choose, low_rank_parameters, placings
-from llmctl.planning.recipe import shape_to_train
-from llmctl.planning.shape import config_of
-from llmctl.planning.work import Episodes, Work
+from llmctl.planning.memory import estimate_memory, weight_bytes
+from llmctl.planning.placement import (
+    bytes_per_parameter,
+    find_fitting_flags,
+    low_rank_parameters,
+    sharding_options,
+)
+from llmctl.planning.shape import config_of, shape_of
+from llmctl.planning.workload import PpoWorkload, Workload
 from llmctl.training.adapters import adapt, trainable_parameters
 from tests.conftest import sentences
 
@@ -33,7 +37,7 @@ TOKENS = (2, 24)
 
 def work_of(config, **changed):
     """Pretraining in full on a CPU, in float32."""
-    shape = shape_to_train(config)
+    shape = shape_of(config)
     fields = {
         "stage": "pretrain",
         "shape": shape,
@@ -44,17 +48,17 @@ def work_of(config, **changed):
         "trained": shape.parameters,
         "has_adapter": False,
         "load_in": "full",
-        "rank": 0,
+        "lora_rank": 0,
         "batch_size": TOKENS[0],
         "grad_accum": 1,
         "length": TOKENS[1],
         "mean_length": TOKENS[1],
-        "counted": 1.0,
+        "logit_share": 1.0,
         "is_chunked": False,
         "is_checkpointed": False,
         "steps": 10,
     }
-    return Work(**{**fields, **changed})
+    return Workload(**{**fields, **changed})
 
 
 def llama(**changed):
@@ -89,13 +93,13 @@ QWEN = Qwen3Config(**{**llama(num_key_value_heads=2).to_diff_dict(), "head_dim":
     ],
 )
 def test_published_parameter_counts(name, parameters):
-    shape = shape_to_train(config_of(name))
+    shape = shape_of(config_of(name))
     assert shape.parameters == parameters
     assert shape.parts["other"] == 0
 
 
 def test_parts_of_a_model_counted_by_hand():
-    shape = shape_to_train(llama(num_key_value_heads=2, tie_word_embeddings=False))
+    shape = shape_of(llama(num_key_value_heads=2, tie_word_embeddings=False))
     assert shape.parts == {
         "embedding": 96 * 32,
         "attention": 3 * (2 * 32 * 32 + 2 * 32 * 16),
@@ -109,10 +113,10 @@ def test_parts_of_a_model_counted_by_hand():
 @pytest.mark.parametrize("name", ["gpt2-124m", "llama-2-7b", "llama-2-70b"])
 def test_sixteen_bytes_a_parameter(name):
     """Rajbhandari et al., 2020, arXiv:1910.02054, section 3.1."""
-    work = work_of(config_of(name), precision="bf16")
-    assert bytes_per_parameter(work) == 16
-    parts = memory_of(work).parts
-    assert [parts[name] / work.shape.parameters for name in ("weights", "gradients")] == [4, 4]
+    workload = work_of(config_of(name), precision="bf16")
+    assert bytes_per_parameter(workload) == 16
+    parts = estimate_memory(workload).parts
+    assert [parts[name] / workload.shape.parameters for name in ("weights", "gradients")] == [4, 4]
 
 
 def kept_by_autograd(model, *, precision):
@@ -152,21 +156,21 @@ def kept_by_autograd(model, *, precision):
 def test_activations_are_what_autograd_keeps(config, precision, is_frozen):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
-    work = work_of(config, precision=precision)
+    workload = work_of(config, precision=precision)
     if is_frozen:
         model = adapt(model, SftConfig(model="m", data=["d"], lora=True, lora_r=4))
-        work = replace(work, has_adapter=True, rank=4, trained=1)
+        workload = replace(workload, has_adapter=True, lora_rank=4, trained=1)
     counted = kept_by_autograd(model.train(), precision=precision)
-    expected = memory.kept_bytes(work) + memory.copied_bytes(work)
+    expected = memory.activation_bytes(workload) + memory.autocast_copy_bytes(workload)
     assert expected == pytest.approx(counted, rel=0.05)
 
 
 def test_checkpointing_keeps_the_inputs_of_blocks_and_one_block():
     config = llama(num_hidden_layers=12)
-    whole = memory.kept_bytes(work_of(config))
-    again = memory.kept_bytes(work_of(config, is_checkpointed=True))
+    whole = memory.activation_bytes(work_of(config))
+    again = memory.activation_bytes(work_of(config, is_checkpointed=True))
     tokens = TOKENS[0] * TOKENS[1]
-    block = tokens * memory.layer_bytes(work_of(config))
+    block = tokens * memory.block_activation_bytes(work_of(config))
     assert whole - again == pytest.approx(11 * block - 12 * tokens * 32 * 4)
 
 
@@ -204,52 +208,52 @@ def test_pf_days_of_gpt3():
 
 def test_flops_by_hand():
     config = llama()
-    work = work_of(config, batch_size=4, grad_accum=3, world=2, length=24, mean_length=24)
-    a_token = 6 * work.shape.parameters + 12 * 3 * 32 * 24
-    assert flops_per_token(work, config) == a_token
-    assert flops_per_step(work, config) == a_token * 4 * 3 * 2 * 24
-    frozen = replace(work, has_adapter=True, trained=1000)
-    saved = 2 * (work.shape.parameters - 1000)
+    workload = work_of(config, batch_size=4, grad_accum=3, world=2, length=24, mean_length=24)
+    a_token = 6 * workload.shape.parameters + 12 * 3 * 32 * 24
+    assert flops_per_token(workload, config) == a_token
+    assert flops_per_step(workload, config) == a_token * 4 * 3 * 2 * 24
+    frozen = replace(workload, has_adapter=True, trained=1000)
+    saved = 2 * (workload.shape.parameters - 1000)
     assert flops_per_token(frozen, config) == a_token - saved
 
 
 def test_flops_of_ppo_by_hand():
     config = llama()
-    episodes = Episodes(8, 10, 14, 8, 4, judges=5000, most_logits=1 << 26)
-    work = work_of(config, stage="ppo", episodes=episodes)
-    parameters = work.shape.parameters
+    ppo = PpoWorkload(8, 10, 14, 8, 4, reward_parameters=5000, max_logits=1 << 26)
+    workload = work_of(config, stage="ppo", ppo=ppo)
+    parameters = workload.shape.parameters
     training = 2 * 4 * (6 * parameters + 12 * 3 * 32 * 24)
     looking = 2 * (3 * parameters + 5000)
-    assert flops_per_step(work, config) == (training + looking) * 8 * 24
+    assert flops_per_step(workload, config) == (training + looking) * 8 * 24
 
 
 def test_four_bits_hold_what_they_can():
     config = llama(hidden_size=64, intermediate_size=172)
-    work = work_of(config, has_adapter=True, load_in="4bit", trained=0)
+    workload = work_of(config, has_adapter=True, load_in="4bit", trained=0)
     small = 3 * (4 * 64 * 64 + 2 * 64 * 172)  # an input of 172 is not divisible by 64
-    rest = work.shape.parameters - small
-    assert weight_bytes(work) == pytest.approx(small * (0.5 + 1 / 64 + 1 / 4096) + 4 * rest)
+    rest = workload.shape.parameters - small
+    assert weight_bytes(workload) == pytest.approx(small * (0.5 + 1 / 64 + 1 / 4096) + 4 * rest)
 
 
 def test_sharding_divides_what_ddp_repeats():
-    work = work_of(config_of("llama-2-7b"), device="cuda", world=8, precision="bf16")
-    work = replace(work, batch_size=1, length=2048, can_shard=True)
-    alike, sharded = placings(work, 8, 80e9)
+    workload = work_of(config_of("llama-2-7b"), device="cuda", world=8, precision="bf16")
+    workload = replace(workload, batch_size=1, length=2048, can_shard=True)
+    alike, sharded = sharding_options(workload, 8, 80e9)
     assert (alike.name, alike.fits, sharded.name, sharded.fits) == ("DDP", False, "FSDP2", True)
-    states = 16 * work.shape.parameters
+    states = 16 * workload.shape.parameters
     assert states / 8 < sharded.bytes < states / 8 + 25e9
 
 
 def test_flags_that_make_it_fit():
-    work = work_of(config_of("llama-2-7b"), stage="sft", device="cuda", precision="bf16")
-    work = replace(work, batch_size=8, length=2048)
-    assert choose(work, 1, 1e12).flags == ""
-    narrow = choose(work, 1, 24e9)
+    workload = work_of(config_of("llama-2-7b"), stage="sft", device="cuda", precision="bf16")
+    workload = replace(workload, batch_size=8, length=2048)
+    assert find_fitting_flags(workload, 1, 1e12).flags == ""
+    narrow = find_fitting_flags(workload, 1, 24e9)
     assert narrow is not None
     assert "--lora --load-in-4bit" in narrow.flags
     assert narrow.bytes <= 0.9 * 24e9
-    assert choose(work, 1, 2e9) is None
-    halved = choose(work, 1, memory_of(work).peak)  # a tenth too little
+    assert find_fitting_flags(workload, 1, 2e9) is None
+    halved = find_fitting_flags(workload, 1, estimate_memory(workload).peak)  # a tenth too little
     assert halved is not None
     assert halved.flags == "--batch-size 4 --grad-accum 2"
 

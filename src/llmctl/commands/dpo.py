@@ -7,9 +7,9 @@ from accelerate import Accelerator
 
 from llmctl import hardware
 from llmctl.config.commands import DpoConfig
-from llmctl.data.preference_pairs import PreferenceData, load_pairs, log_pairs
+from llmctl.data.preference_pairs import PreferenceData, load_dpo_data, log_dpo_data
 from llmctl.planning.outlook import show_dry_run
-from llmctl.planning.recipe import counted_share, foreseen
+from llmctl.planning.recipe import finetuning_outlook, trained_share
 from llmctl.runs.directory import Run
 from llmctl.training.dpo import build_dpo, prepare_dpo
 from llmctl.training.export import export
@@ -27,8 +27,8 @@ def _show(config: DpoConfig, accelerator: Accelerator, device: str) -> dict[str,
     """Do what a dry run does."""
     data = _pairs(config, accelerator)
     prepared = prepare_dpo(config, data, accelerator, device)
-    share = counted_share(data.train.chosen, data.train.rejected)
-    outlook = foreseen(config, prepared, device, accelerator.num_processes, share)
+    share = trained_share(data.train.chosen, data.train.rejected)
+    outlook = finetuning_outlook(config, prepared, device, accelerator.num_processes, share)
     return show_dry_run("dpo", config, outlook)
 
 
@@ -39,7 +39,7 @@ def _align(config: DpoConfig, run: Run, accelerator: Accelerator, device: str) -
         data = _pairs(config, accelerator, clock)
     with together(accelerator):
         prepared = prepare_dpo(config, data, accelerator, device)
-    run.record(**prepared.facts(data.inputs, device, audit=data.facts(), held_out=data.held_out))
+    run.record(**prepared.facts(data.inputs, device, audit=data.statistics(), held_out=data.held_out))
     with hardware.memory_errors(*prepared.batch):
         trainer = build_dpo(config, data, prepared, run, accelerator, device)
         metrics = train(trainer, config)
@@ -48,7 +48,7 @@ def _align(config: DpoConfig, run: Run, accelerator: Accelerator, device: str) -
 
 def _pairs(config: DpoConfig, accelerator: Accelerator, clock: str | None = None) -> PreferenceData:
     """Load the pairs, and say what there is."""
-    data = load_pairs(config, clock)
+    data = load_dpo_data(config, clock)
     if accelerator.is_main_process:
-        log_pairs(data)
+        log_dpo_data(data)
     return data

@@ -15,9 +15,9 @@ from llmctl.config.commands import (
     SftConfig,
 )
 from llmctl.errors import UserError
-from llmctl.planning.compute import measure
-from llmctl.planning.outlook import lines, outlook, show
-from llmctl.planning.recipe import Recipe, pick, plan_recipe, plan_shape
+from llmctl.planning.compute import measure_rate
+from llmctl.planning.outlook import make_outlook, outlook_lines, print_lines
+from llmctl.planning.recipe import Recipe, plan_recipe, plan_shape, planning_device
 
 TRAINING: dict[str, type[Config]] = {
     "pretrain": PretrainConfig,
@@ -31,26 +31,28 @@ TRAINING: dict[str, type[Config]] = {
 def run(config: PlanConfig) -> dict[str, Any] | None:
     """Print the block; with --json it is the result."""
     if config.file is None:
-        device = pick(config.device, config)
-        work, model, notes = plan_shape(config, device)
+        device = planning_device(config.device, config)
+        workload, model_config, notes = plan_shape(config, device)
     else:
         recipe = _read(config.file, config.batch_size)
         _require_used(config, recipe)
-        device = pick(recipe.device if config.device == "auto" else config.device, config)
+        device = planning_device(
+            recipe.device if config.device == "auto" else config.device, config
+        )
         hardware.set_threads(recipe.threads)
-        work, model, notes = plan_recipe(recipe, config, device)
-    found = outlook(
-        work,
-        model.get_text_config(),
+        workload, model_config, notes = plan_recipe(recipe, config, device)
+    outlook = make_outlook(
+        workload,
+        model_config.get_text_config(),
         capacity=config.device_memory,
         tflops=config.tflops,
         tokens_per_second=config.tokens_per_second,
-        rate=measure(work, model) if config.measure else None,
+        rate=measure_rate(workload, model_config) if config.measure else None,
         notes=notes,
     )
     if config.as_json:
-        return {"stage": "plan", **found.as_json(), "of": work.stage}
-    show(lines(found), sys.stdout)
+        return {"stage": "plan", **outlook.as_json(), "of": workload.stage}
+    print_lines(outlook_lines(outlook), sys.stdout)
     return None
 
 

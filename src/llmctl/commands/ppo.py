@@ -8,9 +8,8 @@ from accelerate import Accelerator
 
 from llmctl import hardware
 from llmctl.config.commands import PpoConfig
-from llmctl.models.loading import parameter_count
-from llmctl.planning.outlook import outlook, show_dry_run
-from llmctl.planning.recipe import ppo_work, shape_to_train
+from llmctl.planning.outlook import show_dry_run
+from llmctl.planning.recipe import ppo_outlook
 from llmctl.ppo.export import export, log_summary
 from llmctl.ppo.loop import fit, resume
 from llmctl.ppo.setup import build_ppo, prepare_ppo
@@ -27,20 +26,8 @@ def run(config: PpoConfig) -> dict[str, Any] | None:
 def _show(config: PpoConfig, accelerator: Accelerator, device: str) -> dict[str, Any] | None:
     """Show a dry run: recipe and outlook."""
     prepared = prepare_ppo(config, accelerator, device)
-    models = prepared.models
-    policy = models.actor_critic.policy
-    unshared = (source.model for source in models.reward_models if not source.is_shared)
-    work = ppo_work(
-        config,
-        prepared.hyperparameters,
-        shape_to_train(policy.config),
-        [len(tokens) for tokens in prepared.prompts.tokens],
-        prepared.trained_parameters,
-        sum(parameter_count(reward_model.model) for reward_model in unshared),
-        device=device,
-        world=accelerator.num_processes,
-    )
-    return show_dry_run("ppo", config, outlook(work, policy.config.get_text_config()))
+    outlook = ppo_outlook(config, prepared, device, accelerator.num_processes)
+    return show_dry_run("ppo", config, outlook)
 
 
 def _align(config: PpoConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from llmctl.data.corpus import open_corpus, tokenize_once
 from llmctl.data.tokenizer.load import load_vocabulary
 from llmctl.files import sha256_file
 from llmctl.planning.outlook import show_dry_run
-from llmctl.planning.recipe import foreseen_pretrain, guessed
+from llmctl.planning.recipe import corpus_outlook, pretrain_outlook
 from llmctl.runs.directory import Run
 from llmctl.runs.resume import earlier_manifest
 from llmctl.training.base_model import base_of
@@ -75,11 +75,11 @@ def _show(config: PretrainConfig, accelerator: Accelerator, device: str) -> dict
         prepared = prepare_pretraining(
             config, Path(config.tokens).expanduser(), accelerator, device
         )
-        outlook = foreseen_pretrain(prepared.hyperparameters, prepared.architecture, device)
+        outlook = pretrain_outlook(prepared.hyperparameters, prepared.architecture, device)
     else:
         vocabulary, _ = load_vocabulary(str(config.tokenizer or config.model))
         with open_corpus(config) as corpus:
             documents, size = corpus.scan.documents, corpus.bytes
         log.info("would first encode %s documents, %sB of text", f"{documents:,}", short(size))
-        outlook = guessed(config, vocabulary.size, size, accelerator.num_processes, device)
+        outlook = corpus_outlook(config, vocabulary.size, size, accelerator.num_processes, device)
     return show_dry_run("pretrain", config, outlook)

@@ -7,9 +7,9 @@ from accelerate import Accelerator
 
 from llmctl import hardware
 from llmctl.config.commands import RewardConfig
-from llmctl.data.preference_pairs import PreferenceData, load_preferences, log_preferences
+from llmctl.data.preference_pairs import PreferenceData, load_reward_data, log_reward_data
 from llmctl.planning.outlook import show_dry_run
-from llmctl.planning.recipe import foreseen
+from llmctl.planning.recipe import finetuning_outlook
 from llmctl.reward.score_file import score_file
 from llmctl.runs.directory import Run
 from llmctl.training.export import export
@@ -30,7 +30,7 @@ def _show(config: RewardConfig, accelerator: Accelerator, device: str) -> dict[s
     """Do what a dry run does."""
     data = _pairs(config, accelerator)
     prepared = prepare_reward(config, data, accelerator, device)
-    outlook = foreseen(config, prepared, device, accelerator.num_processes)
+    outlook = finetuning_outlook(config, prepared, device, accelerator.num_processes)
     return show_dry_run("reward", config, outlook)
 
 
@@ -41,7 +41,7 @@ def _train(config: RewardConfig, run: Run, accelerator: Accelerator, device: str
         data = _pairs(config, accelerator, clock)
     with together(accelerator):
         prepared = prepare_reward(config, data, accelerator, device)
-    run.record(**prepared.facts(data.inputs, device, audit=data.facts(), held_out=data.held_out))
+    run.record(**prepared.facts(data.inputs, device, audit=data.statistics(), held_out=data.held_out))
     with hardware.memory_errors(*prepared.batch):
         trainer = build_reward(config, data, prepared, run, accelerator, device)
         metrics = train(trainer, config)
@@ -54,7 +54,7 @@ def _pairs(
     config: RewardConfig, accelerator: Accelerator, clock: str | None = None
 ) -> PreferenceData:
     """Load the pairs, and say what there is."""
-    data = load_preferences(config, clock)
+    data = load_reward_data(config, clock)
     if accelerator.is_main_process:
-        log_preferences(data)
+        log_reward_data(data)
     return data

@@ -11,7 +11,7 @@ from llmctl.data.audit.audit import Audit
 from llmctl.data.classification import load_classification_data, log_classification_data
 from llmctl.data.sft import SftData, load_sft_data
 from llmctl.planning.outlook import show_dry_run
-from llmctl.planning.recipe import counted_share, foreseen
+from llmctl.planning.recipe import finetuning_outlook, trained_share
 from llmctl.runs.directory import Run
 from llmctl.training.classify import build_classification, prepare_classification
 from llmctl.training.export import export
@@ -36,9 +36,9 @@ def _show(config: SftConfig, accelerator: Accelerator, device: str) -> dict[str,
     """Do what a dry run does."""
     data, _ = _examples(config, accelerator)
     prepared = prepare_sft(config, data, accelerator, device)
-    share = counted_share(data.train)
+    share = trained_share(data.train)
     world = accelerator.num_processes
-    return show_dry_run("sft", config, foreseen(config, prepared, device, world, share))
+    return show_dry_run("sft", config, finetuning_outlook(config, prepared, device, world, share))
 
 
 def _tune(config: SftConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _show_classification(
     if accelerator.is_main_process:
         log_classification_data(data)
     prepared = prepare_classification(config, data, accelerator, device)
-    outlook = foreseen(config, prepared, device, accelerator.num_processes)
+    outlook = finetuning_outlook(config, prepared, device, accelerator.num_processes)
     return show_dry_run("sft", config, outlook)
 
 
@@ -88,7 +88,7 @@ def _classify(config: SftConfig, run: Run, accelerator: Accelerator, device: str
             data.split.inputs,
             device,
             labels=list(data.labels),
-            audit=data.facts(),
+            audit=data.statistics(),
             held_out=[example.name for example in data.split.val],
         )
     )

@@ -1,8 +1,7 @@
-"""FLOPs of a run and how long they take: a `Work` in, numbers out; and scaling laws.
+"""FLOPs of a run and its speed: a `Workload` in, numbers out; and scaling laws.
 
-Of the laws N is parameters, D tokens, C = 6 N D FLOPs. Losses are nats a token on the papers' own
-web text with their own tokenizers: they compare runs, and tell no one what a small model's loss
-will be.
+In the laws N is parameters, D tokens, C = 6 N D FLOPs. Losses are nats a token on the papers' own
+web text with their own tokenizers: they compare runs, and do not predict a small model's loss.
 """
 
 import time
@@ -13,11 +12,11 @@ import torch
 
 from llmctl import hardware
 from llmctl.models import presets
-from llmctl.planning.work import Work
+from llmctl.planning.workload import Workload
 
-ASSUMED_SHARE = 0.4
-"""Of a GPU's peak, where no rate is given: what good runs of large models reach (Chowdhery et al.,
-2022, arXiv:2204.02311, table 3: 46 %; half of it on small ones)."""
+ASSUMED_MFU = 0.4
+"""Share of a GPU's peak that is assumed where no rate is given: good runs of large models reach it
+(Chowdhery et al., 2022, arXiv:2204.02311, table 3: 46 %; half of it on small ones)."""
 
 MEASURED_TOKENS = 256
 MEASURED_SECONDS = 2.0
@@ -29,52 +28,52 @@ PF_DAY = 1e15 * 86_400
 
 @dataclass(frozen=True)
 class Rate:
-    """How fast one device computes."""
+    """Speed of one device."""
 
     flops: float
-    """A second, as they are counted here."""
+    """FLOPs a second, as they are counted here."""
     origin: str
-    """given, measured, or a share of the peak."""
+    """given, measured, or N% of the peak."""
 
 
-def flops_per_token(work: Work, config: Any) -> float:
-    """Of training, for a token: 6 N + 12 L H T, as `shapes.flops_per_token` counts.
+def flops_per_token(workload: Workload, config: Any) -> float:
+    """FLOPs of training a token: 6 N + 12 L H T (see `presets.flops_per_token`).
 
-    A frozen weight has no gradient, which saves a third of its share; activations that are computed
-    again cost another forward pass, a third more.
+    A frozen weight has no gradient, which saves 2 of its 6; activations that are computed again
+    cost another forward pass, a third more.
     """
-    whole = presets.flops_per_token(work.shape.active, config, round(work.mean_length))
-    frozen = max(0, work.shape.active - work.trained) if work.has_adapter else 0
-    again = whole / 3 if work.is_checkpointed else 0.0
-    return whole - 2.0 * frozen + again
+    full = presets.flops_per_token(workload.shape.active, config, round(workload.mean_length))
+    frozen = max(0, workload.shape.active - workload.trained) if workload.has_adapter else 0
+    recomputed = full / 3 if workload.is_checkpointed else 0.0
+    return full - 2.0 * frozen + recomputed
 
 
-def flops_per_step(work: Work, config: Any) -> float:
-    """Over all devices.
+def flops_per_step(workload: Workload, config: Any) -> float:
+    """FLOPs of a step over all devices.
 
-    A step of PPO samples each token once, looks at it with policy's reference, value model and
-    reward models (2 N each), and trains policy and value model in every pass.
+    A step of PPO samples each token and computes reference and value once (2 N each), scores it
+    with the reward models (2 N of theirs), and trains policy and value model in every epoch.
     """
-    training = flops_per_token(work, config) * work.tokens_per_step
-    if work.episodes is None:
+    training = flops_per_token(workload, config) * workload.tokens_per_step
+    if workload.ppo is None:
         return training
-    looks = 3 * work.shape.active + work.episodes.judges
-    return 2 * work.episodes.passes * training + 2.0 * looks * work.tokens_per_step
+    forward = 2.0 * (3 * workload.shape.active + workload.ppo.reward_parameters)
+    return 2 * workload.ppo.epochs * training + forward * workload.tokens_per_step
 
 
-def rate_of(work: Work, tflops: float | None) -> Rate | None:
-    """The rate that was given, or one to be expected of this GPU; None where nothing says."""
+def expected_rate(workload: Workload, tflops: float | None) -> Rate | None:
+    """The rate that is given, or one to expect of this GPU; None where neither is known."""
     if tflops is not None:
         return Rate(tflops * 1e12, "given")
-    if work.device == "cuda" and torch.cuda.is_available():
+    if workload.device == "cuda" and torch.cuda.is_available():
         peak = hardware.peak_flops("cuda")
         if peak is not None:
-            return Rate(ASSUMED_SHARE * peak, f"{ASSUMED_SHARE:.0%} of the peak")
+            return Rate(ASSUMED_MFU * peak, f"{ASSUMED_MFU:.0%} of the peak")
     return None
 
 
-def measure(work: Work, config: Any) -> Rate:
-    """The rate of real steps on this machine, of a model cut to one block and a small vocabulary.
+def measure_rate(workload: Workload, config: Any) -> Rate:
+    """Measure steps on this machine, of the model cut to one block and a small vocabulary.
 
     Blocks are alike, and they are most of the work.
 
@@ -89,24 +88,23 @@ def measure(work: Work, config: Any) -> Rate:
         setattr(text, name, None)
     if "layer_types" in text.to_dict() and text.layer_types:
         text.layer_types = text.layer_types[:1]
-    device = hardware.pick_device("cuda" if work.device == "cuda" else "cpu")
+    device = hardware.pick_device("cuda" if workload.device == "cuda" else "cpu")
     with hardware.memory_errors():
         model = presets.new_model(small).to(device)
-        length = min(work.length, MEASURED_TOKENS)
+        length = min(workload.length, MEASURED_TOKENS)
         tokens = torch.randint(text.vocab_size, (1, length), device=device)
-        seconds = _seconds_of_a_step(model, tokens, work)
+        seconds = _step_seconds(model, tokens, workload)
     active = presets.active_parameters(model)
     return Rate(presets.flops_per_token(active, text, length) * length / seconds, "measured")
 
 
-def _seconds_of_a_step(model: Any, tokens: torch.Tensor, work: Work) -> float:
-    """Of a forward and backward pass, the fastest of several: the first ones warm up."""
+def _step_seconds(model: Any, tokens: torch.Tensor, workload: Workload) -> float:
+    """Seconds of a forward and backward pass, the fastest of several: the first ones warm up."""
     device = tokens.device.type
-    half = work.is_half
-    best, begun = float("inf"), time.monotonic()
-    while time.monotonic() - begun < MEASURED_SECONDS or best == float("inf"):
+    best, first = float("inf"), time.monotonic()
+    while time.monotonic() - first < MEASURED_SECONDS or best == float("inf"):
         started = time.monotonic()
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=half):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=workload.is_half):
             loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         model.zero_grad(set_to_none=True)
@@ -117,7 +115,7 @@ def _seconds_of_a_step(model: Any, tokens: torch.Tensor, work: Work) -> float:
 
 
 @dataclass(frozen=True)
-class Parametric:
+class ParametricLaw:
     """L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al., 2022, arXiv:2203.15556, eq. 2)."""
 
     floor: float
@@ -127,11 +125,11 @@ class Parametric:
     beta: float
 
     def loss(self, parameters: float, tokens: float) -> float:
-        """Nats a token."""
+        """Loss in nats a token."""
         return float(self.floor + self.a / parameters**self.alpha + self.b / tokens**self.beta)
 
     def best_tokens(self, parameters: float) -> float:
-        """D for which N is the best size at C = 6 N D.
+        """Compute D for which N is the best size at C = 6 N D.
 
         N = G (C/6)^(beta/(alpha+beta)), G = (alpha A / beta B)^(1/(alpha+beta)) (eq. 4), solved
         for D = C / 6N.
@@ -142,9 +140,9 @@ class Parametric:
         return float(product / parameters)
 
 
-HOFFMANN = Parametric(floor=1.69, a=406.4, b=410.7, alpha=0.34, beta=0.28)
+HOFFMANN = ParametricLaw(floor=1.69, a=406.4, b=410.7, alpha=0.34, beta=0.28)
 """As published, approach 3 (eq. 10): rounded, and found not to fit its own data."""
-BESIROGLU = Parametric(floor=1.8172, a=482.01, b=2085.43, alpha=0.3478, beta=0.3658)
+BESIROGLU = ParametricLaw(floor=1.8172, a=482.01, b=2085.43, alpha=0.3478, beta=0.3658)
 """The same law fitted again (Besiroglu et al., 2024, arXiv:2404.10102)."""
 
 
@@ -158,7 +156,7 @@ def kaplan_loss(parameters: float, tokens: float) -> float:
 
 
 def kaplan_tokens(parameters: float) -> float:
-    """Tokens of a compute-efficient run: N = 1.3e9 C^0.73 and D = 2e10 C^0.27, C in PF-days.
+    """Compute D of a compute-efficient run: N = 1.3e9 C^0.73, D = 2e10 C^0.27, C in PF-days.
 
     Kaplan et al., 2020, arXiv:2001.08361, table 6; N is without embeddings.
     """

@@ -1,7 +1,4 @@
-"""All that is known of a run before it runs, as one object and as a block of text.
-
-In: a `Work`. Out: an `Outlook`.
-"""
+"""Outlook of a run before it runs: a `Workload` in, one object and a block of text out."""
 
 import logging
 import sys
@@ -16,67 +13,74 @@ from llmctl import hardware
 from llmctl.config.sections import Resumable
 from llmctl.console import duration, log, rank, short, show_recipes
 from llmctl.planning import compute
-from llmctl.planning.compute import PF_DAY, Rate, flops_per_step, flops_per_token, rate_of
-from llmctl.planning.memory import Memory, cache_bytes, memory_of
-from llmctl.planning.placement import Choice, Placing, bytes_per_parameter, choose, placings
-from llmctl.planning.work import Work
+from llmctl.planning.compute import PF_DAY, Rate, expected_rate, flops_per_step, flops_per_token
+from llmctl.planning.memory import MemoryEstimate, estimate_memory, kv_cache_bytes
+from llmctl.planning.placement import (
+    FittingFlags,
+    ShardingOption,
+    bytes_per_parameter,
+    find_fitting_flags,
+    sharding_options,
+)
+from llmctl.planning.workload import Workload
 
 WIDTH = 12
-"""Of the first column."""
+"""Characters of the first column."""
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a run takes, and what may come of it."""
+    """Memory, FLOPs, time, sharding and flags of a run."""
 
-    work: Work
-    memory: Memory
+    workload: Workload
+    memory: MemoryEstimate
     flops_per_token: float
     flops_per_step: float
     rate: Rate | None
     tokens_per_second: float | None
-    """Over all devices, as was given or follows from the rate."""
+    """Over all devices, given or from the rate."""
     capacity: float
     """Bytes of a device."""
-    placings: list[Placing]
-    choice: Choice | None
+    sharding: list[ShardingOption]
+    fitting: FittingFlags | None
+    """None where nothing makes it fit."""
     notes: tuple[str, ...] = ()
 
     @property
     def flops(self) -> float | None:
-        """Of the whole run."""
-        steps = self.work.steps
+        """FLOPs of the whole run."""
+        steps = self.workload.steps
         return None if steps is None else steps * self.flops_per_step
 
     @property
     def seconds(self) -> float | None:
-        """Of training at the rate, without evaluation and saving."""
-        if self.work.tokens is None or self.tokens_per_second is None:
+        """Seconds of training, without evaluation and saving."""
+        if self.workload.tokens is None or self.tokens_per_second is None:
             return None
-        return self.work.tokens / self.tokens_per_second
+        return self.workload.tokens / self.tokens_per_second
 
     def as_json(self) -> dict[str, Any]:
-        """Every number."""
-        work, shape, memory = self.work, self.work.shape, self.memory
+        """Return every number."""
+        workload, shape, memory = self.workload, self.workload.shape, self.memory
         return {
-            "stage": work.stage,
-            "device": work.device,
-            "devices": work.world,
+            "stage": workload.stage,
+            "device": workload.device,
+            "devices": workload.world,
             "parameters": {
                 **shape.parts,
                 "total": shape.parameters,
                 "active": shape.active,
-                "trained": work.trained,
+                "trained": workload.trained,
             },
             "run": {
-                "steps": work.steps,
-                "tokens": work.tokens,
-                "tokens_per_step": work.tokens_per_step,
-                "batch_size": work.batch_size,
-                "grad_accum": work.grad_accum,
-                "length": work.length,
-                "precision": work.precision,
-                "optimizer": work.optimizer,
+                "steps": workload.steps,
+                "tokens": workload.tokens,
+                "tokens_per_step": workload.tokens_per_step,
+                "batch_size": workload.batch_size,
+                "grad_accum": workload.grad_accum,
+                "length": workload.length,
+                "precision": workload.precision,
+                "optimizer": workload.optimizer,
             },
             "memory": {
                 "parts": {name: round(size) for name, size in memory.parts.items()},
@@ -84,8 +88,8 @@ class Outlook:
                 "peak": round(memory.peak),
                 "peak_phase": memory.peak_phase,
                 "host": round(memory.host),
-                "bytes_per_parameter": bytes_per_parameter(work),
-                "kv_cache_per_token": round(cache_bytes(work, 1, 1)),
+                "bytes_per_parameter": bytes_per_parameter(workload),
+                "kv_cache_per_token": round(kv_cache_bytes(workload, 1, 1)),
                 "device": round(self.capacity),
             },
             "compute": {
@@ -97,15 +101,15 @@ class Outlook:
                 "tokens_per_second": self.tokens_per_second,
                 "seconds": self.seconds,
             },
-            "scaling": laws(work),
-            "sharding": [asdict(placing) for placing in self.placings],
-            "flags": None if self.choice is None else self.choice.flags,
+            "scaling": scaling_laws(workload),
+            "sharding": [asdict(option) for option in self.sharding],
+            "flags": None if self.fitting is None else self.fitting.flags,
             "notes": list(self.notes),
         }
 
 
-def outlook(
-    work: Work,
+def make_outlook(
+    workload: Workload,
     config: Any,
     *,
     capacity: float | None = None,
@@ -114,84 +118,76 @@ def outlook(
     rate: Rate | None = None,
     notes: tuple[str, ...] = (),
 ) -> Outlook:
-    """Work it all out.
+    """Make the outlook of a workload.
 
     Args:
-        work: to be done.
+        workload: of the run.
         config: of the model.
         capacity: bytes of a device; by default of this machine's.
         tflops: that a device reaches, in 10^12 a second.
         tokens_per_second: over all devices, where that is known instead.
-        rate: that was measured.
+        rate: measured, if it was.
         notes: what was assumed.
     """
-    capacity = capacity or device_memory(work.device)
-    per_step = flops_per_step(work, config)
-    rate = rate or rate_of(work, tflops)
+    capacity = capacity or device_memory(workload.device)
+    per_step = flops_per_step(workload, config)
+    rate = rate or expected_rate(workload, tflops)
     speed = tokens_per_second
     if speed is None and rate is not None:
-        speed = rate.flops * work.world * work.tokens_per_step / per_step
+        speed = rate.flops * workload.world * workload.tokens_per_step / per_step
     return Outlook(
-        work,
-        memory_of(work),
-        flops_per_token(work, config),
+        workload,
+        estimate_memory(workload),
+        flops_per_token(workload, config),
         per_step,
         rate,
         speed,
         capacity,
-        placings(work, work.world, capacity),
-        choose(work, work.world, capacity),
+        sharding_options(workload, workload.world, capacity),
+        find_fitting_flags(workload, workload.world, capacity),
         notes,
     )
 
 
 def device_memory(device: str) -> float:
-    """Bytes of a GPU here, else of this machine that its cgroups grant."""
+    """Bytes of this machine's GPU, or of its memory that its cgroups grant."""
     if device == "cuda" and torch.cuda.is_available():
         return float(torch.cuda.mem_get_info()[1])
     return float(hardware.memory_total())
 
 
-def laws(work: Work) -> dict[str, Any]:
-    """What scaling laws say of this model and of these tokens; the best tokens where none is told.
+def scaling_laws(workload: Workload) -> dict[str, Any]:
+    """Best tokens and losses by scaling laws; the loss of the run itself for pretraining.
 
-    They are of pretraining, and of models that meet all their parameters.
+    The laws are of models whose tokens meet all parameters.
     """
-    parameters = work.shape.active
-    inner = max(1, parameters - work.shape.parts["embedding"] - work.shape.parts["head"])
-    found: dict[str, Any] = {
-        "hoffmann_2022": _law(compute.HOFFMANN, parameters, work),
-        "besiroglu_2024": _law(compute.BESIROGLU, parameters, work),
+    active, parts = workload.shape.active, workload.shape.parts
+    inner = max(1, active - parts["embedding"] - parts["head"])
+    tokens = workload.tokens if workload.stage == "pretrain" else None
+    laws = {
+        "hoffmann_2022": (active, compute.HOFFMANN.best_tokens, compute.HOFFMANN.loss),
+        "besiroglu_2024": (active, compute.BESIROGLU.best_tokens, compute.BESIROGLU.loss),
+        "kaplan_2020": (inner, compute.kaplan_tokens, compute.kaplan_loss),
     }
-    best = compute.kaplan_tokens(inner)
-    tokens = work.tokens if work.stage == "pretrain" else None
-    found["kaplan_2020"] = {
-        "best_tokens": best,
-        "loss_at_best": compute.kaplan_loss(inner, best),
-        "loss": None if tokens is None else compute.kaplan_loss(inner, tokens),
-    }
-    return found
-
-
-def _law(law: compute.Parametric, parameters: int, work: Work) -> dict[str, Any]:
-    best = law.best_tokens(parameters)
-    tokens = work.tokens if work.stage == "pretrain" else None
     return {
-        "best_tokens": best,
-        "loss_at_best": law.loss(parameters, best),
-        "loss": None if tokens is None else law.loss(parameters, tokens),
+        name: {
+            "best_tokens": best_tokens(parameters),
+            "loss_at_best": loss(parameters, best_tokens(parameters)),
+            "loss": None if tokens is None else loss(parameters, tokens),
+        }
+        for name, (parameters, best_tokens, loss) in laws.items()
     }
 
 
-def lines(found: Outlook) -> list[str]:
-    """The block, a line each: what it is about, then the facts."""
+def outlook_lines(outlook: Outlook) -> list[str]:
+    """Lines of the block: a label, then text."""
     rows = [
-        *_parameters(found),
-        *_memory(found),
-        *_compute(found),
-        *_tokens(found),
-        *_placing(found),
-        *(("note", note) for note in found.notes),
+        *_parameters(outlook),
+        *_memory(outlook),
+        *_compute(outlook),
+        *_tokens(outlook),
+        *_sharding(outlook),
+        *(("note", note) for note in outlook.notes),
     ]
     shown, last = [], ""
     for name, text in rows:
@@ -200,26 +196,26 @@ def lines(found: Outlook) -> list[str]:
     return shown
 
 
-def show(block: Sequence[str], stream: TextIO) -> None:
-    """Print a block, its first column in bold on a terminal."""
+def print_lines(lines: Sequence[str], stream: TextIO) -> None:
+    """Print lines, their first column in bold on a terminal."""
     if not stream.isatty():
-        print("\n".join(block), file=stream)
+        print("\n".join(lines), file=stream)
         return
     from rich.console import Console
     from rich.text import Text
 
     console = Console(file=stream, highlight=False)
-    for line in block:
+    for line in lines:
         text = Text(line)
         text.stylize("bold cyan", 0, WIDTH)
         console.print(text, soft_wrap=True)
 
 
-def show_dry_run(stage: str, config: Resumable, found: Outlook) -> dict[str, Any] | None:
-    """The recipe on stdout, the block on stderr; with --json both in one object, the result."""
+def show_dry_run(stage: str, config: Resumable, outlook: Outlook) -> dict[str, Any] | None:
+    """Print the recipe on stdout, the block on stderr; with --json return both in one object."""
     if log.isEnabledFor(logging.INFO) and rank() == 0:
-        show(lines(found), sys.stderr)
-    return show_recipes([(stage, config)], found.as_json(), as_json=config.as_json)
+        print_lines(outlook_lines(outlook), sys.stderr)
+    return show_recipes([(stage, config)], outlook.as_json(), as_json=config.as_json)
 
 
 def size(count: float) -> str:
@@ -227,82 +223,84 @@ def size(count: float) -> str:
     return decimal(round(count)).replace(" bytes", " B")
 
 
-def _parameters(found: Outlook) -> list[tuple[str, str]]:
-    work, shape = found.work, found.work.shape
+def _parameters(outlook: Outlook) -> list[tuple[str, str]]:
+    workload, shape = outlook.workload, outlook.workload.shape
     parts = ", ".join(f"{name} {short(count)}" for name, count in shape.parts.items() if count)
-    train = f"{work.trained:,} train" if work.trained != shape.parameters else "all train"
+    train = f"{workload.trained:,} train" if workload.trained != shape.parameters else "all train"
     mixture = f", {shape.active:,} for a token" if shape.active != shape.parameters else ""
     return [
-        ("plan", f"{work.stage} of {shape.kind}, {work.precision} on {_devices(found)}"),
+        ("plan", f"{workload.stage} of {shape.kind}, {workload.precision} on {_devices(outlook)}"),
         ("parameters", f"{shape.parameters:,}{mixture}, {train}"),
         ("parameters", parts),
     ]
 
 
-def _devices(found: Outlook) -> str:
-    work = found.work
-    return f"{work.world} x {work.device}" if work.world > 1 else work.device
+def _devices(outlook: Outlook) -> str:
+    workload = outlook.workload
+    return f"{workload.world} x {workload.device}" if workload.world > 1 else workload.device
 
 
-def _memory(found: Outlook) -> list[tuple[str, str]]:
-    memory = found.memory
+def _memory(outlook: Outlook) -> list[tuple[str, str]]:
+    memory = outlook.memory
     parts = ", ".join(f"{name} {size(count)}" for name, count in memory.parts.items() if count)
     phases = ", ".join(f"{name} {size(count)}" for name, count in memory.phases.items())
-    peak = f"{size(memory.peak)} at the peak ({memory.peak_phase}) of {size(found.capacity)}"
+    peak = f"{size(memory.peak)} at the peak ({memory.peak_phase}) of {size(outlook.capacity)}"
     if memory.host:
         peak += f"; {size(memory.host)} of the machine's at a checkpoint"
     return [("memory", peak), ("memory", parts), ("memory", phases)]
 
 
-def _compute(found: Outlook) -> list[tuple[str, str]]:
-    work = found.work
-    per_step = f"{found.flops_per_step:.3g} FLOPs a step ({short(found.flops_per_token)} a token)"
-    if found.flops is None:
+def _compute(outlook: Outlook) -> list[tuple[str, str]]:
+    workload = outlook.workload
+    per_step = (
+        f"{outlook.flops_per_step:.3g} FLOPs a step ({short(outlook.flops_per_token)} a token)"
+    )
+    if outlook.flops is None:
         return [("compute", f"{per_step}; nothing says how many steps")]
-    total = f"{found.flops:.3g} FLOPs, {found.flops / PF_DAY:.3g} PF-days: "
-    total += f"{work.steps:,} steps of {short(work.tokens_per_step)} tokens"
+    total = f"{outlook.flops:.3g} FLOPs, {outlook.flops / PF_DAY:.3g} PF-days: "
+    total += f"{workload.steps:,} steps of {short(workload.tokens_per_step)} tokens"
     rows = [("compute", total), ("compute", per_step)]
-    if found.seconds is None or found.tokens_per_second is None:
+    if outlook.seconds is None or outlook.tokens_per_second is None:
         rows.append(("time", "not known: give --tflops or --tokens-per-second, or --measure"))
         return rows
     origin = "given"
-    if found.rate is not None:
-        origin = f"{found.rate.flops / 1e12:.3g} TFLOP/s a device, {found.rate.origin}"
-    speed = f"{short(found.tokens_per_second)} tokens/s ({origin})"
-    rows.append(("time", f"{duration(found.seconds)} at {speed}, without evaluation"))
+    if outlook.rate is not None:
+        origin = f"{outlook.rate.flops / 1e12:.3g} TFLOP/s a device, {outlook.rate.origin}"
+    speed = f"{short(outlook.tokens_per_second)} tokens/s ({origin})"
+    rows.append(("time", f"{duration(outlook.seconds)} at {speed}, without evaluation"))
     return rows
 
 
-def _tokens(found: Outlook) -> list[tuple[str, str]]:
-    if found.work.stage != "pretrain":
+def _tokens(outlook: Outlook) -> list[tuple[str, str]]:
+    if outlook.workload.stage != "pretrain":
         return []
     names = {
         "besiroglu_2024": "Besiroglu et al., 2024",
         "hoffmann_2022": "Hoffmann et al., 2022",
         "kaplan_2020": "Kaplan et al., 2020",
     }
-    said = laws(found.work)
+    laws = scaling_laws(outlook.workload)
     rows = []
     for key, name in names.items():
-        law = said[key]
+        law = laws[key]
         text = f"{short(law['best_tokens'])} tokens are best, loss {law['loss_at_best']:.3f}"
         if law["loss"] is not None:
-            text += f"; this run's {short(found.work.tokens or 0)}: {law['loss']:.3f}"
+            text += f"; this run's {short(outlook.workload.tokens or 0)}: {law['loss']:.3f}"
         rows.append(("tokens", f"{text} ({name})"))
     return rows
 
 
-def _placing(found: Outlook) -> list[tuple[str, str]]:
+def _sharding(outlook: Outlook) -> list[tuple[str, str]]:
     rows = [
         (
             "sharding",
-            f"{placing.name}: {size(placing.bytes)} a device, "
-            + ("fits" if placing.fits else "does not fit"),
+            f"{option.name}: {size(option.bytes)} a device, "
+            + ("fits" if option.fits else "does not fit"),
         )
-        for placing in found.placings
+        for option in outlook.sharding
     ]
-    if found.choice is None:
+    if outlook.fitting is None:
         text = "nothing makes it fit: more devices or memory, shorter sequences, a smaller model"
     else:
-        text = found.choice.flags or "as they are"
+        text = outlook.fitting.flags or "as they are"
     return [*rows, ("flags", text)]

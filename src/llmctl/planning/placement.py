@@ -1,19 +1,26 @@
-"""Where a run fits: on one device, on N of them, and with which flags; a `Work` in, choices out."""
+"""Where a run fits: a `Workload` in, ways to shard it and flags that make it fit out."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from llmctl.planning.memory import CUDA_CONTEXT, FULL, HALF, Memory, memory_of, weight_bytes
-from llmctl.planning.work import Work
+from llmctl.planning.memory import (
+    CUDA_CONTEXT,
+    FULL,
+    HALF,
+    MemoryEstimate,
+    estimate_memory,
+    weight_bytes,
+)
+from llmctl.planning.workload import Workload
 
 MARGIN = 0.9
-"""Share of a device's memory that a run may take; fragments and communication need some too."""
+"""Share of a device's memory that a run may take; fragmentation and communication need some."""
 LORA_RANK = 16
 
 
 @dataclass(frozen=True)
-class Placing:
-    """One way to spread a run."""
+class ShardingOption:
+    """One way to use several devices."""
 
     name: str
     """none, DDP or FSDP2."""
@@ -22,125 +29,126 @@ class Placing:
     fits: bool
 
 
-def placings(work: Work, devices: int, capacity: float) -> list[Placing]:
-    """The ways to use so many devices, the simplest first.
+def sharding_options(workload: Workload, devices: int, capacity: float) -> list[ShardingOption]:
+    """List the ways to use a number of devices, the simplest first.
 
     Args:
-        work: on this many devices.
-        devices: at hand.
+        workload: on this many devices.
+        devices: their number.
         capacity: bytes of each.
     """
-    found = [("none" if devices == 1 else "DDP", memory_of(work).peak)]
-    if devices > 1 and work.can_shard:
-        found.append(("FSDP2", sharded_bytes(work, memory_of(work), devices)))
-    return [Placing(name, size, size <= MARGIN * capacity) for name, size in found]
+    options = [("none" if devices == 1 else "DDP", estimate_memory(workload).peak)]
+    if devices > 1 and workload.can_shard:
+        options.append(("FSDP2", sharded_bytes(workload, estimate_memory(workload), devices)))
+    return [ShardingOption(name, size, size <= MARGIN * capacity) for name, size in options]
 
 
-def sharded_bytes(work: Work, memory: Memory, devices: int) -> float:
-    """Of each device under FSDP2, which splits weights, gradients and moments (Zhao et al., 2023,
-    arXiv:2304.11277; ZeRO stage 3, Rajbhandari et al., 2020, arXiv:1910.02054, section 5).
+def sharded_bytes(workload: Workload, memory: MemoryEstimate, devices: int) -> float:
+    """Bytes of each device under FSDP2, which shards weights, gradients and moments.
 
-    Two blocks, or the largest matrix, are whole at a time, with their gradients.
+    Zhao et al., 2023, arXiv:2304.11277; ZeRO stage 3, Rajbhandari et al., 2020, arXiv:1910.02054,
+    section 5. Two blocks, or the largest matrix, are gathered at a time, with their gradients.
     """
     parts = memory.parts
-    split = parts["weights"] + parts["gradients"] + parts["optimizer"]
-    number = HALF if work.is_half else FULL
-    whole = 2 * number * max(2 * work.shape.layer_parameters, work.shape.head_matrix)
-    context = CUDA_CONTEXT if work.device == "cuda" else 0
-    return split / devices + parts["activations"] + parts["logits"] + whole + context
+    sharded = parts["weights"] + parts["gradients"] + parts["optimizer"]
+    number = HALF if workload.is_half else FULL
+    gathered = 2 * number * max(2 * workload.shape.layer_parameters, workload.shape.head_matrix)
+    context = CUDA_CONTEXT if workload.device == "cuda" else 0
+    return sharded / devices + parts["activations"] + parts["logits"] + gathered + context
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A way to make a run fit."""
+class FittingFlags:
+    """Flags with which a run fits."""
 
     flags: str
     """To add or to change, empty where it fits as it is."""
     bytes: float
 
 
-def choose(work: Work, devices: int, capacity: float) -> Choice | None:
-    """The least change with which a run fits, None where nothing helps."""
-    for changed, flags in _changes(work):
-        for placing in placings(changed, devices, capacity):
-            if placing.fits:
-                return Choice(_with_sharding(flags, placing), placing.bytes)
+def find_fitting_flags(workload: Workload, devices: int, capacity: float) -> FittingFlags | None:
+    """Find the least change with which a run fits, None where nothing helps."""
+    for changed, flags in _variants(workload):
+        for option in sharding_options(changed, devices, capacity):
+            if option.fits:
+                return FittingFlags(_with_launch(flags, option), option.bytes)
     return None
 
 
-def _with_sharding(flags: str, placing: Placing) -> str:
+def _with_launch(flags: str, option: ShardingOption) -> str:
     launch = "accelerate launch --config_file recipes/accelerate/fsdp2.yaml"
-    return f"{flags} ({launch})".strip() if placing.name == "FSDP2" else flags
+    return f"{flags} ({launch})".strip() if option.name == "FSDP2" else flags
 
 
-def _changes(work: Work) -> Iterator[tuple[Work, str]]:
-    """A run as it is, with smaller batches, and with what saves memory besides, in this order."""
-    for changed, flags in _savings(work):
-        for smaller, more in _batches(changed):
+def _variants(workload: Workload) -> Iterator[tuple[Workload, str]]:
+    """The workload as it is, with smaller batches, and with flags that save memory, in order."""
+    for changed, flags in _memory_flags(workload):
+        for smaller, more in _smaller_batches(changed):
             yield smaller, " ".join(part for part in (more, flags) if part)
 
 
-def _savings(work: Work) -> Iterator[tuple[Work, str]]:
-    """What the command has to save memory with."""
-    yield work, ""
+def _memory_flags(workload: Workload) -> Iterator[tuple[Workload, str]]:
+    """The workload with more and more of the flags that save memory."""
+    yield workload, ""
     flags = []
-    if work.stage in ("sft", "dpo", "reward") and not work.is_checkpointed:
-        work = replace(work, is_checkpointed=True)
+    if workload.stage in ("sft", "dpo", "reward") and not workload.is_checkpointed:
+        workload = replace(workload, is_checkpointed=True)
         flags.append("--activation-checkpointing")
-        yield work, " ".join(flags)
-    if work.stage in ("sft", "dpo") and work.counted and not work.is_chunked:
-        work = replace(work, is_chunked=True)
+        yield workload, " ".join(flags)
+    if workload.stage in ("sft", "dpo") and workload.logit_share and not workload.is_chunked:
+        workload = replace(workload, is_chunked=True)
         flags.append("--chunked-loss")
-        yield work, " ".join(flags)
-    if work.stage in ("sft", "dpo", "reward", "ppo") and not work.has_adapter:
-        work = replace(
-            work,
+        yield workload, " ".join(flags)
+    if workload.stage in ("sft", "dpo", "reward", "ppo") and not workload.has_adapter:
+        workload = replace(
+            workload,
             has_adapter=True,
-            rank=LORA_RANK,
-            trained=low_rank_parameters(work, LORA_RANK),
+            lora_rank=LORA_RANK,
+            trained=low_rank_parameters(workload, LORA_RANK),
         )
         flags.append("--lora")
-        yield work, " ".join(flags)
-    quantizable = work.stage in ("sft", "dpo", "ppo") and work.counted
-    if quantizable and work.load_in == "full":
+        yield workload, " ".join(flags)
+    quantizable = workload.stage in ("sft", "dpo", "ppo") and workload.logit_share
+    if quantizable and workload.load_in == "full":
         flags.append("--load-in-4bit")
-        yield replace(work, load_in="4bit"), " ".join(flags)
+        yield replace(workload, load_in="4bit"), " ".join(flags)
 
 
-def _batches(work: Work) -> Iterator[tuple[Work, str]]:
-    """Smaller passes, a step keeping its size; PPO's passes are limited in tokens."""
-    yield work, ""
-    size = work.batch_size
-    while size > 1 and work.episodes is not None:
+def _smaller_batches(workload: Workload) -> Iterator[tuple[Workload, str]]:
+    """The workload with smaller passes, a step keeping its size; PPO's are limited in tokens."""
+    yield workload, ""
+    size = workload.batch_size
+    while size > 1 and workload.ppo is not None:
         size //= 2
-        yield replace(work, batch_size=size), f"--pass-tokens {size * work.length}"
-    sides = 2 if work.stage in ("dpo", "reward") else 1
-    size, passes = work.batch_size // sides, work.grad_accum
-    while size > 1 and work.episodes is None:
+        yield replace(workload, batch_size=size), f"--pass-tokens {size * workload.length}"
+    sides = 2 if workload.stage in ("dpo", "reward") else 1
+    size, passes = workload.batch_size // sides, workload.grad_accum
+    while size > 1 and workload.ppo is None:
         half = size // 2 if size % 2 == 0 else 1
         passes, size = passes * size // half, half
         flags = f"--batch-size {size} --grad-accum {passes}"
-        yield replace(work, batch_size=size * sides, grad_accum=passes), flags
+        yield replace(workload, batch_size=size * sides, grad_accum=passes), flags
 
 
-def low_rank_parameters(work: Work, rank: int) -> int:
-    """Of adapters on every linear layer of the blocks: rank x (in + out) of each (Hu et al., 2021,
-    arXiv:2106.09685, section 4.1), of a block with these widths.
+def low_rank_parameters(workload: Workload, rank: int) -> int:
+    """Parameters of adapters on every linear layer of the blocks, rank x (in + out) of each.
+
+    Hu et al., 2021, arXiv:2106.09685, section 4.1.
     """
-    shape = work.shape
+    shape = workload.shape
     attention = 4 * shape.hidden + 2 * shape.query + 2 * shape.key_value
-    forward = (3 if shape.is_gated else 2) * (shape.hidden + shape.intermediate)
+    feed_forward = (3 if shape.is_gated else 2) * (shape.hidden + shape.intermediate)
     if shape.has_joint_projection:
         attention = 2 * shape.hidden + 2 * shape.query + 2 * shape.key_value
-    return rank * shape.layers * (attention + forward)
+    return rank * shape.layers * (attention + feed_forward)
 
 
-def bytes_per_parameter(work: Work) -> float:
-    """Weights, gradients and moments of a parameter that trains: 16 with Adam.
+def bytes_per_parameter(workload: Workload) -> float:
+    """Bytes of weights, gradients and moments for each parameter: 16 where all train with Adam.
 
     Rajbhandari et al., 2020, arXiv:1910.02054, section 3.1: 2 + 2 bytes and K = 12 in fp16 with
     float32 copies. Here weights are in float32, 4 + 4 + 8, and autocast makes copies for a pass.
     """
-    parts = memory_of(work).parts
-    lasting = parts["gradients"] + parts["optimizer"] + weight_bytes(work)
-    return lasting / work.shape.parameters
+    parts = estimate_memory(workload).parts
+    states = parts["gradients"] + parts["optimizer"] + weight_bytes(workload)
+    return states / workload.shape.parameters

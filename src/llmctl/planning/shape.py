@@ -1,4 +1,4 @@
-"""A model's shape: its configuration in, the numbers that memory and FLOPs follow from out.
+"""Shape of a model: its configuration in, the numbers that memory and FLOPs follow from out.
 
 The model is built on the meta device, without weights, so that parameters are counted and not
 computed. `KNOWN` names shapes with published parameter counts.
@@ -7,6 +7,7 @@ computed. `KNOWN` names shapes with published parameter counts.
 import difflib
 from collections import Counter
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from llmctl.training.optimizers import STACKED, block_matrices
 
 PARTS = ("embedding", "attention", "mlp", "norms", "head", "other")
 COMPOSED = {"gelu_new": 4, "gelu_fast": 4, "quick_gelu": 3}
-"""Tensors that an activation function made of several operations keeps for its gradient; one that
-is a single operation keeps its input."""
+"""Tensors that an activation function of several operations saves for its backward pass; a single
+operation saves its input."""
 
 KNOWN = {
     "gpt2-124m": lambda: _gpt2(12, 768, 12),
@@ -38,18 +39,18 @@ KNOWN = {
     "llama-2-70b": lambda: _llama(80, 8192, 64, 28_672, context=4096, kv_heads=8),
 }
 VOCABULARY = 50_257
-"""GPT-2's, taken for a preset, whose vocabulary is that of its tokenizer."""
+"""GPT-2's, assumed for presets, which have that of their tokenizer."""
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Sizes of a model, all per layer where they are of layers."""
+class ModelShape:
+    """Sizes of a model, those of layers for one layer."""
 
     kind: str
     parts: dict[str, int]
     """Parameters by part, tied ones once."""
     active: int
-    """Parameters that one token meets."""
+    """Parameters that one token meets: fewer than all in a mixture of experts."""
     layers: int
     hidden: int
     query: int
@@ -64,26 +65,24 @@ class Shape:
     is_gated: bool
     has_rms_norm: bool
     has_query_norm: bool
-    has_rotary: bool
-    """Whether positions turn queries and keys."""
     has_joint_projection: bool
     """Whether queries, keys and values come out of one matrix, as GPT-2's do."""
     activation: int
-    """Tensors of the intermediate width that the activation function keeps."""
+    """Tensors of the intermediate width that the activation function saves."""
     dropout: float
     attention_dropout: float
     matrices: int
     """Elements of the linear layers of all blocks, experts included."""
-    divisible: int
-    """Of those, elements of layers that NF4 can take."""
+    quantizable: int
+    """Of those, elements of layers that NF4 can hold."""
     head_matrix: int
     """Elements of the output layer, tied or not."""
     muon: int
     """Elements that Muon updates."""
-    stack: int
+    muon_stack: int
     """Most of them that it orthogonalises at once."""
-    stack_square: int
-    """Elements of their products with themselves."""
+    muon_gram: int
+    """Elements of the Gram matrices of that stack."""
 
     @property
     def head_size(self) -> int:
@@ -92,76 +91,79 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """All of them."""
+        """Parameters in all."""
         return sum(self.parts.values())
 
     @property
     def layer_parameters(self) -> int:
-        """Of one block."""
+        """Parameters of one block."""
         blocks = self.parts["attention"] + self.parts["mlp"] + self.parts["norms"]
         return blocks // self.layers
 
 
-def shape_of(config: PreTrainedConfig, model: PreTrainedModel) -> Shape:
-    """The shape of a model, which needs no weights."""
+def shape_of(config: PreTrainedConfig, *, labels: int = 0) -> ModelShape:
+    """Shape of a language model, or of a classifier with a number of labels."""
+    if labels:
+        config = deepcopy(config)
+        config.num_labels = labels
+    model = presets.meta_model(config, scores=bool(labels))
     text = config.get_text_config()
     heads = text.num_attention_heads
-    said = text.to_dict()
-    head_size = said.get("head_dim") or text.hidden_size // heads
+    fields = text.to_dict()
+    head_size = fields.get("head_dim") or text.hidden_size // heads
     linear = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not model.get_output_embeddings()
     }
-    last = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     output = model.get_output_embeddings()
-    function = said.get("hidden_act") or said.get("activation_function") or "gelu"
-    stack, square = _largest_stack(model)
+    function = fields.get("hidden_act") or fields.get("activation_function") or "gelu"
+    muon_stack, muon_gram = _largest_stack(model)
     experts = _experts(model)
-    return Shape(
+    return ModelShape(
         kind=text.model_type,
         parts=_parts(model),
         active=presets.active_parameters(model),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         query=heads * head_size,
-        key_value=(said.get("num_key_value_heads") or heads) * head_size,
+        key_value=(fields.get("num_key_value_heads") or heads) * head_size,
         heads=heads,
-        intermediate=_intermediate(text, said),
+        intermediate=_intermediate(text, fields),
         vocabulary=text.vocab_size,
         context=context_size(config),
-        is_gated=bool(experts) or "gate_proj" in last or "gate_up_proj" in last,
+        is_gated=bool(experts) or "gate_proj" in modules or "gate_up_proj" in modules,
         has_rms_norm=any("RMSNorm" in type(m).__name__ for m in model.modules()),
-        has_query_norm="q_norm" in last,
-        has_rotary="rotary_emb" in last,
-        has_joint_projection=bool({"c_attn", "query_key_value", "qkv_proj"} & last),
+        has_query_norm="q_norm" in modules,
+        has_joint_projection=bool({"c_attn", "query_key_value", "qkv_proj"} & modules),
         activation=COMPOSED.get(str(function), 1),
-        dropout=float(said.get("resid_pdrop") or said.get("hidden_dropout_prob") or 0.0),
+        dropout=float(fields.get("resid_pdrop") or fields.get("hidden_dropout_prob") or 0.0),
         attention_dropout=float(
-            said.get("attn_pdrop")
-            or said.get("attention_dropout")
-            or said.get("attention_probs_dropout_prob")
+            fields.get("attn_pdrop")
+            or fields.get("attention_dropout")
+            or fields.get("attention_probs_dropout_prob")
             or 0.0
         ),
         matrices=sum(m.weight.numel() for m in linear.values()) + experts,
-        divisible=sum(m.weight.numel() for m in linear.values() if not input_width(m) % BLOCK),
+        quantizable=sum(m.weight.numel() for m in linear.values() if not input_width(m) % BLOCK),
         head_matrix=0 if output is None else output.weight.numel(),
         muon=sum(weight.numel() for weight in block_matrices(model)),
-        stack=stack,
-        stack_square=square,
+        muon_stack=muon_stack,
+        muon_gram=muon_gram,
     )
 
 
-def too_long(shape: Shape, length: int) -> tuple[str, ...]:
-    """A note where sequences of so many tokens, 0 for unknown, are more than the model can hold."""
+def too_long(shape: ModelShape, length: int) -> tuple[str, ...]:
+    """Note that sequences are longer than the model's context, if they are; 0 is unknown."""
     if shape.context is None or length <= shape.context:
         return ()
     return (f"the model has {shape.context:,} positions, fewer than the {length:,} of a sequence",)
 
 
 def _parts(model: PreTrainedModel) -> dict[str, int]:
-    """Parameters by part, each counted where it comes first."""
-    found = dict.fromkeys(PARTS, 0)
+    """Parameters by part, tied ones with the first."""
+    parts = dict.fromkeys(PARTS, 0)
     output = model.get_output_embeddings()
     for path, module, numel in _own_parameters(model):
         if isinstance(module, nn.Embedding):
@@ -176,8 +178,8 @@ def _parts(model: PreTrainedModel) -> dict[str, int]:
             part = "mlp"
         else:
             part = "other"
-        found[part] += numel
-    return found
+        parts[part] += numel
+    return parts
 
 
 def _own_parameters(model: nn.Module) -> Iterator[tuple[str, Any, int]]:
@@ -191,7 +193,7 @@ def _own_parameters(model: nn.Module) -> Iterator[tuple[str, Any, int]]:
 
 
 def _experts(model: nn.Module) -> int:
-    """Elements of a mixture's experts that are no linear layers but one tensor for all."""
+    """Elements of a mixture's experts that are one tensor for all and no linear layers."""
     return sum(
         weight.numel()
         for name, weight in model.named_parameters()
@@ -199,20 +201,20 @@ def _experts(model: nn.Module) -> int:
     )
 
 
-def _intermediate(text: PreTrainedConfig, said: dict[str, Any]) -> int:
-    width = said.get("intermediate_size") or said.get("n_inner") or 4 * text.hidden_size
-    return int(width) * int(said.get("num_experts_per_tok") or 1)
+def _intermediate(text: PreTrainedConfig, fields: dict[str, Any]) -> int:
+    width = fields.get("intermediate_size") or fields.get("n_inner") or 4 * text.hidden_size
+    return int(width) * int(fields.get("num_experts_per_tok") or 1)
 
 
 def _largest_stack(model: nn.Module) -> tuple[int, int]:
     """Elements of the largest stack that Muon makes, and of its Gram matrices."""
-    alike = Counter(tuple(sorted(weight.shape)) for weight in block_matrices(model))
-    largest = square = 0
-    for (rows, columns), count in alike.items():
+    shapes = Counter(tuple(sorted(weight.shape)) for weight in block_matrices(model))
+    largest = gram = 0
+    for (rows, columns), count in shapes.items():
         together = min(count, max(1, STACKED // (rows * columns)))
         if together * rows * columns > largest:
-            largest, square = together * rows * columns, together * rows * rows
-    return largest, square
+            largest, gram = together * rows * columns, together * rows * rows
+    return largest, gram
 
 
 def _gpt2(layers: int, hidden: int, heads: int) -> PreTrainedConfig:
@@ -237,7 +239,7 @@ def _llama(
 
 
 def config_of(name: str) -> PreTrainedConfig:
-    """The configuration of a published shape, a preset of ours, a folder or a Hub id.
+    """Find the configuration of a published shape, a preset, a folder or a Hub id.
 
     Raises:
         UserError: it is none of them.

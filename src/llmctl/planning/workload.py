@@ -1,55 +1,69 @@
-"""What is to be done, whichever command does it: the numbers that memory and time follow from."""
+"""Workload: a command's fields, hyperparameters and a model's shape in, the numbers out that memory
+and time follow from, the same ones for every command.
+"""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llmctl.config.commands import DpoConfig, PpoConfig, RewardConfig, SftConfig
+from llmctl.config.finetuning import LowRank, Quantized
 from llmctl.models.quantized import LoadIn
-from llmctl.planning.shape import Shape
+from llmctl.planning.shape import ModelShape
+from llmctl.ppo.hyperparameters import CPU_PASS_LOGITS, GPU_PASS_LOGITS
+from llmctl.training.base_model import load_in
+from llmctl.training.hyperparameters import Hyperparameters, method_of
+
+PAIRED = ("reward", "dpo")
+"""Methods whose rows have two sequences."""
+
+FinetuningConfig = SftConfig | RewardConfig | DpoConfig
 
 
 @dataclass(frozen=True)
-class Episodes:
-    """What PPO does beside training: sampling, and models that only look."""
+class PpoWorkload:
+    """What PPO does beside training: sampling, and forward passes of other models."""
 
-    per_step: int
-    """Episodes of a step on one device."""
-    prompt: int
-    """Tokens of the longest prompt."""
-    response: int
-    """Most tokens of a response."""
-    rollout: int
+    episodes: int
+    """Of a step on one device."""
+    prompt_tokens: int
+    """Of the longest prompt."""
+    response_tokens: int
+    """Of a response at most."""
+    rollout_batch_size: int
     """Most sequences that are sampled at once."""
-    passes: int
-    """Over the episodes of a step."""
-    judges: int
-    """Parameters of reward models with weights of their own."""
-    most_logits: int
+    epochs: int
+    """Passes over the episodes of a step."""
+    reward_parameters: int
+    """Of reward models with weights of their own."""
+    max_logits: int
     """Of a forward and backward pass."""
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """A run on its devices."""
 
     stage: str
-    shape: Shape
+    shape: ModelShape
     device: str
     world: int
+    """Devices."""
     precision: str
     optimizer: str
     trained: int
     """Parameters that train, of the policy in PPO."""
     has_adapter: bool
     load_in: LoadIn
-    rank: int
-    """Of low-rank adapters; 0 without."""
+    lora_rank: int
+    """0 without low-rank adapters."""
     batch_size: int
     """Sequences of a forward pass, the two sides of a pair counted."""
     grad_accum: int
     length: int
     """Tokens of the longest sequence."""
     mean_length: float
-    """Of a sequence as it comes, without padding."""
-    counted: float
+    """Tokens of a sequence, without padding."""
+    logit_share: float
     """Share of the positions that logits are computed of; 0 for a model that scores."""
     is_chunked: bool
     is_checkpointed: bool
@@ -60,7 +74,7 @@ class Work:
     """Whether validation computes all logits of a pass twice as large, as pretraining does."""
     can_shard: bool = False
     """Whether the command runs under FSDP."""
-    episodes: Episodes | None = None
+    ppo: PpoWorkload | None = None
 
     @property
     def is_half(self) -> bool:
@@ -70,11 +84,160 @@ class Work:
     @property
     def tokens_per_step(self) -> float:
         """Over all devices, without padding."""
-        if self.episodes is not None:
-            return self.episodes.per_step * self.world * self.mean_length
+        if self.ppo is not None:
+            return self.ppo.episodes * self.world * self.mean_length
         return self.batch_size * self.grad_accum * self.world * self.mean_length
 
     @property
     def tokens(self) -> float | None:
         """Of the whole run."""
         return None if self.steps is None else self.steps * self.tokens_per_step
+
+
+def pretrain_workload(values: Hyperparameters, shape: ModelShape, device: str) -> Workload:
+    """Workload of pretraining: every position has logits."""
+    assert values.context is not None
+    return Workload(
+        stage="pretrain",
+        shape=shape,
+        device=device,
+        world=values.world_size,
+        precision=values.precision,
+        optimizer=values.optimizer,
+        trained=shape.parameters,
+        has_adapter=False,
+        load_in="full",
+        lora_rank=0,
+        batch_size=values.batch_size,
+        grad_accum=values.grad_accum,
+        length=values.context,
+        mean_length=values.context,
+        logit_share=1.0,
+        is_chunked=False,
+        is_checkpointed=False,
+        steps=values.max_steps,
+        keeps_logits=True,
+        can_shard=True,
+    )
+
+
+def finetuning_workload(
+    config: FinetuningConfig,
+    values: Hyperparameters,
+    shape: ModelShape,
+    lengths: Sequence[int],
+    trained: int,
+    *,
+    device: str,
+    world: int,
+    logit_share: float = 1.0,
+    knows_steps: bool = True,
+) -> Workload:
+    """Workload of sft, reward or dpo.
+
+    Args:
+        config: the command's fields.
+        values: hyperparameters of the run.
+        shape: of the model without an adapter.
+        lengths: tokens of the rows, of pairs their longer side.
+        trained: parameters that train.
+        device: type of device.
+        world: processes.
+        logit_share: share of positions that are trained on.
+        knows_steps: whether the rows are those of the run.
+    """
+    method = method_of(config)
+    has_logits = not is_classifier(config)
+    return Workload(
+        stage=method,
+        shape=shape,
+        device=device,
+        world=world,
+        precision=values.precision,
+        optimizer=values.optimizer,
+        trained=trained,
+        has_adapter=config.has_adapter,
+        load_in=base_load_in(config),
+        lora_rank=config.lora_r if config.is_low_rank else 0,
+        batch_size=values.batch_size * (2 if method in PAIRED else 1),
+        grad_accum=values.grad_accum,
+        length=max(lengths),
+        mean_length=sum(lengths) / len(lengths),
+        logit_share=logit_share if has_logits else 0.0,
+        is_chunked=has_logits and not isinstance(config, RewardConfig) and config.chunked_loss,
+        is_checkpointed=config.activation_checkpointing,
+        steps=values.max_steps if knows_steps else None,
+        can_shard=base_load_in(config) == "full",
+    )
+
+
+def ppo_workload(
+    config: PpoConfig,
+    values: Hyperparameters,
+    shape: ModelShape,
+    prompt_lengths: Sequence[int],
+    trained: int,
+    reward_parameters: int,
+    *,
+    device: str,
+    world: int,
+    knows_steps: bool = True,
+) -> Workload:
+    """Workload of PPO.
+
+    Args:
+        config: the command's fields.
+        values: hyperparameters of the run.
+        shape: of the policy without an adapter.
+        prompt_lengths: tokens of each prompt.
+        trained: parameters of the policy that train.
+        reward_parameters: of reward models with weights of their own.
+        device: type of device.
+        world: processes.
+        knows_steps: whether the prompts are those of the run.
+    """
+    ppo = values.ppo
+    assert ppo is not None
+    length = max(prompt_lengths) + config.max_new_tokens
+    minibatch = -(-values.batch_size // ppo.minibatches)
+    return Workload(
+        stage="ppo",
+        shape=shape,
+        device=device,
+        world=world,
+        precision=values.precision,
+        optimizer="adamw",
+        trained=trained,
+        has_adapter=config.has_adapter,
+        load_in=base_load_in(config),
+        lora_rank=config.lora_r if config.is_low_rank else 0,
+        batch_size=max(1, min(ppo.pass_tokens // length, minibatch)),
+        grad_accum=1,
+        length=length,
+        mean_length=sum(prompt_lengths) / len(prompt_lengths) + config.max_new_tokens,
+        logit_share=config.max_new_tokens / length,
+        is_chunked=False,
+        is_checkpointed=False,
+        steps=values.max_steps if knows_steps else None,
+        ppo=PpoWorkload(
+            episodes=values.batch_size,
+            prompt_tokens=max(prompt_lengths),
+            response_tokens=config.max_new_tokens,
+            rollout_batch_size=config.rollout_batch_size,
+            epochs=ppo.ppo_epochs,
+            reward_parameters=reward_parameters,
+            max_logits=GPU_PASS_LOGITS if device == "cuda" else CPU_PASS_LOGITS,
+        ),
+    )
+
+
+def is_classifier(config: FinetuningConfig) -> bool:
+    """Whether the model gives numbers for a text, and no logits of tokens."""
+    return isinstance(config, RewardConfig) or (
+        isinstance(config, SftConfig) and config.task == "classify"
+    )
+
+
+def base_load_in(config: LowRank) -> LoadIn:
+    """Precision that the frozen weights are loaded in."""
+    return load_in(config) if isinstance(config, Quantized) else "full"
