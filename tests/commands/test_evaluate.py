@@ -19,7 +19,7 @@ from llmctl.data.append_log import AppendLog
 from llmctl.data.chat.render import ChatFormat
 from llmctl.evaluate import compare, perplexity
 from llmctl.evaluate.aggregate import compute_figures
-from llmctl.evaluate.few_shot import PromptFormat, choose_shots
+from llmctl.evaluate.few_shot import FewShotFormat, choose_shots
 from llmctl.evaluate.inputs import EvaluationExample
 from llmctl.evaluate.scorers import Scorer, extract, find_label
 from llmctl.evaluate.task import EvaluationTask, RowsInMemory, run_task
@@ -333,9 +333,9 @@ def test_examples_are_never_the_row_itself():
 def test_examples_stand_before_the_question(roomy):
     tokenizer, shape = load_tokenizer(str(roomy)), load_config(str(roomy))
     (prompt,) = choose_shots([question("A dog")], [question("The cat", "sees.", 2)], 1, 0)
-    plain = PromptFormat(tokenizer, shape, chat=False, system=None, clock=None)
+    plain = FewShotFormat(tokenizer, shape, chat=False, system=None, clock=None)
     assert tokenizer.decode(plain.encode_prompt(prompt)[1:]) == "The cat sees.\n\nA dog"
-    chat = PromptFormat(tokenizer, shape, chat=True, system="Be brief.", clock=None)
+    chat = FewShotFormat(tokenizer, shape, chat=True, system="Be brief.", clock=None)
     assert chat.messages(prompt) == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "The cat"},

@@ -15,9 +15,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmctl.commands import generate
+from llmctl.data.chat.render import encode_text
 from llmctl.data.prompts import PromptExample
 from llmctl.decode import loop
-from llmctl.decode.prompts import PromptEncoder, encode_chat, encode_text
+from llmctl.decode.prompts import PromptEncoder, encode_chat
 from llmctl.errors import ModelError
 
 TEXT = "Hü 東京!"

@@ -20,7 +20,7 @@ from llmctl.models.quantized import first_not_finite, is_quantized, memory_bytes
 from llmctl.quantize import convert, held_out
 from llmctl.quantize.fidelity import Fidelity, measure_fidelity
 from llmctl.quantize.layers import Layers, choose_layers, kept_by_flag
-from llmctl.quantize.results import ModelSize, QuantizationReport
+from llmctl.quantize.results import QuantizationReport, WeightBytes
 from tests.conftest import sentences
 from tests.models.test_adapters import make_base, make_tokenizer
 
@@ -241,7 +241,7 @@ def test_the_gate_writes_nothing(cli, wide, tmp_path):
 
 def report(increase=0.2, **speeds):
     fidelity = Fidelity(100, 10.0, 10.0 * (1 + increase), 0.1, 0.9)
-    sizes = ModelSize(100, 100)
+    sizes = WeightBytes(100, 100)
     return QuantizationReport("x", "y", Layers((), {}), 0.5, sizes, sizes, fidelity, speeds, [])
 
 

@@ -30,10 +30,11 @@ from transformers import (
 )
 
 from llmctl.config.sections import Sampling
-from llmctl.decode import HuggingFaceForward, Response, TextStream, choose_forward, fast_forward
-from llmctl.decode.llama import LlamaForward, is_covered
-from llmctl.decode.loop import Prompt, decode
+from llmctl.decode.forward import HuggingFaceForward
+from llmctl.decode.llama import LlamaForward, fast_forward, is_covered
+from llmctl.decode.loop import Prompt, Response, choose_forward, decode
 from llmctl.decode.sampling import draw, penalize, truncate, uniform_stream
+from llmctl.decode.text import TextStream
 from llmctl.errors import DataError, ModelError
 from llmctl.models.loading import stop_tokens
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from llmctl.data.chat.render import common_prefix
 from llmctl.decode.forward import Forward, HuggingFaceForward, require_cache
 from llmctl.decode.llama import fast_forward
 
@@ -57,12 +58,6 @@ class PrefixForward:
         self._read = before + tokens
         logits: Tensor = output.logits[:, -1]
         return logits
-
-
-def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """Number of tokens that two sequences have in common at their beginning."""
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((index for index, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
 def conversation_forward(model: PreTrainedModel, prompt: Sequence[int]) -> Forward:

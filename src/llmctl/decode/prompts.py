@@ -9,8 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from llmctl.console import log
-from llmctl.data.chat.render import ChatFormat
-from llmctl.data.chat.render import encode_text as encode_text
+from llmctl.data.chat.render import ChatFormat, encode_text
 from llmctl.data.prompts import PromptExample, read_nonblank_lines
 from llmctl.data.rows import parse_row
 from llmctl.data.schemas import Message

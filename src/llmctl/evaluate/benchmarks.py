@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, set_seed
 from llmctl.config.commands import EvaluateConfig
 from llmctl.console import is_terminal, log
 from llmctl.errors import DataError, NetworkError, UserError, require_extra
-from llmctl.evaluate.plan import EvaluatedModel
+from llmctl.evaluate.prepare import EvaluatedModel
 from llmctl.evaluate.task import EvaluationTask, Row
 from llmctl.runs.directory import Run
 from llmctl.runs.ownership import SAMPLES

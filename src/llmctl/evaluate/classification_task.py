@@ -8,7 +8,7 @@ import torch
 from llmctl.config.commands import EvaluateConfig
 from llmctl.data.tokenized import resolve_max_length
 from llmctl.errors import ModelError
-from llmctl.evaluate.plan import EvaluatedModel, EvaluationPlan
+from llmctl.evaluate.prepare import EvaluatedModel, EvaluationPlan
 from llmctl.evaluate.task import EvaluationTask, Row
 from llmctl.models.classifiers import (
     load_tuned_classifier,

@@ -19,7 +19,7 @@ from llmctl.evaluate.compare import difference, differences, pair_rows, win_rate
 from llmctl.evaluate.figures import require_known
 from llmctl.evaluate.generation_task import generation_task
 from llmctl.evaluate.perplexity import perplexity_task
-from llmctl.evaluate.plan import (
+from llmctl.evaluate.prepare import (
     EvaluatedModel,
     EvaluationPlan,
     identity,

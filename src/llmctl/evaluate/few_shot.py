@@ -90,7 +90,7 @@ def _first_others(
 
 
 @dataclass(frozen=True)
-class PromptFormat:
+class FewShotFormat:
     """How prompts and their examples are written for one model."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -178,12 +178,12 @@ class PromptFormat:
 
 
 def require_room_to_answer(
-    prompt_format: PromptFormat, choose: ChooseShots, shots: int, new_tokens: int
+    few_shot_format: FewShotFormat, choose: ChooseShots, shots: int, new_tokens: int
 ) -> None:
     """Refuse prompts that leave no room to answer, and examples that do not fit.
 
     Args:
-        prompt_format: encodes them.
+        few_shot_format: encodes them.
         choose: the prompts with so many examples each.
         shots: examples wanted.
         new_tokens: that a response may take.
@@ -191,11 +191,11 @@ def require_room_to_answer(
     Raises:
         DataError: with the number of examples that do.
     """
-    shape, prompts = prompt_format.shape, choose(shots)
+    shape, prompts = few_shot_format.shape, choose(shots)
     context = context_size(shape)
     longest, length = prompts[0].example, 0
     for prompt in prompts:
-        tokens = prompt_format.encode_prompt(prompt)
+        tokens = few_shot_format.encode_prompt(prompt)
         if not shots:
             check_prompt(tokens, shape, prompt.example.name)
         if len(tokens) > length:
@@ -215,19 +215,19 @@ def require_room_to_answer(
         hint=_fewer_shots(
             choose,
             shots,
-            lambda prompt: len(prompt_format.encode_prompt(prompt)) + new_tokens <= context,
+            lambda prompt: len(few_shot_format.encode_prompt(prompt)) + new_tokens <= context,
             "a smaller --max-new-tokens",
         ),
     )
 
 
 def require_whole_references(
-    prompt_format: PromptFormat, choose: ChooseShots, shots: int, context: int
+    few_shot_format: FewShotFormat, choose: ChooseShots, shots: int, context: int
 ) -> None:
     """Refuse examples that would be cut off where references are read after them.
 
     Args:
-        prompt_format: encodes them.
+        few_shot_format: encodes them.
         choose: the prompts with so many examples each.
         shots: examples wanted.
         context: tokens that are read at a time.
@@ -237,7 +237,7 @@ def require_whole_references(
     """
 
     def length(prompt: FewShotPrompt) -> int:
-        encoded = prompt_format.encode_with_reference(prompt)
+        encoded = few_shot_format.encode_with_reference(prompt)
         return _reference_end(encoded) - 1  # the last token is predicted, and not read
 
     longest = max(choose(shots), key=length)

@@ -8,9 +8,9 @@ from transformers import PreTrainedModel
 from llmctl.config.commands import EvaluateConfig
 from llmctl.decode.loop import Prompt, Response, decode
 from llmctl.errors import DataError
-from llmctl.evaluate.few_shot import SEPARATOR, FewShotPrompt, PromptFormat
+from llmctl.evaluate.few_shot import SEPARATOR, FewShotFormat, FewShotPrompt
 from llmctl.evaluate.perplexity import Window, window_nats
-from llmctl.evaluate.plan import EvaluatedModel, EvaluationPlan
+from llmctl.evaluate.prepare import EvaluatedModel, EvaluationPlan
 from llmctl.evaluate.task import EvaluationTask, Row
 from llmctl.models.loading import stop_tokens
 from llmctl.reward.model import PromptResponse, RewardModel
@@ -24,17 +24,17 @@ def generation_task(
     load_reward: Callable[[], RewardModel],
 ) -> EvaluationTask:
     """The task of answering every prompt."""
-    prompt_format = evaluated.prompt_format(config, plan.clock)
+    few_shot_format = evaluated.few_shot_format(config, plan.clock)
 
     def compute(units: range) -> list[Row]:
         prompts, model = [plan.prompts[number] for number in units], load()
         rows = [prompt.example.as_row() for prompt in prompts]
         if "perplexity" in plan.metrics:
             context, _ = evaluated.context_and_stride(config)
-            costs = _reference_nats(prompt_format, model, prompts, context)
+            costs = _reference_nats(few_shot_format, model, prompts, context)
             rows = [row | cost for row, cost in zip(rows, costs, strict=True)]
         if plan.generates:
-            responses = _generate(config, evaluated, prompt_format, model, prompts, units.start)
+            responses = _generate(config, evaluated, few_shot_format, model, prompts, units.start)
             for row, response in zip(rows, responses, strict=True):
                 row |= {"response": response.text, "finish_reason": response.finish_reason}
                 row |= plan.scorer.score(response.text, row["reference"] or "")
@@ -48,18 +48,18 @@ def generation_task(
 def _generate(
     config: EvaluateConfig,
     evaluated: EvaluatedModel,
-    prompt_format: PromptFormat,
+    few_shot_format: FewShotFormat,
     model: PreTrainedModel,
     prompts: Sequence[FewShotPrompt],
     first: int,
 ) -> list[Response]:
     """A response to each prompt; the sampling stream is the prompt's number among all."""
     encoded = [
-        Prompt(prompt_format.encode_prompt(prompt), number)
+        Prompt(few_shot_format.encode_prompt(prompt), number)
         for number, prompt in enumerate(prompts, start=first)
     ]
     sampling = config
-    if not prompt_format.chat and prompts[0].shots and not config.stop:
+    if not few_shot_format.chat and prompts[0].shots and not config.stop:
         sampling = config.model_copy(update={"stop": [SEPARATOR]})
     responses = decode(
         model,
@@ -74,13 +74,13 @@ def _generate(
 
 
 def _reference_nats(
-    prompt_format: PromptFormat,
+    few_shot_format: FewShotFormat,
     model: PreTrainedModel,
     prompts: Sequence[FewShotPrompt],
     context: int,
 ) -> list[Row]:
     """Nats, tokens and bytes of each reference after its prompt, with the token that ends it."""
-    windows = [_reference_window(prompt_format, prompt, context) for prompt in prompts]
+    windows = [_reference_window(few_shot_format, prompt, context) for prompt in prompts]
     return [
         {
             "nats": nats,
@@ -91,14 +91,16 @@ def _reference_nats(
     ]
 
 
-def _reference_window(prompt_format: PromptFormat, prompt: FewShotPrompt, context: int) -> Window:
+def _reference_window(
+    few_shot_format: FewShotFormat, prompt: FewShotPrompt, context: int
+) -> Window:
     """The reference after its prompt, which loses its beginning where both are too long.
 
     Raises:
         DataError: the reference does not fit by itself.
     """
-    encoded = prompt_format.encode_with_reference(prompt)
-    truncated = prompt_format.truncate(encoded, context + 1)
+    encoded = few_shot_format.encode_with_reference(prompt)
+    truncated = few_shot_format.truncate(encoded, context + 1)
     if truncated is None:
         raise DataError(
             f"the reference has more tokens than the context of {context:,}",

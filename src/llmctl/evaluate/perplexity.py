@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmctl.config.commands import EvaluateConfig
 from llmctl.errors import DataError, ModelError
 from llmctl.evaluate.inputs import Document
-from llmctl.evaluate.plan import EvaluatedModel, EvaluationPlan
+from llmctl.evaluate.prepare import EvaluatedModel, EvaluationPlan
 from llmctl.evaluate.task import EvaluationTask, Row
 
 MAX_LOSS = 700

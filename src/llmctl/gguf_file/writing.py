@@ -3,7 +3,6 @@
 The reader of transformers is another's code than the writer here: what both agree on is right.
 """
 
-from collections import Counter
 from collections.abc import Collection
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -41,12 +40,7 @@ UNREAD = ("head_dim", "rope_parameters", "attention_bias", "mlp_bias")
 class GgufFile:
     """A file that was written."""
 
-    path: Path
     bytes: int
-
-    tensors: dict[str, int]
-    """How many tensors it has of each type."""
-
     kept: tuple[str, ...]
     """Modules whose weights are in float16 instead of in blocks."""
 
@@ -117,9 +111,7 @@ def write_gguf(
         staging.unlink(missing_ok=True)
     kept = [t for t in tensors if t.type == GGMLQuantizationType.F16 and matrix_type in BLOCKS]
     return GgufFile(
-        path,
         path.stat().st_size,
-        dict(Counter(tensor.type.name.lower() for tensor in tensors)),
         tuple(tensor.source.removesuffix(".weight") for tensor in kept),
     )
 

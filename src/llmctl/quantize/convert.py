@@ -30,7 +30,7 @@ from llmctl.quantize.fidelity import (
 from llmctl.quantize.job import QuantizationJob, baselines, quantized_share, weights_size
 from llmctl.quantize.layers import Layers, kept_by_flag, matrix_modules
 from llmctl.quantize.methods import describe, kept_dtype, quantize_model, quantized_layers
-from llmctl.quantize.results import ModelSize, QuantizationReport
+from llmctl.quantize.results import QuantizationReport, WeightBytes
 
 NO_LAYERS = Layers((), {})
 """For a model that is only cast."""
@@ -65,7 +65,7 @@ def convert_to_folder(
     save_model(after, after.state_dict(), job.tokenizer, folder)
     reloaded = load_causal_lm(str(folder), dtype=dtype, device=job.device)
     _require_same(measured, window_logits(reloaded, probe)[0])
-    return replace(report, after=ModelSize(weights_size(folder), report.after.memory))
+    return replace(report, after=WeightBytes(weights_size(folder), report.after.memory))
 
 
 MAX_KL = {"f16": 0.01, "bf16": 0.05, "q8_0": 0.2}
@@ -111,7 +111,7 @@ def convert_to_gguf(
             hint="this is a fault of llmctl's; please report the model's architecture",
         )
     replace_folder(staging, folder)
-    sizes = ModelSize(written.bytes, written.bytes)  # llama.cpp maps the file, blocks as they are
+    sizes = WeightBytes(written.bytes, written.bytes)  # llama.cpp maps the file, blocks as they are
     return replace(report, after=sizes), folder / file.name
 
 
@@ -139,8 +139,8 @@ def _measure(
         text=job.text.name,
         layers=layers,
         share=quantized_share(before, layers),
-        before=ModelSize(job.disk_before(), memory_bytes_of(before)),
-        after=ModelSize(None, memory_bytes_of(after)),
+        before=WeightBytes(job.disk_before(), memory_bytes_of(before)),
+        after=WeightBytes(None, memory_bytes_of(after)),
         fidelity=measure_fidelity(before, after, windows),
         speeds=time_generation(timed, prompts, count),
         samples=generate_samples(before, after, job.tokenizer, prompts, count),

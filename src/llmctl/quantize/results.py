@@ -17,7 +17,7 @@ MORE_BITS = {"4 bits": "--bits 8", "q4_0": "--gguf q8_0", "q8_0": "--gguf bf16"}
 
 
 @dataclass(frozen=True)
-class ModelSize:
+class WeightBytes:
     """Bytes of a model."""
 
     disk: int | None
@@ -35,8 +35,8 @@ class QuantizationReport:
     layers: Layers
     share: float
     """Share of all weights that are quantized."""
-    before: ModelSize
-    after: ModelSize
+    before: WeightBytes
+    after: WeightBytes
     fidelity: Fidelity
     speeds: dict[str, float]
     """Tokens a second, by the type of the weights; `after` is the smaller model, where it can be

@@ -12,12 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from llmctl.config.finetuning import Samples
 from llmctl.config.sections import Sampling
 from llmctl.console import log
-from llmctl.data.chat.render import ChatFormat
+from llmctl.data.chat.render import ChatFormat, encode_text
 from llmctl.data.examples import Example
 from llmctl.data.shards import TokenSplit
 from llmctl.decode.forward import HuggingFaceForward
 from llmctl.decode.loop import Prompt, decode, limit_new_tokens
-from llmctl.decode.prompts import encode_text
 from llmctl.errors import ModelError
 from llmctl.models.patched_attention import CAUSAL
 from llmctl.runs.directory import Run

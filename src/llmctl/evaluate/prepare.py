@@ -15,8 +15,8 @@ from llmctl.data.classification import list_labels
 from llmctl.errors import DataError, ModelError, UserError
 from llmctl.evaluate.few_shot import (
     ChooseShots,
+    FewShotFormat,
     FewShotPrompt,
-    PromptFormat,
     choose_shots,
     require_room_to_answer,
     require_whole_references,
@@ -78,10 +78,10 @@ class EvaluatedModel:
     virtual_tokens: int
     """Positions that an adapter's learned prompt takes."""
 
-    def prompt_format(self, config: EvaluateConfig, clock: str | None) -> PromptFormat:
+    def few_shot_format(self, config: EvaluateConfig, clock: str | None) -> FewShotFormat:
         """How prompts are written for it."""
         chat = self.tokenizer.chat_template is not None and not config.plain
-        return PromptFormat(self.tokenizer, self.shape, chat, config.system, clock)
+        return FewShotFormat(self.tokenizer, self.shape, chat, config.system, clock)
 
     def context_and_stride(self, config: EvaluateConfig) -> tuple[int, int]:
         """Tokens of a window, and from one window to the next.
@@ -185,13 +185,13 @@ def inspect_model(
     if "perplexity" in plan.metrics:
         evaluated.context_and_stride(config)
     if plan.data.kind != "documents":
-        prompt_format, shots = evaluated.prompt_format(config, plan.clock), config.shots or 0
+        few_shot_format, shots = evaluated.few_shot_format(config, plan.clock), config.shots or 0
         if plan.generates or not shots:
             new = config.max_new_tokens if plan.generates else 1
-            require_room_to_answer(prompt_format, plan.choose, shots, new)
+            require_room_to_answer(few_shot_format, plan.choose, shots, new)
         if shots and "perplexity" in plan.metrics:
             require_whole_references(
-                prompt_format, plan.choose, shots, evaluated.context_and_stride(config)[0]
+                few_shot_format, plan.choose, shots, evaluated.context_and_stride(config)[0]
             )
     return evaluated
 
