@@ -29,7 +29,7 @@ from transformers import (
 from llmctl.config.commands import DpoConfig
 from llmctl.data.builtin import preferences
 from llmctl.data.chat.templates import read_template
-from llmctl.data.preference_pairs import load_pairs
+from llmctl.data.preference_pairs import load_dpo_data
 from llmctl.files import sha256_file
 from llmctl.training import dpo
 from llmctl.training.dpo import ComparedPairRows, DpoLoss, is_displaced, log_probabilities
@@ -177,7 +177,7 @@ def settings(base, *data, **more):
 def test_log_probabilities_are_of_the_response_alone_whatever_pads_it(base, pairs):
     """By definition, from all logits of each sequence by itself; the padding is poisoned."""
     model = AutoModelForCausalLM.from_pretrained(base).eval()
-    data = load_pairs(settings(base, pairs, val_size=0))
+    data = load_dpo_data(settings(base, pairs, val_size=0))
     found, token_loss = [], token_loss_of(model, chunked=False)
     for pad in (0, 40):
         batch = ComparedPairRows(data.train, pad).batch([3, 0, 11])
@@ -342,7 +342,7 @@ def test_figures_are_those_of_a_separate_reference(cli, base, pairs, ranked, tmp
 def test_the_loss_that_trains_is_that_of_a_separate_reference(cli, base, ranked, tmp_path, way):
     """By definition: what a second step of all pairs says is of the model that the first left."""
     few = write(tmp_path / "few.jsonl", map(json.loads, ranked.read_text().splitlines()[:6]))
-    pairs = len(load_pairs(settings(base, few, val_size=0)).train)
+    pairs = len(load_dpo_data(settings(base, few, val_size=0)).train)
     for steps in (1, 2):
         result = cli(
             *("dpo", "--model", base, "--data", few, *QUICK, "--max-steps", steps, "--lr", 3e-3),

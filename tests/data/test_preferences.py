@@ -188,7 +188,7 @@ def test_no_prompt_is_on_both_sides_and_the_split_is_that_of_the_prompts(tmp_pat
     random.Random(3).shuffle(rows)
     again = read(write(tmp_path / "b.jsonl", *rows), val_size=60)
     assert {pair.prompt[0]["content"] for pair in again.val} == sides[1]
-    assert found.facts()["shared_prompts"] == 0
+    assert found.statistics()["shared_prompts"] == 0
 
 
 def test_weights_mix_and_pairs_of_a_prompt_go_together(tmp_path):
@@ -207,13 +207,13 @@ def test_a_pair_that_also_validates_is_refused(tmp_path):
         read(path, val_size=None, val_data=[str(val)])
     assert caught.value.line == 8
     val = write(tmp_path / "v.jsonl", {**rows[7], "chosen": "Other."})
-    assert read(path, val_size=None, val_data=[str(val)]).facts()["shared_prompts"] == 1
+    assert read(path, val_size=None, val_data=[str(val)]).statistics()["shared_prompts"] == 1
 
 
 def test_contradictions_are_counted(tmp_path):
     swapped = {"prompt": "Hi", "chosen": "What?", "rejected": "Hello."}
     path = write(tmp_path / "a.jsonl", {"prompt": "Hi", **PAIR}, swapped, {"prompt": "Hi", **PAIR})
-    facts = read(path).facts()
+    facts = read(path).statistics()
     assert (facts["contradictions"], facts["duplicates"]) == (1, 1)
 
 

@@ -79,7 +79,7 @@ def bert(base, tmp_path_factory):
 
 COMMANDS = {
     "generate": ("generate", "--prompt", "The", "--model", "BERT"),
-    "quantize": ("quantize", "--model", "BERT", "-o", "OUT"),
+    "quantize": ("quantize", "--bits", 4, "--model", "BERT", "-o", "OUT"),
     "ppo": (
         *("ppo", "--data", "builtin:tasks", "--reward-rule", "exact", "--max-steps", 1),
         *("--model", "BERT", "-o", "OUT"),

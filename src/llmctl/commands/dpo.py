@@ -28,7 +28,7 @@ def _show(config: DpoConfig, accelerator: Accelerator, device: str) -> dict[str,
     data = _pairs(config, accelerator)
     prepared = prepare_dpo(config, data, accelerator, device)
     share = trained_share(data.train.chosen, data.train.rejected)
-    outlook = finetuning_outlook(config, prepared, device, accelerator.num_processes, share)
+    outlook = finetuning_outlook(config, prepared, device, share)
     return show_dry_run("dpo", config, outlook)
 
 

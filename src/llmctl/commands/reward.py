@@ -30,7 +30,7 @@ def _show(config: RewardConfig, accelerator: Accelerator, device: str) -> dict[s
     """Do what a dry run does."""
     data = _pairs(config, accelerator)
     prepared = prepare_reward(config, data, accelerator, device)
-    outlook = finetuning_outlook(config, prepared, device, accelerator.num_processes)
+    outlook = finetuning_outlook(config, prepared, device)
     return show_dry_run("reward", config, outlook)
 
 

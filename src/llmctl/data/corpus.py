@@ -55,7 +55,7 @@ class Extreme:
     place: Place
 
     def __str__(self) -> str:
-        """As `1,204 tokens (file.jsonl:7)`."""
+        """Format as `1,204 tokens (file.jsonl:7)`."""
         file, line = self.place
         return f"{self.tokens:,} tokens ({file}{f':{line}' if line else ''})"
 
@@ -92,7 +92,7 @@ class SplitWriter:
         return int(self.counts.sum())
 
     def add(self, text: str, place: str, line: int | None, is_last: bool) -> None:
-        """Take the next stretch of a document.
+        """Add the next stretch of a document.
 
         Raises:
             DataError: the text cannot be cut and is too long to be encoded at once.
@@ -125,7 +125,7 @@ class SplitWriter:
         )
 
     def _flush(self) -> None:
-        """Encode what was gathered, put the prefix and eos around each document, and write it."""
+        """Encode the batch, put the prefix and EOS around each document, and write it."""
         if not self._texts:
             return
         ids, lengths = self.encoder.encode(self._texts)
@@ -164,7 +164,7 @@ class SplitWriter:
             self.shortest = Extreme(int(sizes[least]), self._places[least])
 
     def __enter__(self) -> Self:
-        """Write, or leave nothing behind."""
+        """Keep the shards on success, remove them on any error."""
         return self
 
     def __exit__(
@@ -182,8 +182,8 @@ class SplitWriter:
             raise
         self._shards.__exit__(kind, error, trace)
 
-    def facts(self) -> dict[str, Any]:
-        """This split's part of the index."""
+    def index_entry(self) -> dict[str, Any]:
+        """Return this split's entry in the index."""
         return {
             "tokens": self.tokens,
             "documents": self.documents,
@@ -194,7 +194,7 @@ class SplitWriter:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents that were read once and found sound."""
+    """Documents that were read once and checked."""
 
     sources: tuple[Source, ...]
     val_sources: tuple[Source, ...]
@@ -209,7 +209,7 @@ class Corpus:
         return self.scan.bytes + (self.val_scan.bytes if self.val_scan else 0)
 
     def sample(self, train_bytes: int) -> Iterator[str]:
-        """About `train_bytes` of the text: of every so many pieces in a row, one at random."""
+        """Sample about `train_bytes` of the text: one piece at random of every so many in a row."""
         stride = max(1.0, self.scan.bytes / train_bytes)
         draw = random.Random(0)
         with ProgressBar("train the tokenizer", min(self.scan.bytes, train_bytes), "B") as progress:
@@ -224,7 +224,7 @@ class Corpus:
                     yield text
 
     def inputs(self) -> list[dict[str, Any]]:
-        """The manifest's record of what was read."""
+        """Return the manifest's record of the sources."""
         roles = {"data": self.sources, "val-data": self.val_sources}
         return [
             text_input(role, source, self.column)
@@ -233,7 +233,10 @@ class Corpus:
         ]
 
     def write(self, folder: Path, vocabulary: Vocabulary) -> dict[str, Any]:
-        """Encode every document into shards under `folder`, index last; returns the metrics.
+        """Encode every document into shards under `folder`, the index last.
+
+        Returns:
+            Metrics of the corpus.
 
         Raises:
             DataError: text that cannot be encoded, or that changed since it was first read.
@@ -260,7 +263,7 @@ class Corpus:
             self._route(train, val, progress)
         seconds = time.monotonic() - started
         _check_sizes(train, val, self.bytes)
-        splits = {"train": train.facts(), **({"val": val.facts()} if val else {})}
+        splits = {"train": train.index_entry(), **({"val": val.index_entry()} if val else {})}
         write_json(
             folder / "index.json",
             {
@@ -276,7 +279,7 @@ class Corpus:
         return {"documents": documents, **_metrics([train, *rest], vocabulary, seconds)}
 
     def _route(self, train: SplitWriter, val: SplitWriter | None, progress: ProgressBar) -> None:
-        """Send every document to its side."""
+        """Write every document to its split."""
         long_hashes = iter(self.scan.long_hashes)
         side, is_within, done, shown, characters = train, False, 0, 0, 0
         cut = self.plan.train_characters
@@ -307,10 +310,10 @@ class Corpus:
 
 @contextmanager
 def open_corpus(config: CorpusConfig) -> Iterator[Corpus]:
-    """Find, read and check all documents, and decide which of them validate.
+    """Find, read and check all documents, and choose those that validate.
 
     Raises:
-        DataError: no documents, documents that are not sound, or a split with an empty side.
+        DataError: no documents, unsound ones, or an empty split.
         NetworkError: a Hub data set that cannot be reached.
     """
     with tempfile.TemporaryDirectory(prefix="llmctl-") as spool:
@@ -318,20 +321,20 @@ def open_corpus(config: CorpusConfig) -> Iterator[Corpus]:
         val_sources = tuple(find_sources(config.val_data, Path(spool)))
         val_scan = scan(val_sources, config.text_column, all_hashes=True) if val_sources else None
         kept = frozenset(val_scan.hashes.tolist()) if val_scan else frozenset()
-        found = scan(sources, config.text_column, refused=kept)
-        plan = SplitPlan(0.0) if val_scan else plan_split(found, config.val_fraction)
-        yield Corpus(sources, val_sources, config.text_column, found, val_scan, plan)
+        scanned = scan(sources, config.text_column, refused=kept)
+        plan = SplitPlan(0.0) if val_scan else plan_split(scanned, config.val_fraction)
+        yield Corpus(sources, val_sources, config.text_column, scanned, val_scan, plan)
 
 
 def _pieces(sources: tuple[Source, ...], column: str) -> Iterator[str]:
-    """Text in pieces to train on: short, since training takes the square of a word's length."""
+    """Cut text into short pieces to train on: time grows with the square of a word's length."""
     cutter = Cutter("softly", TRAIN_CHARACTERS)
     for text, _, _, is_last in read_documents(sources, column):
         yield from cutter.feed(text, is_last)
 
 
 def _halves(text: str, cut: int, is_last: bool) -> Iterator[tuple[str, int, bool]]:
-    """The part before the cut (side 0) and the part after it (side 1) of a piece."""
+    """Yield the part before the cut (split 0) and the part after it (split 1) of a piece."""
     if cut > 0:
         yield text[:cut], 0, cut <= len(text)
     if cut < len(text):
@@ -360,7 +363,7 @@ def _check_sizes(train: SplitWriter, val: SplitWriter | None, expected: int) -> 
 
 
 def _metrics(sides: list[SplitWriter], vocabulary: Vocabulary, seconds: float) -> dict[str, Any]:
-    """The figures of the whole corpus."""
+    """Compute the metrics of the whole corpus."""
     counts = np.sum([side.counts for side in sides], axis=0)
     tokens, size = int(counts.sum()), sum(side.bytes for side in sides)
     unknown = 0 if vocabulary.unknown is None else int(counts[vocabulary.unknown])
@@ -389,16 +392,16 @@ def _extreme(extreme: Extreme) -> dict[str, Any]:
 def tokenize_once(
     config: CorpusConfig, tokenizer: str, folder: Path, written: dict[str, Any] | None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Tokenize a run's text into `folder`, or see that what was written there is of the same text.
+    """Tokenize a run's text into `folder`, or check that the tokens there are of the same text.
 
     Args:
-        config: what to read.
+        config: names the text.
         tokenizer: to encode with: a run, a folder or a Hub id.
         folder: gets tokenizer/ and tokens/.
-        written: what this function returned when the run began, None where it did not get so far.
+        written: the identity that this function returned when the run began; None if it did not.
 
     Returns:
-        The inputs for the manifest, and what the tokens depend on.
+        Inputs for the manifest, and the identity: all that the tokens depend on.
 
     Raises:
         ModelError: the run began with other text, another tokenizer or another split.
@@ -406,8 +409,8 @@ def tokenize_once(
     with open_corpus(config) as corpus:
         inputs = corpus.inputs()
         vocabulary, save_tokenizer = load_vocabulary(tokenizer)
-        wanted = {
-            "data": [facts["sha256"] or facts.get("revision") for facts in inputs],
+        identity = {
+            "data": [entry["sha256"] or entry.get("revision") for entry in inputs],
             "text_column": config.text_column,
             "val_fraction": config.val_fraction,
             "tokenizer": fingerprint(vocabulary.tokenizer),
@@ -415,7 +418,7 @@ def tokenize_once(
         if written is None:
             save_tokenizer(folder / "tokenizer")
             corpus.write(folder / "tokens", vocabulary)
-        elif changed := [name for name in wanted if wanted[name] != written[name]]:
-            what = ", ".join(f"{name}: {written[name]} -> {wanted[name]}" for name in changed)
+        elif changed := [name for name in identity if identity[name] != written[name]]:
+            what = ", ".join(f"{name}: {written[name]} -> {identity[name]}" for name in changed)
             raise ModelError(f"the run began with other data ({what})", file=folder)
-    return inputs, wanted
+    return inputs, identity

@@ -1,8 +1,8 @@
-"""Read preferences, and part those that train from those that validate.
+"""Read preferences, and split them into training and validation.
 
-In: what `--data` names. Out: `Preference` objects, pairs of conversations (or plain texts) of which
-one is preferred, no prompt of which is on both sides. A ranking of several responses becomes all
-pairs of different rank. Errors of a row say what was found; the caller knows file and line.
+In: the names of `--data`. Out: `Preference` objects, pairs of conversations (or plain texts) of
+which one is preferred; no prompt is in both splits. A ranking of several responses becomes all
+pairs of different rank. Errors of a row say what is wrong; the caller adds file and line.
 """
 
 import math
@@ -31,40 +31,40 @@ from llmctl.data.split import Split, conversation_hash, fingerprint, split
 from llmctl.errors import DataError
 
 EQUAL, UNDECIDED = "equal", "undecided"
-"""Why rows are left out that are sound: both responses are the same, or no rank tells them."""
+"""Reasons to leave out a sound row: both responses are the same, or no rank tells them apart."""
 
 
 @dataclass(frozen=True)
 class Preference:
-    """Two examples that answer the same prompt; both are conversations, or both plain texts."""
+    """Two responses to one prompt, each with it; both are conversations, or both plain texts."""
 
     chosen: Example
     rejected: Example
     shared: int
-    """How many messages both begin with: the prompt; 0 for plain texts."""
+    """Messages of the prompt, with which both begin; 0 for plain texts."""
     margin: float | None
-    """By how much the chosen one is better, where the row says so."""
+    """By how much the chosen response is better, where the row says."""
     weight: float
-    """Of the pair in the loss; the pairs of one prompt's ranking weigh 1 in total."""
+    """Weight of the pair in the loss; the pairs of one ranking weigh 1 in total."""
 
     @property
     def name(self) -> str:
-        """Where it stands, as messages say it."""
+        """Its place, for messages."""
         return self.chosen.name
 
     @property
     def prompt(self) -> tuple[Message, ...]:
-        """What both answer, empty for plain texts."""
+        """The prompt, empty for plain texts."""
         return (self.chosen.messages or ())[: self.shared]
 
     @property
     def sides(self) -> tuple[Example, Example]:
-        """The chosen one, the rejected one."""
+        """The chosen and the rejected response."""
         return self.chosen, self.rejected
 
 
 def parse_preferences(record: Record, layout: Layout, dropped: Counter[str]) -> list[Preference]:
-    """The pairs of a row; why there are none is counted in `dropped`.
+    """Make the pairs of a row; count in `dropped` why there are none.
 
     A ranking's pairs weigh 1 in total, whatever their number (Ouyang et al., 2022,
     arXiv:2203.02155, equation 1).
@@ -74,42 +74,44 @@ def parse_preferences(record: Record, layout: Layout, dropped: Counter[str]) -> 
     """
     values, columns = _values(record, layout)
     if "ranks" in values:
-        compared = _comparisons(values, columns)
         make = partial(_side, record, values, columns)
-        read = [(make(better), make(worse)) for better, worse in compared]
+        pairs = [(make(better), make(worse)) for better, worse in _comparisons(values, columns)]
     else:
-        read = [parse_sides(record, layout)]
-    if not read:
+        pairs = [parse_sides(record, layout)]
+    if not pairs:
         dropped[UNDECIDED] += 1
         return []
     margin = _margin(values.get("margin"), columns.get("margin", ""))
-    unequal = [(one, other) for one, other in read if _said(one) != _said(other)]
+    unequal = [(chosen, rejected) for chosen, rejected in pairs if not _same(chosen, rejected)]
     if not unequal:
         dropped[EQUAL] += 1
     weight = 1 / max(1, len(unequal))
-    return [Preference(one, other, _shared(one, other), margin, weight) for one, other in unequal]
+    return [
+        Preference(chosen, rejected, _shared(chosen, rejected), margin, weight)
+        for chosen, rejected in unequal
+    ]
 
 
 def parse_sides(record: Record, layout: Layout) -> tuple[Example, Example]:
-    """The chosen and the rejected response of a row, each with what it answers.
+    """Read the chosen and the rejected response of a row, each with its prompt.
 
     Raises:
         DataError: one of them is missing, blank or of no known form.
     """
     values, columns = _values(record, layout)
     chosen, rejected = (
-        _side(record, values, columns, _Answer(values[name], columns[name])) for name in PAIR
+        _side(record, values, columns, _Response(values[name], columns[name])) for name in PAIR
     )
     return chosen, rejected
 
 
 def _values(record: Record, layout: Layout) -> tuple[dict[str, Any], dict[str, str]]:
-    """What a row has in each role, and the columns' names."""
+    """Return the value and the column of each role in a row."""
     columns = {**layout.more, **layout.needed}
     return {role: record.row.get(column) for role, column in columns.items()}, columns
 
 
-class _Answer(NamedTuple):
+class _Response(NamedTuple):
     """A response as the row has it."""
 
     value: Any
@@ -118,14 +120,14 @@ class _Answer(NamedTuple):
 
 def _comparisons(
     values: Mapping[str, Any], columns: Mapping[str, str]
-) -> list[tuple[_Answer, _Answer]]:
-    """All pairs of responses of different rank, the better one first; none without a verdict."""
+) -> list[tuple[_Response, _Response]]:
+    """List all pairs of responses of different rank, the better one first; none without ranks."""
     responses, ranks = from_json(values["responses"]), from_json(values["ranks"])
     if ranks is None:
         return []
-    for role, found in (("responses", responses), ("ranks", ranks)):
-        if not isinstance(found, list):
-            raise DataError(f"`{columns[role]}` is {json_type(found)}, expected a list")
+    for role, value in (("responses", responses), ("ranks", ranks)):
+        if not isinstance(value, list):
+            raise DataError(f"`{columns[role]}` is {json_type(value)}, expected a list")
     if len(responses) != len(ranks):
         raise DataError(f"{len(responses):,} responses, but {len(ranks):,} ranks")
     for place, rank in enumerate(ranks):
@@ -137,19 +139,19 @@ def _comparisons(
     if None in ranks:
         return []
     names = [f"{columns['responses']}[{place}]" for place in range(len(responses))]
-    answers = list(zip(ranks, map(_Answer, responses, names), strict=True))
+    ranked = list(zip(ranks, map(_Response, responses, names), strict=True))
     return [
         (better, worse)
-        for (first, better), (second, worse) in permutations(answers, 2)
+        for (first, better), (second, worse) in permutations(ranked, 2)
         if first < second
     ]
 
 
 def _side(
-    record: Record, values: Mapping[str, Any], columns: Mapping[str, str], answer: _Answer
+    record: Record, values: Mapping[str, Any], columns: Mapping[str, str], response: _Response
 ) -> Example:
-    """One response with what it answers."""
-    name, value = answer.name, _messages_or_text(answer.value)
+    """Make an example of one response and its prompt."""
+    name, value = response.name, _messages_or_text(response.value)
     if "prompt" not in columns and not isinstance(value, list):
         text = checked_text(value, name)
         messages = parse_hh_rlhf(text, name)
@@ -161,65 +163,64 @@ def _side(
         messages = conversation(value, name)
         is_answer = bool(messages) and messages[0]["role"] in ("assistant", "tool")
         if is_answer and "prompt" in columns:
-            messages = _answered(values, columns, value, name)
+            messages = _with_prompt(values, columns, value, name)
         elif "prompt" in columns:
             _require_prompt(messages, values["prompt"], columns["prompt"], name)
     else:
-        messages = _answered(values, columns, value, name)
+        messages = _with_prompt(values, columns, value, name)
     example = checked_example(record, messages, values, {**columns, "messages": name})
     if messages[-1]["role"] != "assistant":
         raise DataError(f"`{name}` ends with the {messages[-1]['role']}, expected the assistant")
     return example
 
 
-def _answered(
+def _with_prompt(
     values: Mapping[str, Any], columns: Mapping[str, str], response: Any, name: str
 ) -> list[Message]:
-    asked = {**values, "prompt": _messages_or_text(values["prompt"]), "response": response}
-    return prompt_response(asked, {**columns, "response": name})
+    values = {**values, "prompt": _messages_or_text(values["prompt"]), "response": response}
+    return prompt_response(values, {**columns, "response": name})
 
 
 def _messages_or_text(value: Any) -> Any:
-    """Messages that a column of text spells in JSON; all else as it is."""
-    found = from_json(value)
-    is_messages = isinstance(found, list) and all(isinstance(item, dict) for item in found)
-    return found if is_messages and found else value
+    """Parse messages that a column of text spells in JSON; return all else as it is."""
+    parsed = from_json(value)
+    is_messages = isinstance(parsed, list) and all(isinstance(item, dict) for item in parsed)
+    return parsed if is_messages and parsed else value
 
 
 def _require_prompt(messages: list[Message], prompt: Any, column: str, name: str) -> None:
-    """Refuse a whole conversation that is about something else than the row's prompt."""
+    """Refuse a whole conversation without the row's prompt in it."""
     prompt = _messages_or_text(prompt)
-    asked = (
+    prompt_messages = (
         conversation(prompt, column)
         if isinstance(prompt, list)
         else [text_message("user", prompt, column)]
     )
     texts = [message["content"].strip() for message in messages]
-    if any(message["content"].strip() not in texts for message in asked):
+    if any(message["content"].strip() not in texts for message in prompt_messages):
         raise DataError(f"`{name}` is a whole conversation, and `{column}` is not in it")
 
 
-def _said(example: Example) -> Any:
-    return example.text if example.messages is None else example.messages
+def _same(chosen: Example, rejected: Example) -> bool:
+    return (chosen.text, chosen.messages) == (rejected.text, rejected.messages)
 
 
 def _shared(chosen: Example, rejected: Example) -> int:
-    """How many messages both begin with; what comes next is the assistant's on both sides."""
+    """Count the messages that both begin with; the next one is the assistant's in both."""
     if chosen.messages is None or rejected.messages is None:
         if chosen.messages is not rejected.messages:
             raise DataError("one response is a conversation, the other a plain text")
         return 0
-    ours, theirs = chosen.messages, rejected.messages
-    same = (one == other for one, other in zip(ours, theirs, strict=False))
-    shared = len(list(takewhile(bool, same)))
-    shared = min(shared, len(ours) - 1, len(theirs) - 1)
-    if any(messages[shared]["role"] != "assistant" for messages in (ours, theirs)):
+    both = (chosen.messages, rejected.messages)
+    same = (turn == other for turn, other in zip(*both, strict=False))
+    shared = min(len(list(takewhile(bool, same))), *(len(messages) - 1 for messages in both))
+    if any(messages[shared]["role"] != "assistant" for messages in both):
         raise DataError("the two responses answer different prompts")
     return shared
 
 
 def _margin(value: Any, name: str) -> float | None:
-    """By how much the chosen response is better."""
+    """Check the margin of a row."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -234,26 +235,31 @@ def _margin(value: Any, name: str) -> float | None:
 
 @dataclass(frozen=True)
 class Preferences:
-    """All preferences of a run."""
+    """All preferences of a run, split."""
 
     split: Split[Preference]
     dropped: dict[str, int]
-    """Rows left out that are sound: responses that are the same, rankings without a verdict."""
+    """Sound rows left out, by reason: equal responses, rankings without a verdict."""
 
     @property
     def train(self) -> list[Preference]:
-        """What to learn from."""
+        """Training pairs."""
         return self.split.train
 
     @property
     def val(self) -> list[Preference]:
-        """What validates; none of its prompts trains, unless it comes from elsewhere."""
+        """Validation pairs; no prompt of theirs trains, unless they come from `--val-data`."""
         return self.split.val
 
-    def facts(self) -> dict[str, Any]:
-        """For the manifest."""
+    @property
+    def has_chats(self) -> bool:
+        """Whether any pair is of conversations."""
+        return any(pair.shared for pair in (*self.train, *self.val))
+
+    def statistics(self) -> dict[str, Any]:
+        """Count pairs, prompts and what is odd, for the manifest."""
         trained = set(map(prompt_hash, self.train))
-        both = Counter(_pair_hash(pair) for pair in (*self.train, *self.val))
+        hashes = Counter(_pair_hash(pair) for pair in (*self.train, *self.val))
         return {
             "pairs": len(self.train) + len(self.val),
             "train_pairs": len(self.train),
@@ -262,22 +268,22 @@ class Preferences:
             "margins": sum(pair.margin is not None for pair in self.train),
             **{f"dropped_{why}": count for why, count in self.dropped.items()},
             "skipped": self.split.skipped,
-            "duplicates": both.total() - len(both),
-            "contradictions": sum(found[::-1] in both for found in both) // 2,
+            "duplicates": hashes.total() - len(hashes),
+            "contradictions": sum(pair[::-1] in hashes for pair in hashes) // 2,
             "shared_prompts": sum(prompt_hash(pair) in trained for pair in self.val),
         }
 
 
 def read_preferences(config: Preferred, data: list[str], seed: int) -> Preferences:
-    """Read everything, and hold out what validates: whole prompts with all their pairs.
+    """Read all preferences, and hold out whole prompts with all their pairs for validation.
 
     Args:
-        config: says how to read, and what to hold out.
+        config: says how to read and split them.
         data: names of the preferences, with weights or none.
         seed: chooses pairs, where weights leave some out.
 
     Raises:
-        DataError: rows that are no preferences, nothing left on one of the sides, or a pair that
+        DataError: rows that are no preferences, an empty split, or a pair that
             both trains and validates.
         NetworkError: a Hub data set that cannot be reached.
         UserError: weights or columns that make no sense.
@@ -289,19 +295,19 @@ def read_preferences(config: Preferred, data: list[str], seed: int) -> Preferenc
         make = partial(parse_preferences, dropped=dropped)
         return read_sets(names, layouts, make, skip_bad_rows=config.skip_bad_rows, role=role)
 
-    found = split(config, data, seed, read, prompt_hash)
-    if not found.train:
+    preferences = split(config, data, seed, read, prompt_hash)
+    if not preferences.train:
         raise DataError(
             f"no preference to learn from: {dropped[EQUAL]:,} rows have equal responses, "
             f"{dropped[UNDECIDED]:,} no verdict",
             file=data[0],
         )
-    _require_apart(found)
-    return Preferences(found, dict(dropped))
+    _require_disjoint(preferences)
+    return Preferences(preferences, dict(dropped))
 
 
 def prompt_hash(pair: Preference) -> int:
-    """What tells prompts apart, but for case, white space and sentence marks."""
+    """Hash a prompt, but for case, white space and sentence marks."""
     return conversation_hash(pair.prompt) if pair.shared else fingerprint(pair.chosen)
 
 
@@ -309,9 +315,10 @@ def _pair_hash(pair: Preference) -> tuple[int, int]:
     return fingerprint(pair.chosen), fingerprint(pair.rejected)
 
 
-def _require_apart(found: Split[Preference]) -> None:
-    known = {_pair_hash(pair): pair for pair in found.val}
-    both = [pair for pair in found.train if known and _pair_hash(pair) in known]
+def _require_disjoint(preferences: Split[Preference]) -> None:
+    """Refuse pairs that both train and validate."""
+    known = {_pair_hash(pair): pair for pair in preferences.val}
+    both = [pair for pair in preferences.train if known and _pair_hash(pair) in known]
     if both:
         first = both[0].chosen
         raise DataError(

@@ -1,11 +1,10 @@
-"""The schemas of rows: which columns make an example, and which forms a conversation may have.
+"""Recognise the schema of rows by their columns, and parse conversations in any common form.
 
-In: a row, and what the user said of its columns. Out: a `Layout`; `LAYOUTS` lists those there are.
-Columns are recognised by their names, or told by `--columns`.
+In: a row, and the roles that `--columns` gives its columns. Out: a `Layout`; `LAYOUTS` lists them.
 
 In: the value of a column, such as OpenAI's `messages` or ShareGPT's `conversations`. Out: messages,
 each a dict of `role` and `content` and, where there are any, `name`, `tool_calls`, `tool_call_id`,
-reasoning and `weight`. Errors say what was found in which message; the caller knows file and line.
+reasoning and `weight`. Errors name the message; the caller adds file and line.
 """
 
 import json
@@ -37,14 +36,14 @@ WAYS: dict[Task, tuple[tuple[str, ...], ...]] = {
         ("prompt", "chosen", "rejected"),
     ),
 }
-"""Roles that `--columns` may tell: the first of which it names the first, else the last."""
+"""Sets of roles that `--columns` may give: the first of which it names a role, else the last."""
 
 Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 KEPT = ("name", "tool_call_id", "reasoning_content", "thinking")
-"""Text that chat templates may use beside the content."""
+"""Fields of text that chat templates may use beside the content."""
 
 
 class Layout(NamedTuple):
@@ -53,10 +52,10 @@ class Layout(NamedTuple):
     needed: dict[str, str]
     """Column of each role."""
     more: dict[str, str]
-    """The same for what a row may lack."""
+    """Column of each optional role."""
 
     def __str__(self) -> str:
-        """As messages name it."""
+        """Name it for messages."""
         return " + ".join(f"`{column}`" for column in self.needed.values())
 
 
@@ -92,45 +91,45 @@ LAYOUTS: dict[Task, tuple[Layout, ...]] = {  # a row is of the first that it has
 
 
 def choose_layouts(columns: Sequence[str], task: Task) -> tuple[Layout, ...]:
-    """The layouts to look for: those there are, or the one that `--columns` tells.
+    """Return the layouts to look for: all of the task, or the one that `--columns` gives.
 
     Raises:
         UserError: columns that make no sense.
     """
-    given = _roles(columns, task)
-    if not given:
+    roles = _roles(columns, task)
+    if not roles:
         return LAYOUTS[task]
     *ways, last = WAYS[task]
-    needed = next((names for names in ways if given.keys() & set(names) - {"prompt"}), last)
+    needed = next((names for names in ways if roles.keys() & set(names) - {"prompt"}), last)
     more = {} if "text" in needed else MORE_OF_PAIR if "rejected" in needed else MORE
-    if extra := [role for role in given if role not in needed and role not in more]:
+    if extra := [role for role in roles if role not in needed and role not in more]:
         raise UserError(f"--columns: `{extra[0]}` does not go with `{needed[0]}`")
-    found = Layout({**{role: role for role in needed}, **given}, more)
-    if "rejected" not in needed or "prompt" in given:
-        return (found,)
-    without = {role: column for role, column in found.needed.items() if role != "prompt"}
-    return found, Layout(without, more)
+    layout = Layout({**{role: role for role in needed}, **roles}, more)
+    if "rejected" not in needed or "prompt" in roles:
+        return (layout,)
+    without = {role: column for role, column in layout.needed.items() if role != "prompt"}
+    return layout, Layout(without, more)
 
 
 def match_layout(
     row: Row, layouts: tuple[Layout, ...], known: Layout | None, first: int | None
 ) -> Layout:
-    """The layout of a row, which must be that of the rows before it.
+    """Return the layout of a row, which must be that of the rows before it.
 
     Args:
-        row: what is there.
-        layouts: what it may be.
-        known: what the rows before it are.
+        row: one row.
+        layouts: candidates.
+        known: layout of the rows before it.
         first: line of the first of them.
 
     Raises:
-        DataError: it is none of them, or another than the rows before it.
+        DataError: it is none of them, or another than that of the rows before it.
     """
-    found = next((one for one in layouts if row.keys() >= set(one.needed.values())), None)
-    if found is not None and known is not None and found is not known:
-        raise DataError(f"this row is {found}, but that of line {first} is {known}")
-    if found is not None:
-        return found
+    layout = next((c for c in layouts if row.keys() >= set(c.needed.values())), None)
+    if layout is not None and known is not None and layout is not known:
+        raise DataError(f"this row is {layout}, but that of line {first} is {known}")
+    if layout is not None:
+        return layout
     there = quote_names(list(row))
     if known is None and len(layouts) > 1:
         raise DataError(
@@ -144,35 +143,35 @@ def match_layout(
 
 
 def _how(layout: Layout) -> str:
-    """How to name the columns of a task, of which this is a layout."""
+    """Build a hint for naming the columns of the task that a layout is of."""
     task = next(task for task, roles in COLUMN_ROLES.items() if set(roles) >= layout.needed.keys())
     return "name the columns: --columns " + ",".join(f"{role}=NAME" for role in WAYS[task][-1])
 
 
 def _roles(columns: Sequence[str], task: Task) -> dict[str, str]:
-    """The column of each role that `--columns` gives."""
-    roles = COLUMN_ROLES[task]
-    given: dict[str, str] = {}
+    """Parse the column of each role that `--columns` gives."""
+    known = COLUMN_ROLES[task]
+    roles: dict[str, str] = {}
     for pair in (pair.strip() for text in columns for pair in text.split(",")):
         role, sign, column = pair.partition("=")
-        if not (sign and column) or role in given:
-            what = "given twice" if role in given else "expected ROLE=NAME"
+        if not (sign and column) or role in roles:
+            what = "given twice" if role in roles else "expected ROLE=NAME"
             raise UserError(f"--columns {pair}: {what}", hint="such as prompt=q,response=a")
-        if role not in roles:
+        if role not in known:
             where = "of preferences" if task == "preferences" else f"in --task {task}"
             raise UserError(
                 f"--columns {pair}: no role `{role}` {where}",
-                hint=f"roles are {', '.join(roles)}",
+                hint=f"roles are {', '.join(known)}",
             )
-        given[role] = column
-    return given
+        roles[role] = column
+    return roles
 
 
 def conversation(value: Any, name: str) -> list[Message]:
-    """The messages of a column, which may also be JSON text; errors call it `name`.
+    """Parse the messages of a column, which may also be JSON text; errors call it `name`.
 
     Raises:
-        DataError: no list, or a message that is none.
+        DataError: no list, or an item that is no message.
     """
     value = from_json(value)
     if not isinstance(value, list):
@@ -181,10 +180,10 @@ def conversation(value: Any, name: str) -> list[Message]:
 
 
 def check_turns(messages: list[Message], name: str) -> None:
-    """See that someone asks first and that the assistant answers.
+    """Require a conversation that the user begins and the assistant answers.
 
     Raises:
-        DataError: there is nothing to learn from, or it begins in the middle.
+        DataError: no message of the assistant, or it begins with one.
     """
     if not messages:
         raise DataError(f"`{name}` is empty: no message in it")
@@ -197,7 +196,7 @@ def check_turns(messages: list[Message], name: str) -> None:
 
 
 def parse_hh_rlhf(text: str, name: str) -> list[Message] | None:
-    """The messages of a text in the form of hh-rlhf (Bai et al., 2022, arXiv:2204.05862).
+    """Parse the messages of a text in the form of hh-rlhf (Bai et al., 2022, arXiv:2204.05862).
 
     Its turns begin with `Human:` and `Assistant:` after an empty line; None for other texts.
 
@@ -215,7 +214,7 @@ def parse_hh_rlhf(text: str, name: str) -> list[Message] | None:
 
 
 def text_message(role: str, content: str, name: str) -> Message:
-    """A message of text.
+    """Make a message of text.
 
     Raises:
         DataError: the text is blank, or no text.
@@ -227,7 +226,7 @@ def text_message(role: str, content: str, name: str) -> Message:
 
 
 def parse_tools(value: Any, name: str) -> list[Any] | None:
-    """JSON schemas of what the assistant may call, which may also be JSON text.
+    """Parse JSON schemas of the tools, which may also be JSON text.
 
     Raises:
         DataError: no list of objects.
@@ -242,7 +241,7 @@ def parse_tools(value: Any, name: str) -> list[Any] | None:
 
 
 def from_json(value: Any) -> Any:
-    """What a text spells in JSON, for files whose columns hold only text; else the value itself."""
+    """Parse JSON in a column of text; return any other value as it is."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
     try:
@@ -291,7 +290,7 @@ def _bad_role(role: Any, name: str) -> DataError:
 
 
 def _content(item: dict[str, Any], key: str, name: str, *, may_miss: bool) -> str:
-    """The text of a message, its parts joined."""
+    """Return the text of a message, its parts joined."""
     content, name = item.get(key), f"{name}.{key}"
     if content is None and may_miss:
         return ""
@@ -307,7 +306,7 @@ def _content(item: dict[str, Any], key: str, name: str, *, may_miss: bool) -> st
 
 
 def _calls(value: Any, name: str) -> list[Any]:
-    """Calls of tools, their arguments as objects: as text, templates would quote them twice."""
+    """Parse calls of tools, their arguments as objects: templates would quote text twice."""
     value = from_json(value) or []
     if not isinstance(value, list):
         raise DataError(f"`{name}` is {json_type(value)}, expected a list of calls")
@@ -327,7 +326,7 @@ def _calls(value: Any, name: str) -> list[Any]:
 
 
 def _check_json(value: Any, name: str) -> None:
-    """Refuse what a template could not write down."""
+    """Refuse a value that a template could not render as JSON."""
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
@@ -335,7 +334,7 @@ def _check_json(value: Any, name: str) -> None:
 
 
 def _weight(value: Any, role: str, name: str) -> int:
-    """Whether a message is trained on, 0 or 1 (the fine-tuning format of OpenAI)."""
+    """Parse whether a message is trained on, 0 or 1 (the fine-tuning format of OpenAI)."""
     if isinstance(value, bool) or value not in (0, 1):
         raise DataError(f"`{name}` is {value!r}, expected 0 or 1")
     if role != "assistant":

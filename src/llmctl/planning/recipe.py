@@ -40,8 +40,8 @@ from llmctl.planning.workload import (
     ppo_workload,
     pretrain_workload,
 )
+from llmctl.ppo.encoded_prompts import PromptFormat, encode_prompts
 from llmctl.ppo.hyperparameters import for_ppo
-from llmctl.ppo.prompts import PromptFormat, encode_prompts
 from llmctl.ppo.rewards import parse_weight
 from llmctl.ppo.setup import PreparedPpo
 from llmctl.training.adapters import adapt, trainable_parameters
@@ -216,7 +216,6 @@ def _plan_finetuning(recipe: FinetuningConfig, options: PlanConfig, device: str)
         lengths,
         _trained_parameters(recipe, model_config, shape.parameters, labels=labels),
         device=device,
-        world=options.devices,
         logit_share=logit_share,
         knows_steps=knows_steps,
     )
@@ -292,7 +291,6 @@ def _plan_ppo(recipe: PpoConfig, options: PlanConfig, device: str) -> Planned:
         _trained_parameters(recipe, model_config, shape.parameters),
         _reward_parameters(recipe, shape.parameters, options),
         device=device,
-        world=options.devices,
         knows_steps=options.shape is None or bool(options.rows or recipe.max_steps),
     )
     return workload, model_config, notes
@@ -353,7 +351,6 @@ def finetuning_outlook(
     config: FinetuningConfig,
     prepared: Prepared,
     device: str,
-    world: int,
     logit_share: float = 1.0,
 ) -> Outlook:
     """Outlook of sft, reward or dpo."""
@@ -366,13 +363,12 @@ def finetuning_outlook(
         prepared.train.lengths,
         prepared.trained_parameters,
         device=device,
-        world=world,
         logit_share=logit_share,
     )
     return make_outlook(workload, model_config.get_text_config())
 
 
-def ppo_outlook(config: PpoConfig, prepared: PreparedPpo, device: str, world: int) -> Outlook:
+def ppo_outlook(config: PpoConfig, prepared: PreparedPpo, device: str) -> Outlook:
     """Outlook of PPO."""
     model_config = prepared.models.actor_critic.policy.config
     unshared = [source.model for source in prepared.models.reward_models if not source.is_shared]
@@ -384,6 +380,5 @@ def ppo_outlook(config: PpoConfig, prepared: PreparedPpo, device: str, world: in
         prepared.trained_parameters,
         sum(parameter_count(reward_model.model) for reward_model in unshared),
         device=device,
-        world=world,
     )
     return make_outlook(workload, model_config.get_text_config())

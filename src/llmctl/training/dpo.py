@@ -3,8 +3,8 @@
 A batch of B pairs is 2B sequences in one forward pass: the chosen ones, then the rejected ones.
 
 The reference is the model that the run began with: the base below an adapter where there is one,
-else log-probabilities that are computed before anything is trained or restored. Either way there is no
-second model.
+else log-probabilities that are computed before anything is trained or restored. Either way there
+is no second model.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from torch.nn.functional import logsigmoid
 
 from llmctl.config.commands import DpoConfig
 from llmctl.console import log
-from llmctl.data.preference_pairs import Pairs, PreferenceData, asked, end_of_turn
+from llmctl.data.preference_pairs import Pairs, PreferenceData
 from llmctl.data.tokenized import Tokenized
 from llmctl.errors import ModelError
 from llmctl.runs.directory import Run
@@ -287,7 +287,7 @@ def prepare_dpo(
         ResourceError: an optimizer or a precision that does not run here.
     """
     require_prompts(config, data.val, "pairs")
-    model, stops = load_language_model(config, data, end_of_turn(data), device)
+    model, stops = load_language_model(config, data, data.end_of_turn, device)
     without_dropout(model)
     pad = data.tokenizer.pad_token_id or 0
     train = ComparedPairRows(data.train, pad)
@@ -334,7 +334,7 @@ def build_dpo(
     pair_loss = DpoLoss(config.loss, config.beta, config.label_smoothing)
     objective = DirectPreference(pair_loss, token_loss, model, train, val, validation)
     first = [pair.chosen for pair in data.preferences.train]
-    prompts = prompts_of(config, data.written.chat, first, asked(data))
+    prompts = prompts_of(config, data.response_format.chat, first, data.val_prompts())
     trainer = assemble(
         config,
         run,

@@ -141,16 +141,10 @@ def prepare_reward(
     )
     if not config.center_rewards:
         _hold_offset(model)
-    pad, uses_token_types = (
-        int(data.tokenizer.pad_token_id),
-        needs_token_types(model.config, data.written),
-    )
-    train = ScoredPairRows(data.train, pad, uses_token_types=uses_token_types)
-    val = (
-        None
-        if data.val is None
-        else ScoredPairRows(data.val, pad, uses_token_types=uses_token_types)
-    )
+    pad = int(data.tokenizer.pad_token_id)
+    types = needs_token_types(model.config, data.response_format)
+    train = ScoredPairRows(data.train, pad, uses_token_types=types)
+    val = ScoredPairRows(data.val, pad, uses_token_types=types) if data.val else None
     objective = PairwisePreference(config.center_rewards or 0.0, None)
     return prepare(
         config,
