@@ -94,7 +94,7 @@ def test_a_shared_reward_model_scores_as_one_of_its_own(roomy, reward_models):
     prompt = [{"role": "user", "content": "The cat sees"}]
     texts = [PromptResponse(prompt, answer) for answer in ("a red ball.", "many stars.", "")]
     apart = load_reward_model(str(reward_models["ball-lora"]))
-    shared = load_reward_model(str(reward_models["ball-lora"]), under=classifier_on(base))
+    shared = load_reward_model(str(reward_models["ball-lora"]), base=classifier_on(base))
     assert torch.allclose(shared.score(texts), apart.score(texts), atol=1e-5)
 
 

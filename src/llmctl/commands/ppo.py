@@ -26,7 +26,7 @@ def run(config: PpoConfig) -> dict[str, Any] | None:
 def _show(config: PpoConfig, accelerator: Accelerator, device: str) -> dict[str, Any] | None:
     """Show a dry run: recipe and outlook."""
     prepared = prepare_ppo(config, accelerator, device)
-    outlook = ppo_outlook(config, prepared, device, accelerator.num_processes)
+    outlook = ppo_outlook(config, prepared, device)
     return show_dry_run("ppo", config, outlook)
 
 

@@ -36,9 +36,8 @@ def _show(config: SftConfig, accelerator: Accelerator, device: str) -> dict[str,
     """Do what a dry run does."""
     data, _ = _examples(config, accelerator)
     prepared = prepare_sft(config, data, accelerator, device)
-    share = trained_share(data.train)
-    world = accelerator.num_processes
-    return show_dry_run("sft", config, finetuning_outlook(config, prepared, device, world, share))
+    outlook = finetuning_outlook(config, prepared, device, trained_share(data.train))
+    return show_dry_run("sft", config, outlook)
 
 
 def _tune(config: SftConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:
@@ -71,7 +70,7 @@ def _show_classification(
     if accelerator.is_main_process:
         log_classification_data(data)
     prepared = prepare_classification(config, data, accelerator, device)
-    outlook = finetuning_outlook(config, prepared, device, accelerator.num_processes)
+    outlook = finetuning_outlook(config, prepared, device)
     return show_dry_run("sft", config, outlook)
 
 

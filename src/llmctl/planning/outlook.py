@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
 import torch
-from rich.filesize import decimal
 
 from llmctl import hardware
 from llmctl.config.sections import Resumable
-from llmctl.console import duration, log, rank, short, show_recipes
+from llmctl.console import log, rank, show_recipes
+from llmctl.numbers import byte_size, duration, short_number
 from llmctl.planning import compute
 from llmctl.planning.compute import PF_DAY, Rate, expected_rate, flops_per_step, flops_per_token
 from llmctl.planning.memory import MemoryEstimate, estimate_memory, kv_cache_bytes
@@ -220,12 +220,14 @@ def show_dry_run(stage: str, config: Resumable, outlook: Outlook) -> dict[str, A
 
 def size(count: float) -> str:
     """Bytes as people say them."""
-    return decimal(round(count)).replace(" bytes", " B")
+    return byte_size(count)
 
 
 def _parameters(outlook: Outlook) -> list[tuple[str, str]]:
     workload, shape = outlook.workload, outlook.workload.shape
-    parts = ", ".join(f"{name} {short(count)}" for name, count in shape.parts.items() if count)
+    parts = ", ".join(
+        f"{name} {short_number(count)}" for name, count in shape.parts.items() if count
+    )
     train = f"{workload.trained:,} train" if workload.trained != shape.parameters else "all train"
     mixture = f", {shape.active:,} for a token" if shape.active != shape.parameters else ""
     return [
@@ -252,13 +254,11 @@ def _memory(outlook: Outlook) -> list[tuple[str, str]]:
 
 def _compute(outlook: Outlook) -> list[tuple[str, str]]:
     workload = outlook.workload
-    per_step = (
-        f"{outlook.flops_per_step:.3g} FLOPs a step ({short(outlook.flops_per_token)} a token)"
-    )
+    per_step = f"{outlook.flops_per_step:.3g} FLOPs a step ({short_number(outlook.flops_per_token)} a token)"
     if outlook.flops is None:
         return [("compute", f"{per_step}; nothing says how many steps")]
     total = f"{outlook.flops:.3g} FLOPs, {outlook.flops / PF_DAY:.3g} PF-days: "
-    total += f"{workload.steps:,} steps of {short(workload.tokens_per_step)} tokens"
+    total += f"{workload.steps:,} steps of {short_number(workload.tokens_per_step)} tokens"
     rows = [("compute", total), ("compute", per_step)]
     if outlook.seconds is None or outlook.tokens_per_second is None:
         rows.append(("time", "not known: give --tflops or --tokens-per-second, or --measure"))
@@ -266,7 +266,7 @@ def _compute(outlook: Outlook) -> list[tuple[str, str]]:
     origin = "given"
     if outlook.rate is not None:
         origin = f"{outlook.rate.flops / 1e12:.3g} TFLOP/s a device, {outlook.rate.origin}"
-    speed = f"{short(outlook.tokens_per_second)} tokens/s ({origin})"
+    speed = f"{short_number(outlook.tokens_per_second)} tokens/s ({origin})"
     rows.append(("time", f"{duration(outlook.seconds)} at {speed}, without evaluation"))
     return rows
 
@@ -283,9 +283,9 @@ def _tokens(outlook: Outlook) -> list[tuple[str, str]]:
     rows = []
     for key, name in names.items():
         law = laws[key]
-        text = f"{short(law['best_tokens'])} tokens are best, loss {law['loss_at_best']:.3f}"
+        text = f"{short_number(law['best_tokens'])} tokens are best, loss {law['loss_at_best']:.3f}"
         if law["loss"] is not None:
-            text += f"; this run's {short(outlook.workload.tokens or 0)}: {law['loss']:.3f}"
+            text += f"; this run's {short_number(outlook.workload.tokens or 0)}: {law['loss']:.3f}"
         rows.append(("tokens", f"{text} ({name})"))
     return rows
 

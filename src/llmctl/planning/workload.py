@@ -39,7 +39,7 @@ class PpoWorkload:
     """Of a forward and backward pass."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """A run on its devices."""
 
@@ -52,21 +52,21 @@ class Workload:
     optimizer: str
     trained: int
     """Parameters that train, of the policy in PPO."""
-    has_adapter: bool
-    load_in: LoadIn
-    lora_rank: int
+    has_adapter: bool = False
+    load_in: LoadIn = "full"
+    lora_rank: int = 0
     """0 without low-rank adapters."""
     batch_size: int
     """Sequences of a forward pass, the two sides of a pair counted."""
-    grad_accum: int
+    grad_accum: int = 1
     length: int
     """Tokens of the longest sequence."""
     mean_length: float
     """Tokens of a sequence, without padding."""
     logit_share: float
     """Share of the positions that logits are computed of; 0 for a model that scores."""
-    is_chunked: bool
-    is_checkpointed: bool
+    is_chunked: bool = False
+    is_checkpointed: bool = False
     """Whether activations are computed again in the backward pass."""
     steps: int | None
     """Optimizer steps, None where nothing says how many."""
@@ -105,16 +105,11 @@ def pretrain_workload(values: Hyperparameters, shape: ModelShape, device: str) -
         precision=values.precision,
         optimizer=values.optimizer,
         trained=shape.parameters,
-        has_adapter=False,
-        load_in="full",
-        lora_rank=0,
         batch_size=values.batch_size,
         grad_accum=values.grad_accum,
         length=values.context,
         mean_length=values.context,
         logit_share=1.0,
-        is_chunked=False,
-        is_checkpointed=False,
         steps=values.max_steps,
         keeps_logits=True,
         can_shard=True,
@@ -129,7 +124,6 @@ def finetuning_workload(
     trained: int,
     *,
     device: str,
-    world: int,
     logit_share: float = 1.0,
     knows_steps: bool = True,
 ) -> Workload:
@@ -142,7 +136,6 @@ def finetuning_workload(
         lengths: tokens of the rows, of pairs their longer side.
         trained: parameters that train.
         device: type of device.
-        world: processes.
         logit_share: share of positions that are trained on.
         knows_steps: whether the rows are those of the run.
     """
@@ -152,7 +145,7 @@ def finetuning_workload(
         stage=method,
         shape=shape,
         device=device,
-        world=world,
+        world=values.world_size,
         precision=values.precision,
         optimizer=values.optimizer,
         trained=trained,
@@ -180,7 +173,6 @@ def ppo_workload(
     reward_parameters: int,
     *,
     device: str,
-    world: int,
     knows_steps: bool = True,
 ) -> Workload:
     """Workload of PPO.
@@ -193,7 +185,6 @@ def ppo_workload(
         trained: parameters of the policy that train.
         reward_parameters: of reward models with weights of their own.
         device: type of device.
-        world: processes.
         knows_steps: whether the prompts are those of the run.
     """
     ppo = values.ppo
@@ -204,20 +195,17 @@ def ppo_workload(
         stage="ppo",
         shape=shape,
         device=device,
-        world=world,
+        world=values.world_size,
         precision=values.precision,
-        optimizer="adamw",
+        optimizer=values.optimizer,
         trained=trained,
         has_adapter=config.has_adapter,
         load_in=base_load_in(config),
         lora_rank=config.lora_r if config.is_low_rank else 0,
         batch_size=max(1, min(ppo.pass_tokens // length, minibatch)),
-        grad_accum=1,
         length=length,
         mean_length=sum(prompt_lengths) / len(prompt_lengths) + config.max_new_tokens,
         logit_share=config.max_new_tokens / length,
-        is_chunked=False,
-        is_checkpointed=False,
         steps=values.max_steps if knows_steps else None,
         ppo=PpoWorkload(
             episodes=values.batch_size,

@@ -19,8 +19,8 @@ from llmctl.ppo.advantages import (
     token_rewards,
     whiten,
 )
+from llmctl.ppo.encoded_prompts import EncodedPrompts
 from llmctl.ppo.episodes import Experience, Pass, make_passes
-from llmctl.ppo.prompts import EncodedPrompts
 from llmctl.ppo.rewards import CombinedScores, RawScores
 from llmctl.ppo.rollout import Rollout, RolloutInterrupted
 from llmctl.ppo.trainer import PpoTrainer

@@ -37,8 +37,6 @@ from llmctl.training.state import checkpoint_bytes, restore, set_generators
 REFERENCE_EPISODES = 128
 """Most responses of the reference whose scores normalize those of training."""
 Result = TypeVar("Result")
-FINAL = ("score", "kl", "kl_coef", "entropy", "length", "eos_share", "clip_fraction", "episodes")
-"""Metrics of the last step that the result shows; scores of each reward too."""
 
 
 def fit(trainer: PpoTrainer, win_rate: WinRate) -> dict[str, Any]:
@@ -69,9 +67,7 @@ def fit(trainer: PpoTrainer, win_rate: WinRate) -> dict[str, Any]:
             complete_metrics(trainer, time.perf_counter() - started)
             finish_step(state, meter, outcome)
             progress_bar.update(progress.step, _progress_text(trainer))
-    last = progress.last_log
-    final = {k: v for k, v in last.items() if k in FINAL or k.startswith("score/")}
-    return {**meter.final(), **final}
+    return meter.final()
 
 
 def resume(trainer: PpoTrainer, config: Checkpoints) -> None:

@@ -227,17 +227,17 @@ def _load_reward_model(
 ) -> RewardModelSource:
     """Load a reward model; on the policy's weights where both are adapters of the same."""
     folder = local_folder(resolve_model(reference))
-    under = None
+    shared = None
     if config.has_adapter and is_adapter(folder):
         adapter = read_adapter(folder)
         if weights_sha256(find_base(adapter)) == base_sha256:
             log.info("%s stands on the policy's own weights", reference)
-            under = classifier_on(base)
+            shared = classifier_on(base)
             if adapter.rows:  # it grows or trains rows, which must not become the policy's
-                under.set_input_embeddings(deepcopy(under.get_input_embeddings()))
-    model = load_reward_model(reference, device=device, base=under)
+                shared.set_input_embeddings(deepcopy(shared.get_input_embeddings()))
+    model = load_reward_model(reference, device=device, base=shared)
     model.model.requires_grad_(False)
-    return RewardModelSource(model, under is not None)
+    return RewardModelSource(model, shared is not None)
 
 
 def _value_origin(

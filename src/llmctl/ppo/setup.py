@@ -12,13 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from llmctl import hardware
 from llmctl.config.commands import PpoConfig
-from llmctl.console import log, short
+from llmctl.console import log
 from llmctl.data.prompts import read_prompts
 from llmctl.errors import DataError, ResourceError, UserError
 from llmctl.models.loading import load_config, load_tokenizer, stop_tokens
+from llmctl.numbers import short_number
+from llmctl.ppo.encoded_prompts import EncodedPrompts, PromptFormat, encode_prompts
 from llmctl.ppo.hyperparameters import for_ppo, ppo_identity
 from llmctl.ppo.models import ActorCritic, Models, load_models
-from llmctl.ppo.prompts import EncodedPrompts, PromptFormat, encode_prompts
 from llmctl.ppo.rewards import RewardSum
 from llmctl.ppo.rollout import RolloutSampler
 from llmctl.ppo.trainer import PpoTrainer
@@ -170,14 +171,7 @@ def build_ppo(
             config.clip_score,
             config.missing_eos_penalty or 0.0,
         ),
-        sampler=RolloutSampler(
-            prepared.tokenizer,
-            config.max_new_tokens,
-            config.temperature,
-            prepared.eos,
-            config.seed,
-            config.rollout_batch_size,
-        ),
+        sampler=_sampler(config, prepared),
         prompts=prepared.prompts,
         held_out=prepared.held_out,
         order=Order(
@@ -196,6 +190,17 @@ def build_ppo(
         actor_critic.value_scale = (models.value_source.weight, 0.0)
     win_rate = WinRate(trainer)
     return trainer, win_rate
+
+
+def _sampler(config: PpoConfig, prepared: PreparedPpo) -> RolloutSampler:
+    return RolloutSampler(
+        prepared.tokenizer,
+        config.max_new_tokens,
+        config.temperature,
+        prepared.eos,
+        config.seed,
+        config.rollout_batch_size,
+    )
 
 
 def make_optimizers(
@@ -250,8 +255,8 @@ def _announce(config: PpoConfig, prepared: PreparedPpo) -> None:
     assert values.ppo is not None
     log.info(
         "%s parameters, %s of them trained; %s prompts, %s held out; rewards: %s",
-        short(prepared.parameters),
-        short(prepared.trained_parameters),
+        short_number(prepared.parameters),
+        short_number(prepared.trained_parameters),
         f"{len(prepared.prompts):,}",
         f"{len(prepared.held_out):,}",
         ", ".join(f"{s.name} x {s.weight:g}" for s in prepared.models.sources),

@@ -12,9 +12,9 @@ from llmctl.config.commands import PpoConfig
 from llmctl.decode.loop import best_threads
 from llmctl.models.loading import parameter_count
 from llmctl.ppo.alarms import Alarms
+from llmctl.ppo.encoded_prompts import EncodedPrompts
 from llmctl.ppo.hyperparameters import CPU_PASS_LOGITS, GPU_PASS_LOGITS
 from llmctl.ppo.models import ActorCritic
-from llmctl.ppo.prompts import EncodedPrompts
 from llmctl.ppo.rewards import RewardSource, RewardSum
 from llmctl.ppo.rollout import RolloutSampler
 from llmctl.training.batches import Order
