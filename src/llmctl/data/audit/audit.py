@@ -58,25 +58,17 @@ class Audit:
 
     def as_json(self) -> dict[str, Any]:
         """Statistics and findings, those of training without a prefix; finite numbers only."""
-        turns = self.turns
+        fields = asdict(self)
+        train, turns = fields.pop("train"), fields.pop("turns") or {}
         return {
-            **asdict(self.train),
+            **train,
             "rows": self.rows,
             "train_rows": self.train.rows,
-            "turns": None if turns is None else turns.total,
-            "open_turns": None if turns is None else turns.open,
-            "foreign_turns": None if turns is None else turns.foreign,
-            "val": None if self.val is None else asdict(self.val),
-            "max_length": self.max_length,
-            "skipped": self.skipped,
-            "dropped": self.dropped,
-            "duplicates": self.duplicates,
-            "overlap": self.overlap,
-            "shared_prompts": self.shared_prompts,
-            "pad_is_eos": self.pad_is_eos,
-            "packed_rows": self.packed_rows,
-            "packing_efficiency": self.packing_efficiency,
-            "findings": [asdict(finding) for finding in self.findings],
+            "turns": turns.get("total"),
+            "open_turns": turns.get("open"),
+            "foreign_turns": turns.get("foreign"),
+            **fields,
+            "findings": list(fields["findings"]),
         }
 
 

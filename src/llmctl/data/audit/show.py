@@ -7,14 +7,15 @@ elsewhere. The examples are untrusted: no control character of theirs reaches a 
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from itertools import groupby, zip_longest
+from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from llmctl.data.audit.audit import Audit
 from llmctl.data.audit.checks import AuditFinding, percent
-from llmctl.data.audit.statistics import SequenceStatistics, is_in, special_token_ids
+from llmctl.data.audit.statistics import SequenceStatistics, is_in
+from llmctl.data.chat.render import special_token_ids
 from llmctl.data.sft import SftData
 from llmctl.redact import redact
 
@@ -60,18 +61,14 @@ def print_report(report: Audit, data: SftData) -> None:
 
 def table(report: Audit) -> list[tuple[str, str, str]]:
     """List a header, and name, training figure and validation figure of each line."""
-    val = [] if report.val is None else _figures(report.val, report.max_length)
-    both = [
-        (name, value, other[1] if other else "")
-        for (name, value), other in zip_longest(_figures(report.train, report.max_length), val)
-    ]
-    packed = report.packing_efficiency
+    train = _lines(report.train, report.max_length)
+    val = None if report.val is None else _lines(report.val, report.max_length)
+    val_values = [""] * len(train) if val is None else [value for _, value in val]
+    packed, turns = report.packing_efficiency, report.turns
     rest = {
-        "turns trained on": "-" if report.turns is None else f"{report.turns.total:,}",
-        "  with no end": "-" if report.turns is None else f"{report.turns.open:,}",
-        "  with an end that does not stop": (
-            "-" if report.turns is None else f"{report.turns.foreign:,}"
-        ),
+        "turns trained on": "-" if turns is None else f"{turns.total:,}",
+        "  with no end": "-" if turns is None else f"{turns.open:,}",
+        "  with an end that does not stop": "-" if turns is None else f"{turns.foreign:,}",
         "rows that could not be read": f"{report.skipped:,}",
         "left out for their length": f"{report.dropped:,}",
         "duplicates, both sides": f"{report.duplicates:,}",
@@ -84,7 +81,10 @@ def table(report: Audit) -> list[tuple[str, str, str]]:
     }
     return [
         ("", "training", "validation" if val else ""),
-        *both,
+        *(
+            (name, value, val_value)
+            for (name, value), val_value in zip(train, val_values, strict=True)
+        ),
         *((name, value, "") for name, value in rest.items()),
     ]
 
@@ -168,30 +168,33 @@ def _decode(data: SftData, tokens: list[int]) -> str:
     return text
 
 
-def _figures(figures: SequenceStatistics, max_length: int) -> list[tuple[str, str]]:
-    ended = figures.ended_share
+def _lines(counts: SequenceStatistics, max_length: int) -> list[tuple[str, str]]:
+    ended = counts.ended_share
     return [
-        ("rows", f"{figures.rows:,}"),
-        ("sequences", f"{figures.sequences:,}"),
-        ("tokens", f"{figures.tokens:,}"),
-        ("  of the shortest sequence", f"{figures.tokens_min:,}"),
-        ("  of the median one", f"{figures.tokens_median:,g}"),
-        ("  of the 95th in 100", f"{figures.tokens_p95:,}"),
-        ("  of the longest", f"{figures.tokens_max:,}"),
-        ("tokens trained on", f"{figures.trained_tokens:,} ({percent(figures.trained_share)})"),
-        ("rows without a trained token", f"{figures.untrained_rows:,}"),
+        ("rows", f"{counts.rows:,}"),
+        ("sequences", f"{counts.sequences:,}"),
+        ("tokens", f"{counts.tokens:,}"),
+        ("  of the shortest sequence", f"{counts.tokens_min:,}"),
+        ("  of the median one", f"{counts.tokens_median:,g}"),
+        ("  of the 95th in 100", f"{counts.tokens_p95:,}"),
+        ("  of the longest", f"{counts.tokens_max:,}"),
+        (
+            "tokens trained on",
+            f"{counts.trained_tokens:,} ({percent(counts.trained_share)})",
+        ),
+        ("rows without a trained token", f"{counts.untrained_rows:,}"),
         (
             "whole rows whose end is trained on",
-            "-" if ended is None else f"{figures.ended_rows:,} ({percent(ended)})",
+            "-" if ended is None else f"{counts.ended_rows:,} ({percent(ended)})",
         ),
         (
             f"rows cut at {max_length:,} tokens",
-            f"{figures.truncated_rows:,} ({percent(figures.truncated)})",
+            f"{counts.truncated_rows:,} ({percent(counts.truncated)})",
         ),
-        ("sequences with BOS twice", f"{figures.double_bos:,}"),
-        ("unknown tokens", f"{figures.unknown_tokens:,} ({percent(figures.unknown_share)})"),
-        ("tokens without an embedding", f"{figures.beyond_embedding:,}"),
-        ("sequences of a single token", f"{figures.short:,}"),
+        ("sequences with BOS twice", f"{counts.double_bos:,}"),
+        ("unknown tokens", f"{counts.unknown_tokens:,} ({percent(counts.unknown_share)})"),
+        ("tokens without an embedding", f"{counts.beyond_embedding:,}"),
+        ("sequences of a single token", f"{counts.short:,}"),
     ]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from llmctl.data.chat.render import special_token_ids
 from llmctl.data.tokenized import Tokenized
 
 Mask = NDArray[np.bool_]
@@ -100,12 +101,6 @@ def token_roles(
         frozenset(map(int, added)),
         embedding_rows,
     )
-
-
-def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids of the special tokens, whether or not they have a role."""
-    added = {k for k, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return frozenset(added.union(tokenizer.all_special_ids))
 
 
 def sequence_statistics(data: Tokenized, roles: TokenRoles) -> SequenceStatistics:

@@ -396,6 +396,12 @@ class SpecialTokens:
         return tokens
 
 
+def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of the special tokens, whether or not they have a role."""
+    added = {k for k, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(added.union(tokenizer.all_special_ids))
+
+
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Encode a plain prompt; with BOS where the tokenizer adds it, never with EOS at the end."""
     tokens = [int(token) for token in tokenizer(text, split_special_tokens=True)["input_ids"]]

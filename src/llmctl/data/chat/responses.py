@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from llmctl.data.chat.render import ChatFormat, common_prefix, encode_text
+from llmctl.data.chat.render import ChatFormat, common_prefix, encode_text, special_token_ids
 from llmctl.data.chat.templates import set_chat_template
 from llmctl.data.examples import Example
 from llmctl.data.tokenized import EncodedSequence
@@ -51,9 +51,7 @@ class ResponseFormat:
         """
         self.tokenizer, self.chat = tokenizer, ChatFormat(tokenizer, clock)
         self.is_pair = is_encoder(shape) and tokenizer.chat_template is None
-        self._special = {
-            number for number, token in tokenizer.added_tokens_decoder.items() if token.special
-        } | set(tokenizer.all_special_ids)
+        self._special = special_token_ids(tokenizer)
 
     def encode_example(self, example: Example, prompt: int) -> EncodedSequence:
         """Encode a conversation whose first `prompt` messages are the prompt, or a plain text.
