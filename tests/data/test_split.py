@@ -3,8 +3,7 @@ import random
 import pytest
 
 from llmctl.data.examples import Example
-from llmctl.data.split import duplicates, fingerprint, hold_out, mix, overlap, sample
-from llmctl.data.split import shared_prompts as shared
+from llmctl.data.split import fingerprint, hold_out
 from llmctl.errors import DataError
 
 
@@ -31,8 +30,8 @@ def chats(count):
 )
 def test_near_equal_examples_agree(one, other):
     assert fingerprint(one) == fingerprint(other)
-    assert duplicates([one, other, one, chat("a", "b")]) == 2
-    assert overlap([chat("a", "b"), one], [other]) == [(one, other)]
+    assert count_duplicates([one, other, one, chat("a", "b")]) == 2
+    assert find_overlap([chat("a", "b"), one], [other]) == [(one, other)]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +48,7 @@ def test_near_equal_examples_agree(one, other):
 )
 def test_other_examples_do_not(one, other):
     assert fingerprint(one) != fingerprint(other)
-    assert overlap([one], [other]) == []
+    assert find_overlap([one], [other]) == []
 
 
 def test_the_call_of_a_tool_counts():
@@ -98,7 +97,7 @@ def test_near_equal_examples_stay_together(copies):
     for size in range(1, len(examples)):
         train, val = hold_out(examples, size=size, fraction=None)
         parts = [[examples[n] for n in side] for side in (train, val)]
-        assert overlap(*parts) == []
+        assert find_overlap(*parts) == []
         assert len(val) % copies == 0
         assert 0 < len(val) <= max(size, copies)
 
@@ -120,10 +119,10 @@ def test_prompts_with_another_answer_are_counted():
         chat("New?", "Yes."),
         labelled("a", "no"),
     ]
-    assert shared(train, val) == 2
-    assert shared(train, []) == shared([], val) == 0
+    assert count_shared_prompts(train, val) == 2
+    assert count_shared_prompts(train, []) == count_shared_prompts([], val) == 0
     text = Example(None, "a", None, None, "a", 1)
-    assert shared([text], [text]) == 0
+    assert count_shared_prompts([text], [text]) == 0
 
 
 @pytest.mark.parametrize(
@@ -137,21 +136,21 @@ def test_prompts_with_another_answer_are_counted():
     ],
 )
 def test_a_mixture_ends_with_the_first_set_that_is_used_up(sizes, weights, counts):
-    assert mix(sizes, weights) == counts
+    assert mixture_counts(sizes, weights) == counts
 
 
 def test_a_mixture_with_an_empty_set_is_refused():
     with pytest.raises(DataError, match="set 2 of the mixture has no example"):
-        mix([5, 0], [1, 1])
+        mixture_counts([5, 0], [1, 1])
 
 
 def test_a_sample_follows_from_hashes_and_seed():
     examples = chats(100)
-    first = sample(examples, 40, seed=1)
-    assert first == sorted(set(first)) == sample(examples, 40, seed=1)
+    first = sample_numbers(examples, 40, seed=1)
+    assert first == sorted(set(first)) == sample_numbers(examples, 40, seed=1)
     assert len(first) == 40
-    assert first != sample(examples, 40, seed=2)
+    assert first != sample_numbers(examples, 40, seed=2)
     assert set(first[:5]) <= set(range(100))
-    backwards = sample(examples[::-1], 40, seed=1)
+    backwards = sample_numbers(examples[::-1], 40, seed=1)
     assert {examples[::-1][n].line for n in backwards} == {examples[n].line for n in first}
-    assert sample(examples, 100, seed=1) == list(range(100))
+    assert sample_numbers(examples, 100, seed=1) == list(range(100))

@@ -74,7 +74,7 @@ def test_an_adapter_of_a_quantized_base_merges_into_what_it_was_trained_on(tmp_p
         assert merged.quantized_difference < 1e-4
     else:
         assert 0 < merged.quantized_difference < 0.1
-    assert merged.facts()["dequantized"] == load_in
+    assert merged.as_result()["dequantized"] == load_in
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of what it does all the same

@@ -31,7 +31,7 @@ def run(config: MergeConfig) -> dict[str, Any] | None:
             "out": str(run.path),
             "model": str(run.path / "model"),
             "status": "completed",
-            **merged.facts(),
+            **merged.as_result(),
         }
         run.record(result=result)
     return result

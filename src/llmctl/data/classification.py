@@ -19,7 +19,13 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from llmctl.config.commands import SftConfig
 from llmctl.console import log
 from llmctl.data.examples import Example
-from llmctl.data.split import Split, duplicates, overlap, read_split, shared_prompts
+from llmctl.data.split import (
+    Split,
+    count_duplicates,
+    count_shared_prompts,
+    find_overlap,
+    read_split,
+)
 from llmctl.data.tokenized import resolve_max_length
 from llmctl.data.tokenizer.train import PAD
 from llmctl.errors import DataError, ModelError
@@ -142,9 +148,9 @@ class ClassificationData:
             "truncated": self.train.cut / len(self.train),
             "dropped": self.dropped,
             "skipped": self.split.skipped,
-            "duplicates": duplicates(examples),
+            "duplicates": count_duplicates(examples),
             "ambiguous": _ambiguous(examples),
-            "shared_texts": shared_prompts(self.split.train, self.split.val),
+            "shared_texts": count_shared_prompts(self.split.train, self.split.val),
         }
 
 
@@ -231,7 +237,7 @@ def log_classification_data(data: ClassificationData) -> None:
 
 
 def _require_apart(split: Split[Example]) -> None:
-    both = overlap(split.train, split.val)
+    both = find_overlap(split.train, split.val)
     if both:
         ours, theirs = both[0]
         raise DataError(

@@ -15,7 +15,7 @@ from llmctl.config.commands import AuditConfig, SftConfig
 from llmctl.data.chat.render import ChatFormat
 from llmctl.data.chat.templates import set_chat_template
 from llmctl.data.examples import Example
-from llmctl.data.split import duplicates, overlap, read_split, shared_prompts
+from llmctl.data.split import count_duplicates, count_shared_prompts, find_overlap, read_split
 from llmctl.data.tokenized import Tokenized, collect, resolve_max_length
 from llmctl.errors import ModelError
 from llmctl.models.loading import load_config, load_tokenizer
@@ -118,9 +118,9 @@ def load_sft_data(
         added_tokens=tuple(added),
         has_conversations=has_chats,
         skipped=split.skipped,
-        duplicates=duplicates([*train, *val]),
-        overlap=tuple(ours.name for ours, _ in overlap(train, val)),
-        shared_prompts=shared_prompts(train, val),
+        duplicates=count_duplicates([*train, *val]),
+        overlap=tuple(ours.name for ours, _ in find_overlap(train, val)),
+        shared_prompts=count_shared_prompts(train, val),
         dropped=len(whole) - len(truncated),
         inputs=split.inputs,
     )

@@ -1,8 +1,8 @@
-"""Split examples into those that train and those that validate, and mix several sets.
+"""Split examples into training and validation, and mix several sets.
 
-Read, split, then mix: nothing that is held out is ever among what is trained on. Which examples are
-held out follows from the hashes of what they say, so that the same examples give the same split in
-any order, and near-equal ones are never on both sides.
+In: names of data, and functions that read and hash examples. Out: a `Split`. Read, split, then mix:
+no held-out example ever trains. Which ones are held out follows from the hashes of their text, so
+that the same examples give the same split in any order, and near-equal ones are never in both.
 """
 
 import re
@@ -24,49 +24,49 @@ from llmctl.data.sets import Item, ItemSet
 from llmctl.errors import DataError
 
 Key = Callable[[Any], int]
-"""The hash by which items are told apart: near-equal ones have the same."""
+"""Hash of an item; near-equal ones have the same."""
 VAL_SIZE, VAL_FRACTION = 500, 0.1
 FEWEST = 20
-"""Examples below which none are held out unasked."""
+"""Examples below which none are held out by default."""
 
 _LOOSE = re.compile(
     r"[.,:](?!\d)|[\s!?;'\"`()\[\]{}"
     r"\u00a1\u00ab\u00b4\u00bb\u00bf\u2010-\u2027\u3001-\u3011\uff01\uff08\uff09\uff0c\uff1a\uff1b\uff1f]+"
 )
-"""White space and the marks of a sentence. Others make a difference: 5 - 0 is not 5 * 0."""
+"""White space and sentence marks. Other marks make a difference: 5 - 0 is not 5 * 0."""
 
 
 @dataclass(frozen=True)
 class Split(Generic[Item]):
-    """All examples of a run."""
+    """All examples of a run, split."""
 
     train: list[Item]
     val: list[Item]
     sets: list[ItemSet[Item]]
-    """Where they come from."""
+    """The sets that they come from."""
 
     @property
     def skipped(self) -> int:
         """Rows that could not be read."""
-        return sum(len(found.skipped) for found in self.sets)
+        return sum(len(item_set.skipped) for item_set in self.sets)
 
     @property
     def inputs(self) -> list[dict[str, Any]]:
         """Files and their hashes, for the manifest."""
-        return [facts for found in self.sets for facts in found.inputs]
+        return [entry for item_set in self.sets for entry in item_set.inputs]
 
 
 def read_split(config: Examples, data: list[str], seed: int, task: Task = "chat") -> Split[Example]:
-    """Read everything, and hold out what validates.
+    """Read all examples, and hold some out for validation.
 
     Args:
-        config: says how to read, and what to hold out.
+        config: says how to read and split them.
         data: names of the examples.
         seed: chooses examples, where weights leave some out.
-        task: what they are for.
+        task: of the examples.
 
     Raises:
-        DataError: rows that are no examples, or nothing left on one of the sides.
+        DataError: rows that are no examples, or an empty split.
         NetworkError: a Hub data set that cannot be reached.
         UserError: weights or columns that make no sense.
     """
@@ -90,27 +90,27 @@ def split(
     read: Callable[[list[str], str], list[ItemSet[Item]]],
     key: Key,
 ) -> Split[Item]:
-    """Read everything by `read`, from names and a role, and hold out what validates.
+    """Read all examples by `read`, from names and a role, and hold some out for validation.
 
     Args:
-        config: says what to hold out.
+        config: says how to split them.
         data: names of the examples.
         seed: chooses examples, where weights leave some out.
         read: reads them.
-        key: examples of the same hash are never on both sides.
+        key: hashes an example; those of one hash are never in both splits.
 
     Raises:
-        DataError: as `read`, or nothing left on one of the sides.
+        DataError: as `read`, or an empty split.
     """
     sets = read(data, "data")
     if config.val_data:
-        others = read(config.val_data, "validation")
-        val = [example for found in others for example in found.examples]
-        kept_parts = [found.examples for found in sets]
-        return Split(_mixed(sets, kept_parts, seed, key), val, [*sets, *others])
-    pool = [example for found in sets for example in found.examples]
+        val_sets = read(config.val_data, "validation")
+        val = [example for item_set in val_sets for example in item_set.examples]
+        train = _mixed(sets, [item_set.examples for item_set in sets], seed, key)
+        return Split(train, val, [*sets, *val_sets])
+    pool = [example for item_set in sets for example in item_set.examples]
     kept, held = hold_out(pool, size=config.val_size, fraction=config.val_fraction, key=key)
-    ends = np.cumsum([len(found.examples) for found in sets])
+    ends = np.cumsum([len(item_set.examples) for item_set in sets])
     parts: list[list[Item]] = [[] for _ in sets]
     for number, owner in zip(kept, np.searchsorted(ends, kept, side="right"), strict=True):
         parts[owner].append(pool[number])
@@ -118,34 +118,34 @@ def split(
 
 
 def _mixed(sets: list[ItemSet[Item]], parts: list[list[Item]], seed: int, key: Key) -> list[Item]:
-    """All examples, or of each set the share that its weight asks for."""
-    weights = [found.weight for found in sets if found.weight is not None]
+    """Return all examples, or of each set the share that its weight gives it."""
+    weights = [item_set.weight for item_set in sets if item_set.weight is not None]
     if len(weights) < len(sets):
         return [example for part in parts for example in part]
-    counts = mix([len(part) for part in parts], weights)
-    for found, part, count in zip(sets, parts, counts, strict=True):
-        log.info("%s: %s of %s examples", found.name, f"{count:,}", f"{len(part):,}")
+    counts = mixture_counts([len(part) for part in parts], weights)
+    for item_set, part, count in zip(sets, parts, counts, strict=True):
+        log.info("%s: %s of %s examples", item_set.name, f"{count:,}", f"{len(part):,}")
     return [
         part[number]
         for part, count in zip(parts, counts, strict=True)
-        for number in sample(part, count, seed, key)
+        for number in sample_numbers(part, count, seed, key)
     ]
 
 
 def fingerprint(example: Example) -> int:
-    """The hash of all that an example says, but for case, white space and sentence marks."""
+    """Hash all text of an example, but for case, white space and sentence marks."""
     if example.messages is None:
         return _hash([example.text or "", example.label or ""])
     return conversation_hash(example.messages)
 
 
 def conversation_hash(messages: Iterable[Message]) -> int:
-    """The hash of all that is said in these messages, likewise."""
+    """Hash all text of these messages, likewise."""
     return _hash(_words(messages))
 
 
-def duplicates(examples: Sequence[Example]) -> int:
-    """How many examples are near-equal to an earlier one."""
+def count_duplicates(examples: Sequence[Example]) -> int:
+    """Count the examples that are near-equal to an earlier one."""
     return len(examples) - len(set(map(fingerprint, examples)))
 
 
@@ -163,7 +163,7 @@ def hold_out(
     Args:
         examples: all of them.
         size: how many validate, a few less where near-equal ones would be parted.
-        fraction: which share of them, where `size` is None; by default a tenth, at most `most`, and
+        fraction: share of them, where `size` is None; by default a tenth, at most `most`, and
             none where there are few or all say the same.
         key: examples of the same hash are never parted.
         most: how many validate at most, where neither size nor fraction is given.
@@ -173,7 +173,7 @@ def hold_out(
         Numbers of those that train and of those that validate, each in order.
 
     Raises:
-        DataError: nothing would be left on one of the sides.
+        DataError: a split would be empty.
     """
     count = len(examples)
     if size is None and fraction is None:
@@ -202,15 +202,15 @@ def hold_out(
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def overlap(train: Sequence[Example], val: Sequence[Example]) -> list[tuple[Example, Example]]:
-    """Training examples that are near-equal to one of validation, each with that one."""
+def find_overlap(train: Sequence[Example], val: Sequence[Example]) -> list[tuple[Example, Example]]:
+    """List training examples that are near-equal to a validation example, each with that one."""
     known = {fingerprint(example): example for example in val}
     pairs = ((example, known.get(fingerprint(example))) for example in train if known)
-    return [(ours, theirs) for ours, theirs in pairs if theirs is not None]
+    return [(example, twin) for example, twin in pairs if twin is not None]
 
 
-def shared_prompts(train: Sequence[Example], val: Sequence[Example]) -> int:
-    """Validation examples whose prompt has another answer, and only others, in training."""
+def count_shared_prompts(train: Sequence[Example], val: Sequence[Example]) -> int:
+    """Count validation examples whose prompt has other answers, and only others, in training."""
     answers: defaultdict[int, set[int]] = defaultdict(set)
     wanted = {prompt for prompt in map(_prompt, val) if prompt is not None}
     for example in train:
@@ -224,8 +224,8 @@ def shared_prompts(train: Sequence[Example], val: Sequence[Example]) -> int:
     )
 
 
-def mix(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """How many examples of each set an epoch takes: the first set to be used up ends it.
+def mixture_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """Compute how many examples of each set an epoch takes: the first set used up ends it.
 
     Args:
         sizes: examples of each set; none of them is taken twice.
@@ -246,8 +246,10 @@ def mix(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
     ]
 
 
-def sample(examples: Sequence[Item], count: int, seed: int, key: Key = fingerprint) -> list[int]:
-    """Numbers of `count` examples, in order, which follow from their hashes and the seed."""
+def sample_numbers(
+    examples: Sequence[Item], count: int, seed: int, key: Key = fingerprint
+) -> list[int]:
+    """Choose `count` examples by their hashes and the seed; return their numbers in order."""
     if count >= len(examples):
         return list(range(len(examples)))
     hashes = [hash_text(f"{seed} {key(example)}".encode()) for example in examples]
@@ -255,7 +257,7 @@ def sample(examples: Sequence[Item], count: int, seed: int, key: Key = fingerpri
 
 
 def _prompt(example: Example) -> int | None:
-    """The hash of what stands before the last answer; None for plain text."""
+    """Hash all messages before the last answer; None for plain text."""
     if example.messages is None:
         return None if example.label is None else _hash([example.text or ""])
     roles = [message["role"] for message in example.messages]
@@ -264,7 +266,7 @@ def _prompt(example: Example) -> int | None:
 
 
 def _words(messages: Iterable[Message]) -> list[str]:
-    """All that a conversation says, and who says it."""
+    """List all text of a conversation, and its roles."""
     return [
         text
         for message in messages
@@ -277,6 +279,6 @@ def _hash(texts: Iterable[str]) -> int:
 
 
 def _plain(text: str) -> str:
-    """A text without case, white space and sentence marks; as it is where it is nothing else."""
+    """Strip case, white space and sentence marks; a text of nothing else stays as it is."""
     folded = text if text.isascii() else unicodedata.normalize("NFC", text)
     return _LOOSE.sub("", folded.casefold()) or text

@@ -1,7 +1,7 @@
-"""Adapters on disk: plain PEFT folders, with the base model they belong to.
+"""Save and load adapters: plain PEFT folders, with the base model they belong to.
 
-An adapter is worth nothing without the very weights it was trained on, and what PEFT finds missing
-or superfluous in a file it only warns of. So the base is named, its sha256 stands in the header of
+An adapter needs the very weights that it was trained on, and PEFT only warns of tensors that are
+missing or superfluous. So the base is named, its sha256 stands in the header of
 adapter_model.safetensors, and what does not fit is refused by name.
 """
 
@@ -40,29 +40,29 @@ WEIGHTS = "adapter_model.safetensors"
 BASE_SHA256 = "base_sha256"
 BASE_LOADED_IN = "base_loaded_in"
 OWN = ".default"
-"""In the name of every weight that PEFT adds."""
+"""Part of the name of every weight that PEFT adds."""
 PROMPT = "prompt_embeddings"
 """PEFT's name of virtual tokens."""
 SIZES = ("r", "num_virtual_tokens", "num_transformer_submodules", "token_dim")
-"""What adapter_config.json says of tensors, before they are looked at."""
+"""Sizes of tensors in adapter_config.json."""
 Kind = Literal["CAUSAL_LM", "SEQ_CLS"]
 
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What an adapter's folder says before it is loaded."""
+    """Description of an adapter, without its weights."""
 
     folder: Path
     base: str
     """The model that it was trained on: a folder or a Hub id."""
     base_sha256: str | None
-    """Of that model's weights; None where the adapter was not made by llmctl."""
+    """Hash of that model's weights; None where the adapter was not made by llmctl."""
     trained_in: LoadIn
-    """How that model's weights were held while it was trained."""
+    """Precision of that model's weights in training."""
     is_prompt: bool
-    """Whether it is virtual tokens, which no weight of a model can hold."""
+    """Whether it is prompt tuning: virtual tokens, which no weight of a model can hold."""
     rows: frozenset[int]
-    """Rows of the embedding that it brings along."""
+    """Rows of the embedding that it has."""
 
 
 def is_adapter(folder: Path) -> bool:
@@ -71,7 +71,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def read_adapter(folder: Path) -> AdapterInfo:
-    """What there is to know of an adapter without its weights.
+    """Read the description of an adapter, without its weights.
 
     Raises:
         ModelError: no adapter, a pickled or damaged one, or one that names no base.
@@ -86,7 +86,7 @@ def read_adapter(folder: Path) -> AdapterInfo:
         raise ModelError("adapter_config.json names no base model", file=folder)
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
-            said = file.metadata() or {}
+            metadata = file.metadata() or {}
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         _check_sizes(raw, shapes, folder)
         rows = _rows(raw.get("trainable_token_indices"), shapes)
@@ -94,9 +94,9 @@ def read_adapter(folder: Path) -> AdapterInfo:
         raise ModelError(f"the adapter does not load: {first_line(error)}", file=folder) from None
     if raw.get("revision") and hub.is_hub_id(base) and not Path(base).exists():
         base = f"{base}@{raw['revision']}"
-    how: Any = said.get(BASE_LOADED_IN, "full")
+    trained_in: Any = metadata.get(BASE_LOADED_IN, "full")
     is_prompt = "num_virtual_tokens" in raw
-    return AdapterInfo(folder, base, said.get(BASE_SHA256), how, is_prompt, rows)
+    return AdapterInfo(folder, base, metadata.get(BASE_SHA256), trained_in, is_prompt, rows)
 
 
 def save_adapter(
@@ -114,30 +114,30 @@ def save_adapter(
     Args:
         model: its adapter is written, nothing of the base.
         tokenizer: saved beside it, with its chat template.
-        folder: where to; a sibling is filled first and renamed.
-        base: the model under it, a run, folder or Hub id; recorded as what PEFT can open.
+        folder: target; a sibling is filled first and renamed.
+        base: the model under it, a run, folder or Hub id; recorded as PEFT can open it.
         base_sha256: of that model's weights, see `weights_sha256`.
         generation_config: says which tokens end a response.
         tensors: the weights to write, by their names in the model; None for those that it holds.
     """
     from peft import get_peft_model_state_dict
 
-    about = deepcopy(model.peft_config["default"])
-    about.base_model_name_or_path, about.revision = hub.base_reference(str(base))
-    about.inference_mode = True
-    targets = about.to_dict().get("target_modules")
+    config = deepcopy(model.peft_config["default"])
+    config.base_model_name_or_path, config.revision = hub.base_reference(str(base))
+    config.inference_mode = True
+    targets = config.to_dict().get("target_modules")
     if isinstance(targets, list | set):  # a set has another order in every process
-        about.target_modules = sorted(targets)
-    found = get_peft_model_state_dict(model, tensors, save_embedding_layers=False)
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+        config.target_modules = sorted(targets)
+    state = get_peft_model_state_dict(model, tensors, save_embedding_layers=False)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     metadata = {"format": "pt", BASE_SHA256: base_sha256}
-    if (held := loaded_in(model.get_base_model())) != "full":
-        metadata[BASE_LOADED_IN] = held
+    if (precision := loaded_in(model.get_base_model())) != "full":
+        metadata[BASE_LOADED_IN] = precision
     staging = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    about.save_pretrained(str(staging))
-    save_file(whole, staging / WEIGHTS, metadata=metadata)
+    config.save_pretrained(str(staging))
+    save_file(state, staging / WEIGHTS, metadata=metadata)
     _sort_metadata(staging / WEIGHTS)
     tokenizer.save_pretrained(staging)
     if generation_config is not None:
@@ -147,7 +147,7 @@ def save_adapter(
 
 
 def _sort_metadata(file: Path) -> None:
-    """Put the header's metadata in order: safetensors writes it in another one every time.
+    """Sort the header's metadata: safetensors writes it in another order every time.
 
     The header is a length in 8 bytes, and that many of JSON, perhaps with spaces at its end.
     """
@@ -162,7 +162,7 @@ def _sort_metadata(file: Path) -> None:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Hex digest over a model's weights: its safetensors files in order of name."""
+    """Hash a model's weights: its safetensors files in order of name."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         digest.update(f"{file.name}\0{sha256_file(file)}\n".encode())
@@ -176,9 +176,9 @@ def require_base(adapter: AdapterInfo, base: Path) -> None:
         ModelError: naming the base that it wants and the one it was to get.
     """
     if adapter.base_sha256 not in (None, weights_sha256(base)):
-        here = "these weights have changed since" if str(base) == adapter.base else f"not on {base}"
+        why = "these weights have changed since" if str(base) == adapter.base else f"not on {base}"
         raise ModelError(
-            f"the adapter was trained on another base: on {adapter.base}, {here}",
+            f"the adapter was trained on another base: on {adapter.base}, {why}",
             file=adapter.folder,
             hint="give it the weights it was trained on (their sha256 differs)",
         )
@@ -187,9 +187,9 @@ def require_base(adapter: AdapterInfo, base: Path) -> None:
 def put_adapter(
     model: PreTrainedModel, adapter: AdapterInfo, kind: Kind = "CAUSAL_LM"
 ) -> "PeftModel":
-    """The model with the adapter on it, in eval mode.
+    """Put an adapter on a model, in eval mode.
 
-    Through PEFT's own class: the Auto class of transformers loses DoRA's magnitudes.
+    By PEFT's own class: the Auto class of transformers loses DoRA's magnitudes.
 
     Raises:
         ModelError: tensors that are missing, superfluous, of another shape or not finite; a method
@@ -207,24 +207,24 @@ def put_adapter(
     folder = adapter.folder
     _grow(model, adapter)
     try:
-        about = PeftConfig.from_pretrained(str(folder))
-        if about.task_type not in (kind, None):
+        config = PeftConfig.from_pretrained(str(folder))
+        if config.task_type not in (kind, None):
             what = "for text" if kind == "CAUSAL_LM" else "a reward model"
-            raise ModelError(f"an adapter for {about.task_type}, not {what}", file=folder)
-        about.inference_mode = True
+            raise ModelError(f"an adapter for {config.task_type}, not {what}", file=folder)
+        config.inference_mode = True
         tensors = load_file(folder / WEIGHTS, device=str(model.device))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is refused below
             if kind == "SEQ_CLS":
-                adapted: PeftModel = PeftModelForSequenceClassification(model, about)
+                adapted: PeftModel = PeftModelForSequenceClassification(model, config)
             else:
-                adapted = PeftModelForCausalLM(model, about)
+                adapted = PeftModelForCausalLM(model, config)
             result: Any = set_peft_model_state_dict(adapted, tensors, ignore_mismatched_sizes=True)
     except KeyError as error:  # a layer that was to be saved whole
         raise ModelError(f"missing adapter weights: {error.args[0]}", file=folder) from None
     except (*BROKEN, IndexError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise ModelError(f"the adapter does not load: {said}", file=folder) from None
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"the adapter does not load: {reason}", file=folder) from None
     weights = dict(adapted.named_parameters())  # without those that are tied to another
     missing = [name for name in result.missing_keys if OWN in name and name in weights]
     superfluous = set(result.unexpected_keys) - ({PROMPT} if adapter.is_prompt else set())
@@ -241,16 +241,16 @@ def put_adapter(
 
 
 def _grow(model: PreTrainedModel, adapter: AdapterInfo) -> None:
-    """Give the model the rows that the adapter has values for."""
+    """Add the rows of the embedding that the adapter has values for."""
     embedding: Any = model.get_input_embeddings()
-    there, wanted = embedding.weight.shape[0], max(adapter.rows, default=-1) + 1
-    if wanted <= there:
+    count, wanted = embedding.weight.shape[0], max(adapter.rows, default=-1) + 1
+    if wanted <= count:
         return
-    lacking = next((row for row in range(there, wanted) if row not in adapter.rows), None)
+    lacking = next((row for row in range(count, wanted) if row not in adapter.rows), None)
     if lacking is not None:
         raise ModelError(
             f"the adapter has no values for row {lacking} of the embedding, and its base has "
-            f"{there} rows",
+            f"{count} rows",
             file=adapter.folder,
             hint="it was trained on another base",
         )
@@ -260,7 +260,7 @@ def _grow(model: PreTrainedModel, adapter: AdapterInfo) -> None:
 def _check_loaded(
     weights: dict[str, Any], tensors: dict[str, torch.Tensor], missing: Iterable[str], folder: Path
 ) -> None:
-    """Refuse what PEFT only warns of: tensors that are not there or misshapen; and not finite."""
+    """Refuse tensors that are missing or misshapen, of which PEFT only warns, or not finite."""
     for name in missing:
         key = name.replace(OWN, "")
         if key in tensors:
@@ -276,11 +276,10 @@ def _check_loaded(
 
 
 def _check_sizes(raw: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
-    """Refuse numbers that no tensor of the adapter has, before memory is taken for them."""
-    patterns = raw.get("rank_pattern") or {}
-    asked = {name: raw.get(name) for name in SIZES} | dict(patterns)
+    """Refuse sizes that no tensor of the adapter has, before memory is taken for them."""
+    sizes = {name: raw.get(name) for name in SIZES} | dict(raw.get("rank_pattern") or {})
     largest = max((size for shape in shapes.values() for size in shape), default=0)
-    for name, size in asked.items():
+    for name, size in sizes.items():
         if isinstance(size, int) and size > largest:
             raise ModelError(
                 f"adapter_config.json: {name} of {size:,}, and no tensor has more than {largest:,}",
@@ -289,7 +288,7 @@ def _check_sizes(raw: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder
 
 
 def _rows(indices: Any, shapes: dict[str, tuple[int, ...]]) -> frozenset[int]:
-    """Rows of the embedding that are trained by themselves, or all where it was saved whole."""
+    """Return the rows of the embedding that train alone, or all where it was saved whole."""
     lists = indices.values() if isinstance(indices, dict) else [indices or []]
     single = {int(row) for rows in lists for row in rows}
     ends = (

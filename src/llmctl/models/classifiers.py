@@ -1,4 +1,7 @@
-"""Models with a head to classify or score with: load one, all but the head as it was trained."""
+"""Load models with a head that classifies or scores, and check them.
+
+In: a model and its labels. Out: a classifier whose head may be new, all else as it was trained.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,13 +26,13 @@ from llmctl.models.vetting import BROKEN, check_shards, first_line, require_safe
 from llmctl.runs.directory import resolve_model
 
 SCORE = ("LABEL_0",)
-"""The label of a reward model, whose one logit is the score; transformers calls it so."""
+"""Label of a reward model, whose one logit is the score; transformers calls it so."""
 TOLERANCE = 1e-3
-"""Largest change of a logit, relative to the largest logit, that is rounding."""
+"""Largest change of a logit, relative to the largest one, that counts as rounding."""
 PROBE_LENGTHS = (3, 8)
 """Tokens of the texts on which padding is seen to change nothing."""
 POOLER = "pooler"
-"""Between an encoder and its head; many are saved without theirs."""
+"""Layer between an encoder and its head; many are saved without it."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class LoadedClassifier:
 
     model: PreTrainedModel
     new_modules: frozenset[str]
-    """Names of the layers that the folder lacks, whose weights are random."""
+    """Layers that the folder lacks, whose weights are random."""
 
 
 def load_classifier(
@@ -46,9 +49,9 @@ def load_classifier(
     labels: tuple[str, ...],
     dtype: torch.dtype = torch.float32,
 ) -> LoadedClassifier:
-    """The model with a head for these labels: its own where it is a classifier, else a new one.
+    """Load a model with a head for these labels: its own if it is a classifier, else a new one.
 
-    Random: seed before.
+    A new head is random: seed before.
 
     Raises:
         ModelError: pickles only, remote code, an adapter, an architecture that cannot classify,
@@ -69,7 +72,6 @@ def load_classifier(
             f"transformers has no classifier of the architecture {config.model_type}", file=folder
         )
     own = classifier_labels(config)
-    has_head = own is not None
     if own is not None and labels == SCORE and len(own) != 1:
         raise ModelError(
             f"this model tells {len(own)} labels apart ({', '.join(own[:4])}), a reward model has "
@@ -94,11 +96,13 @@ def load_classifier(
         )
     except BROKEN as error:
         raise ModelError(f"the model does not load: {first_line(error)}", file=folder) from None
-    return LoadedClassifier(model, _check_loaded(model, report, saved, folder, has_head=has_head))
+    return LoadedClassifier(
+        model, _check_loaded(model, report, saved, folder, has_head=own is not None)
+    )
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` (B, L) of rows of token ids."""
+    """Pad rows of token ids to `input_ids` and `attention_mask` (B, L)."""
     length = max(map(len, rows))
     ids = [[*row, *[pad] * (length - len(row))] for row in rows]
     mask = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
@@ -106,7 +110,7 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
 
 
 def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Logits (B, K) of a batch of inputs, in float32."""
+    """Compute logits (B, K) of a batch of inputs, in float32."""
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
     logits: Tensor = model(**inputs).logits
     return logits.float()
@@ -173,7 +177,7 @@ def probe_padding(model: Any, pad: int) -> None:
 
 
 def learned_positions(model: Any) -> int | None:
-    """Tokens that there are learned positions for; RoBERTa and its kin count from after padding.
+    """Count learned positions, which RoBERTa and its kin number from after padding.
 
     None where positions are computed.
     """
@@ -188,13 +192,13 @@ def require_positions(model: Any, longest: int) -> None:
     """Refuse texts that are too long for a model.
 
     Raises:
-        UserError: with how many tokens there is room for.
+        UserError: naming the number of positions.
     """
-    room = learned_positions(model)
-    if room is not None and longest > room:
+    positions = learned_positions(model)
+    if positions is not None and longest > positions:
         raise UserError(
-            f"a text of {longest:,} tokens: the model has {room:,} positions",
-            hint=f"pass --max-length {room}",
+            f"a text of {longest:,} tokens: the model has {positions:,} positions",
+            hint=f"pass --max-length {positions}",
         )
 
 
@@ -226,7 +230,7 @@ def _check_size(folder: Path, config: PreTrainedConfig) -> None:
 def _check_loaded(
     model: Any, report: dict[str, Any], saved: set[str], folder: Path, *, has_head: bool
 ) -> frozenset[str]:
-    """Refuse tensors that transformers made up or left lying; return the layers that are new.
+    """Refuse tensors that are missing, misshapen or superfluous; return the layers that are new.
 
     A head may be new, and that of another task superfluous.
 
@@ -243,9 +247,9 @@ def _check_loaded(
             for name in report["unexpected_keys"]
             if POOLER in name.split(".") or (is_whole and not name.startswith(start))
         }
-    found = {**report, "mismatched_keys": {name for name, *_ in report["mismatched_keys"]}}
+    problems = {**report, "mismatched_keys": {name for name, *_ in report["mismatched_keys"]}}
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        names = sorted(set(found[problem]) - allowed.get(problem, set()))
+        names = sorted(set(problems[problem]) - allowed.get(problem, set()))
         if names := [name for name in names if not name.endswith(DERIVED)]:
             what = problem.removesuffix("_keys")
             raise ModelError(f"{what} weights: {names[0]} (of {len(names)})", file=folder)
@@ -256,7 +260,7 @@ def _check_loaded(
 
 
 def _is_head(model: Any, name: str) -> bool:
-    """Whether a weight is of what a classifier has beyond its body."""
+    """Whether a weight is of the head, pooler included."""
     return POOLER in name.split(".") or not name.startswith(f"{model.base_model_prefix}.")
 
 
@@ -268,9 +272,9 @@ def _tensor_names(folder: Path) -> set[str]:
     return names
 
 
-def classifier_labels(shape: PreTrainedConfig) -> tuple[str, ...] | None:
-    """Labels by number of a model that is a classifier already; None for others."""
-    names = shape.architectures or []
+def classifier_labels(config: PreTrainedConfig) -> tuple[str, ...] | None:
+    """Return the labels of a model that is a classifier already, by number; None for others."""
+    names = config.architectures or []
     if not any(name.endswith("ForSequenceClassification") for name in names):
         return None
-    return tuple(str(shape.id2label[number]) for number in sorted(shape.id2label))
+    return tuple(str(config.id2label[number]) for number in sorted(config.id2label))

@@ -1,4 +1,4 @@
-"""Build, load and save models and tokenizers: plain Hugging Face folders, nothing else."""
+"""Load and save models and tokenizers: plain Hugging Face folders, nothing else."""
 
 import shutil
 from pathlib import Path
@@ -22,7 +22,7 @@ from llmctl.models import patched_attention
 from llmctl.models.adapters import AdapterInfo, is_adapter, put_adapter, read_adapter, require_base
 from llmctl.models.causality import require_causal_config
 from llmctl.models.hub import download, is_hub_id
-from llmctl.models.quantized import LoadIn, first_not_finite, quantization, saved_precision
+from llmctl.models.quantized import LoadIn, first_not_finite, saved_precision
 from llmctl.models.vetting import (
     BROKEN,
     check_counts,
@@ -38,7 +38,7 @@ from llmctl.runs.directory import resolve_model, resolve_tokenizer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAFE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 DERIVED = (".inv_freq", ".masked_bias", ".attn.bias")
-"""Buffers that old checkpoints carry and that models compute."""
+"""Buffers in old checkpoints, which models compute."""
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -46,7 +46,7 @@ patched_attention.register_attention()
 
 
 def local_folder(reference: str) -> Path:
-    """The folder of a run, of a path, or of a Hub id, downloaded (safetensors only) if need be.
+    """Return the folder of a run, a path or a Hub id, downloaded (safetensors only) if need be.
 
     A Hub id may name a revision: `owner/name@v1.0`.
 
@@ -63,7 +63,7 @@ def local_folder(reference: str) -> Path:
 
 
 def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a tokenize run, a run, a folder or a Hub id.
+    """Load the tokenizer of a tokenize run, a run, a folder or a Hub id.
 
     Raises:
         ModelError: there is none, or it wants to run code of its own.
@@ -84,14 +84,14 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
 
 
 def load_config(reference: str) -> PreTrainedConfig:
-    """The configuration of a run, a folder or a Hub id.
+    """Load the configuration of a run, a folder or a Hub id.
 
     Raises:
         ModelError: there is none, it is broken, or it wants to run code of its own.
     """
     folder = local_folder(resolve_model(reference))
     if is_adapter(folder):
-        return _config_under(read_adapter(folder))
+        return _base_config(read_adapter(folder))
     if not (folder / "config.json").exists():
         raise ModelError("no config.json in this folder", file=folder)
     check_files(folder)
@@ -113,7 +113,7 @@ def load_config(reference: str) -> PreTrainedConfig:
 def load_causal_lm(
     reference: str, *, dtype: torch.dtype, device: str = "cpu", load_in: LoadIn = "full"
 ) -> PreTrainedModel:
-    """The causal language model of a run (full or adapter), a folder or a Hub id, in eval mode.
+    """Load the causal language model of a run, full or adapter, a folder or a Hub id, in eval mode.
 
     Raises:
         ModelError: pickles only, remote code, or tensors that are missing, misshapen or not finite.
@@ -122,9 +122,9 @@ def load_causal_lm(
     folder = local_folder(resolve_model(reference))
     if is_adapter(folder):
         adapter = read_adapter(folder)
-        under = find_base(adapter)
-        require_base(adapter, under)
-        model = load_causal_lm(str(under), dtype=dtype, device=device, load_in=load_in)
+        base = find_base(adapter)
+        require_base(adapter, base)
+        model = load_causal_lm(str(base), dtype=dtype, device=device, load_in=load_in)
         return put_adapter(model, adapter)
     config = load_config(str(folder))
     require_causal_config(config, folder)
@@ -138,7 +138,7 @@ def load_causal_lm(
             folder,
             config=config,
             dtype=dtype,
-            quantization_config=quantization(config, load_in, dtype),
+            quantization_config=quantization_config(config, load_in, dtype),
             device_map={"": device},
             trust_remote_code=False,
             use_safetensors=True,
@@ -151,18 +151,18 @@ def load_causal_lm(
     return model.eval()
 
 
-def find_base(adapter: AdapterInfo, named: str | None = None) -> Path:
-    """The folder of the model under an adapter: the one that it was trained on.
+def find_base(adapter: AdapterInfo, reference: str | None = None) -> Path:
+    """Find the folder of the model under an adapter: the one that it was trained on.
 
     Args:
-        adapter: names it.
-        named: where to look instead.
+        adapter: names the base.
+        reference: the base instead, if given.
 
     Raises:
         ModelError: it is gone, or an adapter itself.
         NetworkError: a Hub id that cannot be had.
     """
-    name = resolve_model(named or adapter.base)
+    name = resolve_model(reference or adapter.base)
     if Path(name).is_absolute() and not Path(name).exists():
         raise ModelError(
             f"the base of this adapter is gone: {name}",
@@ -188,10 +188,10 @@ def save_model(
             not read.
         state: the weights to write, by name.
         tokenizer: saved beside them.
-        folder: where to; a sibling is filled first and renamed.
+        folder: target; a sibling is filled first and renamed.
     """
     stops = stop_tokens(model, tokenizer)
-    # what else it says may be what transformers loads and refuses to save
+    # its other settings may be such as transformers loads and refuses to save
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=stops[0] if len(stops) == 1 else stops or None,
@@ -206,7 +206,7 @@ def write_folder(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
 ) -> None:
-    """Write a model of any kind, as it is; otherwise as `save_model`."""
+    """Write a model of any kind with its generation config as it is; otherwise as `save_model`."""
     staging = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(staging, ignore_errors=True)
     model.save_pretrained(staging, state_dict=state)
@@ -216,14 +216,14 @@ def write_folder(
 
 
 def parse_dtype(name: str, device: str, folder_dtype: torch.dtype | None = None) -> torch.dtype:
-    """The type for `auto|fp32|bf16|fp16`: auto is fp32 on a CPU, the checkpoint's elsewhere."""
+    """Return the dtype of a flag's value: `auto` is fp32 on a CPU, the checkpoint's elsewhere."""
     if name != "auto":
         return DTYPES[name]
     return torch.float32 if device == "cpu" or folder_dtype is None else folder_dtype
 
 
 def parameter_count(model: torch.nn.Module) -> int:
-    """Parameters, tied ones counted once."""
+    """Count parameters, tied ones once."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -241,8 +241,8 @@ def merge_eos(*tokens: int | list[int] | None) -> list[int]:
     return sorted({int(token) for ids in lists for token in ids if token is not None})
 
 
-def _config_under(adapter: AdapterInfo) -> PreTrainedConfig:
-    """The configuration of an adapter's base, with the rows that the adapter adds."""
+def _base_config(adapter: AdapterInfo) -> PreTrainedConfig:
+    """Load the configuration of an adapter's base, with the rows that the adapter adds."""
     config = load_config(str(find_base(adapter)))
     text = config.get_text_config()
     text.vocab_size = max(text.vocab_size, max(adapter.rows, default=-1) + 1)
@@ -250,10 +250,10 @@ def _config_under(adapter: AdapterInfo) -> PreTrainedConfig:
 
 
 def _check_loaded(model: PreTrainedModel, report: dict[str, Any], folder: Path) -> None:
-    """Refuse what transformers only reports: tensors it made up; and weights not finite."""
+    """Refuse tensors that are missing, misshapen or superfluous, and weights not finite."""
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        found = {name if isinstance(name, str) else name[0] for name in report[problem]}
-        names = sorted(name for name in found if not name.endswith(DERIVED))
+        tensors = {name if isinstance(name, str) else name[0] for name in report[problem]}
+        names = sorted(name for name in tensors if not name.endswith(DERIVED))
         if names:
             what = problem.removesuffix("_keys")
             raise ModelError(f"{what} weights: {names[0]} (of {len(names)})", file=folder)
@@ -262,17 +262,17 @@ def _check_loaded(model: PreTrainedModel, report: dict[str, Any], folder: Path) 
 
 
 def grow_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give every token of the tokenizer a row; a model that has more rows keeps them.
+    """Give every token of the tokenizer an embedding; a model that has more keeps them.
 
     New rows are drawn around the mean of the old ones with their covariance (Hewitt, 2021), so that
     no new token starts out likelier than all others. Random: seed before.
     """
-    wanted = max(tokenizer.get_vocab().values()) + 1
-    if wanted > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(wanted, mean_resizing=True)
+    rows = max(tokenizer.get_vocab().values()) + 1
+    if rows > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=True)
 
 
 def context_size(config: PreTrainedConfig) -> int | None:
-    """Positions that a model was built for, None where it has no limit."""
+    """Return the positions of a model; None where it has no limit."""
     text = config.get_text_config()
     return int(text.max_position_embeddings) if hasattr(text, "max_position_embeddings") else None

@@ -1,6 +1,6 @@
-"""An adapter and its base in, one plain model out, that gives the same logits.
+"""Merge an adapter into its base: one plain model that gives the same logits.
 
-PEFT merges some adapters wrongly and says nothing (one on tied embeddings moves logits by whole
+PEFT merges some adapters wrongly without a word (one on tied embeddings moves logits by whole
 units), so every merged model is compared with its adapter before anything is written.
 """
 
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 TOLERANCE = 1e-3
-"""Largest difference of a logit, in float32, that is rounding."""
+"""Largest difference of a logit, in float32, that counts as rounding."""
 ROWS, LONGEST = 4, 64
-"""Tokens that the models are compared on."""
+"""Shape of the tokens that the models are compared on."""
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,17 @@ class Merged:
     difference: float
     """Largest difference between its logits and the adapter's, on the same weights of the base."""
     trained_in: LoadIn
-    """What the weights of the base were held in while the adapter was trained."""
+    """Precision of the base's weights while the adapter was trained."""
     quantized_difference: float | None
     """Likewise to the adapter on the quantized base; None where the base was not quantized."""
 
-    def facts(self) -> dict[str, Any]:
-        """For a result."""
-        facts: dict[str, Any] = {"difference": self.difference}
+    def as_result(self) -> dict[str, Any]:
+        """Return the differences, for a result."""
+        result: dict[str, Any] = {"difference": self.difference}
         if self.quantized_difference is not None:
-            facts |= {"dequantized": self.trained_in}
-            facts |= {"quantized_difference": self.quantized_difference}
-        return facts
+            result["dequantized"] = self.trained_in
+            result["quantized_difference"] = self.quantized_difference
+        return result
 
 
 def find_mergeable(reference: str, base: str | None = None) -> Mergeable:
@@ -74,7 +74,7 @@ def find_mergeable(reference: str, base: str | None = None) -> Mergeable:
 
     Args:
         reference: run or folder of the adapter.
-        base: the base, where it is not what the adapter names.
+        base: the base, where it is not the one that the adapter names.
 
     Raises:
         ModelError: no adapter, one of virtual tokens, or a base that is gone or another.
@@ -91,13 +91,13 @@ def find_mergeable(reference: str, base: str | None = None) -> Mergeable:
             file=folder,
             hint="use the adapter as it is, or train one with --lora",
         )
-    found = find_base(adapter, base)
-    require_base(adapter, found)
-    return Mergeable(adapter, found)
+    base_folder = find_base(adapter, base)
+    require_base(adapter, base_folder)
+    return Mergeable(adapter, base_folder)
 
 
-def merge(found: Mergeable, device: str = "cpu") -> Merged:
-    """The base with the adapter merged into its weights.
+def merge(mergeable: Mergeable, device: str = "cpu") -> Merged:
+    """Merge an adapter into the weights of its base.
 
     A base that was quantized in training is quantized again and its values taken from there, since
     they are what the adapter learned to correct; on the original ones it is a little worse.
@@ -105,12 +105,12 @@ def merge(found: Mergeable, device: str = "cpu") -> Merged:
     Raises:
         ModelError: adapter and base do not fit, or the merged model gives other logits.
     """
-    adapter, folder = found.adapter, str(found.base)
+    adapter, folder = mergeable.adapter, str(mergeable.base)
     has_tokenizer = (adapter.folder / "tokenizer_config.json").exists()
-    tokenizer = load_tokenizer(str(adapter.folder if has_tokenizer else found.base))
+    tokenizer = load_tokenizer(str(adapter.folder if has_tokenizer else mergeable.base))
     if read_object(adapter.folder / CONFIG).get("task_type") == "SEQ_CLS":
-        headed = _headed(found, tokenizer).to(device)
-        model, difference = merge_model(put_adapter(headed, adapter, "SEQ_CLS"))
+        classifier = _base_classifier(mergeable, tokenizer).to(device)
+        model, difference = merge_model(put_adapter(classifier, adapter, "SEQ_CLS"))
         return Merged(model, tokenizer, difference, "full", None)
     base = load_causal_lm(folder, dtype=torch.float32, device=device)
     quantized = None
@@ -120,10 +120,13 @@ def merge(found: Mergeable, device: str = "cpu") -> Merged:
         )
         copy_dequantized(quantized, base)
     model, difference = merge_model(put_adapter(base, adapter))
-    off = None if quantized is None else _distance(put_adapter(quantized, adapter), model)
-    if off is not None and adapter.trained_in == "4bit":  # 8 bits round activations too
-        _require_close(off, f"the adapter on the {adapter.trained_in} base")
-    return Merged(model, tokenizer, difference, adapter.trained_in, off)
+    quantized_difference = None
+    if quantized is not None:
+        quantized_difference = _distance(put_adapter(quantized, adapter), model)
+    if quantized_difference is not None and adapter.trained_in == "4bit":
+        # 8 bits round activations too
+        _require_close(quantized_difference, f"the adapter on the {adapter.trained_in} base")
+    return Merged(model, tokenizer, difference, adapter.trained_in, quantized_difference)
 
 
 def merge_model(model: "PeftModel") -> tuple[PreTrainedModel, float]:
@@ -153,13 +156,13 @@ def save_merged(merged: Merged, folder: Path) -> None:
     write(merged.model, merged.model.state_dict(), merged.tokenizer, folder)
 
 
-def _headed(found: Mergeable, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The base of an adapter that classifies or scores, with the labels that stand beside it."""
+def _base_classifier(mergeable: Mergeable, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Load the base of an adapter that classifies or scores, with the labels saved beside it."""
     labels = None
-    if (found.adapter.folder / "config.json").exists():
-        shape = AutoConfig.from_pretrained(found.adapter.folder, trust_remote_code=False)
-        labels = tuple(str(shape.id2label[number]) for number in sorted(shape.id2label))
-    model: Any = load_classifier(str(found.base), labels or SCORE).model
+    if (mergeable.adapter.folder / "config.json").exists():
+        config = AutoConfig.from_pretrained(mergeable.adapter.folder, trust_remote_code=False)
+        labels = tuple(str(config.id2label[number]) for number in sorted(config.id2label))
+    model: Any = load_classifier(str(mergeable.base), labels or SCORE).model
     grow_embeddings(model, tokenizer)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model
@@ -184,7 +187,7 @@ def _largest(one: Tensor, other: Tensor) -> float:
 
 @torch.no_grad()
 def _logits(model: Any) -> Tensor:
-    """Logits on tokens that are always the same; the last row's are those that may be new."""
+    """Compute logits on fixed tokens; the last row has the newest ones of the vocabulary."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     length = min(LONGEST, vocabulary, context_size(model.config) or LONGEST)
     draw = torch.Generator().manual_seed(0)

@@ -1,7 +1,7 @@
 """Attention as transformers calls it, without torch's slow case on a CPU.
 
-In bfloat16 the backward pass of a short sequence takes torch two to five times as long as in
-float32, which here computes it: what goes in and comes out is as it was.
+The backward pass of a short sequence takes torch two to five times as long in bfloat16 as in
+float32, so it is computed in float32; inputs and outputs stay in bfloat16.
 """
 
 from typing import Any
@@ -12,10 +12,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 SHORT = 16_384
-"""Tokens times head size up to which float32 is the faster: measured from 32 to 128 a head."""
+"""Tokens times head size up to which float32 is faster; measured for heads of 32 to 128."""
 
 CAUSAL = "sdpa_causal"
-"""Attention of windows without padding: it never gets a mask."""
+"""Name of attention to windows without padding, which never gets a mask."""
 
 
 def attend(
@@ -26,18 +26,18 @@ def attend(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention, as `sdpa_attention_forward`.
+    """Compute scaled dot-product attention, as `sdpa_attention_forward`.
 
     Args:
         module: the layer.
         query: (B, heads, L, head_size).
         key: (B, kv_heads, L, head_size).
         value: (B, kv_heads, L, head_size).
-        attention_mask: Boolean or to be added; None where attention is causal.
+        attention_mask: boolean or additive; None where attention is causal.
         options: passed on.
 
     Returns:
-        (B, L, heads, head_size), in bfloat16 where that was asked for.
+        (B, L, heads, head_size), in the dtype that SDPA would give.
     """
     if not in_float32(query):
         mixed, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -63,5 +63,5 @@ def in_float32(query: Tensor) -> bool:
 
 
 def register_attention() -> None:
-    """Have every model that transformers loads with SDPA use `attend`."""
+    """Make every model that transformers loads with SDPA use `attend`."""
     AttentionInterface.register("sdpa", attend)

@@ -1,8 +1,8 @@
 """A linear layer with a low-rank adapter as one operation under autocast, in place of PEFT's six.
 
 Hu et al., 2021 (arXiv:2106.09685, eq. 3): y = x Wᵀ + b + s (x Aᵀ) Bᵀ, of which A and B train. PEFT
-casts x to float32 and back for A, and rounds the sum twice; here the products are added up within
-the multiplication, so that they are rounded once.
+casts x to float32 and back for A, and rounds the sum twice; here addition and multiplication are
+one operation, so that the sum is rounded once.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 
 class LowRankProduct(torch.autograd.Function):
-    """x Wᵀ + b + s (x Aᵀ) Bᵀ in the type of `weight`, with gradients of x, A and B."""
+    """x Wᵀ + b + s (x Aᵀ) Bᵀ in the dtype of `weight`, with gradients of x, A and B."""
 
     @staticmethod
     def forward(
@@ -27,14 +27,14 @@ class LowRankProduct(torch.autograd.Function):
         b: Tensor,
         scale: float,
     ) -> Tensor:
-        """Multiply.
+        """Compute the product.
 
         Args:
             ctx: for the backward pass.
-            inputs: (N, in), in the type to compute in.
-            weight: (out, in), frozen, in the same type.
-            bias: (out,), frozen, in the same type.
-            a: (rank, in), in the type that it trains in.
+            inputs: (N, in), in the dtype to compute in.
+            weight: (out, in), frozen, in the same dtype.
+            bias: (out,), frozen, in the same dtype.
+            a: (rank, in), in the dtype that it trains in.
             b: (out, rank), likewise.
             scale: of the adapter.
 
@@ -43,39 +43,38 @@ class LowRankProduct(torch.autograd.Function):
         """
         low_a, low_b = a.to(inputs.dtype), (b * scale).to(inputs.dtype)
         inner = inputs @ low_a.T
-        found = inputs @ weight.T if bias is None else torch.addmm(bias, inputs, weight.T)
+        output = inputs @ weight.T if bias is None else torch.addmm(bias, inputs, weight.T)
         ctx.save_for_backward(inputs, weight, low_a, low_b, inner)
         ctx.scale, ctx.types = scale, (a.dtype, b.dtype)
-        return found.addmm_(inner, low_b.T)
+        return output.addmm_(inner, low_b.T)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of inputs, A and B."""
+        """Compute gradients of inputs, A and B."""
         inputs, weight, low_a, low_b, inner = ctx.saved_tensors
         (grad,) = grads
         grad_inner = grad @ low_b
-        of_inputs = None
+        grad_inputs = grad_b = None
         if ctx.needs_input_grad[0]:
-            of_inputs = (grad @ weight).addmm_(grad_inner, low_a)
-        of_a = (grad_inner.T @ inputs).to(ctx.types[0]) if ctx.needs_input_grad[3] else None
-        of_b = None
+            grad_inputs = (grad @ weight).addmm_(grad_inner, low_a)
+        grad_a = (grad_inner.T @ inputs).to(ctx.types[0]) if ctx.needs_input_grad[3] else None
         if ctx.needs_input_grad[4]:
-            of_b = (grad.T @ inner).to(ctx.types[1]) * ctx.scale
-        return of_inputs, None, None, of_a, of_b, None
+            grad_b = (grad.T @ inner).to(ctx.types[1]) * ctx.scale
+        return grad_inputs, None, None, grad_a, grad_b, None
 
 
 class LowRankLinear(Linear):  # type: ignore[misc]
-    """PEFT's layer; under autocast with one plain adapter it is one operation."""
+    """PEFT's layer, one operation under autocast with one plain adapter."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As PEFT's."""
+        """Compute what PEFT's layer does."""
         kind = x.device.type
         name = self.active_adapters[0] if len(self.active_adapters) == 1 else ""
         if args or kwargs or not (torch.is_autocast_enabled(kind) and self._is_plain(name)):
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         dtype, base = torch.get_autocast_dtype(kind), self.get_base_layer()
-        found: Tensor = LowRankProduct.apply(  # type: ignore[no-untyped-call]
+        output: Tensor = LowRankProduct.apply(  # type: ignore[no-untyped-call]
             x.flatten(0, -2).to(dtype),
             base.weight.to(dtype),
             None if base.bias is None else base.bias.to(dtype),
@@ -83,10 +82,10 @@ class LowRankLinear(Linear):  # type: ignore[misc]
             self.lora_B[name].weight,
             self.scaling[name],
         )
-        return found.view(*x.shape[:-1], -1)
+        return output.view(*x.shape[:-1], -1)
 
     def _is_plain(self, name: str) -> bool:
-        """Whether this adapter, and nothing besides, is on a layer that is frozen."""
+        """Whether this adapter alone is active on a frozen layer."""
         if self.disable_adapters or self.merged or self.fan_in_fan_out or name not in self.lora_A:
             return False
         drops = self.training and not isinstance(self.lora_dropout[name], nn.Identity)
@@ -100,7 +99,7 @@ class LowRankLinear(Linear):  # type: ignore[misc]
 
 
 def fuse_lora(model: PeftModel) -> PeftModel:
-    """Have the model's low-rank layers compute so; quantized ones and others stay as they are."""
+    """Make the low-rank layers of a model `LowRankLinear`; quantized ones and others stay."""
     for module in model.modules():
         if type(module) is Linear and type(module.get_base_layer()) is nn.Linear:
             module.__class__ = LowRankLinear

@@ -1,4 +1,4 @@
-"""The architecture to train from scratch: presets, dials, and untrained models."""
+"""Choose the architecture to train from scratch: presets, sizes, and untrained models."""
 
 import math
 from dataclasses import dataclass, replace
@@ -54,40 +54,40 @@ PRESETS = {
 
 
 def resolve_size(shape: Shape, preset: str) -> ModelSize:
-    """The preset with the user's dials put in; what depends on a changed width follows it.
+    """Return the preset with the user's sizes; heads and MLP follow a changed width.
 
     Raises:
         UserError: widths and heads that do not divide.
     """
-    dials = PRESETS[shape.size or preset]
-    if shape.hidden is not None and shape.hidden != dials.hidden:
+    size = PRESETS[shape.size or preset]
+    if shape.hidden is not None and shape.hidden != size.hidden:
         heads = max(1, shape.hidden // 64)
         while shape.hidden % heads:
             heads -= 1
         intermediate = 64 * math.ceil(shape.hidden * 8 / 3 / 64)
-        dials = replace(
-            dials, hidden=shape.hidden, heads=heads, kv_heads=heads, intermediate=intermediate
+        size = replace(
+            size, hidden=shape.hidden, heads=heads, kv_heads=heads, intermediate=intermediate
         )
-    if shape.heads is not None and shape.heads != dials.heads:
-        dials = replace(dials, heads=shape.heads, kv_heads=shape.heads)
+    if shape.heads is not None and shape.heads != size.heads:
+        size = replace(size, heads=shape.heads, kv_heads=shape.heads)
     given = {"layers": shape.layers, "kv_heads": shape.kv_heads, "context": shape.context}
-    dials = replace(dials, **{name: value for name, value in given.items() if value is not None})
-    if dials.hidden % dials.heads:
-        raise UserError(f"--hidden {dials.hidden} is not a multiple of --heads {dials.heads}")
-    if dials.heads % dials.kv_heads:
-        raise UserError(f"--heads {dials.heads} is not a multiple of --kv-heads {dials.kv_heads}")
-    if (dials.hidden // dials.heads) % 2:
+    size = replace(size, **{name: value for name, value in given.items() if value is not None})
+    if size.hidden % size.heads:
+        raise UserError(f"--hidden {size.hidden} is not a multiple of --heads {size.heads}")
+    if size.heads % size.kv_heads:
+        raise UserError(f"--heads {size.heads} is not a multiple of --kv-heads {size.kv_heads}")
+    if (size.hidden // size.heads) % 2:
         raise UserError(
-            f"heads of odd width {dials.hidden // dials.heads} (--hidden / --heads): "
+            f"heads of odd width {size.hidden // size.heads} (--hidden / --heads): "
             "rotary positions need an even one"
         )
-    return dials
+    return size
 
 
 def new_config(
     shape: Shape, preset: str, vocab_size: int, tokenizer: PreTrainedTokenizerBase | None
 ) -> PreTrainedConfig:
-    """The configuration of an untrained model for this tokenizer, or for one not made yet.
+    """Build the configuration of an untrained model for this tokenizer, or for one not made yet.
 
     Raises:
         UserError: sizes that do not go together.
@@ -96,23 +96,22 @@ def new_config(
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids: dict[str, int | None] = dict.fromkeys(names)
     if tokenizer is not None:
-        found = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-        ids = dict(zip(names, found, strict=True))
+        ids = {name: getattr(tokenizer, name) for name in names}
     if shape.config_from is not None:
         config = load_config(shape.config_from)
         require_causal_config(config, shape.config_from)
         config.update({**ids, "vocab_size": max(vocab_size, config.vocab_size)})
         return config
-    dials = resolve_size(shape, preset)
+    size = resolve_size(shape, preset)
     if shape.arch == "gpt2":
-        if dials.kv_heads != dials.heads and shape.kv_heads is not None:
+        if size.kv_heads != size.heads and shape.kv_heads is not None:
             raise UserError("--kv-heads does not go with --arch gpt2")
         return GPT2Config(
             vocab_size=vocab_size,
-            n_positions=dials.context,
-            n_embd=dials.hidden,
-            n_layer=dials.layers,
-            n_head=dials.heads,
+            n_positions=size.context,
+            n_embd=size.hidden,
+            n_layer=size.layers,
+            n_head=size.heads,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
@@ -120,12 +119,12 @@ def new_config(
         )
     match shape.arch:
         case "llama":
-            return llama_config(dials, vocab_size, **ids)
+            return llama_config(size, vocab_size, **ids)
         case "qwen3":
-            return Qwen3Config(**_llama_fields(dials, vocab_size), **ids)
+            return Qwen3Config(**_llama_fields(size, vocab_size), **ids)
         case "mixtral":
             return MixtralConfig(
-                **_llama_fields(dials, vocab_size),
+                **_llama_fields(size, vocab_size),
                 **ids,
                 num_local_experts=EXPERTS,
                 num_experts_per_tok=EXPERTS_USED,
@@ -133,32 +132,32 @@ def new_config(
             )
 
 
-def llama_config(dials: ModelSize, vocab_size: int, **ids: int | None) -> LlamaConfig:
-    """A Llama of these sizes; `ids` are of special tokens."""
-    return LlamaConfig(**_llama_fields(dials, vocab_size), **ids)
+def llama_config(size: ModelSize, vocab_size: int, **ids: int | None) -> LlamaConfig:
+    """Build the configuration of a Llama; `ids` are of special tokens."""
+    return LlamaConfig(**_llama_fields(size, vocab_size), **ids)
 
 
-def _llama_fields(dials: ModelSize, vocab_size: int) -> dict[str, Any]:
+def _llama_fields(size: ModelSize, vocab_size: int) -> dict[str, Any]:
     return {
         "vocab_size": vocab_size,
-        "hidden_size": dials.hidden,
-        "intermediate_size": dials.intermediate,
-        "num_hidden_layers": dials.layers,
-        "num_attention_heads": dials.heads,
-        "num_key_value_heads": dials.kv_heads,
-        "head_dim": dials.hidden // dials.heads,
-        "max_position_embeddings": dials.context,
-        "tie_word_embeddings": dials.hidden <= TIED_BELOW,
+        "hidden_size": size.hidden,
+        "intermediate_size": size.intermediate,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "head_dim": size.hidden // size.heads,
+        "max_position_embeddings": size.context,
+        "tie_word_embeddings": size.hidden <= TIED_BELOW,
     }
 
 
 def count_parameters(config: PreTrainedConfig) -> int:
-    """Parameters of the model, without allocating them."""
+    """Count the parameters of a model, without allocating them."""
     return parameter_count(meta_model(config))
 
 
 def meta_model(config: PreTrainedConfig, *, scores: bool = False) -> PreTrainedModel:
-    """The untrained model without memory for its weights, one that scores texts where asked for.
+    """Build an untrained model without memory for its weights; with `scores` a reward model.
 
     Raises:
         ModelError: transformers has no such model of the configuration.
@@ -174,7 +173,7 @@ def meta_model(config: PreTrainedConfig, *, scores: bool = False) -> PreTrainedM
 
 
 def active_parameters(model: PreTrainedModel) -> int:
-    """Parameters that one token meets: of a mixture's experts, those it is sent to."""
+    """Count the parameters active for one token: of a mixture's experts, those it is routed to."""
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     if not experts:
         return parameter_count(model)
@@ -183,7 +182,7 @@ def active_parameters(model: PreTrainedModel) -> int:
 
 
 def new_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """An untrained float32 model.
+    """Build an untrained float32 model.
 
     Matrices that write to the residual stream start smaller by 1/sqrt(2 layers), which keeps its
     variance independent of depth (Radford et al., 2019, section 2.3).
@@ -202,11 +201,11 @@ def new_model(config: PreTrainedConfig) -> PreTrainedModel:
 def flops_per_token(
     parameters: int, config: PreTrainedConfig, context: int, trained: float | None = None
 ) -> float:
-    """Training FLOPs for a token: 6 N + 12 L H T (Chowdhery et al., 2022, arXiv:2204.02311,
+    """Compute training FLOPs for a token: 6 N + 12 L H T (Chowdhery et al., 2022, arXiv:2204.02311,
     appendix B), where all weights train; of frozen ones 4 N.
 
     Args:
-        parameters: all that a token meets, N.
+        parameters: active for a token, N.
         config: gives layers L and width H.
         context: tokens per sequence, T.
         trained: those of them that train; None for all.

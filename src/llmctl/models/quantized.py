@@ -1,4 +1,4 @@
-"""Weights in few bits: how to load them, what they take, and how to have them back.
+"""Quantized weights: load, measure, dequantize.
 
 Two defects of bitsandbytes' CPU code are guarded here and nowhere else. Where a CPU has
 AVX512-BF16, a 4-bit layer repacks its weights in place at the first forward pass in eval mode; from
@@ -27,20 +27,20 @@ IN_FEW_BITS = ("Params4bit", "Int8Params")
 HEADS = ("score", "classifier")
 """Output layers of classifiers; those of language models are found."""
 
-# it is loaded by PEFT and Trainer too, and says on stderr which kernels a CPU has not
+# PEFT imports it too, and it says on stderr which kernels a CPU has not
 for noisy in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
-def quantization(config: PreTrainedConfig, load_in: LoadIn, dtype: torch.dtype) -> Any:
-    """What `from_pretrained` takes as quantization_config; None for full weights.
+def quantization_config(config: PreTrainedConfig, load_in: LoadIn, dtype: torch.dtype) -> Any:
+    """Build the quantization_config for `from_pretrained`; None for full weights.
 
     4 bits are NF4 with double quantization (Dettmers et al., 2023, arXiv:2305.14314). The output
     layer stays as it is, and so do layers that NF4 would get wrong.
 
     Raises:
         ModelError: the weights are in few bits already.
-        ResourceError: a library that they need is not installed.
+        ResourceError: the library of their format is not installed.
     """
     if (held := saved_precision(config)) is not None:
         if load_in != "full":
@@ -69,7 +69,7 @@ def quantization(config: PreTrainedConfig, load_in: LoadIn, dtype: torch.dtype) 
 
 
 def prepare_library(library: str) -> None:
-    """Get a library ready to load or make weights in few bits, before any layer is built.
+    """Prepare a library to load or make weights in few bits, before any layer is built.
 
     Args:
         library: bitsandbytes or torchao, perhaps with the number of bits behind it.
@@ -87,24 +87,24 @@ def prepare_library(library: str) -> None:
 
 
 def saved_precision(config: PreTrainedConfig) -> str | None:
-    """Library and bits of a model that was saved quantized, as `bitsandbytes 4 bits`; else None."""
-    how = config.to_dict().get("quantization_config")
-    if not how:
+    """Return library and bits of a model saved quantized, as `bitsandbytes 4 bits`; else None."""
+    settings = config.to_dict().get("quantization_config")
+    if not settings:
         return None
-    named = how.get("quant_method", "unknown method")
-    name = str(named.value if isinstance(named, Enum) else named)
+    method = settings.get("quant_method", "unknown method")
+    name = str(method.value if isinstance(method, Enum) else method)
     if name == "bitsandbytes":
-        return f"{name} {'4' if how.get('load_in_4bit') else '8'} bits"
+        return f"{name} {'4' if settings.get('load_in_4bit') else '8'} bits"
     return name
 
 
 def require_full(config: PreTrainedConfig, folder: Path | str, what: str) -> None:
-    """Refuse a model that was saved quantized where its weights are to be changed.
+    """Refuse a model that was saved quantized where its weights would change.
 
     Args:
         config: of the model.
-        folder: where it is.
-        what: cannot be done with it, as `be trained`.
+        folder: of the model.
+        what: it cannot, as `be trained`.
 
     Raises:
         ModelError: naming how it is quantized.
@@ -118,14 +118,16 @@ def require_full(config: PreTrainedConfig, folder: Path | str, what: str) -> Non
 
 
 def loaded_in(model: PreTrainedModel) -> LoadIn:
-    """How a model's weights are held."""
-    how = model.config.to_dict().get("quantization_config") or {}
-    return "4bit" if how.get("load_in_4bit") else "8bit" if how.get("load_in_8bit") else "full"
+    """Return the precision that a model's weights were loaded in."""
+    settings = model.config.to_dict().get("quantization_config") or {}
+    if settings.get("load_in_4bit"):
+        return "4bit"
+    return "8bit" if settings.get("load_in_8bit") else "full"
 
 
 @torch.no_grad()
 def copy_dequantized(quantized: PreTrainedModel, full: PreTrainedModel) -> None:
-    """Give a model in full precision the values that its quantized copy computes with."""
+    """Copy the values that a quantized model computes with into its full-precision twin."""
     layers = dict(full.named_modules())
     for name, module in quantized.named_modules():
         weight = _dequantized(module)
@@ -133,8 +135,7 @@ def copy_dequantized(quantized: PreTrainedModel, full: PreTrainedModel) -> None:
             continue
         layer: Any = layers[name]
         # bitsandbytes holds GPT-2's transposed layers the usual way round
-        turned = weight.T if isinstance(layer, Conv1D) else weight
-        layer.weight.copy_(turned)
+        layer.weight.copy_(weight.T if isinstance(layer, Conv1D) else weight)
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -146,7 +147,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def memory_bytes_of(model: nn.Module) -> int:
-    """Bytes that a model's weights and buffers take, with the scales of those in few bits.
+    """Count the bytes of a model's weights and buffers, with the scales of quantized ones.
 
     `get_memory_footprint` counts weights of torchao as if they were full.
     """
@@ -155,7 +156,7 @@ def memory_bytes_of(model: nn.Module) -> int:
 
 
 def first_not_finite(model: nn.Module) -> str | None:
-    """Name of the first weight that is, or has a scale that is, NaN or infinite; else None."""
+    """Return the first weight that is, or has a scale that is, NaN or infinite; else None."""
     for name, tensor in stored_tensors(model, buffers=False):
         if tensor.is_floating_point() and not torch.isfinite(tensor.sum()):
             return name
@@ -163,7 +164,7 @@ def first_not_finite(model: nn.Module) -> str | None:
 
 
 def stored_tensors(model: nn.Module, *, buffers: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that a model holds, by the name of the weight that it is of or belongs to."""
+    """Yield every tensor of a model with the name of the weight that it belongs to."""
     for name, value in model.named_parameters():
         yield from ((name, tensor) for tensor in _plain([value]))
     for name, module in model.named_modules():
@@ -174,7 +175,7 @@ def stored_tensors(model: nn.Module, *, buffers: bool = True) -> Iterator[tuple[
 
 
 def _plain(values: list[Any]) -> Iterator[Tensor]:
-    """The tensors that hold something, in tensors, subclasses of tensors and their states."""
+    """Yield the plain tensors within tensors, their subclasses and quantization states."""
     for value in values:
         if hasattr(value, "__tensor_flatten__"):
             names, _ = value.__tensor_flatten__()
@@ -187,16 +188,16 @@ def _plain(values: list[Any]) -> Iterator[Tensor]:
 
 
 def _scales(module: Any) -> Tensor | None:
-    """The scales of an 8-bit layer, wherever it keeps them."""
+    """Return the scales of an 8-bit layer, which keeps them in one of two places."""
     weight: Any = dict(module.named_parameters(recurse=False)).get("weight")
     if type(weight).__name__ != "Int8Params":
         return None
-    found: Tensor | None = module.state.SCB if weight.SCB is None else weight.SCB
-    return found
+    scales: Tensor | None = module.state.SCB if weight.SCB is None else weight.SCB
+    return scales
 
 
 def _dequantized(module: Any) -> Tensor | None:
-    """A quantized layer's weight; PEFT's function for it spoils 8-bit layers on a CPU."""
+    """Dequantize a layer's weight; PEFT's function for it spoils 8-bit layers on a CPU."""
     weight = dict(module.named_parameters(recurse=False)).get("weight")
     kind = type(weight).__name__
     if weight is None or kind not in IN_FEW_BITS:
@@ -209,7 +210,7 @@ def _dequantized(module: Any) -> Tensor | None:
 
 
 def _kept_layers(config: PreTrainedConfig) -> tuple[list[str], list[str]]:
-    """Names of the output layers, and of layers whose input NF4 cannot divide into blocks."""
+    """Name the output layers, and layers whose input NF4 cannot divide into blocks."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     output = model.get_output_embeddings()
@@ -219,7 +220,7 @@ def _kept_layers(config: PreTrainedConfig) -> tuple[list[str], list[str]]:
 
 
 def input_width(module: nn.Module) -> int:
-    """Values that a linear layer takes; 0 for other layers."""
+    """Return the input size of a linear layer; 0 for other layers."""
     if isinstance(module, Conv1D):
         return int(module.nx)
     return module.in_features if isinstance(module, nn.Linear) else 0

@@ -1,7 +1,7 @@
-"""What is checked of a model folder before any library reads it: it may come from anyone.
+"""Check a model folder before any library reads it: it may come from anyone.
 
-Libraries read a file whole however large, build as many layers as config.json asks for, and follow
-an index to wherever it points. All this is refused here, by name.
+Libraries read a file whole however large, build as many layers as config.json says, and follow an
+index to wherever it points. All this is refused here, by name.
 """
 
 import json
@@ -27,7 +27,7 @@ BROKEN = (
     SafetensorError,
     StrictDataclassError,
 )
-"""What the libraries raise for files that are damaged."""
+"""Errors that libraries raise for damaged files."""
 MEGABYTE = 10**6
 LARGEST = {
     "config.json": 10 * MEGABYTE,
@@ -43,14 +43,14 @@ LARGEST = {
     "vocab.json": 200 * MEGABYTE,
     "tokenizer.model": 200 * MEGABYTE,
 }
-"""Bytes of each file; those of the largest models are a tenth of it."""
+"""Largest bytes of each file; those of the largest models are a tenth of it."""
 MOST = {r"(layers?|blocks?|stages)$": 1000, r"(experts?|heads?|labels?|groups?)$": 100_000}
-"""Of what config.json counts, each of which becomes a Python object."""
+"""Largest counts in config.json, by the end of their key; each becomes that many objects."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def check_files(folder: Path) -> None:
-    """Refuse files that are read whole and are too large, or no files at all.
+    """Refuse files that are read whole and are too large, or are no regular files.
 
     Raises:
         ModelError: a file over its limit, or a pipe or device in the place of one.
@@ -65,7 +65,7 @@ def check_files(folder: Path) -> None:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The object of a JSON file.
+    """Read the object of a JSON file.
 
     Raises:
         ModelError: it is no JSON, nested too deeply, or not an object.
@@ -73,8 +73,8 @@ def read_object(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
     except (ValueError, RecursionError, OSError) as error:
-        what = str(error).splitlines()[0][:200]
-        raise ModelError(f"{file.name} does not load: {what}", file=file.parent) from None
+        reason = str(error).splitlines()[0][:200]
+        raise ModelError(f"{file.name} does not load: {reason}", file=file.parent) from None
     if not isinstance(content, dict):
         raise ModelError(f"{file.name} does not load: not an object", file=file.parent)
     return content
@@ -100,7 +100,7 @@ def require_safetensors(folder: Path, name: str = "*.safetensors") -> None:
     """Refuse a folder without such weights; pickled ones can run code when they are loaded.
 
     Raises:
-        ModelError: with how to mend it.
+        ModelError: with what to do.
     """
     if any(folder.glob(name)):
         return
@@ -143,7 +143,7 @@ def check_shards(folder: Path, config: PreTrainedConfig) -> None:
 def check_size(folder: Path, config: PreTrainedConfig) -> None:
     """Refuse a config.json of a model far larger than its weights, before memory is taken for it.
 
-    A weight has a byte at least, in the formats of quantized models a bit.
+    A weight takes at least a byte, in quantized formats at least a bit.
 
     Raises:
         ModelError: with both sizes.
@@ -156,14 +156,14 @@ def check_size(folder: Path, config: PreTrainedConfig) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     parameters = sum(p.numel() for p in model.parameters())
-    held = sum(file.stat().st_size for file in weights)
-    if parameters > held * (8 if "quantization_config" in config.to_dict() else 1):
+    size = sum(file.stat().st_size for file in weights)
+    if parameters > size * (8 if "quantization_config" in config.to_dict() else 1):
         raise ModelError(
-            f"config.json describes {parameters:.3g} parameters, the weights have {held:,} bytes",
+            f"config.json describes {parameters:.3g} parameters, the weights have {size:,} bytes",
             file=folder,
         )
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says, short enough for one line."""
+    """Return the first line of a library's error, shortened."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

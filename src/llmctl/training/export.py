@@ -111,7 +111,7 @@ def write_adapter(
     merged = merge(find_mergeable(str(folder)), state.device)
     save_merged(merged, state.run.path / "model")
     log.info("merged: logits differ from the adapter's by at most %.2g", merged.difference)
-    facts = {f"merge_{name}": value for name, value in merged.facts().items()}
+    facts = {f"merge_{name}": value for name, value in merged.as_result().items()}
     return {"model": str(state.run.path / "model"), "adapter": str(folder), **facts}
 
 
