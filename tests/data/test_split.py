@@ -3,7 +3,15 @@ import random
 import pytest
 
 from llmctl.data.examples import Example
-from llmctl.data.split import fingerprint, hold_out
+from llmctl.data.split import (
+    count_duplicates,
+    count_shared_prompts,
+    find_overlap,
+    fingerprint,
+    hold_out,
+    mixture_counts,
+    sample_numbers,
+)
 from llmctl.errors import DataError
 
 

@@ -39,7 +39,8 @@ def _align(config: DpoConfig, run: Run, accelerator: Accelerator, device: str) -
         data = _pairs(config, accelerator, clock)
     with together(accelerator):
         prepared = prepare_dpo(config, data, accelerator, device)
-    run.record(**prepared.facts(data.inputs, device, audit=data.statistics(), held_out=data.held_out))
+    audit = data.statistics()
+    run.record(**prepared.facts(data.inputs, device, audit=audit, held_out=data.held_out))
     with hardware.memory_errors(*prepared.batch):
         trainer = build_dpo(config, data, prepared, run, accelerator, device)
         metrics = train(trainer, config)

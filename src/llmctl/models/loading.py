@@ -22,7 +22,7 @@ from llmctl.models import patched_attention
 from llmctl.models.adapters import AdapterInfo, is_adapter, put_adapter, read_adapter, require_base
 from llmctl.models.causality import require_causal_config
 from llmctl.models.hub import download, is_hub_id
-from llmctl.models.quantized import LoadIn, first_not_finite, saved_precision
+from llmctl.models.quantized import LoadIn, first_not_finite, quantization_config, saved_precision
 from llmctl.models.vetting import (
     BROKEN,
     check_counts,

@@ -70,8 +70,8 @@ def resolve_size(shape: Shape, preset: str) -> ModelSize:
         )
     if shape.heads is not None and shape.heads != size.heads:
         size = replace(size, heads=shape.heads, kv_heads=shape.heads)
-    given = {"layers": shape.layers, "kv_heads": shape.kv_heads, "context": shape.context}
-    size = replace(size, **{name: value for name, value in given.items() if value is not None})
+    sizes = {"layers": shape.layers, "kv_heads": shape.kv_heads, "context": shape.context}
+    size = replace(size, **{name: value for name, value in sizes.items() if value is not None})
     if size.hidden % size.heads:
         raise UserError(f"--hidden {size.hidden} is not a multiple of --heads {size.heads}")
     if size.heads % size.kv_heads:
