@@ -251,20 +251,6 @@ def test_on_a_terminal_there_is_a_bar(corpus, tmp_path):
     assert "━".encode() in seen
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0s"), (59, "59s"), (61, "1m01s"), (3600, "1h00m"), (7503, "2h05m")]
-)
-def test_durations(seconds, text):
-    assert console.duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("number", "text"), [(7, "7"), (1234, "1.23k"), (35_200, "35.2k"), (1.24e9, "1.24B")]
-)
-def test_short_counts(number, text):
-    assert console.short(number) == text
-
-
 def test_plain_progress_prints_now_and_then(monkeypatch, capsys):
     clock = iter(range(0, 100, 3))
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from llmctl.numbers import duration
 from llmctl.redact import redact
 
 if TYPE_CHECKING:
@@ -143,26 +144,6 @@ def _rich_progress(unit: str) -> "RichProgress":
         console=Console(stderr=True),
         refresh_per_second=4,
     )
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: `45s`, `12m30s`, `3h05m`, `2d03h`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 86_400:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 86_400}d{whole % 86_400 // 3600:02d}h"
-
-
-def short(number: float) -> str:
-    """A count in three digits: `812`, `35.2k`, `1.24B`."""
-    for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= scale:
-            return f"{number / scale:.3g}{suffix}"
-    return f"{number:.3g}"
 
 
 class HasRecipe(Protocol):

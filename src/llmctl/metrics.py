@@ -308,7 +308,6 @@ METRICS: tuple[Metric, ...] = (
     Metric("dropped", "count", "", "rows longer than the model reads",
            "Rows left out for their length", result=DATA),
     Metric("cut", "count", "lower", "pairs of which a response lost its end", result=DATA),
-    Metric("same_tokens", "count", "lower", "pairs whose two sides are the same tokens", result=DATA),
     Metric("dropped_length", "count", "", "pairs longer than the model reads", result=DATA),
     Metric("dropped_equal", "count", "", "pairs of equal responses", "Left out: both the same",
            result=DATA),

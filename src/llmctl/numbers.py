@@ -16,7 +16,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 86_400}d{whole % 86_400 // 3600:02d}h"
 
 
-def short(number: float) -> str:
+def short_number(number: float) -> str:
     """Format a count for a log line, in three digits: `812`, `35.2k`, `1.24B`."""
     for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= scale:
@@ -24,11 +24,11 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
-def size(count: float) -> str:
-    """Format bytes for a log line: `512 bytes`, `1.2 MB`."""
+def byte_size(count: float) -> str:
+    """Format bytes for a log line: `512 B`, `1.2 MB`."""
     from rich.filesize import decimal
 
-    return decimal(round(count))
+    return decimal(round(count)).replace(" bytes", " B")
 
 
 def compact(number: float) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llmctl.checkup import CheckResult
 from llmctl.checkup.machine import check_memory, check_threads
+from llmctl.numbers import byte_size
 
 DRIVER = Path("/proc/driver/nvidia/version")
 MAX_ERROR = 0.15
@@ -83,7 +84,6 @@ def _cpu(name: str, *, has_bf16: bool) -> CheckResult:
 def _gpus() -> Iterator[CheckResult]:
     """Check each GPU with a small product."""
     import torch
-    from rich.filesize import decimal
 
     for index in range(torch.cuda.device_count()):
         name = f"gpu {index}"
@@ -97,7 +97,7 @@ def _gpus() -> Iterator[CheckResult]:
             continue
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         text = (
-            f"{torch.cuda.get_device_name(index)}, {decimal(free)} free of {decimal(total)}, "
+            f"{torch.cuda.get_device_name(index)}, {byte_size(free)} free of {byte_size(total)}, "
             f"CUDA {torch.version.cuda}, driver {_driver() or 'unknown'}, "
             f"bfloat16 {'in hardware' if bf16 else 'emulated'}"
         )

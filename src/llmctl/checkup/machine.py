@@ -8,10 +8,10 @@ from pathlib import Path
 
 import psutil
 from huggingface_hub import constants
-from rich.filesize import decimal
 
 from llmctl.checkup import CheckResult
 from llmctl.errors import OutputError
+from llmctl.numbers import byte_size
 
 LOW_DISK = 10 * 10**9
 """Bytes: a model of a billion parameters and two checkpoints of its training take more."""
@@ -46,7 +46,7 @@ def check_memory(left: int) -> CheckResult:
     Args:
         left: bytes.
     """
-    text = f"{decimal(left)} free of {decimal(psutil.virtual_memory().total)}"
+    text = f"{byte_size(left)} free of {byte_size(psutil.virtual_memory().total)}"
     fix = "end other programs, raise the container's limit, or take smaller models"
     if left < MIN_MEMORY:
         return CheckResult("memory", "failure", text, fix)
@@ -65,7 +65,7 @@ def check_disks() -> Iterator[CheckResult]:
 def _disk(name: str, folder: Path, elsewhere: str) -> CheckResult:
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    text = f"{folder}: {decimal(free)} free"
+    text = f"{folder}: {byte_size(free)} free"
     if not _can_write(existing):
         return CheckResult(name, "failure", f"{folder}: not to be written", elsewhere, OutputError)
     if free < MIN_DISK:

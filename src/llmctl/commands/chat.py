@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from llmctl.config.commands import ChatConfig
-from llmctl.console import log, short, show_recipes
+from llmctl.console import log, show_recipes
 from llmctl.decode.conversation import Conversation, chat_window
 from llmctl.decode.loop import load_for_generation
 from llmctl.decode.prefix import conversation_forward
@@ -19,6 +19,7 @@ from llmctl.errors import UserError
 from llmctl.files import check_out
 from llmctl.hardware import memory_errors, pick_device
 from llmctl.models.loading import load_config, load_tokenizer, parameter_count
+from llmctl.numbers import short_number
 from llmctl.redact import redacted
 
 
@@ -38,7 +39,7 @@ def run(config: ChatConfig) -> dict[str, Any] | None:
     with open_input(COMMANDS) as reader:
         conversation.interruptible = reader.interruptible
         if reader.is_terminal:
-            size = short(parameter_count(model))
+            size = short_number(parameter_count(model))
             log.info("%s: %s parameters on %s", config.model, size, device)
             log.info("/help lists the commands, Ctrl-D leaves")
         try:

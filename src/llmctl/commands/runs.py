@@ -5,11 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.filesize import decimal
-
 from llmctl.config.commands import RunsConfig
-from llmctl.console import duration, log
+from llmctl.console import log
 from llmctl.errors import DataError
+from llmctl.numbers import byte_size, duration
 from llmctl.redact import redact
 from llmctl.runs.listing import RunSummary, list_runs
 
@@ -94,7 +93,7 @@ def _cells(summary: RunSummary) -> list[str]:
         step,
         "-" if loss is None else f"{loss:.4g}",
         duration(summary.age_seconds),
-        decimal(summary.bytes).replace(" bytes", " B"),
+        byte_size(summary.bytes),
     ]
 
 

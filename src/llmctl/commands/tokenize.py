@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.config.commands import TokenizeConfig
-from llmctl.console import log, short, show_recipes
+from llmctl.console import log, show_recipes
 from llmctl.data.corpus import Corpus, open_corpus
 from llmctl.data.tokenizer.load import Vocabulary, load_vocabulary, vocabulary_of
 from llmctl.data.tokenizer.train import BOS, EOS, UNKNOWN, save_tokenizer, train_tokenizer
 from llmctl.files import sha256_folder
 from llmctl.models.hub import model_input
+from llmctl.numbers import short_number
 from llmctl.runs.directory import open_run, resolve_tokenizer
 
 
@@ -94,7 +95,7 @@ def _report(metrics: dict[str, Any]) -> None:
     log.info(
         "%.3f bytes per token, %s tokens/s, %.3g %% unknown, %.1f %% of %s vocabulary entries used",
         metrics["bytes_per_token"],
-        short(metrics["tokens_per_second"]),
+        short_number(metrics["tokens_per_second"]),
         100 * metrics["unknown_rate"],
         100 * metrics["vocab_used"],
         f"{metrics['vocab_size']:,}",

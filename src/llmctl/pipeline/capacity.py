@@ -20,10 +20,11 @@ from llmctl.config.commands import (
 )
 from llmctl.config.finetuning import LowRank
 from llmctl.config.sections import Resumable
-from llmctl.console import log, short
+from llmctl.console import log
 from llmctl.errors import ResourceError
 from llmctl.files import no_space
 from llmctl.models import presets
+from llmctl.numbers import byte_size
 from llmctl.pipeline.predicted import Foretold
 from llmctl.pipeline.references import Stage
 from llmctl.planning.memory import estimate_memory
@@ -48,11 +49,11 @@ def require_room(stages: Sequence[Stage], models: Mapping[str, Foretold]) -> Non
         needed = least_memory(stage, models[stage.name])
         on_cpu = _device(stage) == "cpu"
         left = hardware.memory_left() if on_cpu else device_memory("cuda")
-        log.debug("stage %s: at least %sB of memory", stage.name, short(needed))
+        log.debug("stage %s: at least %s of memory", stage.name, byte_size(needed))
         if needed > left:
             raise stage.wrong(
                 ResourceError(
-                    f"{short(needed)}B of memory needed at the least, {short(left)}B there",
+                    f"{byte_size(needed)} of memory needed at the least, {byte_size(left)} there",
                     file=stage.file,
                     line=stage.line,
                     hint="a smaller model, or lora with load_in_4bit; see llmctl plan",

@@ -10,7 +10,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmctl.console import duration, is_terminal, log, watched
+from llmctl.console import is_terminal, log, watched
+from llmctl.numbers import duration
 from llmctl.pipeline.gates import GateResult
 from llmctl.pipeline.references import Stage
 

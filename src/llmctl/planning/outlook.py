@@ -218,11 +218,6 @@ def show_dry_run(stage: str, config: Resumable, outlook: Outlook) -> dict[str, A
     return show_recipes([(stage, config)], outlook.as_json(), as_json=config.as_json)
 
 
-def size(count: float) -> str:
-    """Bytes as people say them."""
-    return byte_size(count)
-
-
 def _parameters(outlook: Outlook) -> list[tuple[str, str]]:
     workload, shape = outlook.workload, outlook.workload.shape
     parts = ", ".join(
@@ -244,17 +239,19 @@ def _devices(outlook: Outlook) -> str:
 
 def _memory(outlook: Outlook) -> list[tuple[str, str]]:
     memory = outlook.memory
-    parts = ", ".join(f"{name} {size(count)}" for name, count in memory.parts.items() if count)
-    phases = ", ".join(f"{name} {size(count)}" for name, count in memory.phases.items())
-    peak = f"{size(memory.peak)} at the peak ({memory.peak_phase}) of {size(outlook.capacity)}"
+    parts = ", ".join(f"{name} {byte_size(count)}" for name, count in memory.parts.items() if count)
+    phases = ", ".join(f"{name} {byte_size(count)}" for name, count in memory.phases.items())
+    capacity = byte_size(outlook.capacity)
+    peak = f"{byte_size(memory.peak)} at the peak ({memory.peak_phase}) of {capacity}"
     if memory.host:
-        peak += f"; {size(memory.host)} of the machine's at a checkpoint"
+        peak += f"; {byte_size(memory.host)} of the machine's at a checkpoint"
     return [("memory", peak), ("memory", parts), ("memory", phases)]
 
 
 def _compute(outlook: Outlook) -> list[tuple[str, str]]:
     workload = outlook.workload
-    per_step = f"{outlook.flops_per_step:.3g} FLOPs a step ({short_number(outlook.flops_per_token)} a token)"
+    per_token = short_number(outlook.flops_per_token)
+    per_step = f"{outlook.flops_per_step:.3g} FLOPs a step ({per_token} a token)"
     if outlook.flops is None:
         return [("compute", f"{per_step}; nothing says how many steps")]
     total = f"{outlook.flops:.3g} FLOPs, {outlook.flops / PF_DAY:.3g} PF-days: "
@@ -294,7 +291,7 @@ def _sharding(outlook: Outlook) -> list[tuple[str, str]]:
     rows = [
         (
             "sharding",
-            f"{option.name}: {size(option.bytes)} a device, "
+            f"{option.name}: {byte_size(option.bytes)} a device, "
             + ("fits" if option.fits else "does not fit"),
         )
         for option in outlook.sharding

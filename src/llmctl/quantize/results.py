@@ -3,10 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.filesize import decimal
-
 from llmctl.console import log
 from llmctl.errors import GateError
+from llmctl.numbers import byte_size
 from llmctl.quantize.fidelity import Fidelity, SamplePair
 from llmctl.quantize.layers import Layers
 
@@ -95,7 +94,7 @@ class QuantizationReport:
             (
                 "tokens/s",
                 f"{own:.1f}",
-                *((f"{after:.1f}", f"{after / own:.2f}x") if after else "- "),
+                *((f"{after:.1f}", f"{after / own:.2f}x") if after else ("-", "")),
             ),
         ]
         for row in rows:
@@ -142,7 +141,7 @@ class QuantizationReport:
 
 
 def _bytes(before: int | None, after: int | None) -> tuple[str, str, str]:
-    sizes = ["-" if size is None else decimal(size) for size in (before, after)]
+    sizes = ["-" if size is None else byte_size(size) for size in (before, after)]
     change = f"{after / before:.1%}" if before and after else ""
     return sizes[0], sizes[1], change
 

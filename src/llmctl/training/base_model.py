@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from llmctl import hardware
 from llmctl.config.commands import DpoConfig, PpoConfig, RewardConfig, SftConfig
 from llmctl.config.finetuning import Quantized, Tuning
-from llmctl.console import log, short
+from llmctl.console import log
 from llmctl.errors import ModelError, UserError
 from llmctl.models import presets
 from llmctl.models.adapters import weights_sha256
@@ -33,6 +33,7 @@ from llmctl.models.loading import (
     stop_tokens,
 )
 from llmctl.models.quantized import HEADS, LoadIn, require_full
+from llmctl.numbers import short_number
 from llmctl.runs.directory import resolve_model
 from llmctl.runs.resume import earlier_manifest
 from llmctl.training.adapters import adapt, trainable_parameters
@@ -421,8 +422,8 @@ def _announce(values: Hyperparameters, trained: int, parameters: int, unit: str)
     log.info(
         "%s parameters, %s of them trained (%.3g %%); %s steps of %d x %d %s, %s, peak learning "
         "rate %g, %s, %s",
-        short(parameters),
-        short(trained),
+        short_number(parameters),
+        short_number(trained),
         100 * trained / parameters,
         f"{values.max_steps:,}",
         values.batch_size,

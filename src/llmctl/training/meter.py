@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.filesize import decimal
 from torch import Tensor
 
 from llmctl import hardware
-from llmctl.console import duration, log, short
+from llmctl.console import log
 from llmctl.metrics import is_result, line_name
+from llmctl.numbers import byte_size, duration, short_number
 from llmctl.training.run_state import RunState
 
 
@@ -68,12 +68,12 @@ class Meter:
             facts["skipped_steps"] = done.skipped_steps
         done.last_log = facts
         state.run.log(facts)
-        text = f"loss {float(loss):.3f}  lr {facts['lr']:.2g}  {short(speed)} tok/s"
+        text = f"loss {float(loss):.3f}  lr {facts['lr']:.2g}  {short_number(speed)} tok/s"
         if facts["mfu"] is not None:
             text += f"  mfu {facts['mfu']:.1%}"
         if "val_loss" in done.last_eval:
             text += f"  val {done.last_eval['val_loss']:.3f}"
-        memory = decimal(facts["memory_bytes"])
+        memory = byte_size(facts["memory_bytes"])
         self.text = f"{text}  grad {float(grad_norm):.2g}  {memory}"
 
     def log_evaluation(self, metrics: dict[str, float]) -> bool:

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedTokeniz
 
 from llmctl import hardware
 from llmctl.config.commands import PretrainConfig
-from llmctl.console import log, short
+from llmctl.console import log
 from llmctl.data.shards import TokenIndex, TokenSplit, open_tokens
 from llmctl.data.tokenizer.train import fingerprint
 from llmctl.errors import DataError, ModelError, UserError
@@ -23,6 +23,7 @@ from llmctl.models import presets
 from llmctl.models.loading import context_size, load_causal_lm, load_config, load_tokenizer
 from llmctl.models.patched_attention import CAUSAL, attend
 from llmctl.models.quantized import require_full
+from llmctl.numbers import short_number
 from llmctl.runs.directory import Run
 from llmctl.training.base_model import flops_of, to_pure_bf16
 from llmctl.training.batches import Batch, WindowBatches, Windows, validation_windows
@@ -330,7 +331,7 @@ def _announce(prepared: PreparedPretraining) -> None:
         f"{values.max_steps:,}",
         f"{values.tokens_per_step:,}",
         values.context,
-        short(tokens),
+        short_number(tokens),
         tokens / prepared.index.train.tokens,
         values.optimizer,
         values.lr,

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from rich.filesize import decimal
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -14,6 +13,7 @@ from llmctl import hardware
 from llmctl.config.finetuning import Tuning
 from llmctl.console import log
 from llmctl.errors import ResourceError
+from llmctl.numbers import byte_size
 from llmctl.training.fault_tolerance import together
 from llmctl.training.state import generators_kept
 
@@ -60,7 +60,7 @@ def largest_batch(
         raise ResourceError(
             "out of memory with a single sequence", hint="use a smaller model or a shorter context"
         )
-    peak = decimal(hardware.peak_memory(device))
+    peak = byte_size(hardware.peak_memory(device))
     log.info("batch size %d of %d fits (%s at the peak)", fitting, wanted, peak)
     return fitting
 
