@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmctl.config.commands import QuantizeConfig
@@ -64,7 +63,13 @@ def convert_to_folder(
     measured, _ = window_logits(after, probe)  # before saving, which may change a live model
     save_model(after, after.state_dict(), job.tokenizer, folder)
     reloaded = load_causal_lm(str(folder), dtype=dtype, device=job.device)
-    _require_same(measured, window_logits(reloaded, probe)[0])
+    written, _ = window_logits(reloaded, probe)
+    if not torch.equal(measured, written):
+        raise ModelError(
+            "the model that was written gives other logits than the one that was measured (by up "
+            f"to {float((measured - written).abs().max()):.3g}): it was not kept",
+            hint="try another --method, and report it with the versions in `llmctl --version`",
+        )
     return replace(report, after=WeightBytes(weights_size(folder), report.after.memory))
 
 
@@ -147,21 +152,3 @@ def _measure(
     )
     report.check_gate(config.max_perplexity_increase)
     return report, windows
-
-
-def _require_same(measured: Tensor, written: Tensor) -> None:
-    """Refuse a folder that opens as another model than the measured one.
-
-    Args:
-        measured: its logits.
-        written: those of the model that was read back.
-
-    Raises:
-        ModelError: with the largest difference.
-    """
-    if not torch.equal(measured, written):
-        raise ModelError(
-            "the model that was written gives other logits than the one that was measured (by up "
-            f"to {float((measured - written).abs().max()):.3g}): it was not kept",
-            hint="try another --method, and report it with the versions in `llmctl --version`",
-        )

@@ -189,12 +189,12 @@ def score_encoded(
     batch_size: int = 32,
 ) -> Tensor:
     """Scores (N,) of texts by a model in eval mode, float32 on the CPU, in their order."""
-    order = sorted(range(len(texts)), key=lambda place: len(texts[place].tokens))
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index].tokens))
     scores = torch.zeros(len(texts))
     for start in range(0, len(order), batch_size):
-        some = order[start : start + batch_size]
-        batch = score_batch([texts[place] for place in some], pad, uses_token_types)
-        scores[some] = logits_of(model, batch)[:, 0].cpu()
+        indices = order[start : start + batch_size]
+        batch = score_batch([texts[index] for index in indices], pad, uses_token_types)
+        scores[indices] = logits_of(model, batch)[:, 0].cpu()
     return scores
 
 

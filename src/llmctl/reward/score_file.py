@@ -44,7 +44,7 @@ def score_file(config: RewardConfig) -> dict[str, Any] | None:
     if not records:
         raise DataError("an empty file: no rows in it", file=config.score)
     model = load_reward_model(config.model, device=hardware.pick_device(config.device))
-    encoded = [_encode(model, record, has_turns=model.has_turns) for record in records]
+    encoded = [_encode(model, record) for record in records]
     if config.dry_run:
         return show_recipes([("reward", config)], {"rows": len(records)}, as_json=config.as_json)
     total = 0.0
@@ -73,10 +73,10 @@ def score_file(config: RewardConfig) -> dict[str, Any] | None:
     }
 
 
-def _encode(model: RewardModel, record: Record, *, has_turns: bool) -> dict[str, EncodedSequence]:
+def _encode(model: RewardModel, record: Record) -> dict[str, EncodedSequence]:
     """The texts of a row to score, encoded, by the names of their scores."""
     try:
-        samples = samples_of(record, has_turns=has_turns)
+        samples = samples_of(record, has_turns=model.has_turns)
         return {name: model.encode(sample) for name, sample in samples.items()}
     except DataError as error:
         error.file, error.line = record.place, record.line
