@@ -145,13 +145,13 @@ def test_reading_goes_on_after_a_bad_row_where_it_can(tmp_path, spool):
         (tmp_path / name).write_text(text)
         (source,) = find_sources([str(tmp_path / name)], spool)
         bad = []
-        found = list(rows_module.read_records(source, on_bad=bad.append))
-        assert [record.row for record in found] == [{"n": "1"}, {"n": "2"}]
+        found = list(rows_module.read_rows(source, on_bad=bad.append))
+        assert [record.values for record in found] == [{"n": "1"}, {"n": "2"}]
         first = found[0].line
         assert [error.line for error in bad] == [first + 1, first + 2]
         assert found[1].line == first + 3
         with pytest.raises(DataError) as caught:
-            list(rows_module.read_records(source))
+            list(rows_module.read_rows(source))
         assert caught.value.line == first + 1
 
 
@@ -159,7 +159,7 @@ def test_plain_text_has_no_rows(tmp_path, spool):
     (tmp_path / "a.txt").write_text("a")
     (source,) = find_sources([str(tmp_path / "a.txt")], spool)
     with pytest.raises(DataError, match="plain text has no rows"):
-        rows_module.read_records(source)
+        rows_module.read_rows(source)
 
 
 def test_a_byte_order_mark_before_jsonl_is_dropped(tmp_path, spool):

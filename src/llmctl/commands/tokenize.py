@@ -7,7 +7,7 @@ from typing import Any
 
 from llmctl.config.commands import TokenizeConfig
 from llmctl.console import log, show_recipes
-from llmctl.data.corpus import Corpus, open_corpus
+from llmctl.data.corpus import CheckedCorpus, open_corpus
 from llmctl.data.tokenizer.load import Vocabulary, load_vocabulary, vocabulary_of
 from llmctl.data.tokenizer.train import BOS, EOS, UNKNOWN, save_tokenizer, train_tokenizer
 from llmctl.files import sha256_folder
@@ -41,7 +41,7 @@ def run(config: TokenizeConfig) -> dict[str, Any] | None:
 
 
 def _vocabulary(
-    config: TokenizeConfig, corpus: Corpus
+    config: TokenizeConfig, corpus: CheckedCorpus
 ) -> tuple[Vocabulary, Callable[[Path], None]]:
     """The tokenizer to encode with, and how to save it."""
     if config.tokenizer is not None:

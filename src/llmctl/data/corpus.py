@@ -1,4 +1,4 @@
-"""A corpus from end to end: sources, validation split, token shards.
+"""Turn a corpus into token shards: find its sources, split off validation, encode.
 
     with open_corpus(config) as corpus:         # finds the sources, reads them once, checks all
         texts = corpus.sample(10**9)            # to train a tokenizer on
@@ -21,7 +21,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.config.sections import Corpus as CorpusConfig
+from llmctl.config.sections import Corpus
 from llmctl.console import ProgressBar, log
 from llmctl.data.documents import hash_text, text_input
 from llmctl.data.scan import PROGRESS_BYTES, Scan, SplitPlan, plan_split, read_documents, scan
@@ -54,10 +54,9 @@ class Extreme:
     tokens: int
     place: Place
 
-    def __str__(self) -> str:
-        """Format as `1,204 tokens (file.jsonl:7)`."""
-        file, line = self.place
-        return f"{self.tokens:,} tokens ({file}{f':{line}' if line else ''})"
+    def as_json(self) -> dict[str, Any]:
+        """Return its tokens and place, for a result."""
+        return {"tokens": self.tokens, "file": self.place[0], "line": self.place[1]}
 
 
 class SplitWriter:
@@ -193,7 +192,7 @@ class SplitWriter:
 
 
 @dataclass(frozen=True)
-class Corpus:
+class CheckedCorpus:
     """Documents that were read once and checked."""
 
     sources: tuple[Source, ...]
@@ -309,7 +308,7 @@ class Corpus:
 
 
 @contextmanager
-def open_corpus(config: CorpusConfig) -> Iterator[Corpus]:
+def open_corpus(config: Corpus) -> Iterator[CheckedCorpus]:
     """Find, read and check all documents, and choose those that validate.
 
     Raises:
@@ -323,7 +322,7 @@ def open_corpus(config: CorpusConfig) -> Iterator[Corpus]:
         kept = frozenset(val_scan.hashes.tolist()) if val_scan else frozenset()
         scanned = scan(sources, config.text_column, refused=kept)
         plan = SplitPlan(0.0) if val_scan else plan_split(scanned, config.val_fraction)
-        yield Corpus(sources, val_sources, config.text_column, scanned, val_scan, plan)
+        yield CheckedCorpus(sources, val_sources, config.text_column, scanned, val_scan, plan)
 
 
 def _pieces(sources: tuple[Source, ...], column: str) -> Iterator[str]:
@@ -379,18 +378,13 @@ def _metrics(sides: list[SplitWriter], vocabulary: Vocabulary, seconds: float) -
         "unknown_rate": unknown / tokens,
         "vocab_size": vocabulary.size,
         "vocab_used": int((counts > 0).sum()) / vocabulary.size,
-        "longest_document": _extreme(max(longest, key=lambda e: e.tokens)),
-        "shortest_document": _extreme(min(shortest, key=lambda e: e.tokens)),
+        "longest_document": max(longest, key=lambda e: e.tokens).as_json(),
+        "shortest_document": min(shortest, key=lambda e: e.tokens).as_json(),
     }
 
 
-def _extreme(extreme: Extreme) -> dict[str, Any]:
-    file, line = extreme.place
-    return {"tokens": extreme.tokens, "file": file, "line": line}
-
-
 def tokenize_once(
-    config: CorpusConfig, tokenizer: str, folder: Path, written: dict[str, Any] | None
+    config: Corpus, tokenizer: str, folder: Path, written: dict[str, Any] | None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Tokenize a run's text into `folder`, or check that the tokens there are of the same text.
 

@@ -21,7 +21,7 @@ from llmctl.data.rows import (
     no_column,
     not_utf8,
     open_source,
-    read_records,
+    read_rows,
 )
 from llmctl.data.sources import Source, find_sources, manifest_input
 from llmctl.errors import DataError
@@ -60,7 +60,7 @@ def _built_in(name: str) -> Iterator[str]:
 
 
 def _rows(source: Source, column: str) -> Iterator[Piece]:
-    for row, place, line in read_records(source, [column]):
+    for row, place, line in read_rows(source, [column]):
         if column not in row:
             raise no_column(column, list(row), place, line)
         yield Piece(checked_text(row[column], column, place, line), place, line, True)

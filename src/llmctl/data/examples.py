@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmctl.data.rows import Record, checked_text, json_type
+from llmctl.data.rows import SourceRow, checked_text, json_type
 from llmctl.data.schemas import (
     Layout,
     Message,
@@ -70,8 +70,8 @@ def read_examples(
     return read_sets(data, layouts, _parse_example, skip_bad_rows=skip_bad_rows, role=role)
 
 
-def _parse_example(record: Record, layout: Layout) -> list[Example]:
-    row, needed = record.row, layout.needed
+def _parse_example(record: SourceRow, layout: Layout) -> list[Example]:
+    row, needed = record.values, layout.needed
     if "text" in needed:
         text = checked_text(row[needed["text"]], needed["text"])
         if not text.strip():
@@ -88,7 +88,10 @@ def _parse_example(record: Record, layout: Layout) -> list[Example]:
 
 
 def checked_example(
-    record: Record, messages: list[Message], values: Mapping[str, Any], columns: Mapping[str, str]
+    record: SourceRow,
+    messages: list[Message],
+    values: Mapping[str, Any],
+    columns: Mapping[str, str],
 ) -> Example:
     """Check a conversation, and add the system message and the tools of its row.
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from llmctl.config.finetuning import Preferred
 from llmctl.data.examples import Example, checked_example, prompt_response
-from llmctl.data.rows import Record, checked_text, json_type
+from llmctl.data.rows import SourceRow, checked_text, json_type
 from llmctl.data.schemas import (
     PAIR,
     Layout,
@@ -63,7 +63,7 @@ class Preference:
         return self.chosen, self.rejected
 
 
-def parse_preferences(record: Record, layout: Layout, dropped: Counter[str]) -> list[Preference]:
+def parse_preferences(record: SourceRow, layout: Layout, dropped: Counter[str]) -> list[Preference]:
     """Make the pairs of a row; count in `dropped` why there are none.
 
     A ranking's pairs weigh 1 in total, whatever their number (Ouyang et al., 2022,
@@ -92,7 +92,7 @@ def parse_preferences(record: Record, layout: Layout, dropped: Counter[str]) -> 
     ]
 
 
-def parse_sides(record: Record, layout: Layout) -> tuple[Example, Example]:
+def parse_sides(record: SourceRow, layout: Layout) -> tuple[Example, Example]:
     """Read the chosen and the rejected response of a row, each with its prompt.
 
     Raises:
@@ -105,10 +105,10 @@ def parse_sides(record: Record, layout: Layout) -> tuple[Example, Example]:
     return chosen, rejected
 
 
-def _values(record: Record, layout: Layout) -> tuple[dict[str, Any], dict[str, str]]:
+def _values(record: SourceRow, layout: Layout) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the value and the column of each role in a row."""
     columns = {**layout.more, **layout.needed}
-    return {role: record.row.get(column) for role, column in columns.items()}, columns
+    return {role: record.values.get(column) for role, column in columns.items()}, columns
 
 
 class _Response(NamedTuple):
@@ -148,7 +148,7 @@ def _comparisons(
 
 
 def _side(
-    record: Record, values: Mapping[str, Any], columns: Mapping[str, str], response: _Response
+    record: SourceRow, values: Mapping[str, Any], columns: Mapping[str, str], response: _Response
 ) -> Example:
     """Make an example of one response and its prompt."""
     name, value = response.name, _messages_or_text(response.value)

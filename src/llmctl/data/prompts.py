@@ -22,7 +22,7 @@ from llmctl.data.rows import (
     parse_row,
     quote_names,
     read_lines,
-    read_records,
+    read_rows,
 )
 from llmctl.data.schemas import ROLES, Message, conversation, from_json
 from llmctl.data.sources import Source, find_sources, manifest_input
@@ -212,9 +212,9 @@ def _read_source(source: Source, on_bad: OnBad) -> Iterator[PromptExample]:
                 if line.strip():
                     yield PromptExample(line.rstrip("\r\n"), source.name, number)
         return
-    for record in read_records(source, on_bad=on_bad):
+    for record in read_rows(source, on_bad=on_bad):
         try:
-            prompt, answer = _parse_columns(record.row)
+            prompt, answer = _parse_columns(record.values)
         except DataError as error:
             error.file, error.line = record.place, record.line
             on_bad(error)

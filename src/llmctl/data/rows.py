@@ -1,6 +1,6 @@
 """Read rows strictly, whatever form a source has: jsonl, JSON, CSV, parquet, Hub data, built-in.
 
-In: a `Source`, or an open file and its name. Out: `Record` objects, each with its file and first
+In: a `Source`, or an open file and its name. Out: `SourceRow` objects, each with its file and first
 line, or numbered lines and their objects. Whatever is not UTF-8, not JSON, not CSV or not an object
 is a DataError that names them.
 """
@@ -166,19 +166,19 @@ def _no_constant(name: str) -> NoReturn:
 DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
-class Record(NamedTuple):
+class SourceRow(NamedTuple):
     """One row and its place."""
 
-    row: dict[str, Any]
+    values: dict[str, Any]
     place: str
     """The file, or the name of the source."""
     line: int | None
     """1-based first line; the row's number where rows are not lines."""
 
 
-def read_records(
+def read_rows(
     source: Source, columns: Sequence[str] | None = None, on_bad: OnBad | None = None
-) -> Iterator[Record]:
+) -> Iterator[SourceRow]:
     """Read the rows of a source in order.
 
     Args:
@@ -269,7 +269,7 @@ def _refuse(error: DataError) -> None:
     raise error
 
 
-def _jsonl(source: Source, skip: OnBad, hint: str | None = None) -> Iterator[Record]:
+def _jsonl(source: Source, skip: OnBad, hint: str | None = None) -> Iterator[SourceRow]:
     with open_source(source) as file:
         for number, line in read_lines(file, source.name):
             if not line.strip():
@@ -280,10 +280,10 @@ def _jsonl(source: Source, skip: OnBad, hint: str | None = None) -> Iterator[Rec
                 error.hint = hint or error.hint
                 skip(error)
             else:
-                yield Record(row, source.name, number)
+                yield SourceRow(row, source.name, number)
 
 
-def _json(source: Source, skip: OnBad) -> Iterator[Record]:
+def _json(source: Source, skip: OnBad) -> Iterator[SourceRow]:
     """Read an array of objects, or objects on lines of their own."""
     with open_source(source) as file:
         opening = file.read(OPENING_BYTES).removeprefix("\ufeff".encode()).lstrip()
@@ -303,13 +303,13 @@ def _json(source: Source, skip: OnBad) -> Iterator[Record]:
     del raw
     for line, row in parse_array(text, source.name):
         if isinstance(row, dict):
-            yield Record(row, source.name, line)
+            yield SourceRow(row, source.name, line)
         else:
             what = f"expected an object, got {json_type(row)}"
             skip(DataError(what, file=source.name, line=line))
 
 
-def _csv(source: Source, columns: Sequence[str] | None, skip: OnBad) -> Iterator[Record]:
+def _csv(source: Source, columns: Sequence[str] | None, skip: OnBad) -> Iterator[SourceRow]:
     csv.field_size_limit(LINE_BYTES)
     header: list[str] = []
     with open_source(source) as file:
@@ -329,7 +329,7 @@ def _csv(source: Source, columns: Sequence[str] | None, skip: OnBad) -> Iterator
                 named = [name for name in header if name]
                 _check_names(named, columns if header else None, source.name, line)
             elif len(row) == len(header):
-                yield Record(dict(zip(header, row, strict=True)), source.name, line)
+                yield SourceRow(dict(zip(header, row, strict=True)), source.name, line)
             elif row:
                 what = f"{len(row)} fields, but the header has {len(header)}"
                 skip(DataError(what, file=source.name, line=line))
@@ -347,7 +347,7 @@ def _check_names(
         raise DataError(f"two columns are named `{twice[0]}`", file=place, line=line)
 
 
-def _parquet(source: Source, columns: Sequence[str] | None) -> Iterator[Record]:
+def _parquet(source: Source, columns: Sequence[str] | None) -> Iterator[SourceRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -365,12 +365,12 @@ def _parquet(source: Source, columns: Sequence[str] | None) -> Iterator[Record]:
             for batch in file.iter_batches(batch_size=1024, columns=wanted):
                 for row in batch.to_pylist():
                     number += 1
-                    yield Record(row, source.name, number)
+                    yield SourceRow(row, source.name, number)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"not a sound parquet file: {error}", file=source.name) from None
 
 
-def _hub(source: Source) -> Iterator[Record]:
+def _hub(source: Source) -> Iterator[SourceRow]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
@@ -379,14 +379,14 @@ def _hub(source: Source) -> Iterator[Record]:
         repository, _ = split_revision(name)
         rows = load_dataset(repository, split="train", streaming=True, revision=source.revision)
         for number, row in enumerate(rows, start=1):
-            yield Record(row, name, number)
+            yield SourceRow(row, name, number)
     except ConnectionError as error:
         raise NetworkError(str(error), file=name, hint="try again, or pass a local file") from None
     except (DatasetNotFoundError, ValueError) as error:
         raise DataError(str(error).splitlines()[0], file=name) from None
 
 
-def _builtin(name: str) -> Iterator[Record]:
+def _builtin(name: str) -> Iterator[SourceRow]:
     rows: Iterator[dict[str, Any]]
     if name.startswith(builtin.PREFERENCES):
         rows = iter(builtin.named_preferences(name))
@@ -394,4 +394,4 @@ def _builtin(name: str) -> Iterator[Record]:
         rows = ({"messages": task.messages()} for task in builtin.named_tasks(name)[1])
     else:
         rows = ({"text": text} for text in builtin.python_docs())
-    return (Record(row, name, number) for number, row in enumerate(rows, start=1))
+    return (SourceRow(row, name, number) for number, row in enumerate(rows, start=1))

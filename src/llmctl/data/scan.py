@@ -34,9 +34,9 @@ class Scan:
     bytes: int
     characters: int
     hashes: NDArray[np.uint64]
-    """Of every document, in order, where the corpus is small or all were requested; else empty."""
+    """Hashes of all documents, in order; none of a large corpus, unless they are needed."""
     long_hashes: tuple[int, ...]
-    """Of the documents that come in several pieces, in order."""
+    """Hashes of the documents that come in several pieces, in order."""
     opening: str
     """First characters of the corpus."""
 
@@ -48,7 +48,7 @@ class SplitPlan:
     fraction: float
     hash_below: int = 0
     train_characters: int | None = None
-    """Where a single document is cut in two."""
+    """Characters of a single document that train."""
 
 
 def scan(

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from llmctl.console import log
-from llmctl.data.rows import Record, read_records
+from llmctl.data.rows import SourceRow, read_rows
 from llmctl.data.schemas import Layout, match_layout
 from llmctl.data.sources import Source, find_sources, manifest_input, split_weight
 from llmctl.errors import DataError, UserError
 
 Item = TypeVar("Item")
-Make = Callable[[Record, Layout], Sequence[Item]]
+Make = Callable[[SourceRow, Layout], Sequence[Item]]
 """Returns the items of a row, none where it has nothing to say; raises DataError for a bad row."""
 
 
@@ -144,10 +144,10 @@ def _read(
         is_empty = False
         tolerate(error)
 
-    for record in read_records(source, on_bad=skip):
+    for record in read_rows(source, on_bad=skip):
         is_empty = False
         try:
-            layout = match_layout(record.row, layouts, known, first)
+            layout = match_layout(record.values, layouts, known, first)
             items.extend(make(record, layout))
         except DataError as error:
             error.file, error.line = record.place, record.line
@@ -166,5 +166,5 @@ def _identity(source: Source) -> str:
 
 
 def _rows_digest(source: Source) -> str:
-    """Hex sha256 of the rows of a source."""
-    return sha256(json.dumps([record.row for record in read_records(source)]).encode()).hexdigest()
+    """Hash the rows of a source."""
+    return sha256(json.dumps([record.values for record in read_rows(source)]).encode()).hexdigest()

@@ -11,7 +11,7 @@ from llmctl.config.commands.evaluate import GENERATED
 from llmctl.data.documents import text_input
 from llmctl.data.examples import Example, read_examples
 from llmctl.data.prompts import PromptExample, read_prompts
-from llmctl.data.rows import quote_names, read_records
+from llmctl.data.rows import quote_names, read_rows
 from llmctl.data.scan import read_documents
 from llmctl.data.schemas import Message
 from llmctl.data.sources import find_sources
@@ -154,10 +154,10 @@ def _first_columns(names: Sequence[str]) -> set[str] | None:
         rows = [source for source in sources if source.kind != "text"]
         if not rows:
             return None
-        first = next(iter(read_records(rows[0])), None)
+        first = next(iter(read_rows(rows[0])), None)
     if first is None:
         raise DataError("an empty file: no rows in it", file=rows[0].name)
-    return set(first.row)
+    return set(first.values)
 
 
 def _read_documents(config: EvaluateConfig) -> tuple[list[Document], list[dict[str, Any]]]:

@@ -20,9 +20,16 @@ from transformers import (
 
 from llmctl.errors import ModelError, UserError
 from llmctl.models.adapters import is_adapter, put_adapter, read_adapter, require_base
-from llmctl.models.loading import DERIVED, find_base, load_config, local_folder
+from llmctl.models.loading import find_base, load_config, local_folder
 from llmctl.models.quantized import require_full
-from llmctl.models.vetting import BROKEN, check_shards, first_line, require_safetensors
+from llmctl.models.vetting import (
+    BROKEN,
+    check_loaded,
+    check_shards,
+    check_size,
+    first_line,
+    require_safetensors,
+)
 from llmctl.runs.directory import resolve_model
 
 SCORE = ("LABEL_0",)
@@ -84,7 +91,7 @@ def load_classifier(
     check_shards(folder, config)
     try:
         saved = _tensor_names(folder)
-        _check_size(folder, config)
+        check_size(folder, config, AutoModelForSequenceClassification, _is_head)
         model, report = AutoModelForSequenceClassification.from_pretrained(
             folder,
             config=config,
@@ -96,9 +103,11 @@ def load_classifier(
         )
     except BROKEN as error:
         raise ModelError(f"the model does not load: {first_line(error)}", file=folder) from None
-    return LoadedClassifier(
-        model, _check_loaded(model, report, saved, folder, has_head=own is not None)
-    )
+    allowed = _allowed_problems(model, report, saved, has_head=own is not None)
+    check_loaded(model, report, folder, allowed)
+    start, missing = f"{model.base_model_prefix}.", allowed.get("missing_keys", ())
+    new_modules = frozenset(name.removeprefix(start).split(".")[0] for name in missing)
+    return LoadedClassifier(model, new_modules)
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
@@ -119,7 +128,7 @@ def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
 def load_tuned_classifier(
     folder: Path, labels: tuple[str, ...], dtype: torch.dtype, base: Any | None = None
 ) -> Any:
-    """The classifier of a folder; of an adapter's folder, on its base.
+    """Load a trained classifier: of a folder, or of an adapter on its base.
 
     Args:
         folder: of a model or an adapter.
@@ -209,54 +218,22 @@ def _set_labels(config: PreTrainedConfig, labels: tuple[str, ...]) -> None:
     config.use_cache = False
 
 
-def _check_size(folder: Path, config: PreTrainedConfig) -> None:
-    """Refuse a config.json of a model far larger than its weights, before memory is taken for it.
-
-    Raises:
-        ModelError: with both sizes.
-    """
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-    parameters = sum(weight.numel() for weight in model.parameters())
-    new = sum(w.numel() for name, w in model.named_parameters() if _is_head(model, name))
-    held = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if parameters - new > held:
-        raise ModelError(
-            f"config.json describes {parameters:.3g} parameters, the weights have {held:,} bytes",
-            file=folder,
-        )
-
-
-def _check_loaded(
-    model: Any, report: dict[str, Any], saved: set[str], folder: Path, *, has_head: bool
-) -> frozenset[str]:
-    """Refuse tensors that are missing, misshapen or superfluous; return the layers that are new.
-
-    A head may be new, and that of another task superfluous.
-
-    Raises:
-        ModelError: naming the tensor.
-    """
+def _allowed_problems(
+    model: Any, report: dict[str, Any], saved: set[str], *, has_head: bool
+) -> dict[str, set[str]]:
+    """Return the tensors that may be missing or superfluous: those of a head, if there is none."""
+    if has_head:
+        return {}
     start = f"{model.base_model_prefix}."
     is_whole = any(name.startswith(start) for name in saved)  # else a body without any head
-    allowed: dict[str, set[str]] = {}
-    if not has_head:
-        allowed["missing_keys"] = {n for n in report["missing_keys"] if _is_head(model, n)}
-        allowed["unexpected_keys"] = {
+    return {
+        "missing_keys": {name for name in report["missing_keys"] if _is_head(model, name)},
+        "unexpected_keys": {
             name
             for name in report["unexpected_keys"]
             if POOLER in name.split(".") or (is_whole and not name.startswith(start))
-        }
-    problems = {**report, "mismatched_keys": {name for name, *_ in report["mismatched_keys"]}}
-    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        names = sorted(set(problems[problem]) - allowed.get(problem, set()))
-        if names := [name for name in names if not name.endswith(DERIVED)]:
-            what = problem.removesuffix("_keys")
-            raise ModelError(f"{what} weights: {names[0]} (of {len(names)})", file=folder)
-    for name, weight in model.named_parameters():
-        if not torch.isfinite(weight.sum()):
-            raise ModelError(f"weights that are not finite: {name}", file=folder)
-    return frozenset(n.removeprefix(start).split(".")[0] for n in allowed.get("missing_keys", ()))
+        },
+    }
 
 
 def _is_head(model: Any, name: str) -> bool:

@@ -22,11 +22,12 @@ from llmctl.models import patched_attention
 from llmctl.models.adapters import AdapterInfo, is_adapter, put_adapter, read_adapter, require_base
 from llmctl.models.causality import require_causal_config
 from llmctl.models.hub import download, is_hub_id
-from llmctl.models.quantized import LoadIn, first_not_finite, quantization_config, saved_precision
+from llmctl.models.quantized import LoadIn, quantization_config, saved_precision
 from llmctl.models.vetting import (
     BROKEN,
     check_counts,
     check_files,
+    check_loaded,
     check_shards,
     check_size,
     first_line,
@@ -37,8 +38,6 @@ from llmctl.runs.directory import resolve_model, resolve_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAFE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-DERIVED = (".inv_freq", ".masked_bias", ".attn.bias")
-"""Buffers in old checkpoints, which models compute."""
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -147,7 +146,7 @@ def load_causal_lm(
         )
     except (*BROKEN, ImportError) as error:  # of a method of quantization that is not installed
         raise ModelError(f"the model does not load: {first_line(error)}", file=folder) from None
-    _check_loaded(model, report, folder)
+    check_loaded(model, report, folder)
     return model.eval()
 
 
@@ -230,13 +229,13 @@ def parameter_count(model: torch.nn.Module) -> int:
 def stop_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *others: int | None
 ) -> list[int]:
-    """Tokens that end a response, sorted: the generation config's, the tokenizer's and others."""
+    """List the tokens that end a response: the generation config's, the tokenizer's and others."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
     return merge_eos(configured, tokenizer.eos_token_id, *others)
 
 
 def merge_eos(*tokens: int | list[int] | None) -> list[int]:
-    """Sorted token ids of several `eos_token_id`, each of which may be one, a list or none."""
+    """Merge and sort several `eos_token_id`, each an id, a list or None."""
     lists = [token if isinstance(token, list) else [token] for token in tokens]
     return sorted({int(token) for ids in lists for token in ids if token is not None})
 
@@ -247,18 +246,6 @@ def _base_config(adapter: AdapterInfo) -> PreTrainedConfig:
     text = config.get_text_config()
     text.vocab_size = max(text.vocab_size, max(adapter.rows, default=-1) + 1)
     return config
-
-
-def _check_loaded(model: PreTrainedModel, report: dict[str, Any], folder: Path) -> None:
-    """Refuse tensors that are missing, misshapen or superfluous, and weights not finite."""
-    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        tensors = {name if isinstance(name, str) else name[0] for name in report[problem]}
-        names = sorted(name for name in tensors if not name.endswith(DERIVED))
-        if names:
-            what = problem.removesuffix("_keys")
-            raise ModelError(f"{what} weights: {names[0]} (of {len(names)})", file=folder)
-    if (name := first_not_finite(model)) is not None:
-        raise ModelError(f"weights that are not finite: {name}", file=folder)
 
 
 def grow_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -122,7 +122,7 @@ def merge(mergeable: Mergeable, device: str = "cpu") -> Merged:
     model, difference = merge_model(put_adapter(base, adapter))
     quantized_difference = None
     if quantized is not None:
-        quantized_difference = _distance(put_adapter(quantized, adapter), model)
+        quantized_difference = _distance(_logits(put_adapter(quantized, adapter)), _logits(model))
     if quantized_difference is not None and adapter.trained_in == "4bit":
         # 8 bits round activations too
         _require_close(quantized_difference, f"the adapter on the {adapter.trained_in} base")
@@ -145,7 +145,7 @@ def merge_model(model: "PeftModel") -> tuple[PreTrainedModel, float]:
             merged: Any = model.merge_and_unload(safe_merge=True)
     except BROKEN as error:
         raise ModelError(f"this adapter does not merge: {first_line(error)}") from None
-    difference = _largest(before, _logits(merged))
+    difference = _distance(before, _logits(merged))
     _require_close(difference, "the adapter")
     return merged, difference
 
@@ -177,12 +177,8 @@ def _require_close(difference: float, other: str) -> None:
         )
 
 
-def _distance(one: Any, other: Any) -> float:
-    return _largest(_logits(one), _logits(other))
-
-
-def _largest(one: Tensor, other: Tensor) -> float:
-    return float((one - other).abs().max())
+def _distance(logits: Tensor, others: Tensor) -> float:
+    return float((logits - others).abs().max())
 
 
 @torch.no_grad()

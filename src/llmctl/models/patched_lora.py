@@ -1,4 +1,4 @@
-"""A linear layer with a low-rank adapter as one operation under autocast, in place of PEFT's six.
+"""Compute a LoRA layer under autocast as one operation, in place of PEFT's six.
 
 Hu et al., 2021 (arXiv:2106.09685, eq. 3): y = x Wᵀ + b + s (x Aᵀ) Bᵀ, of which A and B train. PEFT
 casts x to float32 and back for A, and rounds the sum twice; here addition and multiplication are

@@ -6,6 +6,7 @@ index to wherever it points. All this is refused here, by name.
 
 import json
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from llmctl.errors import ModelError
+from llmctl.models.quantized import first_not_finite
 
 BROKEN = (
     OSError,
@@ -46,6 +48,8 @@ LARGEST = {
 """Largest bytes of each file; those of the largest models are a tenth of it."""
 MOST = {r"(layers?|blocks?|stages)$": 1000, r"(experts?|heads?|labels?|groups?)$": 100_000}
 """Largest counts in config.json, by the end of their key; each becomes that many objects."""
+DERIVED = (".inv_freq", ".masked_bias", ".attn.bias")
+"""Buffers in old checkpoints, which models compute."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -140,10 +144,21 @@ def check_shards(folder: Path, config: PreTrainedConfig) -> None:
             raise ModelError(f"a shard is missing: {name}", file=folder)
 
 
-def check_size(folder: Path, config: PreTrainedConfig) -> None:
+def check_size(
+    folder: Path,
+    config: PreTrainedConfig,
+    auto_class: Any = AutoModelForCausalLM,
+    is_new: Callable[[Any, str], bool] = lambda _model, _name: False,
+) -> None:
     """Refuse a config.json of a model far larger than its weights, before memory is taken for it.
 
     A weight takes at least a byte, in quantized formats at least a bit.
+
+    Args:
+        folder: of the weights.
+        config: of the model.
+        auto_class: builds the model.
+        is_new: whether the folder may lack a weight, given the model and the weight's name.
 
     Raises:
         ModelError: with both sizes.
@@ -154,14 +169,41 @@ def check_size(folder: Path, config: PreTrainedConfig) -> None:
         with safe_open(file, "pt"):  # raises for a header that does not fit its file
             pass
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    parameters = sum(p.numel() for p in model.parameters())
+        model = auto_class.from_config(config, trust_remote_code=False)
+    parameters = sum(p.numel() for n, p in model.named_parameters() if not is_new(model, n))
     size = sum(file.stat().st_size for file in weights)
     if parameters > size * (8 if "quantization_config" in config.to_dict() else 1):
         raise ModelError(
             f"config.json describes {parameters:.3g} parameters, the weights have {size:,} bytes",
             file=folder,
         )
+
+
+def check_loaded(
+    model: Any,
+    report: Mapping[str, Any],
+    folder: Path,
+    allowed: Mapping[str, set[str]] | None = None,
+) -> None:
+    """Refuse tensors that are missing, misshapen or superfluous, and weights not finite.
+
+    Args:
+        model: as loaded.
+        report: loading info of `from_pretrained`: tensors by problem.
+        folder: of the model.
+        allowed: tensors that may have a problem.
+
+    Raises:
+        ModelError: naming the tensor.
+    """
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        tensors = {name if isinstance(name, str) else name[0] for name in report[problem]}
+        tensors -= (allowed or {}).get(problem, set())
+        if names := sorted(name for name in tensors if not name.endswith(DERIVED)):
+            what = problem.removesuffix("_keys")
+            raise ModelError(f"{what} weights: {names[0]} (of {len(names)})", file=folder)
+    if (name := first_not_finite(model)) is not None:
+        raise ModelError(f"weights that are not finite: {name}", file=folder)
 
 
 def first_line(error: Exception) -> str:

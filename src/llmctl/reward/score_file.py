@@ -14,7 +14,7 @@ from llmctl import hardware
 from llmctl.config.commands import RewardConfig
 from llmctl.console import ProgressBar, show_recipes
 from llmctl.data.preferences import parse_sides
-from llmctl.data.rows import Record, checked_text, quote_names, read_records
+from llmctl.data.rows import SourceRow, checked_text, quote_names, read_rows
 from llmctl.data.schemas import PAIR_LAYOUTS, Message, conversation, from_json, match_layout
 from llmctl.data.sources import find_sources
 from llmctl.data.tokenized import EncodedSequence
@@ -40,7 +40,7 @@ def score_file(config: RewardConfig) -> dict[str, Any] | None:
     hardware.set_threads(config.threads)
     with tempfile.TemporaryDirectory(prefix="llmctl-") as spool:
         sources = find_sources([str(config.score)], Path(spool))
-        records = [record for source in sources for record in read_records(source)]
+        records = [record for source in sources for record in read_rows(source)]
     if not records:
         raise DataError("an empty file: no rows in it", file=config.score)
     model = load_reward_model(config.model, device=hardware.pick_device(config.device))
@@ -60,7 +60,7 @@ def score_file(config: RewardConfig) -> dict[str, Any] | None:
             for record, row in zip(records[start : start + AT_ONCE], batch, strict=True):
                 row_scores = {name: next(scores) for name in row}
                 total += sum(row_scores.values()) / len(row_scores)
-                emit(json.loads(json.dumps({**record.row, **row_scores}, default=str)))
+                emit(json.loads(json.dumps({**record.values, **row_scores}, default=str)))
             progress.update(start + len(batch))
     if config.out is None:
         return None
@@ -73,7 +73,7 @@ def score_file(config: RewardConfig) -> dict[str, Any] | None:
     }
 
 
-def _encode(model: RewardModel, record: Record) -> dict[str, EncodedSequence]:
+def _encode(model: RewardModel, record: SourceRow) -> dict[str, EncodedSequence]:
     """The texts of a row to score, encoded, by the names of their scores."""
     try:
         samples = samples_of(record, has_turns=model.has_turns)
@@ -83,7 +83,7 @@ def _encode(model: RewardModel, record: Record) -> dict[str, EncodedSequence]:
         raise
 
 
-def samples_of(record: Record, *, has_turns: bool) -> dict[str, PromptResponse]:
+def samples_of(record: SourceRow, *, has_turns: bool) -> dict[str, PromptResponse]:
     """The texts of a row to score, by the names of their scores.
 
     Args:
@@ -93,7 +93,7 @@ def samples_of(record: Record, *, has_turns: bool) -> dict[str, PromptResponse]:
     Raises:
         DataError: nothing in it can be scored.
     """
-    row = record.row
+    row = record.values
     if {"chosen", "rejected"} <= row.keys():
         sides = parse_sides(record, match_layout(row, PAIR_LAYOUTS, None, None))
         return {

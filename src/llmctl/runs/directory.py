@@ -39,7 +39,7 @@ from llmctl.runs.ownership import (
     read_json,
 )
 from llmctl.runs.provenance import origin
-from llmctl.signals import reason
+from llmctl.signals import signal_error
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints are kept."""
+        """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
     def log(self, metrics: Mapping[str, Any], name: str = METRICS) -> None:
@@ -161,7 +161,7 @@ def finished_already(stage: str, config: StageConfig) -> dict[str, Any] | None:
 
     Raises:
         OutputError: another run is at work in the directory, or a run of another command finished.
-        ResourceError: a tracker is asked for that is not installed.
+        ResourceError: a requested tracker is not installed.
     """
     trackers.requested_trackers(config, stage, config.out)
     if config.out is None:
@@ -257,7 +257,7 @@ def _fail(run: Run, error: BaseException, owned: Claim) -> None:
     """
     if not (run.path / lock.LOCK).exists():
         return  # deleted while running: not to be made again
-    signalled = reason(error)
+    signalled = signal_error(error)
     known = signalled or (error if isinstance(error, UserError) else None)
     resumable = is_resumable(run.path)
     stays = owned.earlier and not run.under_way and (resumable or owned.has_ended())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 CORE_WATTS = 12.0
-"""Of a busy core whose processor is not known (Lannelongue et al., 2021, Green Algorithms,
+"""Power of a busy core of an unknown processor (Lannelongue et al., 2021, Green Algorithms,
 doi:10.1002/advs.202100707, its table of processors)."""
 KWH = 3.6e6
 """Joules of a kilowatt-hour."""

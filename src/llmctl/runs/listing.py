@@ -20,7 +20,7 @@ from llmctl.runs.ownership import ASIDE, EVENTS, OWN_FOLDERS, is_llmctl_manifest
 DEEPEST = 5
 """Levels of folders to look into."""
 TAIL_BYTES = 1 << 18
-"""Of metrics.jsonl, from its end."""
+"""Bytes at the end of metrics.jsonl to read."""
 NOT_SEARCHED = {*OWN_FOLDERS, EVENTS, "checkpoints", ASIDE, "node_modules", "__pycache__"}
 
 

@@ -28,13 +28,8 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         OutputError: another run holds it.
     """
-    with _held(path / LOCK, path):
-        try:
-            yield
-        except BaseException:
-            if not (path / "status.json").exists():  # nothing of a run is left here
-                (path / LOCK).unlink(missing_ok=True)
-            raise
+    with _held(path / LOCK, path, path / "status.json"):
+        yield
 
 
 @contextmanager
@@ -44,18 +39,13 @@ def locked_file(file: Path) -> Iterator[None]:
     Raises:
         OutputError: another run holds it.
     """
-    lock_file = file.with_name(f".{file.name}.lock")
-    with _held(lock_file, file):
-        try:
-            yield
-        except BaseException:
-            if not file.exists():
-                lock_file.unlink(missing_ok=True)
-            raise
+    with _held(file.with_name(f".{file.name}.lock"), file, file):
+        yield
 
 
 @contextmanager
-def _held(lock_file: Path, path: Path) -> Iterator[None]:
+def _held(lock_file: Path, path: Path, record: Path) -> Iterator[None]:
+    """Hold a lock; a body that fails before `record` exists leaves no lock file."""
     lock = FileLock(lock_file, timeout=PROBE_SECONDS)
     try:
         lock.acquire()
@@ -65,6 +55,10 @@ def _held(lock_file: Path, path: Path) -> Iterator[None]:
         if not isinstance(lock, SoftFileLock):
             lock_file.write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
         yield
+    except BaseException:
+        if not record.exists():
+            lock_file.unlink(missing_ok=True)
+        raise
     finally:
         lock.release()
 
