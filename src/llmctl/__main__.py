@@ -3,12 +3,12 @@
 import os
 import signal
 
-from llmctl.signals import leave_on_signals
+from llmctl.signals import exit_on_signals
 
 
 def start() -> None:
     """Mind signals first: importing the rest takes long enough to be interrupted."""
-    leave_on_signals()
+    exit_on_signals()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice, once for each rank
     from llmctl.cli import main
 

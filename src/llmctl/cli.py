@@ -15,7 +15,7 @@ from typer.main import get_command
 from llmctl import console
 from llmctl.errors import UserError
 from llmctl.redact import redact, redacted
-from llmctl.signals import leaving, raising, reason
+from llmctl.signals import exiting_on_signals, raising_on_signals, signal_error
 
 if TYPE_CHECKING:
     from llmctl.config.sections import Reporting
@@ -169,7 +169,7 @@ def _carry_out(name: str, config: "Reporting") -> dict[str, Any] | None:
     """Import the command's module and run it; a signal unwinds it and is one line."""
     package = "pipeline" if name in ("run", "demo") else "commands"
     run: Callable[[Any], dict[str, Any] | None] = import_module(f"llmctl.{package}.{name}").run
-    with raising():
+    with raising_on_signals():
         return run(config)
 
 
@@ -192,7 +192,7 @@ def main() -> None:
     words = _words_to_complete() or arguments
     chosen = next((word for word in words if not word.startswith("-")), None)
     sys.excepthook = _print_bug
-    with leaving():
+    with exiting_on_signals():
         code = _guarded(build_app(chosen), arguments or ["--help"])
     sys.exit(code)
 
@@ -229,7 +229,8 @@ def _help_hint(arguments: list[str]) -> str:
 def _report(error: UserError, arguments: list[str]) -> int:
     if "--json" in arguments and console.rank() == 0:
         print(_json(redacted({**error.report, "error": error.as_json()})))
-    if not error.told and (console.rank() == 0 or reason(error) is None):  # a signal reaches all
+    is_ours = console.rank() == 0 or signal_error(error) is None  # a signal reaches all ranks
+    if not error.told and is_ours:
         print(redact(f"error: {error}"), file=sys.stderr)
     return error.code
 

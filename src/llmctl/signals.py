@@ -31,46 +31,46 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
-def leave_on_signals() -> None:
-    """From now on a signal ends the process at once, with one line and its exit code."""
-    for number in _heeded():
-        signal.signal(number, leave)
+def exit_on_signals() -> None:
+    """End the process at once on any signal from now on, with one line and its exit code."""
+    for number in _handled_signals():
+        signal.signal(number, exit_now)
 
 
 @contextmanager
-def leaving() -> Iterator[None]:
-    """While the body runs, a signal ends the process at once."""
-    with handled_by(leave):
+def exiting_on_signals() -> Iterator[None]:
+    """End the process at once on any signal while the body runs."""
+    with handled_by(exit_now):
         yield
 
 
 @contextmanager
-def raising() -> Iterator[None]:
-    """While the body runs, the first signal raises its error; a second one ends the process.
+def raising_on_signals() -> Iterator[None]:
+    """Raise the error of the first signal while the body runs; a second one ends the process.
 
     A library may turn the exception of a signal into one of its own: that is undone here.
     """
-    heard: list[float] = []
+    received: list[float] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if not heard:
-            heard.append(now)
+        if not received:
+            received.append(now)
             raise Stopped(number)
-        if "RANK" not in os.environ or now - heard[0] > ECHO:
-            leave(number, frame)
+        if "RANK" not in os.environ or now - received[0] > ECHO:
+            exit_now(number, frame)
 
     try:
         with handled_by(handle):
             yield
     except BaseException as error:
-        if (signalled := reason(error)) and signalled is not error:
+        if (signalled := signal_error(error)) and signalled is not error:
             raise signalled from None
         raise
 
 
-def leave(number: int, frame: FrameType | None) -> None:
-    """Say so and end the process, now: no library can turn this into something else."""
+def exit_now(number: int, frame: FrameType | None) -> None:
+    """Print the error and end the process, which no library can turn into something else."""
     error = _error(number)
     if os.environ.get("RANK", "0") == "0":
         if "--json" in sys.argv:
@@ -79,8 +79,8 @@ def leave(number: int, frame: FrameType | None) -> None:
     os._exit(error.code)
 
 
-def reason(error: BaseException) -> UserError | None:
-    """The signal that an exception comes from, also where a library wrapped it; None if none."""
+def signal_error(error: BaseException) -> UserError | None:
+    """Return the error of the signal behind an exception, which a library may have wrapped."""
     if isinstance(error, Interrupted | Terminated):
         return error
     cause: BaseException | None = error
@@ -93,8 +93,8 @@ def reason(error: BaseException) -> UserError | None:
 
 @contextmanager
 def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """While the body runs, the handler gets the signals that are not ignored."""
-    before = {number: signal.getsignal(number) for number in _heeded()}
+    """Give the handler the signals that are not ignored, while the body runs."""
+    before = {number: signal.getsignal(number) for number in _handled_signals()}
     try:
         for number in before:
             signal.signal(number, handler)
@@ -104,8 +104,8 @@ def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
             signal.signal(number, earlier)
 
 
-def _heeded() -> list[int]:
-    """The signals to mind: a background shell's SIGINT is ignored, and stays so."""
+def _handled_signals() -> list[int]:
+    """Return the signals to handle: a background shell's SIGINT is ignored, and stays so."""
     return [n for n in CAUGHT if signal.getsignal(n) not in (signal.SIG_IGN, None)]
 
 
@@ -133,7 +133,7 @@ class StopFlag:
 
     @staticmethod
     def error(number: int, step: int) -> Interrupted | Terminated:
-        """What to raise once the step is saved."""
+        """Return the error to raise once the step is saved."""
         kind = Interrupted if number == signal.SIGINT else Terminated
         word = "interrupted" if kind is Interrupted else "terminated"
         return kind(f"{word} after step {step:,}: saved", hint="continue with --resume")
@@ -141,7 +141,7 @@ class StopFlag:
 
 @contextmanager
 def stop_flag() -> Iterator[StopFlag]:
-    """A flag that catches the signals while the body runs."""
+    """Catch the signals in a flag while the body runs."""
     flag = StopFlag(ECHO if "RANK" in os.environ else 0.0)
     with handled_by(flag.handle):
         yield flag

@@ -19,14 +19,13 @@ from llmctl.data import append_log
 from llmctl.data.append_log import open_append_log
 from llmctl.data.prompts import PromptExample
 from llmctl.errors import OutputError, ResourceError, UserError
-from llmctl.feedback import generating, session
-from llmctl.feedback.answers import check_answer, open_answers
-from llmctl.feedback.page import Texts
-from llmctl.feedback.questions import Entry, Question, are_ranks, read_entries
-from llmctl.feedback.server import BODY_BYTES, listen, serving
+from llmctl.feedback import generation, session
+from llmctl.feedback.answers import check_answer_row, open_answers
+from llmctl.feedback.question_queue import QuestionQueue
+from llmctl.feedback.questions import Entry, Question, is_ranking, read_entries
+from llmctl.feedback.server import BODY_BYTES, PageTexts, listen, serving
 from llmctl.feedback.session import Session
-from llmctl.feedback.supply import Supply
-from llmctl.feedback.terminal import parse_order
+from llmctl.feedback.terminal_session import parse_order
 
 ROWS = [
     {"prompt": "Name a fruit.", "responses": ["apple", "stone", "pear", "chair"]},
@@ -190,7 +189,7 @@ def test_answers_can_be_asked_again(rank, data, tmp_path):
 )
 def test_a_line_is_an_order(line, ranks):
     assert parse_order(line, 4) == ranks
-    assert are_ranks(ranks, 4)
+    assert is_ranking(ranks, 4)
 
 
 @pytest.mark.parametrize("line", ["5", "0", "11", "1=", "=1", "1==2", "a", "1 b", "1=1", ">", "²"])
@@ -201,7 +200,7 @@ def test_a_line_that_is_none_is_refused(line):
 
 @pytest.mark.parametrize("ranks", [[1, 3], [0, 1], [2, 2], [1], [1, 2, 3], [True, 2], ["1", 2], 1])
 def test_what_are_no_ranks(ranks):
-    assert not are_ranks(ranks, 2)
+    assert not is_ranking(ranks, 2)
 
 
 def test_a_wrong_line_is_said_and_asked_again(rank, data, tmp_path):
@@ -249,7 +248,7 @@ def test_a_row_that_was_cut_off_goes(rank, data, tmp_path):
     lines = whole.splitlines(keepends=True)
     for cut in range(1, len(lines[1]) - 1, 23):
         out.write_bytes(lines[0] + lines[1][:cut])
-        with open_append_log(out, check_answer) as found:
+        with open_append_log(out, check_answer_row) as found:
             assert len(found.rows) == 1
         assert out.read_bytes() == lines[0]
     out.write_bytes(whole[:-1])  # all but the newline
@@ -387,7 +386,7 @@ def test_what_was_written_is_not_written_again(rank, roomy, prompts, tmp_path, m
     options = ("--model", roomy, "--responses", 2, *SAMPLED)
     assert rank(prompts, "1", "1", "1", options=options).code == 0
     before = (tmp_path / "out.responses.jsonl").read_bytes()
-    monkeypatch.setattr(generating, "load_for_generation", None)
+    monkeypatch.setattr(generation, "load_for_generation", None)
     bob = rank(prompts, "1", "1", "1", options=options, annotator="Bob")
     assert bob.code == 0, bob.err
     assert (tmp_path / "out.responses.jsonl").read_bytes() == before
@@ -417,7 +416,7 @@ def test_messages_and_texts_are_put_in_the_template(rank, roomy, tmp_path):
 
 
 def test_a_model_that_fails_ends_it_in_order(rank, roomy, prompts, tmp_path, monkeypatch):
-    real, calls = generating.decode, []
+    real, calls = generation.decode, []
 
     def fail(*arguments, **options):
         calls.append(None)
@@ -425,7 +424,7 @@ def test_a_model_that_fails_ends_it_in_order(rank, roomy, prompts, tmp_path, mon
             raise MemoryError
         return real(*arguments, **options)
 
-    monkeypatch.setattr(generating, "decode", fail)
+    monkeypatch.setattr(generation, "decode", fail)
     options = ("--model", roomy, "--responses", 2, *SAMPLED)
     result = rank(prompts, "1", "1", "1", options=options)
     assert result.code == 5
@@ -436,7 +435,7 @@ def test_a_model_that_fails_ends_it_in_order(rank, roomy, prompts, tmp_path, mon
 
 def test_what_a_model_wrote_before_it_failed_is_still_asked(data, tmp_path):
     entries = [*read_entries(data), Entry(PromptExample("unwritten", "p:1"), None)]
-    supply = Supply(entries, {})
+    supply = QuestionQueue(entries, {})
     failed = Future()
     failed.set_exception(ResourceError("out of memory"))
     supply.end(failed)
@@ -571,8 +570,8 @@ def served(data, tmp_path):
     """A session and its server: `ask(method, path, body, **headers)` -> status, headers, text."""
     out = tmp_path / "out.jsonl"
     with open_answers(out, "Ada") as answers:
-        ranking = Session(Supply(read_entries(data), {}), answers, "Ada", 0)
-        with serving(listen(0), ranking, Texts(str(out), "llmctl reward")) as url:
+        ranking = Session(QuestionQueue(read_entries(data), {}), answers, "Ada", 0)
+        with serving(listen(0), ranking, PageTexts(str(out), "llmctl reward")) as url:
             yield Client(url, ranking, out)
 
 

@@ -149,7 +149,7 @@ def test_other_data_under_the_same_name_runs_all_anew(cli, tmp_path, corpus):
 
 
 def test_other_code_runs_all_anew(cli, recipe, out, monkeypatch):
-    monkeypatch.setattr("llmctl.pipeline.content_hash.code_version", lambda: "another")
+    monkeypatch.setattr("llmctl.pipeline.content_hash.code_hash", lambda: "another")
     found = run_json(cli, recipe(), "-o", out)
     assert set(found.values()) == {"completed"}
 
@@ -309,7 +309,7 @@ def test_a_kill_before_a_stage_replaced_the_old_one_does_not_take_the_old_for_th
     before = weights(out / "base")
     planned = cli("run", recipe(text), "-o", out, "--dry-run")
     assert planned.code == 0
-    from llmctl.pipeline.content_hash import address_of
+    from llmctl.pipeline.content_hash import content_hash
     from llmctl.pipeline.references import resolve
     from llmctl.pipeline.steps import load
 
@@ -318,7 +318,7 @@ def test_a_kill_before_a_stage_replaced_the_old_one_does_not_take_the_old_for_th
     manifest = json.loads((out / "base/manifest.json").read_text())
     journal["stages"][1] |= {
         "state": "running",
-        "address": address_of(stages[1], addresses),
+        "address": content_hash(stages[1], addresses),
         "replaces": manifest["run_id"],
     }
     (out / "pipeline.json").write_text(json.dumps(journal))
@@ -609,14 +609,14 @@ def test_stages_leave_the_process_as_it_was():
     import numpy
     import torch
 
-    from llmctl.pipeline.isolation import Beginning
+    from llmctl.pipeline.isolation import ProcessState
 
-    beginning = Beginning()
+    process_state = ProcessState()
 
     def draw():
         return random.random(), float(numpy.random.rand()), float(torch.rand(()))
 
-    with beginning.again():
+    with process_state.restored():
         first = draw()
         os.environ["LLMCTL_LEFT"] = "1"
         torch.set_default_dtype(torch.float64)
@@ -625,8 +625,8 @@ def test_stages_leave_the_process_as_it_was():
     assert "LLMCTL_LEFT" not in os.environ
     assert torch.get_default_dtype() == torch.float32
     assert torch.is_grad_enabled()
-    assert torch.get_num_threads() == beginning.threads
-    with beginning.again():
+    assert torch.get_num_threads() == process_state.threads
+    with process_state.restored():
         assert draw() == first
 
 
@@ -637,9 +637,9 @@ def test_the_table_shows_how_every_stage_stands(recipe, tmp_path):
 
     from llmctl.pipeline.references import resolve
     from llmctl.pipeline.steps import load
-    from llmctl.pipeline.view import View
+    from llmctl.pipeline.view import StageView
 
-    view = View(resolve(load(recipe()), tmp_path))
+    view = StageView(resolve(load(recipe()), tmp_path))
     view.end("tok", "unchanged", {"vocab_size": 320})
     view.begin("base", "starts")
     view._watch("pretrain", 7, 20, "loss 3.1")
@@ -673,7 +673,7 @@ def test_several_processes_run_as_a_command(cli, recipe, tmp_path):
 @pytest.mark.slow
 def test_the_error_of_a_command_keeps_its_code_and_its_words(recipe, tmp_path, capfd):
     from llmctl.errors import DataError
-    from llmctl.pipeline.launching import launch
+    from llmctl.pipeline.runner import launch
     from llmctl.pipeline.references import resolve
     from llmctl.pipeline.steps import load
 

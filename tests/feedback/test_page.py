@@ -12,11 +12,10 @@ import pytest
 
 from llmctl.data.prompts import PromptExample
 from llmctl.feedback.answers import open_answers
-from llmctl.feedback.page import Texts
+from llmctl.feedback.question_queue import QuestionQueue
 from llmctl.feedback.questions import Entry, Question
-from llmctl.feedback.server import listen, serving
+from llmctl.feedback.server import PageTexts, listen, serving
 from llmctl.feedback.session import Session
-from llmctl.feedback.supply import Supply
 from tests import chromium
 
 STORY = "Once there was a fox who wanted grapes.\n\n1. It jumped.\n2. It fell.\n\n" + "Again. " * 90
@@ -293,10 +292,10 @@ CONTRASTS = """(() => {
 
 def test_the_page_waits_for_the_model(browser, tmp_path):
     first = Entry(PromptExample("First", "p:1"), ("a", "b"))
-    supply = Supply([first, Entry(PromptExample("Second", "p:2"), None)], {})
+    supply = QuestionQueue([first, Entry(PromptExample("Second", "p:2"), None)], {})
     with open_answers(tmp_path / "a.jsonl", "Ada") as answers:
         session = Session(supply, answers, "Ada", 0)
-        with serving(listen(0), session, Texts("a.jsonl", "llmctl reward")) as url:
+        with serving(listen(0), session, PageTexts("a.jsonl", "llmctl reward")) as url:
             browser.open(url)
             browser.wait(ASKED)
             browser.press("1", "Enter")

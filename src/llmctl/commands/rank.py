@@ -1,7 +1,7 @@
 """`llmctl rank`: prompts and a model's responses in, a person's rankings out, as rows of jsonl.
 
-On a page in the browser or in the terminal. Whatever ends it, every answer that was given is kept,
-and the same command goes on.
+On a page in the browser or in the terminal. Whatever ends it, all answers are kept, and the
+same command goes on.
 """
 
 import signal
@@ -13,18 +13,16 @@ from llmctl.config.commands import RankConfig
 from llmctl.config.sections import Sampling
 from llmctl.console import log, show_recipes
 from llmctl.errors import UserError
-from llmctl.feedback.answers import open_answers, open_written, read_answers, read_written
-from llmctl.feedback.browser import ask_on_page
-from llmctl.feedback.page import Texts, next_command
+from llmctl.feedback.answers import open_answers, open_responses, read_answers, read_responses
+from llmctl.feedback.question_queue import QuestionQueue, generating_ahead
 from llmctl.feedback.questions import Entry, read_entries
-from llmctl.feedback.server import listen
-from llmctl.feedback.session import Session, user_name
-from llmctl.feedback.supply import Supply, writing_ahead
-from llmctl.feedback.terminal import ask_in_terminal
+from llmctl.feedback.server import PageTexts, listen, next_command, rank_on_page
+from llmctl.feedback.session import Session, login_name
+from llmctl.feedback.terminal_session import rank_in_terminal
 from llmctl.files import check_out
 from llmctl.signals import Stopped
 
-WRITTEN_BY = ("model", "responses", "chat", "seed", *Sampling.model_fields)
+GENERATION_SETTINGS = ("model", "responses", "chat", "seed", *Sampling.model_fields)
 """Settings that the responses depend on."""
 
 
@@ -34,32 +32,32 @@ def run(config: RankConfig) -> dict[str, Any] | None:
     if out is None:
         raise UserError("--out is required", hint="pass -o FILE: answers are appended to it")
     check_out(out, overwrite=True)
-    annotator = config.annotator or user_name()
+    annotator = config.annotator or login_name()
     entries = read_entries(config.data)
-    settings = {k: v for k, v in config.recipe("rank").items() if k in WRITTEN_BY}
-    model = _writing_model(config, entries)
+    settings = {k: v for k, v in config.recipe("rank").items() if k in GENERATION_SETTINGS}
+    model = _generating_model(config, entries)
     if config.dry_run:
-        _tell_plan(config, out, entries, model, annotator, settings)
+        _log_plan(config, out, entries, model, annotator, settings)
         return show_recipes([("rank", config)], as_json=config.as_json)
     with ExitStack() as stack:
         listening = None if config.terminal else stack.enter_context(listen(config.port))
         answers = stack.enter_context(open_answers(out, annotator))
-        supply = Supply(entries, {})
+        queue = QuestionQueue(entries, {})
         if model is not None:
-            kept = stack.enter_context(open_written(out, settings))
-            supply = Supply(entries, kept.by_prompt())
-            if supply.missing():
-                from llmctl.feedback.generating import load_writer  # torch: most do without
+            responses = stack.enter_context(open_responses(out, settings))
+            queue = QuestionQueue(entries, responses.by_prompt())
+            if queue.missing():
+                from llmctl.feedback.generation import load_generator  # torch: most do without
 
-                write = load_writer(config, model, entries)
-                stack.enter_context(writing_ahead(supply, write, kept))
-        session = Session(supply, answers, annotator, config.seed)
+                generate = load_generator(config, model, entries)
+                stack.enter_context(generating_ahead(queue, generate, responses))
+        session = Session(queue, answers, annotator, config.seed)
         try:
             if listening is None:
-                ask_in_terminal(session)
+                rank_in_terminal(session)
             else:
-                texts = Texts(str(out), next_command(out, config.model))
-                ask_on_page(session, listening, texts, browser=config.browser)
+                texts = PageTexts(str(out), next_command(out, config.model))
+                rank_on_page(session, listening, texts, browser=config.browser)
         except Stopped as stopped:
             if stopped.number != signal.SIGINT or session.counts().remaining:
                 raise
@@ -76,16 +74,16 @@ def run(config: RankConfig) -> dict[str, Any] | None:
     }
 
 
-def _writing_model(config: RankConfig, entries: list[Entry]) -> str | None:
-    """The model that writes responses, None where all rows carry theirs.
+def _generating_model(config: RankConfig, entries: list[Entry]) -> str | None:
+    """Return the model that generates responses, None where all rows carry theirs.
 
     Raises:
-        UserError: there is none to write those that are lacking.
+        UserError: there is none, and responses are missing.
     """
     lacking = [entry for entry in entries if entry.responses is None]
     if lacking and config.model is None:
         raise UserError(
-            f"--model is required: {lacking[0].ask.name} has no `responses`",
+            f"--model is required: {lacking[0].example.name} has no `responses`",
             hint="pass --model, or rows that carry their responses",
         )
     if config.model and not lacking:
@@ -93,7 +91,7 @@ def _writing_model(config: RankConfig, entries: list[Entry]) -> str | None:
     return config.model if lacking else None
 
 
-def _tell_plan(
+def _log_plan(
     config: RankConfig,
     out: Path,
     entries: list[Entry],
@@ -101,15 +99,15 @@ def _tell_plan(
     annotator: str,
     settings: dict[str, Any],
 ) -> None:
-    written = {} if model is None else read_written(out, settings)
-    supply = Supply(entries, written)
+    responses = {} if model is None else read_responses(out, settings)
+    queue = QuestionQueue(entries, responses)
     mine = read_answers(out, annotator)
     if model is not None:
-        from llmctl.feedback.generating import encode_entries
+        from llmctl.feedback.generation import encode_entries
 
         encode_entries(config, model, entries)
-    done = sum(q is not None and q.key in mine for q in supply.questions)
+    done = sum(q is not None and q.key in mine for q in queue.questions)
     log.info(
         "would ask %s %d of %d prompts; responses to %d are still to be written",
-        *(annotator, len(entries) - done, len(entries), len(supply.missing())),
+        *(annotator, len(entries) - done, len(entries), len(queue.missing())),
     )

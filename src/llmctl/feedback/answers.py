@@ -1,6 +1,7 @@
-"""The two files of a ranking: the answers of people, and the responses that a model has written.
+"""The two files of a ranking: the answers of people, and the responses of a model.
 
-In: a journal's rows. Out: which questions a person has answered, and which prompts have responses.
+In: rows of an append log. Out: which questions a person has answered, and which prompts have
+responses.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,19 +13,19 @@ from typing import Any
 
 from llmctl.data.append_log import AppendLog, Row, open_append_log, read_append_log
 from llmctl.errors import OutputError
-from llmctl.feedback.questions import Question, are_ranks, canonical
+from llmctl.feedback.questions import Question, canonical_json, is_ranking
 from llmctl.runs.lock import locked_file
 
 
-class Answers:
-    """What people have answered, one of whom is answering now."""
+class AnswerFile:
+    """The answers of all people, one of whom is answering now."""
 
-    def __init__(self, journal: AppendLog, annotator: str) -> None:
-        """Take the rows of everybody, and the name of who is asked."""
-        self._journal, self._annotator = journal, annotator
-        self._keys = [key_of(row) for row in journal.rows]
-        self.mine = settled(journal.rows, annotator)
-        """Question's key -> whether it was skipped."""
+    def __init__(self, log: AppendLog, annotator: str) -> None:
+        """Take the answers of everybody, and the name of this person."""
+        self._log, self._annotator = log, annotator
+        self._keys = [key_of(row) for row in log.rows]
+        self.mine = answered_by(log.rows, annotator)
+        """Key -> whether it was skipped, of the questions that this person has answered."""
 
     def add(self, question: Question, ranks: Sequence[int] | None) -> None:
         """Append an answer; without ranks the question is skipped.
@@ -40,43 +41,43 @@ class Answers:
             "annotator": self._annotator,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        self._journal.append(row)
+        self._log.append(row)
         self._keys.append(question.key)
         self.mine[question.key] = ranks is None
 
     def last(self) -> str | None:
-        """The key of the file's last answer, if it is this person's."""
-        rows = self._journal.rows
+        """Return the key of the file's last answer, if it is this person's."""
+        rows = self._log.rows
         return self._keys[-1] if rows and rows[-1]["annotator"] == self._annotator else None
 
-    def take_back(self) -> None:
+    def remove_last(self) -> None:
         """Remove the last answer, which is this person's.
 
         Raises:
             OutputError: another program has changed the file.
             ResourceError: the disk fails.
         """
-        self._journal.drop_last()
+        self._log.drop_last()
         self._keys.pop()
-        self.mine = settled(self._journal.rows, self._annotator)
+        self.mine = answered_by(self._log.rows, self._annotator)
 
 
 @dataclass(frozen=True)
-class Written:
-    """The responses that a model has written so far."""
+class ResponseFile:
+    """The responses that a model has generated so far."""
 
-    journal: AppendLog
+    log: AppendLog
     settings: Mapping[str, Any]
-    """What they depend on, beside the prompt."""
+    """Settings that they depend on, beside the prompt."""
 
     def add(self, question: Question) -> None:
-        """Keep the responses to a prompt.
+        """Append the responses to a prompt.
 
         Raises:
             OutputError: another program has changed the file.
             ResourceError: the disk is full or fails.
         """
-        self.journal.append(
+        self.log.append(
             {
                 "prompt": question.prompt,
                 "responses": list(question.responses),
@@ -85,90 +86,90 @@ class Written:
         )
 
     def by_prompt(self) -> dict[str, tuple[str, ...]]:
-        """The responses to each prompt, by its canonical JSON."""
-        return by_prompt(self.journal.rows)
+        """Return the responses to each prompt, by its canonical JSON."""
+        return by_prompt(self.log.rows)
 
 
 @contextmanager
-def open_answers(out: Path, annotator: str) -> Iterator[Answers]:
-    """The file of answers, locked.
+def open_answers(out: Path, annotator: str) -> Iterator[AnswerFile]:
+    """Open the file of answers, locked.
 
     Raises:
         OutputError: in use by another run, not a file of answers, or not to be written.
         ResourceError: the disk is full or fails.
     """
-    with locked_file(out), open_append_log(out, check_answer) as journal:
-        yield Answers(journal, annotator)
+    with locked_file(out), open_append_log(out, check_answer_row) as log:
+        yield AnswerFile(log, annotator)
 
 
 @contextmanager
-def open_written(out: Path, settings: Mapping[str, Any]) -> Iterator[Written]:
-    """The file of responses beside the answers, which locks it.
+def open_responses(out: Path, settings: Mapping[str, Any]) -> Iterator[ResponseFile]:
+    """Open the file of responses beside the answers, whose lock guards it.
 
     Raises:
         OutputError: it holds something else, or responses of other settings.
         ResourceError: the disk is full or fails.
     """
-    path = written_path(out)
-    with open_append_log(path, check_written) as journal:
-        require_settings(journal.rows, settings, path)
-        yield Written(journal, settings)
+    path = responses_path(out)
+    with open_append_log(path, check_response_row) as log:
+        require_settings(log.rows, settings, path)
+        yield ResponseFile(log, settings)
 
 
 def read_answers(out: Path, annotator: str) -> dict[str, bool]:
-    """What a person has answered so far, as `Answers.mine`; nothing is written.
+    """Read what a person has answered so far, as `AnswerFile.mine`.
 
     Raises:
         OutputError: not a file of answers.
     """
-    return settled(read_append_log(out, check_answer).rows, annotator)
+    return answered_by(read_append_log(out, check_answer_row).rows, annotator)
 
 
-def read_written(out: Path, settings: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """What a model has written so far, as `Written.by_prompt`; nothing is written.
+def read_responses(out: Path, settings: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Read what a model has generated so far, as `ResponseFile.by_prompt`.
 
     Raises:
         OutputError: it holds something else, or responses of other settings.
     """
-    rows = read_append_log(written_path(out), check_written).rows
-    require_settings(rows, settings, written_path(out))
+    rows = read_append_log(responses_path(out), check_response_row).rows
+    require_settings(rows, settings, responses_path(out))
     return by_prompt(rows)
 
 
-def written_path(out: Path) -> Path:
-    """Where the responses are kept: `feedback.responses.jsonl` beside `feedback.jsonl`."""
+def responses_path(out: Path) -> Path:
+    """Return the file of responses: `feedback.responses.jsonl` beside `feedback.jsonl`."""
     return out.with_name(f"{out.stem}.responses.jsonl")
 
 
-def settled(rows: Sequence[Row], annotator: str) -> dict[str, bool]:
-    """Key -> whether it was skipped, of every question that a person has answered."""
+def answered_by(rows: Sequence[Row], annotator: str) -> dict[str, bool]:
+    """Return key -> whether it was skipped, of every question that a person has answered."""
     return {key_of(row): row["ranks"] is None for row in rows if row["annotator"] == annotator}
 
 
 def by_prompt(rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
-    """Canonical prompt -> responses."""
-    return {canonical(row["prompt"]): tuple(row["responses"]) for row in rows}
+    """Return canonical prompt -> responses."""
+    return {canonical_json(row["prompt"]): tuple(row["responses"]) for row in rows}
 
 
 def key_of(row: Row) -> str:
-    """The key of the question that a row answers."""
+    """Return the key of the question that a row answers."""
     return Question(row["prompt"], tuple(row["responses"])).key
 
 
-def check_answer(row: Row) -> str | None:
-    """What keeps a row from being an answer."""
+def check_answer_row(row: Row) -> str | None:
+    """Return what is wrong with a row of answers, None where nothing is."""
     if wrong := _check_question(row):
         return wrong
     ranks = row.get("ranks", ())
-    if ranks is not None and not are_ranks(ranks, len(row["responses"])):
+    if ranks is not None and not is_ranking(ranks, len(row["responses"])):
         return "holds a row without `ranks`: not a file of answers"
     if not isinstance(row.get("annotator"), str):
         return "holds a row without `annotator`: not a file of answers"
     return None
 
 
-def check_written(row: Row) -> str | None:
-    """What keeps a row from being responses that a model wrote for a ranking."""
+def check_response_row(row: Row) -> str | None:
+    """Return what is wrong with a row of responses, None where nothing is."""
     if not isinstance(row.get("settings"), dict):
         return "holds a row without `settings`: not llmctl's responses"
     return _check_question(row)

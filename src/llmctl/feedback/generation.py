@@ -1,7 +1,7 @@
-"""A model as the writer of responses.
+"""Generate the responses of a ranking with a model.
 
 In: a model's name, the prompts of all entries, and how to sample. Out: the responses to one of them
-at a time, which depend on the seed and the prompt's place, not on what was written before.
+at a time, which depend on the seed and the prompt's place, not on earlier ones.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from llmctl.config.commands import RankConfig
 from llmctl.decode.loop import Prompt, choose_forward, decode, load_for_generation
 from llmctl.decode.prompts import PromptEncoder, build_prompts
+from llmctl.feedback.question_queue import Generate, GenerationCancelled
 from llmctl.feedback.questions import Entry
-from llmctl.feedback.supply import GivenUp, Write
 from llmctl.hardware import memory_errors, pick_device
 from llmctl.models.loading import load_config, load_tokenizer, stop_tokens
 
@@ -20,7 +20,7 @@ from llmctl.models.loading import load_config, load_tokenizer, stop_tokens
 def encode_entries(
     config: RankConfig, model: str, entries: Sequence[Entry]
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase, dict[int, list[Prompt]]]:
-    """A model's configuration and tokenizer, and by place the prompts that it is to answer.
+    """Encode the prompts without responses, by place; return configuration and tokenizer, too.
 
     Raises:
         DataError: a prompt longer than the model's context.
@@ -30,14 +30,14 @@ def encode_entries(
     chat = tokenizer.chat_template is not None if config.chat is None else config.chat
     encoder, count = PromptEncoder(tokenizer, chat), config.responses
     places = [place for place, entry in enumerate(entries) if entry.responses is None]
-    asks = [entries[place].ask for place in places]
-    prompts = build_prompts(asks, encoder, shape, config.max_new_tokens, count)
-    found = {place: prompts[i * count : (i + 1) * count] for i, place in enumerate(places)}
-    return shape, tokenizer, found
+    examples = [entries[place].example for place in places]
+    prompts = build_prompts(examples, encoder, shape, config.max_new_tokens, count)
+    by_place = {place: prompts[i * count : (i + 1) * count] for i, place in enumerate(places)}
+    return shape, tokenizer, by_place
 
 
-def load_writer(config: RankConfig, model: str, entries: Sequence[Entry]) -> Write:
-    """A function that writes the responses to the entry at a place.
+def load_generator(config: RankConfig, model: str, entries: Sequence[Entry]) -> Generate:
+    """Load a model, and return the function that generates responses with it.
 
     Raises:
         DataError: a prompt longer than the model's context.
@@ -50,13 +50,13 @@ def load_writer(config: RankConfig, model: str, entries: Sequence[Entry]) -> Wri
     with memory_errors(batch_size=1):
         forward = choose_forward(lm, first.tokens)
 
-    def write(place: int, is_over: Callable[[], bool]) -> list[str]:
+    def generate(place: int, is_over: Callable[[], bool]) -> list[str]:
         def check(_: int, __: str) -> None:
             if is_over():
-                raise GivenUp
+                raise GenerationCancelled
 
         with memory_errors(batch_size=1):
-            found = decode(
+            responses = decode(
                 lm,
                 prompts[place],
                 config,
@@ -67,6 +67,6 @@ def load_writer(config: RankConfig, model: str, entries: Sequence[Entry]) -> Wri
                 tokenizer=tokenizer,
                 on_text=check,
             )
-            return [r.text for r in sorted(found, key=lambda response: response.index)]
+            return [r.text for r in sorted(responses, key=lambda response: response.index)]
 
-    return write
+    return generate

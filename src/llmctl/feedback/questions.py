@@ -1,7 +1,7 @@
-"""What is asked: prompts with the responses to be ranked.
+"""Prompts with the responses to be ranked.
 
-In: a file of prompts, some with their responses. Out: entries, and of each that has its responses a
-question: the distinct texts in an order of their own, and ranks translated back from it.
+In: a file of prompts, some with their responses. Out: entries, and questions: the distinct texts of
+an entry in an order of their own, and ranks translated back from it.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from llmctl.errors import DataError
 class Entry:
     """A row of the data."""
 
-    ask: PromptExample
+    example: PromptExample
     responses: tuple[str, ...] | None
     """None where a model is still to write them."""
 
@@ -38,8 +38,8 @@ class Question:
 
     @cached_property
     def key(self) -> str:
-        """Names the question across runs: a hash of all that is asked."""
-        return hashlib.sha256(canonical([self.prompt, self.responses]).encode()).hexdigest()
+        """Hash of prompt and responses, which identifies the question across runs."""
+        return hashlib.sha256(canonical_json([self.prompt, self.responses]).encode()).hexdigest()
 
     @cached_property
     def texts(self) -> tuple[str, ...]:
@@ -47,18 +47,18 @@ class Question:
         return tuple(dict.fromkeys(text.strip() for text in self.responses))
 
     def shown(self, seed: int, annotator: str) -> list[str]:
-        """The texts in the order that this person sees; nobody's order is the model's."""
+        """Return the texts in the order that this person sees; nobody's order is the model's."""
         order = list(self.texts)
         random.Random(f"{seed}\0{annotator}\0{self.key}").shuffle(order)
         return order
 
     def ranks(self, shown_ranks: Sequence[int], seed: int, annotator: str) -> list[int]:
-        """The rank of each response, from those of the texts as they were shown."""
+        """Return the rank of each response, from those of the texts as they were shown."""
         ranked = dict(zip(self.shown(seed, annotator), shown_ranks, strict=True))
         return [ranked[text.strip()] for text in self.responses]
 
 
-def are_ranks(ranks: object, count: int) -> TypeGuard[list[int]]:
+def is_ranking(ranks: object, count: int) -> TypeGuard[list[int]]:
     """Whether these rank so many texts: 1 is the best, ties share a rank, and no rank is left out.
 
     So `[1, 2, 2, 3]` are ranks, `[1, 2, 2, 4]` are not.
@@ -71,13 +71,13 @@ def are_ranks(ranks: object, count: int) -> TypeGuard[list[int]]:
     )
 
 
-def canonical(value: Any) -> str:
-    """JSON that equal values share."""
+def canonical_json(value: Any) -> str:
+    """Return the JSON that equal values share."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
 def read_entries(file: Path) -> list[Entry]:
-    """The prompts of a file, each once: jsonl, or one per line of any other.
+    """Read the prompts of a file, each once: jsonl, or one per line of any other.
 
     Raises:
         DataError: unreadable, not UTF-8, empty, or a row without a prompt or with responses that
@@ -89,7 +89,7 @@ def read_entries(file: Path) -> list[Entry]:
         if file.suffix in (".jsonl", ".json"):
             row = parse_row(line, str(file), number)
             entry = Entry(parse_prompt(row, file, number), _responses(row, file, number))
-        text = canonical([entry.ask.prompt, entry.responses])
+        text = canonical_json([entry.example.prompt, entry.responses])
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -101,7 +101,7 @@ def read_entries(file: Path) -> list[Entry]:
 
 
 def _responses(row: dict[str, Any], file: Path, number: int) -> tuple[str, ...] | None:
-    """The texts that a row carries."""
+    """Return the responses in a row, None where there are none."""
     if "responses" not in row:
         return None
     texts = row["responses"]

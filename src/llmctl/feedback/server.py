@@ -1,27 +1,33 @@
-"""The page on 127.0.0.1: who may see it, and what it may ask for.
+"""Rank on a page in the browser, served on 127.0.0.1 to one person.
 
-In: a session, and requests of a browser. Out: one page that carries all it needs, the state of the
+In: a session, and requests of a browser. Out: one page that needs nothing else, the state of the
 session as JSON, and answers in the file. The address holds a token that works once; it is exchanged
 for a cookie that no script and no other site can use.
 """
 
 import json
+import os
 import secrets
+import shlex
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
 from llmctl.console import log
 from llmctl.errors import UserError
-from llmctl.feedback.page import Texts, page, state
 from llmctl.feedback.session import Session
+from llmctl.feedback.terminal_session import turns
 
+WEB = Path(__file__).with_name("web")
 HOST = "127.0.0.1"
 HOSTS = {HOST, "localhost"}
 """Names under which the page may be asked for; another one is a site that points here."""
@@ -29,8 +35,51 @@ BODY_BYTES = 4096
 """More than the ranks of a question need."""
 
 
+@dataclass(frozen=True)
+class PageTexts:
+    """Texts of the page besides the questions."""
+
+    out: str
+    """The file of answers."""
+    command: str
+    """Command to run next."""
+
+
+def next_command(out: Path, model: str | None) -> str:
+    """Return the command that trains on the answers, starting from the model that wrote them."""
+    start = shlex.quote(model) if model else "MODEL"
+    return f"llmctl reward --model {start} --data {shlex.quote(str(out))} -o runs/reward"
+
+
+def state(session: Session, texts: PageTexts) -> dict[str, Any]:
+    """Return the state that the page shows, as JSON."""
+    question, counts = session.current(), session.counts()
+    shown: dict[str, Any] = {
+        "phase": "ask" if question else "wait" if counts.remaining else "done",
+        "annotator": session.annotator,
+        "can_undo": session.can_undo(),
+        **asdict(texts),
+        **asdict(counts),
+        "settled": counts.settled,
+        "total": counts.total,
+    }
+    if question is not None:
+        shown["key"] = question.key
+        shown["prompt"] = turns(question.prompt)
+        shown["responses"] = session.shown(question)
+    return shown
+
+
+def page(nonce: str) -> str:
+    """Return the page, whose script and style the nonce lets in."""
+    text = (WEB / "rank.html").read_text(encoding="utf-8")
+    for name in ("rank.css", "rank.js"):
+        text = text.replace(f"{{{{{name}}}}}", (WEB / name).read_text(encoding="utf-8"))
+    return text.replace("{{nonce}}", nonce)
+
+
 def listen(port: int) -> socket.socket:
-    """A socket on 127.0.0.1; port 0 is a free one.
+    """Open a socket on 127.0.0.1; port 0 is a free one.
 
     Raises:
         UserError: the port is in use, or not to be had.
@@ -45,9 +94,9 @@ def listen(port: int) -> socket.socket:
 
 
 class _Server(ThreadingHTTPServer):
-    """Serves one session to the browser that comes with the token first."""
+    """Serves one session to the first browser that has the token."""
 
-    def __init__(self, listening: socket.socket, session: Session, texts: Texts) -> None:
+    def __init__(self, listening: socket.socket, session: Session, texts: PageTexts) -> None:
         address = listening.getsockname()
         super().__init__(address, _Handler, bind_and_activate=False)
         self.socket.close()
@@ -74,8 +123,8 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(listening: socket.socket, session: Session, texts: Texts) -> Iterator[str]:
-    """Serve while the body runs; gives the address to open."""
+def serving(listening: socket.socket, session: Session, texts: PageTexts) -> Iterator[str]:
+    """Serve while the body runs; yield the address to open."""
     with _Server(listening, session, texts) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.1,), name="llmctl-page")
         thread.start()
@@ -95,18 +144,18 @@ class _Refusal(Exception):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers one request; whatever is not allowed is refused before anything is read."""
+    """AnswerFile one request; whatever is not allowed is refused before anything is read."""
 
     server: _Server
     timeout = 30
     server_version, sys_version = "llmctl", ""
 
     def do_GET(self) -> None:
-        """The page, or the state."""
+        """Send the page, or the state."""
         self._respond(self._get)
 
     def do_POST(self) -> None:
-        """An answer, or what else the person does."""
+        """Take an answer, or another action."""
         self._respond(self._post)
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -135,7 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(HTTPStatus.NOT_FOUND, "no such page")
 
     def _post(self) -> None:
-        """Do it; the answer is the state that it leads to, 409 where it came too late."""
+        """Carry out an action and send the new state; 409 where it came too late."""
         self._require_cookie()
         if self.headers.get("Origin") != f"http://{self.headers['Host']}":
             raise _Refusal(HTTPStatus.FORBIDDEN, "a request of another site")
@@ -156,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.session.finish()
 
     def _act(self, body: dict[str, Any]) -> bool:
-        """Do what the path says; whether it could be done."""
+        """Carry out the action that the path names; return whether it could be done."""
         session, key = self.server.session, str(body.get("key"))
         match self.path:
             case "/answer":
@@ -170,7 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
         raise _Refusal(HTTPStatus.NOT_FOUND, "no such action")
 
     def _require_own_name(self) -> None:
-        """Refuse a request by another name: a site whose name was made to lead here."""
+        """Refuse a request by another host name: a site whose name was made to lead here."""
         hosts = self.headers.get_all("Host", [])
         if len(hosts) != 1 or hosts[0].partition(":")[0].lower() not in HOSTS:
             raise _Refusal(HTTPStatus.MISDIRECTED_REQUEST, "this page is on 127.0.0.1 only")
@@ -192,7 +241,7 @@ class _Handler(BaseHTTPRequestHandler):
         return f"{name}={value}; Path=/; HttpOnly; SameSite=Strict"
 
     def _body(self) -> dict[str, Any]:
-        """The object that was sent."""
+        """Return the object that was sent."""
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdigit()):
             raise _Refusal(HTTPStatus.LENGTH_REQUIRED, "no length")
@@ -247,3 +296,39 @@ class _Handler(BaseHTTPRequestHandler):
 def _equal(one: str, other: str) -> bool:
     """Whether two secrets are the same, in a time that does not tell how much of them is."""
     return secrets.compare_digest(one.encode(), other.encode())
+
+
+def rank_on_page(
+    session: Session, listening: socket.socket, texts: PageTexts, *, browser: bool | None
+) -> None:
+    """Serve the page until the person leaves; its address is printed also when quiet.
+
+    Args:
+        session: with the questions.
+        listening: the socket.
+        texts: of the page besides the questions.
+        browser: whether to open it; None where a person can be expected to see it.
+
+    Raises:
+        UserError: the error that ended generation.
+    """
+    with serving(listening, session, texts) as url:
+        print(f"rank as {session.annotator}: {url}", file=sys.stderr, flush=True)
+        if browser or (browser is None and sys.stderr.isatty() and _has_display()):
+            _open(url)
+        session.wait_until_finished()
+
+
+def _has_display() -> bool:
+    return sys.platform == "darwin" or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
+
+
+def _open(url: str) -> None:
+    """Open it from a process of its own: browsers write to stdout, which is the result's."""
+    subprocess.Popen(
+        [sys.executable, "-m", "webbrowser", url],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )

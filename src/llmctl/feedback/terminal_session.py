@@ -1,4 +1,4 @@
-"""Ranking in the terminal, or from lines that come through a pipe.
+"""Rank in the terminal, or by lines from a pipe.
 
 In: a session, and lines such as `2 1=3`. Out: the questions on stderr, the answers in the file.
 """
@@ -11,15 +11,15 @@ from llmctl.errors import UserError
 from llmctl.feedback.questions import Question
 from llmctl.feedback.session import Session
 
-HELP = (
+HELP_TEXT = (
     "best first: 2 1=3 puts response 2 before 1 and 3, which tie; those left out share the last "
     "place\ns skips the prompt, u takes the last answer back, q leaves"
 )
-ASK = "rank (? helps): "
+QUERY = "rank (? helps): "
 
 
-def ask_in_terminal(session: Session) -> None:
-    """Ask until all is answered or the person leaves; the end of a pipe is leaving.
+def rank_in_terminal(session: Session) -> None:
+    """Ask until all is answered or the person leaves; the end of a pipe leaves, too.
 
     Raises:
         UserError: stdin is closed, the answers cannot be kept, or the model cannot write.
@@ -32,22 +32,22 @@ def ask_in_terminal(session: Session) -> None:
             log.info("the model is writing …")
         question = session.wait()
         if question is not None and question is not shown:
-            _say(_text(session, question))
+            _print(_text(session, question))
         shown = question
-        line = _read(ASK if question else "all is answered; u takes the last back, Enter ends: ")
+        line = _read(QUERY if question else "all is answered; u takes the last back, Enter ends: ")
         if line is None or line == "q" or (question is None and line != "u"):
             return
-        if wrong := _obey(session, question, line):
-            _say(f"{wrong}\n")
+        if message := _run_line(session, question, line):
+            _print(f"{message}\n")
 
 
-def _obey(session: Session, question: Question | None, line: str) -> str | None:
-    """Do what a line says; what there is to say about it."""
+def _run_line(session: Session, question: Question | None, line: str) -> str | None:
+    """Carry out a line; return a message about it, None where there is none."""
     if line == "u":
         return None if session.undo() else "nothing to take back"
     assert question is not None
     if line in ("", "?"):
-        return HELP
+        return HELP_TEXT
     try:
         ranks = None if line == "s" else parse_order(line, len(question.texts))
     except UserError as error:
@@ -57,7 +57,7 @@ def _obey(session: Session, question: Question | None, line: str) -> str | None:
 
 
 def parse_order(line: str, count: int) -> list[int]:
-    """The rank of each of so many texts, from their numbers in order of preference.
+    """Parse the rank of each of so many texts, from their numbers in order of preference.
 
     Raises:
         UserError: no such number, one that comes twice, a tie with nothing, or another character.
@@ -91,7 +91,7 @@ def parse_order(line: str, count: int) -> list[int]:
 
 
 def _text(session: Session, question: Question) -> str:
-    """A question as it is shown."""
+    """Return a question as it is shown."""
     counts = session.counts()
     parts = [f"\n--- {counts.settled + 1} of {counts.total} ---\n"]
     parts += [f"{role}:\n{text}\n" for role, text in turns(question.prompt)]
@@ -101,19 +101,19 @@ def _text(session: Session, question: Question) -> str:
 
 
 def turns(prompt: str | list[Message]) -> list[tuple[str, str]]:
-    """Who says what in a prompt."""
+    """Return role and text of each turn of a prompt."""
     if isinstance(prompt, str):
         return [("prompt", prompt)]
     return [(message["role"], message["content"]) for message in prompt]
 
 
-def _say(text: str) -> None:
-    """Show it, with no character that a terminal would obey."""
+def _print(text: str) -> None:
+    """Print to stderr, without control characters."""
     print(text.translate(SEEN), file=sys.stderr)
 
 
 def _read(prompt: str) -> str | None:
-    """The next line without the blank around it, None at the end."""
+    """Read the next line without the blank around it, None at the end."""
     print(prompt, end="", file=sys.stderr, flush=True)
     line = sys.stdin.buffer.readline()
     if not line.endswith(b"\n"):

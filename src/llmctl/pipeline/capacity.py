@@ -1,7 +1,7 @@
-"""Whether there is memory for each stage, and disk for all of them.
+"""Check that there is memory for each stage, and disk for all of them.
 
-What is counted is the least that a stage takes, with sequences of one token: what is refused could
-not have run.
+Counted is the least that a stage takes, with sequences of one token: what is refused could not
+have run.
 """
 
 import tempfile
@@ -25,7 +25,7 @@ from llmctl.errors import ResourceError
 from llmctl.files import no_space
 from llmctl.models import presets
 from llmctl.numbers import byte_size
-from llmctl.pipeline.predicted import Foretold
+from llmctl.pipeline.predicted import PredictedModel
 from llmctl.pipeline.references import Stage
 from llmctl.planning.memory import estimate_memory
 from llmctl.planning.outlook import device_memory
@@ -35,23 +35,23 @@ WEIGHT, CHECKPOINT = 4, 12
 """Bytes of a parameter in `model/`, and in a checkpoint with AdamW's two moments."""
 
 
-def require_room(stages: Sequence[Stage], models: Mapping[str, Foretold]) -> None:
+def require_capacity(stages: Sequence[Stage], models: Mapping[str, PredictedModel]) -> None:
     """Refuse a life cycle that cannot fit.
 
     Args:
         stages: in order.
-        models: what each of them trains, by its name.
+        models: the one that each of them trains, by the stage's name.
 
     Raises:
         ResourceError: too little memory or disk, with the numbers.
     """
     for stage in stages:
-        needed = least_memory(stage, models[stage.name])
+        needed = minimum_memory(stage, models[stage.name])
         on_cpu = _device(stage) == "cpu"
         left = hardware.memory_left() if on_cpu else device_memory("cuda")
         log.debug("stage %s: at least %s of memory", stage.name, byte_size(needed))
         if needed > left:
-            raise stage.wrong(
+            raise stage.named_in(
                 ResourceError(
                     f"{byte_size(needed)} of memory needed at the least, {byte_size(left)} there",
                     file=stage.file,
@@ -59,27 +59,27 @@ def require_room(stages: Sequence[Stage], models: Mapping[str, Foretold]) -> Non
                     hint="a smaller model, or lora with load_in_4bit; see llmctl plan",
                 )
             )
-    bytes_needed = sum(disk_of(stage, models[stage.name]) for stage in stages)
+    needed_bytes = sum(disk_space(stage, models[stage.name]) for stage in stages)
     there = next((p for s in stages for p in s.out.absolute().parents if p.exists()), Path("/"))
-    if bytes_needed > disk_usage(there).free:
-        raise no_space(there, bytes_needed)
+    if needed_bytes > disk_usage(there).free:
+        raise no_space(there, needed_bytes)
 
 
-def least_memory(stage: Stage, model: Foretold) -> float:
-    """Bytes that a stage takes on a device, as `llmctl plan` counts; 0 where nothing is known."""
+def minimum_memory(stage: Stage, model: PredictedModel) -> float:
+    """Return the bytes that a stage takes on a device at the least; 0 where nothing is known."""
     config = stage.config
     trains = PretrainConfig | SftConfig | RewardConfig | DpoConfig | PpoConfig
     if model.shape is None or not isinstance(config, trains):
         return 0.0
     with tempfile.TemporaryDirectory(prefix="llmctl-") as folder:
         model.shape.save_pretrained(folder)
-        asked = PlanConfig(shape=folder, length=1, devices=stage.processes)
-        workload, _, _ = plan_recipe(config, asked, _device(stage))
+        plan = PlanConfig(shape=folder, length=1, devices=stage.processes)
+        workload, _, _ = plan_recipe(config, plan, _device(stage))
     return estimate_memory(workload).peak
 
 
-def disk_of(stage: Stage, model: Foretold) -> int:
-    """Bytes that a stage leaves, its checkpoints included; adapters are small."""
+def disk_space(stage: Stage, model: PredictedModel) -> int:
+    """Return the bytes that a stage writes, with its checkpoints; adapters are not counted."""
     config = stage.config
     if model.shape is None or not isinstance(config, Resumable):
         return 0

@@ -1,6 +1,6 @@
-"""Every stage against the results of those before it, before the first one begins.
+"""Check every stage against the results of those before it, before the first one begins.
 
-In: stages with their configs. What a stage will make is foretold from its config: positions,
+In: stages with their configs. The result of a stage is predicted from its config: positions,
 vocabulary, parameters, whether there is a chat template. Deep checks read all data, too, and do the
 dry run of stages that depend on no other.
 """
@@ -16,13 +16,13 @@ from llmctl.config.commands import DpoConfig, PpoConfig, RewardConfig, SftConfig
 from llmctl.data.sources import find_sources, split_weight
 from llmctl.errors import DataError, UserError
 from llmctl.models.hub import split_revision
-from llmctl.pipeline.capacity import require_room
-from llmctl.pipeline.predicted import Foretold, foretell, require_fitting, trained
+from llmctl.pipeline.capacity import require_capacity
+from llmctl.pipeline.predicted import PredictedModel, predict, require_fitting, trained_model
 from llmctl.pipeline.references import Stage
 
 
 def check(stages: Sequence[Stage], *, deep: bool) -> None:
-    """Refuse what cannot work.
+    """Refuse stages that cannot work.
 
     Args:
         stages: that may run, in order.
@@ -31,25 +31,25 @@ def check(stages: Sequence[Stage], *, deep: bool) -> None:
     Raises:
         UserError: naming the stage and the line of the recipe.
     """
-    known: dict[str, Foretold] = {}
+    known: dict[str, PredictedModel] = {}
     for stage in stages:
         try:
-            _check_outside(stage)
+            _check_external(stage)
             require_fitting(stage, known)
-            known[stage.name] = foretell(stage, known)
+            known[stage.name] = predict(stage, known)
             if deep:
-                _read_data(stage) if stage.inputs else _try(stage)
+                _read_data(stage) if stage.inputs else _dry_run(stage)
         except UserError as error:
             if error.file != str(stage.file):
                 error.hint = error.hint or f"{stage.file}:{stage.line} is the stage"
-            raise stage.wrong(error) from None
-    require_room(stages, {stage.name: trained(stage, known) for stage in stages})
+            raise stage.named_in(error) from None
+    require_capacity(stages, {stage.name: trained_model(stage, known) for stage in stages})
 
 
-def _check_outside(stage: Stage) -> None:
+def _check_external(stage: Stage) -> None:
     """Refuse paths where there is nothing, and stdin, which can be read once only."""
     kinds = type(stage.config).inputs()
-    for field, texts in stage.outside.items():
+    for field, texts in stage.external.items():
         for text in texts:
             if text == "-":
                 raise DataError(f"{field}: a life cycle does not read stdin", hint="name a file")
@@ -57,7 +57,7 @@ def _check_outside(stage: Stage) -> None:
             if "data" in kinds[field]:
                 with tempfile.TemporaryDirectory(prefix="llmctl-") as spool:
                     find_sources([stem], Path(spool))
-            elif kinds[field] and not _may_be_there(stem, kinds[field]):
+            elif kinds[field] and not _can_exist(stem, kinds[field]):
                 raise UserError(
                     f"{field}: no stage, run or folder `{stem}`",
                     file=stage.file,
@@ -67,8 +67,8 @@ def _check_outside(stage: Stage) -> None:
                 )
 
 
-def _may_be_there(name: str, kinds: tuple[str, ...]) -> bool:
-    """Whether it is on this machine, or can be on the Hub, where there are no token shards."""
+def _can_exist(name: str, kinds: tuple[str, ...]) -> bool:
+    """Whether a name is on this machine, or can be on the Hub, where there are no token shards."""
     return Path(name).expanduser().exists() or (kinds != ("tokens",) and _is_hub_id(name))
 
 
@@ -79,12 +79,12 @@ def _is_hub_id(name: str) -> bool:
     return plain and not Path(name).suffix[1:].isalpha() and not Path(owner).is_dir()
 
 
-def _try(stage: Stage) -> None:
-    """All that the stage's own dry run checks: nothing that it reads is still to be made."""
-    from llmctl.pipeline.isolation import Beginning
+def _dry_run(stage: Stage) -> None:
+    """Dry-run a stage of which nothing that it reads is still to be made."""
+    from llmctl.pipeline.isolation import ProcessState
 
     config = stage.config.model_copy(update={"dry_run": True})
-    with Beginning().again(), contextlib.redirect_stdout(io.StringIO()):
+    with ProcessState().restored(), contextlib.redirect_stdout(io.StringIO()):
         import_module(f"llmctl.commands.{stage.stage}").run(config)
 
 

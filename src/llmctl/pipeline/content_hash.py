@@ -1,7 +1,7 @@
-"""The content address of a stage: what decides its result in, one hash out.
+"""Hash all that decides a stage's result, which is its content address.
 
-Its resolved recipe, the addresses of the stages it reads, the contents of what else it reads, and
-the code of llmctl. Hub ids and built-in data count by name.
+That is its resolved recipe, the addresses of the stages it reads, the contents of what else it
+reads, and the code of llmctl. Hub ids and built-in data count by name.
 """
 
 import json
@@ -21,29 +21,32 @@ CODE = Path(__file__).parents[1]
 RULE = "python:"
 
 
-def address_of(stage: Stage, addresses: Mapping[str, str]) -> str:
-    """The address of a stage.
+def content_hash(stage: Stage, addresses: Mapping[str, str]) -> str:
+    """Return the address of a stage.
 
     Args:
-        stage: its config says what it does.
+        stage: with its config.
         addresses: of the stages it reads.
     """
-    read = {*stage.needs, *stage.outside}
+    read = {*stage.needs, *stage.external}
     recipe = {k: v for k, v in stage.config.recipe(stage.stage).items() if k not in read}
-    facts = {
+    parts = {
         "recipe": recipe,
         "read": {
-            field: [[_name(text, stage), _of(text, stage, addresses)] for text in stage.read(field)]
+            field: [
+                [_spelling(text, stage), _address(text, stage, addresses)]
+                for text in stage.read(field)
+            ]
             for field in sorted(read)
         },
-        "code": code_version(),
+        "code": code_hash(),
     }
-    return sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    return sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @cache
-def code_version() -> str:
-    """Version and sources of llmctl."""
+def code_hash() -> str:
+    """Hash version and sources of llmctl."""
     digest = sha256(__version__.encode())
     for path in sorted(CODE.rglob("*")):
         if path.suffix in (".py", ".jinja"):
@@ -52,9 +55,9 @@ def code_version() -> str:
 
 
 def content(text: str) -> str:
-    """What tells a thing that is no stage from another: the hash of its content, else its name."""
+    """Hash the content of something that is no stage; return the name where there is none."""
     if text.startswith(RULE):
-        return _code_of(text.removeprefix(RULE).partition(".")[0]) or text
+        return _module_hash(text.removeprefix(RULE).partition(".")[0]) or text
     stem, _ = split_weight(text)
     path = Path(stem).expanduser()
     if path.is_file():
@@ -64,25 +67,25 @@ def content(text: str) -> str:
         return _hash(outputs) if outputs else sha256_folder(path)
     if any(sign in stem for sign in "*?["):
         root = Path(path.anchor)
-        found = sorted(p for p in root.glob(str(path.relative_to(root))) if p.is_file())
-        return _hash([[str(p), sha256_file(p)] for p in found])
+        files = sorted(p for p in root.glob(str(path.relative_to(root))) if p.is_file())
+        return _hash([[str(p), sha256_file(p)] for p in files])
     return stem
 
 
-def _of(text: str, stage: Stage, addresses: Mapping[str, str]) -> str:
-    """The address of a stage, the content of anything else."""
+def _address(text: str, stage: Stage, addresses: Mapping[str, str]) -> str:
+    """Return the address of a stage, the content hash of anything else."""
     stem, _ = split_weight(text)
     return addresses[stem] if stem in stage.inputs else content(text)
 
 
-def _name(text: str, stage: Stage) -> str:
-    """How it is spelled, where that can matter: a weight, or the name of a file."""
+def _spelling(text: str, stage: Stage) -> str:
+    """Return the part of a reference that counts as it is written: a weight, or a file's name."""
     stem, weight = split_weight(text)
     return weight if stem in stage.inputs else text
 
 
-def _code_of(module: str) -> str | None:
-    """Hash of a user's module in the working directory."""
+def _module_hash(module: str) -> str | None:
+    """Hash a user's module in the working directory; None where there is none."""
     file, folder = Path(f"{module}.py"), Path(module)
     if file.is_file():
         return sha256_file(file)

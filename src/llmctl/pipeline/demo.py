@@ -5,25 +5,25 @@ from typing import Any
 
 from llmctl.config.commands import DemoConfig
 from llmctl.console import log
-from llmctl.pipeline.run import live
+from llmctl.pipeline.run import run_life_cycle
 from llmctl.pipeline.steps import load
 
 RECIPE = Path(__file__).with_name("demo.yaml")
 
 
 def run(config: DemoConfig) -> dict[str, Any] | None:
-    """Run the recipe, then say what to try next."""
-    result = live(load(RECIPE), config, "demo")
+    """Run the recipe, then suggest what to try next."""
+    result = run_life_cycle(load(RECIPE), config, "demo")
     if result is not None:
-        _next_steps(result)
+        _log_next_steps(result)
     return result
 
 
-def _next_steps(result: dict[str, Any]) -> None:
-    made = {stage["name"]: stage["out"] for stage in result["stages"]}
+def _log_next_steps(result: dict[str, Any]) -> None:
+    outs = {stage["name"]: stage["out"] for stage in result["stages"]}
     log.info(
         "report: %s\ntry next:\n  llmctl chat --model %s\n  llmctl runs %s",
         result["report"],
-        made["ppo"],
+        outs["ppo"],
         result["out"],
     )

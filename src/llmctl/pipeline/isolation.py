@@ -1,6 +1,6 @@
-"""One stage must not change the next: the process's state before the first is put back each time.
+"""Restore the process's state between stages, so that none changes the next.
 
-What a stage leaves behind and others would see: numbers of threads, random generators, the type of
+Stages change numbers of threads, random generators, the type of
 new tensors, the environment, handlers and levels of loggers, filters of warnings.
 """
 
@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 
-class Beginning:
-    """The state of the process as it was when this was made."""
+class ProcessState:
+    """The state of the process as it was when the object was made."""
 
     def __init__(self) -> None:
-        """Take note of everything."""
+        """Take the state."""
         self.environment = dict(os.environ)
         self.path = list(sys.path)
         self.generators: tuple[Any, ...] = (
@@ -32,11 +32,11 @@ class Beginning:
         )
         self.threads = torch.get_num_threads()
         self.settings = dict(_settings())
-        self.loggers = {name: _looks(logger) for name, logger in _loggers()}
+        self.loggers = {name: _logger_state(logger) for name, logger in _loggers()}
 
     @contextmanager
-    def again(self) -> Iterator[None]:
-        """Run the body as the first thing that this process does, and leave no trace of it."""
+    def restored(self) -> Iterator[None]:
+        """Run the body in this state, and restore it afterwards."""
         self.restore()
         try:
             with warnings.catch_warnings():
@@ -48,7 +48,7 @@ class Beginning:
                 torch.cuda.empty_cache()
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Put the whole state back."""
         if dict(os.environ) != self.environment:
             for name in set(os.environ) - set(self.environment):
                 del os.environ[name]
@@ -67,7 +67,7 @@ class Beginning:
 
 
 def _settings() -> list[tuple[Callable[[Any], Any], Any]]:
-    """Functions that set what is one for the process, each with what is set now."""
+    """Return functions that set process-wide values of torch, each with the value now."""
     return [
         (torch.set_default_dtype, torch.get_default_dtype()),
         (torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()),
@@ -78,8 +78,8 @@ def _settings() -> list[tuple[Callable[[Any], Any], Any]]:
 
 def _loggers() -> Iterator[tuple[str, logging.Logger]]:
     known = {"": logging.getLogger(), **logging.Logger.manager.loggerDict}
-    return ((n, one) for n, one in list(known.items()) if isinstance(one, logging.Logger))
+    return ((n, item) for n, item in list(known.items()) if isinstance(item, logging.Logger))
 
 
-def _looks(logger: logging.Logger) -> tuple[int, list[logging.Handler], bool]:
+def _logger_state(logger: logging.Logger) -> tuple[int, list[logging.Handler], bool]:
     return logger.level, list(logger.handlers), logger.propagate

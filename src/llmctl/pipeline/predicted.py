@@ -1,4 +1,4 @@
-"""What a stage's result will be like, from its config and from what it starts from.
+"""Predict a stage's model or tokenizer, from its config and from what it starts from.
 
 None stands for what is not known before the stage has run; nothing is refused for it.
 """
@@ -18,15 +18,15 @@ from llmctl.pipeline.references import Stage
 
 BYTES = 256
 VOCABULARY = 8192
-"""Where a tokenizer chooses its size by the corpus: about what it comes to."""
+"""Estimate where a tokenizer chooses its size by the corpus."""
 
 
 @dataclass(frozen=True)
-class Foretold:
-    """What can be said of a tokenizer or a model."""
+class PredictedModel:
+    """The known properties of a tokenizer or a model."""
 
     tokenizer: str | None = None
-    """The stage or the reference that it is from."""
+    """The stage or the reference that it comes from."""
     vocab_size: int | None = None
     shape: PreTrainedConfig | None = None
     """The model's configuration."""
@@ -39,39 +39,39 @@ class Foretold:
         return None if self.shape is None else context_size(self.shape)
 
 
-def foretell(stage: Stage, known: Mapping[str, Foretold]) -> Foretold:
-    """What a stage will make."""
+def predict(stage: Stage, known: Mapping[str, PredictedModel]) -> PredictedModel:
+    """Predict the result of a stage."""
     config = stage.config
     match config:
         case TokenizeConfig():
             if config.tokenizer is not None:
-                return _of(stage, "tokenizer", known)
+                return _model_of(stage, "tokenizer", known)
             size = BYTES if config.algorithm == "byte" else config.vocab_size
-            return Foretold(tokenizer=stage.name, vocab_size=size, has_template=False)
+            return PredictedModel(tokenizer=stage.name, vocab_size=size, has_template=False)
         case PretrainConfig() if config.model is None:
-            return _untrained(stage, config, known)
-        case _ if "model" in stage.spelled:
+            return _new_model(stage, config, known)
+        case _ if "model" in stage.references:
             made = type(config).makes
-            base = _of(stage, "model", known)
+            base = _model_of(stage, "model", known)
             chats = base.has_template if stage.stage in ("pretrain", "merge") else None
-            return replace(base, has_template=chats) if made else Foretold()
-    return Foretold()
+            return replace(base, has_template=chats) if made else PredictedModel()
+    return PredictedModel()
 
 
-def trained(stage: Stage, known: Mapping[str, Foretold]) -> Foretold:
-    """What a stage trains: the model it is given, or the one it makes."""
-    return _of(stage, "model", known) if "model" in stage.spelled else known[stage.name]
+def trained_model(stage: Stage, known: Mapping[str, PredictedModel]) -> PredictedModel:
+    """Return the model that a stage trains: the one it is given, or the one it makes."""
+    return _model_of(stage, "model", known) if "model" in stage.references else known[stage.name]
 
 
-def require_fitting(stage: Stage, known: Mapping[str, Foretold]) -> None:
-    """Refuse what does not go with the models and tokenizers that the stage gets.
+def require_fitting(stage: Stage, known: Mapping[str, PredictedModel]) -> None:
+    """Refuse settings that do not go with the models and tokenizers of the stage.
 
     Raises:
         DataError: tokens of another tokenizer than the model's.
         ModelError: a conversation with a model that will have no chat template.
         UserError: more tokens than the model has positions.
     """
-    config, base = stage.config, _of(stage, "model", known)
+    config, base = stage.config, _model_of(stage, "model", known)
     values = dict(config)
     for name in ("max_length", "context", "max_new_tokens"):
         wanted, most = values.get(name), base.context
@@ -92,7 +92,7 @@ def require_fitting(stage: Stage, known: Mapping[str, Foretold]) -> None:
             hint="fine-tune it with a stage `sft` first, or drop what needs conversations",
         )
     if isinstance(config, PretrainConfig) and config.model and config.tokens:
-        tokens = _of(stage, "tokens", known)
+        tokens = _model_of(stage, "tokens", known)
         if None not in (tokens.tokenizer, base.tokenizer) and tokens.tokenizer != base.tokenizer:
             raise DataError(
                 "these tokens are of another tokenizer than the model's",
@@ -102,33 +102,33 @@ def require_fitting(stage: Stage, known: Mapping[str, Foretold]) -> None:
             )
 
 
-def _untrained(stage: Stage, config: PretrainConfig, known: Mapping[str, Foretold]) -> Foretold:
-    """A model from scratch: of the preset or the dials that the config names."""
-    made_by = _of(stage, "tokens" if config.tokens else "tokenizer", known)
-    made_by = replace(made_by, has_template=False)
+def _new_model(
+    stage: Stage, config: PretrainConfig, known: Mapping[str, PredictedModel]
+) -> PredictedModel:
+    """Predict a model from scratch: of the preset or the sizes in the config."""
+    base = _model_of(stage, "tokens" if config.tokens else "tokenizer", known)
+    base = replace(base, has_template=False)
     if names := stage.needs.get("config_from"):
-        return replace(made_by, shape=known[names[0]].shape)
+        return replace(base, shape=known[names[0]].shape)
     if config.size is None and config.config_from is None and config.layers is None:
-        return made_by  # the corpus will say
-    vocabulary = made_by.vocab_size or VOCABULARY
-    return replace(
-        made_by, shape=presets.new_config(config, config.size or "nano", vocabulary, None)
-    )
+        return base  # the corpus will say
+    vocabulary = base.vocab_size or VOCABULARY
+    return replace(base, shape=presets.new_config(config, config.size or "nano", vocabulary, None))
 
 
-def _of(stage: Stage, field: str, known: Mapping[str, Foretold]) -> Foretold:
-    """What a field's stage will make, or what stands outside."""
+def _model_of(stage: Stage, field: str, known: Mapping[str, PredictedModel]) -> PredictedModel:
+    """Return the model of a field: of the stage that it names, or of a run or folder."""
     if names := stage.needs.get(field):
-        return known.get(names[0]) or _outside(str(stage.out.parent / names[0]))
-    named = stage.outside.get(field)
-    return _outside(named[0]) if named else Foretold()
+        return known.get(names[0]) or _read_external(str(stage.out.parent / names[0]))
+    named = stage.external.get(field)
+    return _read_external(named[0]) if named else PredictedModel()
 
 
-def _outside(reference: str) -> Foretold:
-    """What a run or folder is; nothing of what is not on this machine."""
+def _read_external(reference: str) -> PredictedModel:
+    """Read a run's or folder's model; of one that is not on this machine nothing is known."""
     folder = Path(reference).expanduser()
     if not folder.is_dir() or (folder / "tokenizer").is_dir():
-        return Foretold(tokenizer=reference)
+        return PredictedModel(tokenizer=reference)
     tokenizer: Any = load_tokenizer(reference)
     has_template = tokenizer.chat_template is not None
-    return Foretold(reference, len(tokenizer), load_config(reference), has_template)
+    return PredictedModel(reference, len(tokenizer), load_config(reference), has_template)

@@ -1,7 +1,7 @@
-"""What a recipe's names mean: steps with names in, stages with directories and configs out.
+"""Resolve a recipe's names: steps with names in, stages with directories and configs out.
 
-Which fields name what is read, and what a stage's result can be to others, is said by the config
-classes: `Input` beside a field, and `makes`. A name of a stage wins over a file of that name.
+Config classes say which fields name an input (`Input` beside the field), and what a stage's result
+can be to others (`makes`). A name of a stage wins over a file of that name.
 """
 
 import difflib
@@ -32,17 +32,17 @@ class Stage:
     config: StageConfig
     needs: Mapping[str, tuple[str, ...]]
     """Names of the stages that each field reads."""
-    outside: Mapping[str, tuple[str, ...]]
-    """What else each field reads, as it is written there."""
-    spelled: Mapping[str, tuple[str, ...]]
-    """All that each field reads, in order: full names of stages, with their weights, and others."""
+    external: Mapping[str, tuple[str, ...]]
+    """Other inputs of each field, as they are written there."""
+    references: Mapping[str, tuple[str, ...]]
+    """All inputs of each field, in order: full names of stages, with their weights, and others."""
     gates: tuple[Gate, ...]
     file: Path
     line: int | None
 
     @property
     def out(self) -> Path:
-        """Its directory, or its file."""
+        """Directory or file of its result."""
         assert self.config.out is not None
         return self.config.out
 
@@ -53,62 +53,62 @@ class Stage:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Every stage that it reads, once."""
+        """Names of the stages that it reads, each once."""
         return tuple(dict.fromkeys(name for names in self.needs.values() for name in names))
 
     def read(self, field: str) -> tuple[str, ...]:
-        """What a field reads."""
-        return self.spelled.get(field, ())
+        """Return the inputs of a field."""
+        return self.references.get(field, ())
 
     @property
     def processes(self) -> int:
-        """How many processes it takes."""
+        """Number of processes that it runs in."""
         return int(dict(self.config).get("processes") or 1)
 
-    def wrong(self, error: UserError) -> UserError:
-        """The error, saying which stage it is about."""
+    def named_in(self, error: UserError) -> UserError:
+        """Put the stage's name before the error's message."""
         error.message = f"stage `{self.name}`: {error.message}"
         if isinstance(error, Interrupted | Terminated):
             error.hint = "the same command goes on"
         return error
 
 
-def resolve(recipe: Recipe, out: Path, **instead: Any) -> tuple[Stage, ...]:
-    """Every stage with its config.
+def resolve(recipe: Recipe, out: Path, **overrides: Any) -> tuple[Stage, ...]:
+    """Build the config of every stage.
 
     Args:
         recipe: the life cycle.
-        out: where the stages' directories are.
-        instead: fields to set in every stage that has them, unless None.
+        out: directory of the stages' directories.
+        overrides: fields to set in every stage that has them, unless None.
 
     Raises:
         UserError: with the line of the recipe.
     """
-    overrides = {name: value for name, value in instead.items() if value is not None}
+    given = {name: value for name, value in overrides.items() if value is not None}
     stages: dict[str, Stage] = {}
     for step in recipe.steps:
-        stages[step.name] = _resolve(step, recipe.file, out, stages, overrides)
+        stages[step.name] = _resolve(step, recipe.file, out, stages, given)
     return tuple(stages.values())
 
 
-def expanded(text: str, *, where: str, file: Path, line: int | None) -> str:
-    """The text with variables of the environment put in: `${env:NAME}`, `${env:NAME:-default}`.
+def expand_variables(text: str, *, where: str, file: Path, line: int | None) -> str:
+    """Put variables of the environment into a text: `${env:NAME}`, `${env:NAME:-default}`.
 
     Raises:
         UserError: a variable that is not set and has no default.
     """
 
-    def value(found: re.Match[str]) -> str:
-        name, default = found[1], found[2]
-        known = os.environ.get(name) or default
-        if known is None:
+    def value(match: re.Match[str]) -> str:
+        name, default = match[1], match[2]
+        content = os.environ.get(name) or default
+        if content is None:
             raise UserError(
                 f"{where}: the environment has no {name}",
                 file=file,
                 line=line,
                 hint=f"set it, or give a default: ${{env:{name}:-path}}",
             )
-        return known
+        return content
 
     return VARIABLE.sub(value, text)
 
@@ -126,10 +126,10 @@ def _resolve(
             line=step.lines.get(steering[0], step.line),
             hint=f"`llmctl run` has flags; its stages write to {out / step.name}",
         )
-    names, values = _Names(step, file, out, before), dict(step.values)
+    names, values = _ReferenceResolver(step, file, out, before), dict(step.values)
     for key, value in values.items():
         if key in fields:
-            values[key] = names.put_in(key, value, fields[key])
+            values[key] = names.resolve_value(key, value, fields[key])
         elif "${env:" in str(value):
             raise UserError(
                 f"{key}: ${{env:…}} is for paths, which this field does not name",
@@ -146,33 +146,34 @@ def _resolve(
         raise
     gates = parse_gates(step.gates, file, step.line)
     require_known_metrics(gates, step.stage, file, step.line)
-    needs = {key: tuple(found) for key, found in names.needs.items()}
-    outside = {key: tuple(found) for key, found in names.outside.items()}
-    spelled = {key: tuple(found) for key, found in names.spelled.items()}
-    return Stage(step.name, step.stage, config, needs, outside, spelled, gates, file, step.line)
+    needs, external, references = (
+        {key: tuple(texts) for key, texts in inputs.items()}
+        for inputs in (names.needs, names.external, names.references)
+    )
+    return Stage(step.name, step.stage, config, needs, external, references, gates, file, step.line)
 
 
-class _Names:
-    """The names that one step's fields hold."""
+class _ReferenceResolver:
+    """Resolves the names in one step's fields."""
 
     def __init__(self, step: Step, file: Path, out: Path, before: Mapping[str, Stage]) -> None:
         self.step, self.file, self.out, self.before = step, file, out, before
         self.needs: dict[str, list[str]] = {}
-        self.outside: dict[str, list[str]] = {}
-        self.spelled: dict[str, list[str]] = {}
+        self.external: dict[str, list[str]] = {}
+        self.references: dict[str, list[str]] = {}
 
-    def put_in(self, key: str, value: Any, kinds: tuple[str, ...]) -> Any:
-        """The value with directories for the names of stages, and the environment's variables."""
+    def resolve_value(self, key: str, value: Any, kinds: tuple[str, ...]) -> Any:
+        """Put directories for stages' names, and the environment's variables, into a value."""
         if isinstance(value, list):
-            return [self.put_in(key, item, kinds) for item in value]
+            return [self.resolve_value(key, item, kinds) for item in value]
         if not isinstance(value, str):
             return value
         line = self.step.lines.get(key, self.step.line)
-        text = expanded(value, where=key, file=self.file, line=line)
+        text = expand_variables(value, where=key, file=self.file, line=line)
         stem, weight = split_weight(text)
         if not kinds or stem not in self.step.scope:
-            self._warn_of_slip(stem)
-            return self._outside(key, text)
+            self._warn_of_typo(stem)
+            return self._external(key, text)
         name = self.step.scope[stem]
         if name is None:
             raise UserError(
@@ -183,45 +184,45 @@ class _Names:
                 "in the first one",
             )
         if name not in self.before:  # of `first`: no stage
-            return self._outside(key, name + weight)
-        found = self.before[name]
-        self._require_kind(key, found, kinds, line)
-        self._warn_of_file(stem, found)
+            return self._external(key, name + weight)
+        stage = self.before[name]
+        self._require_kind(key, stage, kinds, line)
+        self._warn_of_file(stem, stage)
         self.needs.setdefault(key, []).append(name)
-        self.spelled.setdefault(key, []).append(name + weight)
-        return str(found.out) + weight
+        self.references.setdefault(key, []).append(name + weight)
+        return str(stage.out) + weight
 
-    def _outside(self, key: str, text: str) -> str:
-        self.outside.setdefault(key, []).append(text)
-        self.spelled.setdefault(key, []).append(text)
+    def _external(self, key: str, text: str) -> str:
+        self.external.setdefault(key, []).append(text)
+        self.references.setdefault(key, []).append(text)
         return text
 
     def _require_kind(
-        self, key: str, found: Stage, kinds: tuple[str, ...], line: int | None
+        self, key: str, stage: Stage, kinds: tuple[str, ...], line: int | None
     ) -> None:
-        makes = type(found.config).makes
+        makes = type(stage.config).makes
         if not set(kinds) & set(makes):
             gives = f"gives {_either(makes)}" if makes else "gives nothing to others"
             raise UserError(
-                f"stage `{self.step.name}`: {key} takes {_either(kinds)}, and `{found.name}` "
-                f"({found.stage}) {gives}",
+                f"stage `{self.step.name}`: {key} takes {_either(kinds)}, and `{stage.name}` "
+                f"({stage.stage}) {gives}",
                 file=self.file,
                 line=line,
             )
 
-    def _warn_of_slip(self, name: str) -> None:
-        """Say where a name is nearly a stage's: a model of it would be looked for on the Hub."""
+    def _warn_of_typo(self, name: str) -> None:
+        """Warn of a name that is nearly a stage's, and would be looked for on the Hub."""
         close = difflib.get_close_matches(name, list(self.step.scope), n=1)
         if close and "/" not in name and not Path(name).exists():
             log.warning("`%s` is no stage: did you mean `%s`?", name, close[0])
 
-    def _warn_of_file(self, name: str, found: Stage) -> None:
-        there = Path(name)
-        if there.exists() and not (found.out.exists() and there.samefile(found.out)):
+    def _warn_of_file(self, name: str, stage: Stage) -> None:
+        path = Path(name)
+        if path.exists() and not (stage.out.exists() and path.samefile(stage.out)):
             log.warning("`%s` means the stage, not the file here: write ./%s for that", name, name)
 
 
-WORDS = {
+KIND_NAMES = {
     "tokens": "token shards",
     "tokenizer": "a tokenizer",
     "model": "a language model",
@@ -231,4 +232,4 @@ WORDS = {
 
 
 def _either(kinds: tuple[str, ...]) -> str:
-    return " or ".join(WORDS[kind] for kind in kinds)
+    return " or ".join(KIND_NAMES[kind] for kind in kinds)

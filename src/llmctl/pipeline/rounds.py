@@ -1,4 +1,4 @@
-"""Blocks of stages that a recipe repeats, written out: blocks in, parts in the order they run out.
+"""Unroll blocks of stages that a recipe repeats: blocks in, stages in the order they run out.
 
 In round 2 of a block its stages are called NAME-2. A name of the block means this round's stage
 where that comes before, else the last round's, and in the first round what `first` says. After the
@@ -16,7 +16,7 @@ from llmctl.errors import UserError
 ROUND = "${round}"
 """The round's number, in the text of a block's stages."""
 Scope = Mapping[str, str | None]
-"""What each name means: a stage by its full name; None for one that comes later."""
+"""Name -> the stage that it means, by its full name; None for one that comes later."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Block:
 
     rounds: int | None
     first: Mapping[str, str]
-    """What a name means in the first round that would mean the round before."""
+    """Round-1 value of names that refer to the previous round."""
     entries: tuple[tuple[Place, str, dict[str, Any]], ...]
     """Place in the file, name, and keys of each stage."""
 
 
 @dataclass(frozen=True)
-class Part:
+class UnrolledStage:
     """One stage in one round."""
 
     name: str
@@ -40,8 +40,8 @@ class Part:
     scope: Scope
 
 
-def unrolled(blocks: Sequence[Block], file: Path) -> Iterator[Part]:
-    """Every stage in order.
+def unroll(blocks: Sequence[Block], file: Path) -> Iterator[UnrolledStage]:
+    """Yield every stage in order.
 
     Raises:
         UserError: `first` names what is no stage of its block.
@@ -60,8 +60,8 @@ def unrolled(blocks: Sequence[Block], file: Path) -> Iterator[Part]:
             before = _round_before(block, number, known)
             for place, name, entry in block.entries:
                 full = name if block.rounds is None else f"{name}-{number}"
-                filled = entry if block.rounds is None else _filled(entry, str(number))
-                yield Part(full, place, filled, {**later, **known, **before})
+                filled = entry if block.rounds is None else _fill_in(entry, str(number))
+                yield UnrolledStage(full, place, filled, {**later, **known, **before})
                 known[full] = before[name] = full
         if block.rounds is not None:
             known |= {name: f"{name}-{block.rounds}" for name in names}
@@ -70,23 +70,23 @@ def unrolled(blocks: Sequence[Block], file: Path) -> Iterator[Part]:
 def _round_before(
     block: Block, number: int, known: Mapping[str, str | None]
 ) -> dict[str, str | None]:
-    """What the block's names mean as a round begins."""
+    """Return what the block's names mean as a round begins."""
     names = [name for _, name, _ in block.entries]
     if block.rounds is None:
         return dict.fromkeys(names)
     if number > 1:
         return {name: f"{name}-{number - 1}" for name in names}
-    return {name: _first(block.first.get(name), known) for name in names}
+    return {name: _first_round(block.first.get(name), known) for name in names}
 
 
-def _first(value: str | None, known: Mapping[str, str | None]) -> str | None:
+def _first_round(value: str | None, known: Mapping[str, str | None]) -> str | None:
     return value if value is None else known.get(value, value)
 
 
-def _filled(value: Any, number: str) -> Any:
-    """The value with the number of the round in its texts."""
+def _fill_in(value: Any, number: str) -> Any:
+    """Put the number of the round into the texts of a value."""
     if isinstance(value, str):
         return value.replace(ROUND, number)
     if isinstance(value, dict):
-        return {key: _filled(item, number) for key, item in value.items()}
-    return [_filled(item, number) for item in value] if isinstance(value, list) else value
+        return {key: _fill_in(item, number) for key, item in value.items()}
+    return [_fill_in(item, number) for item in value] if isinstance(value, list) else value

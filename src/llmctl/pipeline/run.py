@@ -1,58 +1,83 @@
 """`llmctl run`: a recipe in, a run of each of its stages out, in order, each on those before it."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
+from llmctl.config.base import to_yaml
 from llmctl.config.commands import RunConfig
 from llmctl.config.sections import Stages
+from llmctl.console import log
 from llmctl.errors import UserError
-from llmctl.pipeline.dry_run import print_plan
-from llmctl.pipeline.references import expanded, resolve
-from llmctl.pipeline.runner import Cycle
+from llmctl.pipeline.references import expand_variables, resolve
+from llmctl.pipeline.runner import ACTION_TEXTS, PipelineRunner
+from llmctl.pipeline.status import read_status
 from llmctl.pipeline.steps import Recipe, load
+from llmctl.redact import redacted
 
 
 def run(config: RunConfig) -> dict[str, Any] | None:
-    """Run what has changed, and say how every stage stands; None after a dry run."""
-    return live(load(config.recipe_path), config, "run")
+    """Run what has changed, and return the state of every stage; None after a dry run."""
+    return run_life_cycle(load(config.recipe_path), config, "run")
 
 
-def live(recipe: Recipe, config: Stages, command: str) -> dict[str, Any] | None:
+def run_life_cycle(recipe: Recipe, config: Stages, command: str) -> dict[str, Any] | None:
     """Run a life cycle.
 
     Args:
         recipe: its stages.
         config: which of them, and how.
-        command: what the result says it is of.
+        command: name of the command, for the result.
 
     Raises:
-        GateError: a stage's figures are not what the recipe demands.
-        UserError: what is wrong with the recipe, or with a stage.
+        GateError: a stage's result fails a gate.
+        UserError: the recipe is wrong, or a stage fails.
     """
     if "RANK" in os.environ:
         raise UserError(
             "a life cycle is run by one process, and this one was launched with others",
             hint="run it without a launcher; `processes: N` in a stage starts N for that stage",
         )
-    out = config.out or _out_of(recipe)
+    out = config.out or _default_out(recipe)
     stages = resolve(recipe, out, seed=config.seed, threads=config.threads)
     names = [stage.name for stage in stages]
     for flag, name in (("--from", config.from_stage), ("--only", config.only)):
         if name is not None and name not in names:
             raise UserError(f"{flag} {name}: no such stage", hint=f"stages are {', '.join(names)}")
-    cycle = Cycle(stages, out, recipe.file, config, command)
-    if config.dry_run or cycle.has_work():
+    runner = PipelineRunner(stages, out, recipe.file, config, command)
+    if config.dry_run or runner.has_work():
         from llmctl.pipeline.check import check  # transformers, not needed where nothing is to do
 
-        check(cycle.to_check(), deep=config.dry_run)
+        check(runner.to_check(), deep=config.dry_run)
     if config.dry_run:
-        print_plan(cycle, as_json=config.as_json)
+        print_plan(runner, as_json=config.as_json)
         return None
-    return cycle.run()
+    return runner.run()
 
 
-def _out_of(recipe: Recipe) -> Path:
+def _default_out(recipe: Recipe) -> Path:
     if recipe.out is None:
         return Path("runs") / recipe.file.stem
-    return Path(expanded(recipe.out, where="out", file=recipe.file, line=None))
+    return Path(expand_variables(recipe.out, where="out", file=recipe.file, line=None))
+
+
+def print_plan(runner: PipelineRunner, *, as_json: bool) -> None:
+    """Print the resolved stages on stdout, and what would be done on stderr.
+
+    Raises:
+        OutputError: a directory that holds something else, or a stage that is not complete.
+    """
+    stages: list[dict[str, Any]] = []
+    for stage, action in runner.actions(read_status(runner.out)):
+        how = "left as it is" if action is None else ACTION_TEXTS[action]
+        log.info("  %-16s %-10s %s", stage.name, stage.stage, how)
+        recipe = stage.config.recipe(stage.stage)
+        values = {key: value for key, value in recipe.items() if key in stage.config.given()}
+        for field, texts in stage.references.items():  # names, so that it is a recipe again
+            values[field] = list(texts) if isinstance(values[field], list) else texts[0]
+        gates = {gate.figure: f"{gate.sign}{gate.bound:g}" for gate in stage.gates}
+        more = {"gates": gates} if gates else {}
+        stages.append({"name": stage.name, "stage": stage.stage, **values, **more})
+    plan = {"out": str(runner.out), "stages": redacted(stages)}
+    print(json.dumps(plan) if as_json else to_yaml(plan), end="\n" if as_json else "")

@@ -1,38 +1,43 @@
-"""Stages in order: what is unchanged is skipped, what broke goes on, what changed runs anew."""
+"""Run stages in order: skip what is unchanged, resume what broke, run anew what changed."""
 
 import contextlib
 import io
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+from llmctl.commands import report
+from llmctl.config.commands import ReportConfig
 from llmctl.config.sections import Stages
 from llmctl.console import log
-from llmctl.errors import GateError, OutputError, UserError
-from llmctl.files import sha256_file, writing
-from llmctl.pipeline.content_hash import address_of
+from llmctl.errors import GateError, OutputError, UserError, from_json
+from llmctl.files import check_out, sha256_file, writing
+from llmctl.pipeline.content_hash import content_hash
 from llmctl.pipeline.gates import GateResult, check_gates
-from llmctl.pipeline.launching import launch
 from llmctl.pipeline.references import Stage
-from llmctl.pipeline.report import require_page, write_page
 from llmctl.pipeline.status import (
-    Journal,
-    Todo,
+    Action,
+    PipelineStatus,
+    choose_action,
     is_complete,
-    open_journal,
-    read_journal,
+    open_status,
+    read_status,
     result_of,
-    todo,
 )
-from llmctl.pipeline.view import View, show_gates
+from llmctl.pipeline.view import StageView, show_gates
 from llmctl.runs import lock
 from llmctl.runs.directory import read_manifest
-from llmctl.runs.ownership import made_directory
-from llmctl.signals import reason
+from llmctl.runs.ownership import made_directory, parse_object
+from llmctl.signals import handled_by, signal_error
 
-HOW: dict[Todo, str] = {
+PAGE = "report.html"
+ACTION_TEXTS: dict[Action, str] = {
     "begin": "starts",
     "resume": "goes on where it was",
     "replace": "runs anew",
@@ -40,7 +45,7 @@ HOW: dict[Todo, str] = {
 }
 
 
-class Cycle:
+class PipelineRunner:
     """The stages of a recipe in a directory, and which of them are wanted."""
 
     def __init__(
@@ -50,9 +55,10 @@ class Cycle:
         self.stages, self.out, self.recipe, self.config = stages, out, recipe, config
         self.command = command
         self.addresses: dict[str, str] = {}
+        """Content hash of each stage so far."""
 
-    def todos(self, journal: Journal) -> Iterator[tuple[Stage, Todo | None]]:
-        """What is to be done about each stage, None for one to be left as it is.
+    def actions(self, status: PipelineStatus) -> Iterator[tuple[Stage, Action | None]]:
+        """Yield the action of each stage, None for one to be left as it is.
 
         The addresses of the stages before it must be known by the time it is asked for.
 
@@ -62,30 +68,32 @@ class Cycle:
         names = [stage.name for stage in self.stages]
         only, first = self.config.only, self.config.from_stage
         begin = names.index(first) if first else 0
-        anew: set[str] = set()
+        rerun: set[str] = set()
         for place, stage in enumerate(self.stages):
-            known = journal.record(stage)
+            entry = status.entry(stage)
             if place < begin or (only and stage.name != only):
-                self._take(stage, known)
+                if entry and is_complete(stage, entry):  # whatever it was made from
+                    self.addresses[stage.name] = str(entry.get("address"))
                 yield stage, None
                 continue
-            self._require_inputs(stage, journal)
-            address = self.addresses[stage.name] = address_of(stage, self.addresses)
-            forced = self.config.overwrite or stage.name == first or bool(anew & {*stage.inputs})
+            self._require_inputs(stage)
+            address = self.addresses[stage.name] = content_hash(stage, self.addresses)
+            forced = self.config.overwrite or stage.name == first or bool(rerun & {*stage.inputs})
             if forced and (first or self.config.overwrite):
-                anew.add(stage.name)
-            yield stage, todo(stage, address, known, anew=forced)
+                rerun.add(stage.name)
+            yield stage, choose_action(stage, address, entry, forced=forced)
 
     def has_work(self) -> bool:
-        """Whether any stage is to run: what is complete needs no check.
+        """Whether any stage is to run.
 
         Raises:
-            OutputError: as `todos`.
+            OutputError: as `actions`.
         """
-        return any(what not in (None, "skip") for _, what in self.todos(read_journal(self.out)))
+        actions = self.actions(read_status(self.out))
+        return any(action not in (None, "skip") for _, action in actions)
 
     def to_check(self) -> tuple[Stage, ...]:
-        """The stages that may run."""
+        """Return the stages that may run."""
         if self.config.only:
             return tuple(stage for stage in self.stages if stage.name == self.config.only)
         names = [stage.name for stage in self.stages]
@@ -93,94 +101,83 @@ class Cycle:
         return self.stages[begin:]
 
     def run(self) -> dict[str, Any]:
-        """Run them; the result of the whole.
+        """Run the stages, and return the result of the whole.
 
         Raises:
             UserError: as the first stage that failed raised it.
         """
-        read_journal(self.out)  # refuses a directory that is one run
+        read_status(self.out)  # refuses a directory that is one run
         require_page(self.out)
         with writing(self.out), made_directory(self.out), lock.locked(self.out):
-            journal = open_journal(self.out, self.recipe, self.stages)
-            view = View(self.stages)
+            status = open_status(self.out, self.recipe, self.stages)
+            view = StageView(self.stages)
             try:
                 with view.shown():
-                    self._run_all(journal, view)
+                    self._run_all(status, view)
             except BaseException as error:
-                self._note_end(journal, error)
+                _record_failure(status, error)
                 show_gates(view.rows)
                 if isinstance(error, GateError):
                     log.info("report: %s", write_page(self.out))
                 if isinstance(error, UserError):
-                    error.report = self._result(journal, view)
+                    error.report = self._result(status, view)
                 raise
-            journal.write(state="completed", exit_code=0)
+            status.update(state="completed", exit_code=0)
             show_gates(view.rows)
             page = write_page(self.out)
-        return {**self._result(journal, view), "report": page}
+        return {**self._result(status, view), "report": page}
 
-    def _run_all(self, journal: Journal, view: View) -> None:
-        beginning = None
-        for stage, what in self.todos(journal):
-            if what is None:
+    def _run_all(self, status: PipelineStatus, view: StageView) -> None:
+        process_state = None
+        for stage, action in self.actions(status):
+            if action is None:
                 view.end(stage.name, "left", {})
-            elif what == "skip":
-                self._skip(stage, journal, view)
+            elif action == "skip":
+                self._skip(stage, status, view)
             else:
-                from llmctl.pipeline.isolation import Beginning  # torch, for stages that run
+                from llmctl.pipeline.isolation import ProcessState  # torch, for stages that run
 
-                beginning = beginning or Beginning()
-                with beginning.again():
-                    self._run_one(stage, what, journal, view)
+                process_state = process_state or ProcessState()
+                with process_state.restored():
+                    self._run_one(stage, action, status, view)
 
-    def _skip(self, stage: Stage, journal: Journal, view: View) -> None:
-        known = journal.record(stage)
-        result = result_of(stage, known)
-        journal.note(stage, address=self.addresses[stage.name], state="completed", result=result)
-        gate_results = self._judged(stage, result, journal)
-        view.end(stage.name, "unchanged", result, gate_results)
-        _require(stage, gate_results)
-
-    def _run_one(self, stage: Stage, what: Todo, journal: Journal, view: View) -> None:
-        """Run a stage; the journal knows before and after."""
-        view.begin(stage.name, HOW[what])
-        began = time.monotonic()
-        replaces = {} if what == "resume" else {"replaces": _run_id(stage)}
+    def _skip(self, stage: Stage, status: PipelineStatus, view: StageView) -> None:
+        result = result_of(stage, status.entry(stage))
         address = self.addresses[stage.name]
-        journal.note(stage, address=address, state="running", error=None, **replaces)
+        status.update_stage(stage, address=address, state="completed", result=result)
+        gates = _check_gates(stage, result, status)
+        view.end(stage.name, "unchanged", result, gates)
+        _require_gates(stage, gates)
+
+    def _run_one(
+        self, stage: Stage, action: Action, status: PipelineStatus, view: StageView
+    ) -> None:
+        """Run a stage, and write its status before and after."""
+        view.begin(stage.name, ACTION_TEXTS[action])
+        began = time.monotonic()
+        replaces = {} if action == "resume" else {"replaces": _run_id(stage)}
+        address = self.addresses[stage.name]
+        status.update_stage(stage, address=address, state="running", error=None, **replaces)
         try:
-            result = _carry_out(stage, what)
+            result = _run_stage(stage, action)
         except BaseException as error:
-            signalled = reason(error)
+            signalled = signal_error(error)
             state = "preempted" if signalled else "failed"
-            journal.note(stage, state=state, error=str(signalled or error))
+            status.update_stage(stage, state=state, error=str(signalled or error))
             view.end(stage.name, state, {}, (), time.monotonic() - began)
             if isinstance(error, UserError):
-                raise stage.wrong(error) from None
+                raise stage.named_in(error) from None
             raise
         seconds = time.monotonic() - began
-        digest = {"sha256": sha256_file(stage.out)} if stage.is_file else {}
-        journal.note(stage, state="completed", result=result, seconds=round(seconds, 1), **digest)
-        gate_results = self._judged(stage, result, journal)
-        view.end(stage.name, "completed", result, gate_results, seconds)
-        _require(stage, gate_results)
+        hashes = {"sha256": sha256_file(stage.out)} if stage.is_file else {}
+        status.update_stage(
+            stage, state="completed", result=result, seconds=round(seconds, 1), **hashes
+        )
+        gates = _check_gates(stage, result, status)
+        view.end(stage.name, "completed", result, gates, seconds)
+        _require_gates(stage, gates)
 
-    def _judged(
-        self, stage: Stage, result: Mapping[str, Any], journal: Journal
-    ) -> tuple[GateResult, ...]:
-        try:
-            gate_results = check_gates(stage.gates, result)
-        except GateError as error:
-            raise stage.wrong(error) from None
-        journal.note(stage, gates=[gate_result.as_json() for gate_result in gate_results])
-        return gate_results
-
-    def _take(self, stage: Stage, known: Mapping[str, Any]) -> None:
-        """Let a stage stand as it is, whatever it was made from."""
-        if known and is_complete(stage, known):
-            self.addresses[stage.name] = str(known.get("address"))
-
-    def _require_inputs(self, stage: Stage, journal: Journal) -> None:
+    def _require_inputs(self, stage: Stage) -> None:
         for name in stage.inputs:
             if name not in self.addresses:
                 raise OutputError(
@@ -189,57 +186,73 @@ class Cycle:
                     hint=f"run it first: --only {name}, or leave --only and --from out",
                 )
 
-    def _note_end(self, journal: Journal, error: BaseException) -> None:
-        signalled = reason(error)
-        known = signalled or (error if isinstance(error, UserError) else None)
-        journal.write(
-            state="preempted" if signalled else "failed",
-            exit_code=known.code if known else 1,
-            error=str(known or error),
-        )
-
-    def _result(self, journal: Journal, view: View) -> dict[str, Any]:
-        """What `--json` prints: each stage with its figures."""
+    def _result(self, status: PipelineStatus, view: StageView) -> dict[str, Any]:
+        """Return what `--json` prints: each stage with its result."""
         stages = []
         for stage in self.stages:
-            known = journal.record(stage)
-            told = {key: known.get(key) for key in ("address", "seconds", "gates", "error")}
-            row = view.rows[stage.name]
-            entry = {"name": stage.name, "stage": stage.stage, "state": row.state}
-            figures = known.get("result") or {}
-            stages.append({**entry, "out": str(stage.out), **told, "result": figures})
-        state = journal.facts.get("state")
+            entry = status.entry(stage)
+            row = {
+                "name": stage.name,
+                "stage": stage.stage,
+                "state": view.rows[stage.name].state,
+                "out": str(stage.out),
+            }
+            kept = {key: entry.get(key) for key in ("address", "seconds", "gates", "error")}
+            stages.append({**row, **kept, "result": entry.get("result") or {}})
+        state = status.summary.get("state")
         return {"stage": self.command, "out": str(self.out), "status": state, "stages": stages}
 
 
-def _carry_out(stage: Stage, what: Todo) -> dict[str, Any]:
-    """Run a stage, in this process or, where it takes several, in others."""
-    controls = _controls(stage, what)
+def _run_stage(stage: Stage, action: Action) -> dict[str, Any]:
+    """Run a stage in this process or, where it takes several, in others; return its result."""
+    flags = _control_flags(stage, action)
     if stage.processes > 1:
-        return launch(stage, controls)
-    config = stage.config.model_copy(update=controls)
-    module = import_module(f"llmctl.commands.{stage.stage}")
+        return launch(stage, flags)
+    config = stage.config.model_copy(update=flags)
+    command = import_module(f"llmctl.commands.{stage.stage}")
     with contextlib.redirect_stdout(io.StringIO()):
-        result = module.run(config)
+        result = command.run(config)
     return dict(result or {})
 
 
-def _controls(stage: Stage, what: Todo) -> dict[str, bool]:
-    """The flags of one call; answers of people are appended to, never replaced."""
+def _control_flags(stage: Stage, action: Action) -> dict[str, bool]:
+    """Return the flags of one call; answers of people are appended to, never replaced."""
     if stage.stage == "rank":
         return {}
-    return {"resume": True} if what == "resume" else {"overwrite": what == "replace"}
+    return {"resume": True} if action == "resume" else {"overwrite": action == "replace"}
 
 
 def _run_id(stage: Stage) -> str | None:
-    """The run that stands there now."""
-    found = None if stage.is_file else read_manifest(stage.out).get("run_id")
-    return None if found is None else str(found)
+    """Return the id of the run that is in the stage's directory now."""
+    run_id = None if stage.is_file else read_manifest(stage.out).get("run_id")
+    return None if run_id is None else str(run_id)
 
 
-def _require(stage: Stage, gate_results: tuple[GateResult, ...]) -> None:
-    """Refuse figures that are not what the recipe demands."""
-    if broken := [gate_result for gate_result in gate_results if not gate_result.holds]:
+def _record_failure(status: PipelineStatus, error: BaseException) -> None:
+    signalled = signal_error(error)
+    expected = signalled or (error if isinstance(error, UserError) else None)
+    status.update(
+        state="preempted" if signalled else "failed",
+        exit_code=expected.code if expected else 1,
+        error=str(expected or error),
+    )
+
+
+def _check_gates(
+    stage: Stage, result: Mapping[str, Any], status: PipelineStatus
+) -> tuple[GateResult, ...]:
+    """Check a stage's gates, and write how they stand."""
+    try:
+        gates = check_gates(stage.gates, result)
+    except GateError as error:
+        raise stage.named_in(error) from None
+    status.update_stage(stage, gates=[gate.as_json() for gate in gates])
+    return gates
+
+
+def _require_gates(stage: Stage, gates: tuple[GateResult, ...]) -> None:
+    """Refuse a result that fails a gate."""
+    if broken := [gate for gate in gates if not gate.holds]:
         first = broken[0]
         raise GateError(
             f"stage `{stage.name}`: gate {first.gate} does not hold: it is {first.value:.4g}",
@@ -247,3 +260,65 @@ def _require(stage: Stage, gate_results: tuple[GateResult, ...]) -> None:
             line=stage.line,
             hint="the stage is complete and stays; those after it were not begun",
         )
+
+
+def launch(stage: Stage, flags: dict[str, bool]) -> dict[str, Any]:
+    """Run a stage as a command of its own, which launches its processes; return its result.
+
+    Signals are passed on, so that it saves; its stderr is copied to ours. It runs in a session of
+    its own: a terminal's Ctrl-C would else reach it twice, and end it at once.
+
+    Raises:
+        UserError: as the command said it, with its exit code.
+    """
+    with tempfile.TemporaryDirectory(prefix="llmctl-") as folder:
+        recipe = Path(folder) / f"{stage.name}.yaml"
+        recipe.write_text(stage.config.to_yaml(stage.stage))
+        options = [f"--{name.replace('_', '-')}" for name, wanted in flags.items() if wanted]
+        command = [sys.executable, "-m", "llmctl", stage.stage, "-c", str(recipe)]
+        command += ["-o", str(stage.out), "--json", *options]
+        with (Path(folder) / "stdout").open("w+b") as stdout:
+            code = _run_command(command, stdout.fileno())
+            stdout.seek(0)
+            lines = stdout.read().splitlines()
+    result = parse_object(lines[-1]) if lines else {}
+    if code:
+        error = result.get("error")
+        raise from_json(error if isinstance(error, dict) else {}, code)
+    return result
+
+
+def _run_command(command: list[str], stdout: int) -> int:
+    """Run a command to its end, and return the exit code as a shell tells it."""
+    with subprocess.Popen(
+        command, stdout=stdout, stderr=subprocess.PIPE, start_new_session=True, text=True
+    ) as process:
+
+        def pass_on(number: int, _: FrameType | None) -> None:
+            process.send_signal(number)
+
+        assert process.stderr is not None
+        with handled_by(pass_on):
+            for line in process.stderr:
+                print(line, end="", file=sys.stderr)
+            code = process.wait()
+    return code if code >= 0 else 128 - code
+
+
+def require_page(out: Path) -> None:
+    """Refuse a directory where report.html cannot be written.
+
+    Raises:
+        OutputError: a file of that name is there, and no report.
+    """
+    page = out / PAGE
+    if page.exists():
+        check_out(page, overwrite=report.is_ours(page))
+
+
+def write_page(out: Path) -> str:
+    """Write report.html on all runs of a directory, and return its path."""
+    page = out / PAGE
+    with contextlib.redirect_stdout(io.StringIO()):
+        report.run(ReportConfig(runs=[out], out=page))
+    return str(page)

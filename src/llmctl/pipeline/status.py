@@ -18,47 +18,46 @@ from llmctl.runs.ownership import read_json
 from llmctl.runs.provenance import git, versions
 
 FILE = "pipeline.json"
-Todo = Literal["skip", "begin", "resume", "replace"]
+Action = Literal["skip", "begin", "resume", "replace"]
 
 
 @dataclass
-class Journal:
-    """What pipeline.json holds."""
+class PipelineStatus:
+    """The content of pipeline.json."""
 
     path: Path
-    facts: dict[str, Any]
-    """About the whole."""
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """About each stage, by name, in order."""
+    summary: dict[str, Any]
+    """Keys of the whole life cycle."""
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Keys of each stage, by name, in order."""
 
-    def note(self, stage: Stage, **facts: Any) -> None:
-        """Write facts about a stage."""
-        known = self.stages.setdefault(stage.name, {"name": stage.name, "stage": stage.stage})
-        known.update(out=str(stage.out), inputs=list(stage.inputs), **facts)
-        self.write()
+    def update_stage(self, stage: Stage, **values: Any) -> None:
+        """Set keys of a stage, at once on disk."""
+        entry = self.entries.setdefault(stage.name, {"name": stage.name, "stage": stage.stage})
+        entry.update(out=str(stage.out), inputs=list(stage.inputs), **values)
+        self.update()
 
-    def write(self, **facts: Any) -> None:
-        """Write facts about the whole."""
-        self.facts.update(facts, updated=now())
-        stages = list(self.stages.values())
-        write_json(self.path, {**self.facts, "stages": stages})
+    def update(self, **values: Any) -> None:
+        """Set keys of the whole, at once on disk."""
+        self.summary.update(values, updated=now())
+        write_json(self.path, {**self.summary, "stages": list(self.entries.values())})
 
-    def record(self, stage: Stage) -> Mapping[str, Any]:
-        """What is known of a stage; empty for none."""
-        return self.stages.get(stage.name, {})
+    def entry(self, stage: Stage) -> Mapping[str, Any]:
+        """Return the keys of a stage; empty for one that never ran."""
+        return self.entries.get(stage.name, {})
 
 
-def open_journal(out: Path, recipe: Path, stages: tuple[Stage, ...]) -> Journal:
-    """The journal of a directory, in which former stages stay at the end.
+def open_status(out: Path, recipe: Path, stages: tuple[Stage, ...]) -> PipelineStatus:
+    """Begin the status of a directory; stages that the recipe no longer has stay at the end.
 
     Raises:
         OutputError: the directory is a run itself.
     """
-    journal = read_journal(out)
-    known = journal.stages
-    ordered = {stage.name: known[stage.name] for stage in stages if stage.name in known}
-    journal.stages = {**ordered, **known}
-    journal.facts = {
+    status = read_status(out)
+    earlier = status.entries
+    ordered = {stage.name: earlier[stage.name] for stage in stages if stage.name in earlier}
+    status.entries = {**ordered, **earlier}
+    status.summary = {
         "recipe": str(recipe),
         "command": ["llmctl", *sys.argv[1:]],
         "versions": versions(),
@@ -68,68 +67,72 @@ def open_journal(out: Path, recipe: Path, stages: tuple[Stage, ...]) -> Journal:
         "exit_code": None,
         "error": None,
     }
-    return journal
+    return status
 
 
-def read_journal(out: Path) -> Journal:
-    """What a directory's pipeline.json says, for reading alone."""
+def read_status(out: Path) -> PipelineStatus:
+    """Read a directory's pipeline.json; the result is not to be written.
+
+    Raises:
+        OutputError: the directory is a run itself.
+    """
     if (out / "manifest.json").exists():
         raise OutputError("this is the directory of one run", file=out, hint="choose another --out")
-    entries = read_json(out / FILE).get("stages")
-    found = [e for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
-    return Journal(out / FILE, {}, {str(e.get("name")): e for e in found})
+    stages = read_json(out / FILE).get("stages")
+    entries = [e for e in stages if isinstance(e, dict)] if isinstance(stages, list) else []
+    return PipelineStatus(out / FILE, {}, {str(e.get("name")): e for e in entries})
 
 
-def todo(stage: Stage, address: str, known: Mapping[str, Any], *, anew: bool = False) -> Todo:
-    """What is to be done about a stage.
+def choose_action(
+    stage: Stage, address: str, entry: Mapping[str, Any], *, forced: bool = False
+) -> Action:
+    """Decide whether a stage runs, and how.
 
     Args:
         stage: as it is to be.
-        address: its content address.
-        known: what the journal says of it.
-        anew: run it also where nothing has changed.
+        address: its content hash.
+        entry: its keys in pipeline.json.
+        forced: run it also where nothing has changed.
 
     Raises:
         OutputError: its directory holds what no life cycle put there.
     """
-    there = stage.out.is_file() or (stage.out.is_dir() and any(stage.out.iterdir()))
-    if not known:
-        if there and not anew:
+    exists = stage.out.is_file() or (stage.out.is_dir() and any(stage.out.iterdir()))
+    if not entry:
+        if exists and not forced:
             raise OutputError(
                 "holds something that this life cycle did not make",
                 file=stage.out,
                 hint="choose another --out, or --overwrite to replace what llmctl wrote there",
             )
-        return "replace" if there else "begin"
-    if not there:
+        return "replace" if exists else "begin"
+    if not exists:
         return "begin"
-    if anew or known.get("address") != address or not is_new(stage, known):
+    if forced or entry.get("address") != address or not is_new(stage, entry):
         return "replace"
-    if is_complete(stage, known):
+    if is_complete(stage, entry):
         return "skip"
-    goes_on = "resume" in type(stage.config).model_fields and not _has_completed(stage)
-    return "resume" if goes_on else "replace"
+    can_resume = "resume" in type(stage.config).model_fields and not _has_completed(stage)
+    return "resume" if can_resume else "replace"
 
 
-def is_new(stage: Stage, known: Mapping[str, Any]) -> bool:
-    """Whether what stands there is not the run that this stage was to replace."""
+def is_new(stage: Stage, entry: Mapping[str, Any]) -> bool:
+    """Whether the run in its directory is another than the one that the stage was to replace."""
     if stage.is_file:
         return True
     run_id = read_manifest(stage.out).get("run_id")
-    return run_id is not None and run_id != known.get("replaces")
+    return run_id is not None and run_id != entry.get("replaces")
 
 
-def is_complete(stage: Stage, known: Mapping[str, Any]) -> bool:
+def is_complete(stage: Stage, entry: Mapping[str, Any]) -> bool:
     """Whether the stage ran to its end, and all that it wrote is there."""
     if stage.is_file:
         return (
-            known.get("state") == "completed"
+            entry.get("state") == "completed"
             and stage.out.is_file()
-            and sha256_file(stage.out) == known.get("sha256")
+            and sha256_file(stage.out) == entry.get("sha256")
         )
-    if not is_new(stage, known):
-        return False
-    if not _has_completed(stage):
+    if not is_new(stage, entry) or not _has_completed(stage):
         return False
     outputs = read_manifest(stage.out).get("outputs", [])
     files = [(stage.out / output["path"], output["bytes"]) for output in outputs]
@@ -140,7 +143,7 @@ def _has_completed(stage: Stage) -> bool:
     return read_json(stage.out / "status.json").get("state") == "completed"
 
 
-def result_of(stage: Stage, known: Mapping[str, Any]) -> dict[str, Any]:
-    """The result of a complete stage."""
-    found = known.get("result") or read_manifest(stage.out).get("result")
-    return dict(found) if isinstance(found, Mapping) else {}
+def result_of(stage: Stage, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the result of a complete stage."""
+    result = entry.get("result") or read_manifest(stage.out).get("result")
+    return dict(result) if isinstance(result, Mapping) else {}

@@ -1,7 +1,6 @@
-"""A life cycle as it is typed: a YAML file in, one `Step` after the other out.
+"""Read the recipe of a life cycle: a YAML file in, one `Step` for each of its stages out.
 
-Nothing is looked up but the file: which stages there are, what their fields are called, how often
-a block is repeated. See `references.py` for what names mean.
+Nothing but the file is read. See `references.py` for what names mean.
 """
 
 import difflib
@@ -14,12 +13,12 @@ from llmctl.config import commands
 from llmctl.config.base import Place, read_nested
 from llmctl.config.sections import StageConfig
 from llmctl.errors import UserError
-from llmctl.pipeline.rounds import Block, Scope, unrolled
+from llmctl.pipeline.rounds import Block, Scope, unroll
 
-TOP = ("stages", "defaults", "out")
-OF_STEP = ("name", "stage", "gates")
-OF_BLOCK = ("rounds", "first", "stages")
-WITH_A_PERSON = ("chat",)
+TOP_KEYS = ("stages", "defaults", "out")
+STEP_KEYS = ("name", "stage", "gates")
+BLOCK_KEYS = ("rounds", "first", "stages")
+INTERACTIVE = ("chat",)
 """Commands whose result is a conversation."""
 
 
@@ -34,7 +33,7 @@ class Step:
     """Its fields, defaults of the recipe included."""
     gates: Mapping[str, Any]
     scope: Scope
-    """What names mean here."""
+    """Meaning of the names in it."""
     lines: Mapping[str, int] = field(default_factory=dict)
     """1-based line of each field."""
     line: int | None = None
@@ -58,9 +57,9 @@ def load(file: Path) -> Recipe:
     values, lines = read_nested(file)
     if "stage" in values and "stages" not in values:
         values, lines = _as_one_stage(values, lines)
-    if unknown := [key for key in values if key not in TOP]:
+    if unknown := [key for key in values if key not in TOP_KEYS]:
         raise UserError(
-            f"unknown key `{unknown[0]}`{_close(unknown[0], TOP)}",
+            f"unknown key `{unknown[0]}`{_suggestion(unknown[0], TOP_KEYS)}",
             file=file,
             line=lines.get((unknown[0],)),
             hint="a life cycle has `stages`, and may have `defaults` and `out`",
@@ -77,14 +76,14 @@ def load(file: Path) -> Recipe:
 
 
 def config_class_of(stage: str) -> type[StageConfig] | None:
-    """The fields of a command that can be a stage of a life cycle; None for any other."""
-    found = vars(commands).get(f"{stage.title()}Config") if stage.islower() else None
-    usable = isinstance(found, type) and issubclass(found, StageConfig)
-    return found if usable and stage not in WITH_A_PERSON else None
+    """Return the config of a command that can be a stage of a life cycle; None for any other."""
+    config = vars(commands).get(f"{stage.title()}Config") if stage.islower() else None
+    usable = isinstance(config, type) and issubclass(config, StageConfig)
+    return config if usable and stage not in INTERACTIVE else None
 
 
 def stage_names() -> list[str]:
-    """Every command that can be a stage."""
+    """Return every command that can be a stage."""
     names = [name.removesuffix("Config").lower() for name in commands.__all__]
     return [name for name in names if config_class_of(name)]
 
@@ -92,7 +91,7 @@ def stage_names() -> list[str]:
 def _as_one_stage(
     values: dict[str, Any], lines: Mapping[Place, int]
 ) -> tuple[dict[str, Any], dict[Place, int]]:
-    """A recipe of one stage as a life cycle of one."""
+    """Turn a recipe of one stage into a life cycle of one."""
     out = {"out": values["out"]} if "out" in values else {}
     step = {key: value for key, value in values.items() if key != "out"}
     moved = {("stages", 0, *place): line for place, line in lines.items()}
@@ -101,12 +100,12 @@ def _as_one_stage(
 
 
 def _steps(
-    listed: Any, defaults: Mapping[str, Any], file: Path, lines: Mapping[Place, int]
+    entries: Any, defaults: Mapping[str, Any], file: Path, lines: Mapping[Place, int]
 ) -> Iterator[Step]:
-    """Every step in order, blocks repeated."""
-    blocks = list(_blocks(listed, file, lines))
+    """Yield every step in order, blocks repeated."""
+    blocks = list(_blocks(entries, file, lines))
     taken: dict[str, int | None] = {}
-    for part in unrolled(blocks, file):
+    for part in unroll(blocks, file):
         line = lines.get(part.place)
         if part.name in taken:
             raise UserError(
@@ -119,7 +118,7 @@ def _steps(
         kind = part.entry["stage"]
         config_class = config_class_of(kind)
         assert config_class is not None
-        own = {key: value for key, value in part.entry.items() if key not in OF_STEP}
+        own = {key: value for key, value in part.entry.items() if key not in STEP_KEYS}
         general = {k: v for k, v in defaults.items() if k in config_class.model_fields}
         at = {str(p[-1]): line for p, line in lines.items() if p[:-1] == part.place}
         shared = {str(p[-1]): line for p, line in lines.items() if p[:-1] == ("defaults",)}
@@ -136,23 +135,23 @@ def _steps(
         )
 
 
-def _blocks(listed: Any, file: Path, lines: Mapping[Place, int]) -> Iterator[Block]:
-    """The entries under `stages`: steps by themselves, and blocks of `rounds`."""
-    if not isinstance(listed, list) or not listed:
+def _blocks(entries: Any, file: Path, lines: Mapping[Place, int]) -> Iterator[Block]:
+    """Yield the entries under `stages`: single steps, and blocks of `rounds`."""
+    if not isinstance(entries, list) or not entries:
         raise UserError(
             "`stages` is a list of stages, each with its `stage`",
             file=file,
             line=lines.get(("stages",)),
             hint="such as: - {name: tok, stage: tokenize, data: [corpus.txt]}",
         )
-    for number, entry in enumerate(listed):
+    for number, entry in enumerate(entries):
         place: Place = ("stages", number)
         if not (isinstance(entry, dict) and "rounds" in entry):
             yield Block(None, {}, (_entry(entry, place, file, lines),))
             continue
-        if unknown := [key for key in entry if key not in OF_BLOCK]:
+        if unknown := [key for key in entry if key not in BLOCK_KEYS]:
             raise UserError(
-                f"unknown key `{unknown[0]}` beside `rounds`{_close(unknown[0], OF_BLOCK)}",
+                f"unknown key `{unknown[0]}` beside `rounds`{_suggestion(unknown[0], BLOCK_KEYS)}",
                 file=file,
                 line=lines.get((*place, unknown[0])),
                 hint="a block has `rounds`, `stages` and, for its first round, `first`",
@@ -180,7 +179,7 @@ def _blocks(listed: Any, file: Path, lines: Mapping[Place, int]) -> Iterator[Blo
 def _entry(
     entry: Any, place: Place, file: Path, lines: Mapping[Place, int]
 ) -> tuple[Place, str, dict[str, Any]]:
-    """A step's place, name and keys, found to be of a stage that there is."""
+    """Return a step's place, name and keys, once its stage is known to exist."""
     line = lines.get(place)
     if not isinstance(entry, dict):
         raise UserError("a stage is a mapping of keys to values", file=file, line=line)
@@ -190,7 +189,7 @@ def _entry(
     if not isinstance(stage, str) or config_class_of(stage) is None:
         known = stage_names()
         what = "no `stage`" if stage is None else f"no stage `{stage}`"
-        close = _close(str(stage), known) if stage is not None else ""
+        close = _suggestion(str(stage), known) if stage is not None else ""
         raise UserError(
             what + close,
             file=file,
@@ -220,7 +219,7 @@ def _check_defaults(
     for key in defaults:
         if key not in known:
             raise UserError(
-                f"defaults: no stage here has a field `{key}`{_close(key, known)}",
+                f"defaults: no stage here has a field `{key}`{_suggestion(key, known)}",
                 file=file,
                 line=lines.get(("defaults", key)),
             )
@@ -238,6 +237,6 @@ def _mapping(value: Any, place: Place, file: Path, lines: Mapping[Place, int]) -
     return {str(key): item for key, item in value.items()}
 
 
-def _close(name: str, known: Any) -> str:
+def _suggestion(name: str, known: Any) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f": did you mean `{close[0]}`?" if close else ""
