@@ -138,20 +138,11 @@ def assemble(
         watch: of `Trainer`.
         compiles_whole: whether `--compile` compiles the model as one, for inputs of one shape.
         may_skip_weights: see `place`.
-
-    Raises:
-        UserError: compilation under FSDP.
     """
     if config.compile:
-        if is_sharded(accelerator):
-            raise UserError("--compile has not been made to work under FSDP", hint="drop --compile")
-        compile_model(model, whole=compiles_whole)
-    placed, optimizers = place(
-        accelerator,
-        model,
-        make_optimizers(model, hyperparameters, device),
-        may_skip_weights=may_skip_weights,
-    )
+        compile_model(model, accelerator, whole=compiles_whole)
+    optimizers = make_optimizers(model, hyperparameters, device)
+    placed, optimizers = place(accelerator, model, optimizers, may_skip_weights=may_skip_weights)
     state = RunState(
         title=run.stage,
         run=run,
@@ -170,15 +161,21 @@ def assemble(
     return trainer
 
 
-def compile_model(model: nn.Module, *, whole: bool) -> None:
+def compile_model(model: nn.Module, accelerator: Accelerator, *, whole: bool) -> None:
     """Compile a model in place with torch.compile.
 
     Args:
         model: in training mode.
+        accelerator: processes.
         whole: as one. Otherwise its blocks, one by one and for inputs of any length: what stands
             between them, such as the hook that hands the output layer the tokens that count, stays
             as it is.
+
+    Raises:
+        UserError: FSDP is in force.
     """
+    if is_sharded(accelerator):
+        raise UserError("--compile has not been made to work under FSDP", hint="drop --compile")
     if whole:
         model.compile()
         return
