@@ -150,12 +150,7 @@ class AppendLog:
 def open_append_log(path: Path, check: Check, prefix: bytes = PREFIX) -> Iterator[AppendLog]:
     """Open a file of rows, made where there is none; drop a row that was cut off.
 
-    A body that fails before the first row leaves no new file.
-
-    Args:
-        path: the file.
-        check: returns what is wrong with a row.
-        prefix: beginning of every row.
+    A body that fails before the first row leaves no new file. Arguments as `read_append_log`.
 
     Raises:
         OutputError: it holds something else, or must not be written.

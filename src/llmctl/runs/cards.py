@@ -61,10 +61,10 @@ def card(path: Path, folder: Path, manifest: Mapping[str, Any]) -> str:
     """Compose one card."""
     from huggingface_hub import ModelCardData  # a third of a second
 
-    line, kind = lineage_of(path, manifest), kind_of(folder)
-    header = ModelCardData(**_header(line, kind, folder)).to_yaml(line_break="\n")
-    parts = [f"---\n{header}\n---", f"# {path.absolute().name}", _summary(line, kind, folder)]
-    for title, text in _sections(line, kind, folder):
+    lineage, kind = lineage_of(path, manifest), kind_of(folder)
+    header = ModelCardData(**_header(lineage, kind, folder)).to_yaml(line_break="\n")
+    parts = [f"---\n{header}\n---", f"# {path.absolute().name}", _summary(lineage, kind, folder)]
+    for title, text in _sections(lineage, kind, folder):
         parts += [f"## {title}", text]
     return redact("\n\n".join(parts)) + "\n"
 
@@ -95,13 +95,15 @@ def license_of(folder: Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _header(line: list[LineageStep], kind: str, folder: Path) -> dict[str, Any]:
+def _header(lineage: list[LineageStep], kind: str, folder: Path) -> dict[str, Any]:
     """Build the header that the Hub reads: only what is known, and only names of the Hub."""
-    stage, is_adapter = str(line[-1].manifest.get("stage")), _is_adapter(folder)
-    bases = [i for step in line for i in step.inputs if i.role in ("model", "base") and not i.run]
+    stage, is_adapter = str(lineage[-1].manifest.get("stage")), _is_adapter(folder)
+    bases = [
+        i for step in lineage for i in step.inputs if i.role in ("model", "base") and not i.run
+    ]
     base = next((i.hub_id for i in bases if i.hub_id), None)
     relation = "adapter" if is_adapter else RELATIONS.get(stage, "finetune")
-    data = [i.hub_id for step in line for i in step.inputs if i.is_data and i.hub_id]
+    data = [i.hub_id for step in lineage for i in step.inputs if i.is_data and i.hub_id]
     return {
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation" if kind == "language" else "text-classification",
@@ -113,8 +115,8 @@ def _header(line: list[LineageStep], kind: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def _summary(line: list[LineageStep], kind: str, folder: Path) -> str:
-    manifest = line[-1].manifest
+def _summary(lineage: list[LineageStep], kind: str, folder: Path) -> str:
+    manifest = lineage[-1].manifest
     count = manifest.get("parameters") or (manifest.get("result") or {}).get("parameters")
     size = f" of {numbers.compact(count)} parameters" if isinstance(count, int) else ""
     version = (manifest.get("versions") or {}).get("llmctl", "")
@@ -123,12 +125,14 @@ def _summary(line: list[LineageStep], kind: str, folder: Path) -> str:
     return f"{made} ({version})." if version else f"{made}."
 
 
-def _sections(line: list[LineageStep], kind: str, folder: Path) -> Iterator[tuple[str, str]]:
-    manifest = line[-1].manifest
+def _sections(lineage: list[LineageStep], kind: str, folder: Path) -> Iterator[tuple[str, str]]:
+    manifest = lineage[-1].manifest
     yield "How to use it", _usage(kind, folder)
-    yield "How it was made", _made(line)
-    rows = [(metrics.label(k), metrics.value(k, v)) for k, v in _figures(manifest)]
-    if rows:
+    yield "How it was made", _provenance(lineage)
+    result = manifest.get("result")
+    figures = metrics.figures(result) if isinstance(result, dict) else []
+    if figures:
+        rows = [(metrics.label(name), metrics.value(name, value)) for name, value in figures]
         yield "Figures", _table(("figure", "value"), rows)
     yield "Intended use and limits", SECTIONS[kind]
     yield "Bias and memorisation", CAVEATS
@@ -140,35 +144,31 @@ def _sections(line: list[LineageStep], kind: str, folder: Path) -> Iterator[tupl
 
 
 def _usage(kind: str, folder: Path) -> str:
-    name = CLASSES.get(kind, "AutoModelForSequenceClassification")
-    library = "transformers"
+    auto_class, arguments = CLASSES.get(kind, "AutoModelForSequenceClassification"), "folder"
+    imports = [f"from transformers import {auto_class}, AutoTokenizer"]
     if _is_adapter(folder):
-        name, library = name.replace("Auto", "AutoPeft", 1), "peft"
-    more = ", num_labels=1" if _is_adapter(folder) and kind in ("reward", "value") else ""
-    imports = (
-        [f"from transformers import {name}, AutoTokenizer"]
-        if library == "transformers"
-        else [f"from {library} import {name}", "from transformers import AutoTokenizer"]
-    )
+        auto_class = auto_class.replace("Auto", "AutoPeft", 1)
+        imports = [f"from peft import {auto_class}", "from transformers import AutoTokenizer"]
+        arguments += ", num_labels=1" if kind in ("reward", "value") else ""
     lines = [
         *imports,
         "",
         'folder = "."  # this one',
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        f"model = {name}.from_pretrained(folder{more})",
+        f"model = {auto_class}.from_pretrained({arguments})",
     ]
     return "```python\n" + "\n".join(lines) + "\n```"
 
 
-def _made(line: list[LineageStep]) -> str:
+def _provenance(lineage: list[LineageStep]) -> str:
     """List the command, then every run before it and every input."""
-    command = [portable(str(word)) for word in line[-1].manifest.get("command") or []]
+    command = [portable(str(word)) for word in lineage[-1].manifest.get("command") or []]
     parts = [f"```sh\n{shlex.join(command)}\n```"] if command else []
     parts.append("The run's `recipe.yaml` holds every setting as it was resolved.")
-    rows = [_step_row(step) for step in line]
+    rows = [_step_row(step) for step in lineage]
     parts.append(_table(("stage", "run", "inputs"), rows))
-    revision = (line[-1].manifest.get("git") or {}).get("commit")
-    seed = f"Seed {line[-1].manifest.get('seed')}"
+    revision = (lineage[-1].manifest.get("git") or {}).get("commit")
+    seed = f"Seed {lineage[-1].manifest.get('seed')}"
     parts.append(f"{seed}; commit {revision[:12]}." if isinstance(revision, str) else f"{seed}.")
     return "\n\n".join(parts)
 
@@ -185,11 +185,6 @@ def _input_name(item: RunInput) -> str:
     name = item.run.absolute().name if item.run else portable(item.path)
     shown = f"{item.role.replace('_', ' ')} {_code(name)}"
     return f"{shown} ({kind} {digest[:12]}…)" if digest else shown
-
-
-def _figures(manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    result = manifest.get("result")
-    return metrics.figures(result) if isinstance(result, dict) else []
 
 
 def _energy(energy: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:

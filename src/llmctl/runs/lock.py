@@ -81,12 +81,7 @@ def is_held(path: Path) -> bool:
 
 
 def in_use(path: Path, lock_file: Path | None = None) -> OutputError:
-    """Build the error for a lock that is held, with the process that the lock file names.
-
-    Args:
-        path: what is locked.
-        lock_file: of it; by default the directory's.
-    """
+    """Build the error for a lock that is held, with the process that its file names."""
     try:
         pid, host, *_ = (lock_file or path / LOCK).read_text().split("\n")
     except (OSError, ValueError):
