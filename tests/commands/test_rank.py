@@ -236,7 +236,7 @@ def test_an_answer_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
             spy(name)
         answers.add(Question("p", ("a", "b")), [1, 2])
         assert events == ["write", "fsync"]
-        answers.take_back()
+        answers.remove_last()
         assert events[2:] == ["ftruncate", "fsync"]
     assert (tmp_path / "a.jsonl").read_bytes() == b""
 
@@ -288,7 +288,7 @@ def test_a_file_that_another_program_changed_is_left_alone(tmp_path, change):
             path.write_bytes((tmp_path / "b.jsonl").read_bytes())
         else:
             path.unlink()
-        for act in (answers.take_back, lambda: answers.add(Question("q", ("a", "b")), None)):
+        for act in (answers.remove_last, lambda: answers.add(Question("q", ("a", "b")), None)):
             with pytest.raises(OutputError, match="another program"):
                 act()
 

@@ -436,7 +436,7 @@ def test_the_kept_step_is_shown_not_the_last(tmp_path):
     )
     (record,), _ = read_records([run])
     (found,) = samples_of(record)
-    assert [said.text for said in found.rows[0].said] == ["at 10", "at 20"]
+    assert [text.text for text in found.rows[0].texts] == ["at 10", "at 20"]
 
 
 @pytest.mark.parametrize(

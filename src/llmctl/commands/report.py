@@ -9,11 +9,11 @@ from llmctl.files import check_out, replace_file, writing
 from llmctl.redact import redact
 from llmctl.reporting.html import GENERATOR, page
 from llmctl.reporting.markdown import summary
-from llmctl.reporting.records import Record, names_of, read_beside, read_records
+from llmctl.reporting.records import RunRecord, read_extras, read_records, unique_names
 
 PAGE = Path("report.html")
 HEAD_BYTES = 4000
-"""Of a page, that name what made it."""
+"""First bytes of a page, which name its generator."""
 
 
 def run(config: ReportConfig) -> dict[str, Any] | None:
@@ -22,11 +22,11 @@ def run(config: ReportConfig) -> dict[str, Any] | None:
     check_out(out, overwrite=config.overwrite or is_ours(out))
     records, notes = read_records(config.runs)
     title = redact(config.title or _title(config.runs))
-    beside = read_beside(config.runs)
+    extras = read_extras(config.runs)
     if config.kind == "html":
-        text = page(records, notes, beside, title)
+        text = page(records, notes, extras, title)
     else:
-        text = summary(records, notes, beside, title)
+        text = summary(records, notes, extras, title)
     if out is not None:
         with writing(out):
             replace_file(out, text.encode())
@@ -34,8 +34,8 @@ def run(config: ReportConfig) -> dict[str, Any] | None:
     elif not config.as_json:
         print(text, end="")
         return None
-    found = {"stage": "report", "out": None if out is None else str(out), "format": config.kind}
-    return {**found, "runs": [_facts(record) for record in records]} | (
+    result = {"stage": "report", "out": None if out is None else str(out), "format": config.kind}
+    return {**result, "runs": [_as_json(record) for record in records]} | (
         {} if out is not None else {"text": text}
     )
 
@@ -43,7 +43,7 @@ def run(config: ReportConfig) -> dict[str, Any] | None:
 def _title(named: list[Path]) -> str:
     if len(named) == 1:
         return named[0].absolute().name
-    names = list(names_of(named))
+    names = list(unique_names(named))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
@@ -56,7 +56,7 @@ def is_ours(out: Path | None) -> bool:
         return f'<meta name="generator" content="{GENERATOR}">'.encode() in file.read(HEAD_BYTES)
 
 
-def _facts(record: Record) -> dict[str, Any]:
+def _as_json(record: RunRecord) -> dict[str, Any]:
     return {
         "path": str(record.path),
         "stage": record.stage,

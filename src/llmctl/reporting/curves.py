@@ -1,4 +1,4 @@
-"""Which curves a stage shows: metrics of its runs in, panels of series out.
+"""Choose the curves of a stage: metrics of its runs in, panels of series out.
 
 A metric and its held-out twin (`loss`, `val_loss`) share a panel, and so do the scores by source.
 """
@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from llmctl import metrics
-from llmctl.reporting.records import Record
+from llmctl.reporting.records import RunRecord
 
 TITLES = {
     "bits_per_byte": "Bits per byte",
@@ -21,16 +21,16 @@ TITLES = {
     "score/": "Score by source",
     "win_rate": "Wins against the reference",
 }
-JUDGED = ("val_loss", "val_score")
-"""Where the best step is marked."""
+MARKED = ("val_loss", "val_score")
+"""Metrics whose best step is marked."""
 MOST_POINTS = 360
-"""Of a series: more cannot be told apart."""
+"""Most points of a series: more cannot be told apart."""
 NOISY = 24
-"""Points from which on a series of training is also drawn smooth."""
+"""Points from which on a training series is also drawn smoothed."""
 STEEP = 12
 """Ratio of the highest learning rate to the median from which on its axis is logarithmic."""
-EXACT = ("lr", "kl_coef")
-"""Without noise: never smoothed."""
+NOISELESS = ("lr", "kl_coef")
+"""Never smoothed."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class Panel:
     series: tuple[Series, ...]
 
 
-def panels(records: Sequence[Record]) -> tuple[list[Panel], list[Panel]]:
-    """The panels of runs of one stage: those in sight, and the others.
+def panels(records: Sequence[RunRecord]) -> tuple[list[Panel], list[Panel]]:
+    """Build the panels of runs of one stage: those in sight, and the others.
 
-    A lone point of a run that is over is a figure, and no curve.
+    A lone point of a finished run is no curve.
     """
     keys = {key for record in records for row in record.metrics for key in _numbers(row)}
     if records[0].stage == "ppo":  # minus the objective, which is no loss of the policy's
@@ -73,12 +73,13 @@ def panels(records: Sequence[Record]) -> tuple[list[Panel], list[Panel]]:
         base, slash, _ = key.removeprefix("val_").partition("/")
         groups.setdefault(base + slash, []).append(key)
     several = len(records) > 1
-    made = {base: _panel(base, found, records, several) for base, found in groups.items()}
+    made = {base: _panel(base, names, records, several) for base, names in groups.items()}
     is_over = all(record.state == "completed" for record in records)
     shown = {
         base: panel
         for base, panel in made.items()
-        if panel.series and not (is_over and all(len(one.points) == 1 for one in panel.series))
+        if panel.series
+        and not (is_over and all(len(series.points) == 1 for series in panel.series))
     }
     ordered = sorted(shown, key=metrics.place)
     in_sight = {base for base in ordered if any(_curve(key) == "first" for key in groups[base])}
@@ -94,15 +95,16 @@ def _curve(key: str) -> str:
     return "folded" if metric is None else metric.curve
 
 
-def _panel(base: str, keys: list[str], records: Sequence[Record], several: bool) -> Panel:
+def _panel(base: str, keys: list[str], records: Sequence[RunRecord], several: bool) -> Panel:
     sources = sorted({key.partition("/")[2] for key in keys if "/" in key})
     series = []
     for number, record in enumerate(records):
         for key in keys:
             color = number if several else _color(key, sources)
-            if one := _series(record, key, color, several, alone=len(keys) == 1):
-                series.append(one)
-    values = [y for one in series for _, y in one.points]
+            line = _series(record, key, color, several, alone=len(keys) == 1)
+            if line is not None:
+                series.append(line)
+    values = [y for line in series for _, y in line.points]
     is_log = base == "lr" and bool(values) and min(values) > 0 and _is_steep(values)
     title = TITLES.get(base) or metrics.label(base)
     is_policy = base == "loss" and records[0].stage == "ppo"  # of a clipped term, in no unit
@@ -111,27 +113,29 @@ def _panel(base: str, keys: list[str], records: Sequence[Record], several: bool)
 
 
 def _color(key: str, sources: Sequence[str]) -> int:
-    """Of a lone run's series: one a source, or one for training and one for what is held out."""
+    """Return the colour of a lone run's series: by source, or by training and validation."""
     source = key.partition("/")[2]
     return sources.index(source) if source else int(key.startswith("val_"))
 
 
 def _is_steep(values: Sequence[float]) -> bool:
-    """Whether most of the values would lie on the ground of a linear axis."""
+    """Whether most of the values would lie at the bottom of a linear axis."""
     return max(values) > STEEP * statistics.median(values)
 
 
-def _series(record: Record, key: str, color: int, several: bool, *, alone: bool) -> Series | None:
-    points = [(x, y) for x, y in _points(record, key)]
+def _series(
+    record: RunRecord, key: str, color: int, several: bool, *, alone: bool
+) -> Series | None:
+    points = list(_points(record, key))
     if not points or (len(points) < 2 and several and alone and not record.metrics):
         return None
     held_out = key.startswith("val_")
     kind = key.partition("/")[2] or ("held out" if held_out else "training")
     if held_out and "/" in key:
         kind += ", held out"
-    is_noisy = not held_out and len(points) >= NOISY and key not in EXACT
+    is_noisy = not held_out and len(points) >= NOISY and key not in NOISELESS
     label = record.name if alone and several else f"{record.name}, {kind}" if several else kind
-    best = record.result.get("best_step") if key in JUDGED else None
+    best = record.result.get("best_step") if key in MARKED else None
     return Series(
         label=label,
         color=color,
@@ -143,17 +147,17 @@ def _series(record: Record, key: str, color: int, several: bool, *, alone: bool)
     )
 
 
-def _points(record: Record, key: str) -> Iterator[tuple[float, float]]:
-    """Step and value, in order; what was logged twice counts as it was last."""
-    found: dict[float, float] = {}
+def _points(record: RunRecord, key: str) -> Iterator[tuple[float, float]]:
+    """Yield step and value in order; of a step logged twice the last value counts."""
+    values: dict[float, float] = {}
     for row in record.metrics:
         if _is_number(row.get("step")) and _is_number(row.get(key)):
-            found[float(row["step"])] = float(row[key])
-    yield from sorted(found.items())
+            values[float(row["step"])] = float(row[key])
+    yield from sorted(values.items())
 
 
-def _band(record: Record, key: str) -> Iterator[tuple[float, float, float]]:
-    """Step and interval, where `KEY_low` and `KEY_high` were logged."""
+def _band(record: RunRecord, key: str) -> Iterator[tuple[float, float, float]]:
+    """Yield step and interval where `KEY_low` and `KEY_high` were logged."""
     names = ("step", f"{key}_low", f"{key}_high")
     for row in record.metrics:
         if all(_is_number(row.get(name)) for name in names):
@@ -162,23 +166,23 @@ def _band(record: Record, key: str) -> Iterator[tuple[float, float, float]]:
 
 
 def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """An exponential mean over about a twentieth of the points, without a bias to its start.
+    """Smooth by an exponential mean over about a twentieth of the points, without initial bias.
 
-    It is divided by what its weights sum up to (Kingma and Ba, 2015, arXiv:1412.6980, section 3).
+    Divided by the sum of its weights (Kingma and Ba, 2015, arXiv:1412.6980, section 3).
     """
     keep = 1 - 1 / max(2.0, len(points) / 20)
     mean = weight = 0.0
-    found = []
+    smooth = []
     for x, y in points:
         mean, weight = keep * mean + (1 - keep) * y, keep * weight + (1 - keep)
-        found.append((x, mean / weight))
-    return found
+        smooth.append((x, mean / weight))
+    return smooth
 
 
 def thinned(
     points: Sequence[tuple[float, float]], most: int = MOST_POINTS
 ) -> list[tuple[float, float]]:
-    """The points, or where they are too many the lowest and the highest of each stretch."""
+    """Return the points, of too many the lowest and the highest of each stretch."""
     if len(points) <= most:
         return list(points)
     edges = [round(place * len(points) / (most // 2)) for place in range(most // 2 + 1)]

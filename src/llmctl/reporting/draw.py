@@ -1,6 +1,6 @@
-"""Panels as SVG: scales, ticks and paths, in a frame of fixed size that the page scales.
+"""Lay panels out as SVG charts: scales, ticks and paths, in a frame that the page scales.
 
-In: panels. Out: what the template draws, in the frame's units, and what a script needs to point.
+In: panels. Out: charts in the frame's units, and the data of the script that shows values.
 """
 
 import math
@@ -15,16 +15,16 @@ WIDTH, HEIGHT = 400, 212
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 24
 TICKS = 4
 FEW = 20
-"""Points up to which each is marked."""
+"""Points up to which each gets a dot."""
 COLORS = 6
-"""Of the palette; further series are dashed."""
+"""Colours of the palette; further series are dashed."""
 
 Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Values of an axis to places in the frame."""
+    """Map the values of an axis to places in the frame."""
 
     low: float
     high: float
@@ -33,7 +33,7 @@ class Scale:
     is_log: bool = False
 
     def __call__(self, value: float) -> float:
-        """Where a value stands."""
+        """Return the place of a value."""
         low, high, at = (
             (math.log10(v) for v in (self.low, self.high, value))
             if self.is_log
@@ -52,8 +52,8 @@ class Tick:
 
 
 @dataclass(frozen=True)
-class Line:
-    """A series, drawn."""
+class ChartLine:
+    """A series, laid out."""
 
     label: str
     style: str
@@ -68,8 +68,8 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """A panel, drawn."""
+class Chart:
+    """A panel, laid out."""
 
     key: str
     title: str
@@ -77,27 +77,27 @@ class Drawing:
     is_log: bool
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
-    lines: tuple[Line, ...]
-    about: str
-    """What it shows, in words."""
+    lines: tuple[ChartLine, ...]
+    description: str
+    """The chart in words, for those who cannot see it."""
     data: dict[str, Any]
     """For the script that shows values under the pointer."""
 
 
-def draw(panel: Panel) -> Drawing:
+def draw(panel: Panel) -> Chart:
     """Lay a panel out."""
-    xs = [x for one in panel.series for x, _ in one.points]
-    ys = [y for one in panel.series for _, y in one.points]
-    ys += [end for one in panel.series for _, *ends in one.band for end in ends]
+    xs = [x for series in panel.series for x, _ in series.points]
+    ys = [y for series in panel.series for _, y in series.points]
+    ys += [end for series in panel.series for _, *ends in series.band for end in ends]
     x_low, x_high = spread(min(xs), max(xs)) if min(xs) == max(xs) else (min(xs), max(xs))
     x_scale = Scale(x_low, x_high, LEFT, WIDTH - RIGHT)
     y_low, y_high = spread(min(ys), max(ys), is_log=panel.is_log)
     y_scale = Scale(y_low, y_high, HEIGHT - BOTTOM, TOP, panel.is_log)
     y_at = log_ticks(y_low, y_high) if panel.is_log else ticks(y_low, y_high)
     x_at = [x for x in ticks(x_low, x_high, 5) if x == int(x)]
-    lines = tuple(_line(panel.key, one, x_scale, y_scale) for one in panel.series)
-    said = "; ".join(f"{line.label} {line.last}" for line in lines)
-    return Drawing(
+    lines = tuple(_line(panel.key, series, x_scale, y_scale) for series in panel.series)
+    ends = "; ".join(f"{line.label} {line.last}" for line in lines)
+    return Chart(
         key=panel.key.rstrip("/"),
         title=panel.title,
         unit=panel.unit,
@@ -105,13 +105,13 @@ def draw(panel: Panel) -> Drawing:
         x_ticks=tuple(Tick(x_scale(x), numbers.compact(x)) for x in x_at),
         y_ticks=tuple(Tick(y_scale(y), metrics.number(panel.key, y)) for y in y_at),
         lines=lines,
-        about=f"{panel.title} by step. At the end: {said}.",
+        description=f"{panel.title} by step. At the end: {ends}.",
         data=_data(panel, x_scale, y_scale),
     )
 
 
 def spread(low: float, high: float, *, is_log: bool = False) -> tuple[float, float]:
-    """The ends of an axis: a little beyond the values, and never the same."""
+    """Return the ends of an axis: a little beyond the values, and never the same."""
     if is_log:
         return low / 1.15, high * 1.15
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
@@ -120,7 +120,7 @@ def spread(low: float, high: float, *, is_log: bool = False) -> tuple[float, flo
 
 
 def ticks(low: float, high: float, most: int = TICKS) -> list[float]:
-    """Round numbers between two, at most about so many: multiples of 1, 2 or 5."""
+    """Return at most about so many round numbers between two: multiples of 1, 2 or 5."""
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * power for unit in (1, 2, 5, 10) if unit * power >= rough * 0.7)
@@ -129,30 +129,30 @@ def ticks(low: float, high: float, most: int = TICKS) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten between two numbers."""
+    """Return the powers of ten between two numbers."""
     first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
     return [10.0**number for number in range(first, last + 1)] or [low, high]
 
 
-def _line(key: str, one: Series, x_scale: Scale, y_scale: Scale) -> Line:
-    style = [f"c{one.color % COLORS + 1}", "held" if one.is_held_out else "fit"]
-    if one.color >= COLORS:
+def _line(key: str, series: Series, x_scale: Scale, y_scale: Scale) -> ChartLine:
+    style = [f"c{series.color % COLORS + 1}", "held" if series.is_held_out else "fit"]
+    if series.color >= COLORS:
         style.append("dashed")
-    if one.smooth:
+    if series.smooth:
         style.append("noisy")
-    placed = [(x_scale(x), y_scale(y)) for x, y in one.points]
+    placed = [(x_scale(x), y_scale(y)) for x, y in series.points]
     few = len(placed) <= FEW
-    band = [(x_scale(x), y_scale(a), y_scale(b)) for x, a, b in one.band]
+    band = [(x_scale(x), y_scale(a), y_scale(b)) for x, a, b in series.band]
     edge = [(x, low) for x, low, _ in band] + [(x, high) for x, _, high in reversed(band)]
-    return Line(
-        label=one.label,
+    return ChartLine(
+        label=series.label,
         style=" ".join(style),
         path=_path(placed),
-        smooth=_path([(x_scale(x), y_scale(y)) for x, y in one.smooth]),
+        smooth=_path([(x_scale(x), y_scale(y)) for x, y in series.smooth]),
         band=f"{_path(edge)}Z" if edge else "",
-        dots=tuple(placed) if len(placed) == 1 or (one.is_held_out and few) else (),
-        best=(x_scale(one.best[0]), y_scale(one.best[1])) if one.best else None,
-        last=metrics.number(key, one.points[-1][1]),
+        dots=tuple(placed) if len(placed) == 1 or (series.is_held_out and few) else (),
+        best=(x_scale(series.best[0]), y_scale(series.best[1])) if series.best else None,
+        last=metrics.number(key, series.points[-1][1]),
     )
 
 
@@ -167,10 +167,10 @@ def _data(panel: Panel, x_scale: Scale, y_scale: Scale) -> dict[str, Any]:
         "log": panel.is_log,
         "series": [
             {
-                "label": one.label,
-                "points": [[float(f"{x:.8g}"), float(f"{y:.5g}")] for x, y in one.points],
-                "texts": [metrics.with_unit(panel.key, y) for _, y in one.points],
+                "label": series.label,
+                "points": [[float(f"{x:.8g}"), float(f"{y:.5g}")] for x, y in series.points],
+                "texts": [metrics.with_unit(panel.key, y) for _, y in series.points],
             }
-            for one in panel.series
+            for series in panel.series
         ],
     }

@@ -1,25 +1,25 @@
-"""Who fed whom: runs in, a drawing of boxes and arrows out, lying for a wide page or upright.
+"""Draw which run fed which: runs in, boxes and arrows out, lying for a wide page or upright.
 
-A run stands one place after the last of those that it took something from. Those that led to the
-last run by their model stand in one row, the others beside it.
+A run stands one column after the last of its inputs. The runs whose models led to the last run
+stand in one row, the others beside it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmctl.reporting.records import Record, clean
+from llmctl.reporting.records import RunRecord, clean
 from llmctl.reporting.tables import key_figures
 from llmctl.runs.lineage import LineageStep, RunInput, lineage_of, portable
 
 SPINE = ("model", "base", "tokens", "adapter", "tokenizer")
-"""Roles that hand a model on."""
+"""Roles of inputs that are a model or become one."""
 BOX = (164, 66)
 GAP = (34, 18)
 """Between boxes: along the flow and across it."""
 EDGE = 2
 BRIEF = {"Validation loss": "nats held out", "Wins against the reference": "wins"}
 LETTERS = 22
-"""That fit into a box."""
+"""Characters that fit into a box."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Box:
     detail: str
     state: str
     link: str
-    """Anchor of the run's part of the page; empty where it has none."""
+    """Anchor of the run's section; empty where it has none."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class _Node:
     state: str
     link: str
     parents: tuple[str, ...]
-    handed: tuple[str, ...]
-    """Those of the parents that handed a model on."""
+    model_parents: tuple[str, ...]
+    """Parents whose model it takes."""
 
 
-def graphs(records: Sequence[Record]) -> tuple[Graph, Graph] | None:
-    """The runs and what they stand on, lying and upright; None where nothing is connected."""
+def graphs(records: Sequence[RunRecord]) -> tuple[Graph, Graph] | None:
+    """Draw runs and their inputs, lying and upright; None where nothing is connected."""
     nodes = _nodes(records)
     if len(nodes) < 2 or not any(node.parents for node in nodes.values()):
         return None
@@ -70,8 +70,8 @@ def graphs(records: Sequence[Record]) -> tuple[Graph, Graph] | None:
     return _drawn(nodes, places, is_upright=False), _drawn(nodes, places, is_upright=True)
 
 
-def edges(records: Sequence[Record]) -> tuple[list[tuple[str, str]], list[tuple[int, int]]]:
-    """Stage and name of every node, and pairs of their places, parent first."""
+def edges(records: Sequence[RunRecord]) -> tuple[list[tuple[str, str]], list[tuple[int, int]]]:
+    """Return stage and name of every node, and pairs of their places, parent first."""
     nodes = _nodes(records)
     order = {key: place for place, key in enumerate(nodes)}
     pairs = [
@@ -80,22 +80,22 @@ def edges(records: Sequence[Record]) -> tuple[list[tuple[str, str]], list[tuple[
     return [(node.stage, node.name) for node in nodes.values()], pairs
 
 
-def _nodes(records: Sequence[Record]) -> dict[str, _Node]:
-    """Every run of the report and of its lines, and the models from elsewhere, parents first."""
+def _nodes(records: Sequence[RunRecord]) -> dict[str, _Node]:
+    """Return every run of the report and of their lineages, and external models, parents first."""
     shown = {str(record.path.resolve()): record for record in records}
-    found: dict[str, _Node] = {}
+    nodes: dict[str, _Node] = {}
     for record in records:
         for step in lineage_of(record.path, record.manifest):
             key = str(step.path.resolve())
-            if key not in found:
-                found |= {one.key: one for one in _outside(step) if one.key not in found}
-                found[key] = _node(key, step, shown.get(key))
-    return found
+            if key not in nodes:
+                nodes |= {node.key: node for node in _external(step) if node.key not in nodes}
+                nodes[key] = _node(key, step, shown.get(key))
+    return nodes
 
 
-def _node(key: str, step: LineageStep, record: Record | None) -> _Node:
-    named = {_key(one): one.role for one in step.inputs if one.run or not one.is_data}
-    data = [one.path for one in step.inputs if one.run is None and one.is_data]
+def _node(key: str, step: LineageStep, record: RunRecord | None) -> _Node:
+    roles = {_key(item): item.role for item in step.inputs if item.run or not item.is_data}
+    data = [item.path for item in step.inputs if item.run is None and item.is_data]
     more = f" +{len(data) - 1}" if len(data) > 1 else ""
     return _Node(
         key,
@@ -105,17 +105,17 @@ def _node(key: str, step: LineageStep, record: Record | None) -> _Node:
         detail=clean(portable(data[0]).rpartition("/")[2]) + more if data else "",
         state=record.state if record else "elsewhere",
         link=anchor(record) if record else "",
-        parents=tuple(named),
-        handed=tuple(key for key, role in named.items() if role in SPINE),
+        parents=tuple(roles),
+        model_parents=tuple(key for key, role in roles.items() if role in SPINE),
     )
 
 
-def _key(one: RunInput) -> str:
-    return str(one.run.resolve()) if one.run else f"outside:{one.path}"
+def _key(item: RunInput) -> str:
+    return str(item.run.resolve()) if item.run else f"outside:{item.path}"
 
 
-def _figure(record: Record) -> str:
-    """The one figure that says how it went; how it ended where it did not go well."""
+def _figure(record: RunRecord) -> str:
+    """Return the first key figure of a run; its state where it did not complete."""
     if record.state not in ("completed", "running"):
         return record.state
     first = next(iter(key_figures(record)), None)
@@ -124,23 +124,23 @@ def _figure(record: Record) -> str:
     return f"{first.value} {BRIEF.get(first.label, first.label.partition(',')[0].lower())}"
 
 
-def _outside(step: LineageStep) -> list[_Node]:
-    """Models that no run of this disk made."""
-    models = [one for one in step.inputs if one.run is None and not one.is_data]
+def _external(step: LineageStep) -> list[_Node]:
+    """Return the models that no run on this disk made."""
+    models = [item for item in step.inputs if item.run is None and not item.is_data]
     return [
-        _Node(_key(one), one.role.replace("_", " "), clean(portable(one.path)),
+        _Node(_key(item), item.role.replace("_", " "), clean(portable(item.path)),
               "", "", "elsewhere", "", (), ())
-        for one in models
+        for item in models
     ]  # fmt: skip
 
 
-def anchor(record: Record) -> str:
-    """Where the page tells of a run: its stage's part."""
+def anchor(record: RunRecord) -> str:
+    """Return the anchor of a run's section on the page."""
     return f"stage-{record.stage}"
 
 
 def _places(nodes: dict[str, _Node]) -> dict[str, tuple[int, int]]:
-    """Column and row of every node; the longest line stands in the first row."""
+    """Return column and row of every node; the longest line stands in the first row."""
     columns: dict[str, int] = {}
     for key, node in nodes.items():  # parents come first
         columns[key] = max((columns[p] + 1 for p in node.parents if p in columns), default=0)
@@ -160,11 +160,11 @@ def _places(nodes: dict[str, _Node]) -> dict[str, tuple[int, int]]:
 
 
 def _line_to(last: str, nodes: dict[str, _Node], columns: dict[str, int]) -> list[str]:
-    """A run, then the one that its model goes back to, and so on, by the longest way."""
+    """Return a run, then the one that its model comes from, and so on, by the longest way."""
     line = [last]
     while earlier := [
         key
-        for key in nodes[line[-1]].handed or nodes[line[-1]].parents
+        for key in nodes[line[-1]].model_parents or nodes[line[-1]].parents
         if columns.get(key, columns[line[-1]]) < columns[line[-1]]
     ]:
         line.append(max(earlier, key=lambda key: columns[key]))
@@ -206,7 +206,7 @@ def _drawn(
 
 
 def _arrow(start: tuple[int, int], end: tuple[int, int], is_upright: bool) -> str:
-    """A curve from the side of one box to the facing side of another, short of its tip."""
+    """Draw a curve from one box's side to the facing side of another, short of the tip."""
     width, height = BOX
     if is_upright:
         x1, y1, x2, y2 = start[0] + width // 2, start[1] + height, end[0] + width // 2, end[1] - 5
@@ -218,7 +218,7 @@ def _arrow(start: tuple[int, int], end: tuple[int, int], is_upright: bool) -> st
 
 
 def _room(stage: str) -> int:
-    """Letters of a name that fit beside the stage's in bold, wide ones at that."""
+    """Return how many letters of a name fit beside the stage's in bold."""
     return min(16, int((BOX[0] - 28 - 7.9 * len(stage)) / 7))
 
 

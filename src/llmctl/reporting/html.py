@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing else: no network, no other file, and no script to be read.
+"""Write one HTML file that needs nothing else: no network, no other file, no script to be read.
 
 In: records. Out: the text of the page.
 """
@@ -18,13 +18,13 @@ from markupsafe import Markup
 from llmctl import __version__, numbers
 from llmctl.config import commands
 from llmctl.reporting import origins, tables
-from llmctl.reporting.calibration import Judgement, judgement
+from llmctl.reporting.calibration import CalibrationChart, calibration_chart
 from llmctl.reporting.curves import panels
-from llmctl.reporting.draw import HEIGHT, LEFT, RIGHT, WIDTH, Drawing, draw
+from llmctl.reporting.draw import HEIGHT, LEFT, RIGHT, WIDTH, Chart, draw
 from llmctl.reporting.graph import BOX, graphs
-from llmctl.reporting.records import Beside, Record
-from llmctl.reporting.tables import Figure, Table
-from llmctl.reporting.texts import Samples, generated_samples, samples_of_all
+from llmctl.reporting.records import FolderExtras, RunRecord
+from llmctl.reporting.tables import KeyFigure, Table
+from llmctl.reporting.texts import SampleGroup, generated_samples, samples_of_all
 
 WEB = Path(__file__).with_name("web")
 GENERATOR = "llmctl report"
@@ -32,8 +32,8 @@ GENERATOR = "llmctl report"
 
 
 @dataclass(frozen=True)
-class Run:
-    """What the page says of one run."""
+class RunSection:
+    """One run on the page."""
 
     name: str
     stage: str
@@ -48,40 +48,40 @@ class Run:
     command: tuple[str, ...]
     path: str
     notes: tuple[str, ...]
-    figures: tuple[Figure, ...]
-    judged: Judgement | None
+    figures: tuple[KeyFigure, ...]
+    calibration: CalibrationChart | None
     tables: tuple[Table, ...]
     folds_tables: bool
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageSection:
     """The runs of one stage."""
 
     name: str
-    about: str
-    runs: tuple[Run, ...]
+    description: str
+    runs: tuple[RunSection, ...]
     compared: Table | None
     """Key figures of several runs side by side."""
-    samples: tuple[Samples, ...]
+    samples: tuple[SampleGroup, ...]
     audits: tuple[tuple[str, Table], ...]
-    """Each with the name of its run, empty where all runs have the same."""
-    charts: tuple[Drawing, ...]
-    more_charts: tuple[Drawing, ...]
+    """Run's name and table; the name is empty where all runs have the same."""
+    charts: tuple[Chart, ...]
+    more_charts: tuple[Chart, ...]
     folded: tuple[Table, ...]
 
 
 def page(
-    records: Sequence[Record],
+    records: Sequence[RunRecord],
     notes: Sequence[str],
-    beside: Beside,
+    extras: FolderExtras,
     title: str,
 ) -> str:
-    """The page on runs, with what lies beside them."""
-    shown = stages_of(records)
+    """Return the page on runs, with the extras of their folders."""
+    shown = stage_sections(records)
     style, script = ((WEB / name).read_text("utf-8") for name in ("report.css", "report.js"))
     drawn = [chart for stage in shown for chart in (*stage.charts, *stage.more_charts)]
-    data = {"left": LEFT, "width": WIDTH - LEFT - RIGHT, "charts": [one.data for one in drawn]}
+    data = {"left": LEFT, "width": WIDTH - LEFT - RIGHT, "charts": [chart.data for chart in drawn]}
     environment = Environment(
         loader=FileSystemLoader(WEB),
         autoescape=True,
@@ -93,16 +93,16 @@ def page(
         title=title,
         generator=GENERATOR,
         version=__version__,
-        lede=lede(records, beside.gates),
+        lead=lead(records, extras.gates),
         notes=notes,
         stages=shown,
         graphs=graphs(records),
         box=BOX,
         frame=(WIDTH, HEIGHT, LEFT, RIGHT),
-        generated=[generated_samples(name, rows) for name, rows in beside.generated],
-        gates=tables.gates_table(beside.gates),
+        generated=[generated_samples(name, rows) for name, rows in extras.generated],
+        gates=tables.gates_table(extras.gates),
         repeats=repeats(shown),
-        again=again(records[0]),
+        again=repeat_command(records[0]),
         inputs=origins.inputs_table(records),
         machine=origins.machine_table(records),
         has_noise=any(line.smooth for chart in drawn for line in chart.lines),
@@ -113,43 +113,43 @@ def page(
     )
 
 
-def stages_of(records: Sequence[Record]) -> list[Stage]:
-    """The stages, in the order of their first runs."""
-    groups: dict[str, list[Record]] = {}
+def stage_sections(records: Sequence[RunRecord]) -> list[StageSection]:
+    """Group runs by stage, in the order of their first runs."""
+    groups: dict[str, list[RunRecord]] = {}
     for record in records:
         groups.setdefault(record.stage, []).append(record)
-    return [_stage(name, found) for name, found in groups.items()]
+    return [_stage(name, group) for name, group in groups.items()]
 
 
-def lede(records: Sequence[Record], gates: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """What the page is on, in one sentence, and whether what had to hold does."""
+def lead(records: Sequence[RunRecord], gates: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Sum the page up in a sentence, and say how many gates failed."""
     states = [record.state for record in records]
     time = sum(record.seconds or 0 for record in records)
     spent = f" in {numbers.seconds(time)}" if time else ""
     if len(records) == 1:
-        return f"One run of llmctl {records[0].stage}, {states[0]}{spent}.{_of_gates(gates)}"
+        return f"One run of llmctl {records[0].stage}, {states[0]}{spent}.{_failed_gates(gates)}"
     how = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
     all_done = states.count("completed") == len(states)
     ended = "all completed" if all_done else how
-    return f"{len(records)} runs, {ended}{spent}.{_of_gates(gates)}"
+    return f"{len(records)} runs, {ended}{spent}.{_failed_gates(gates)}"
 
 
-def _of_gates(gates: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """How many of the gates fail, as a sentence; nothing where none does."""
+def _failed_gates(gates: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Say how many of the gates failed; nothing where none did."""
     failed = sum(gate.get("holds") is not True for _, gate in gates)
     return f" Of {len(gates)} gates, {failed} did not hold." if failed else ""
 
 
-def repeats(shown: Sequence[Stage]) -> list[tuple[tuple[str, ...], list[str]]]:
-    """Every command once, in pieces, with the paths of the runs that it made."""
-    made: dict[tuple[str, ...], list[str]] = {}
+def repeats(shown: Sequence[StageSection]) -> list[tuple[tuple[str, ...], list[str]]]:
+    """Return every command once, in pieces, with the paths of the runs that it made."""
+    paths: dict[tuple[str, ...], list[str]] = {}
     for run in (run for stage in shown for run in stage.runs):
-        made.setdefault(run.command, []).append(run.path)
-    return list(made.items())
+        paths.setdefault(run.command, []).append(run.path)
+    return list(paths.items())
 
 
 def policy(style: str, script: str) -> str:
-    """Let in this style and this script, and nothing else from anywhere."""
+    """Return the content security policy that lets in this style and script only."""
 
     def mark(text: str) -> str:
         return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
@@ -161,17 +161,17 @@ def policy(style: str, script: str) -> str:
 
 
 def _as_script(data: dict[str, Any]) -> str:
-    """JSON that cannot end the element that it stands in."""
+    """Return JSON that cannot end the element that it stands in."""
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def _stage(name: str, records: Sequence[Record]) -> Stage:
+def _stage(name: str, records: Sequence[RunRecord]) -> StageSection:
     first, others = panels(records)
     folded = [tables.figures_table(records), origins.settings_table(records)]
-    folded.append(origins.chosen_table(records))
-    return Stage(
+    folded.append(origins.plan_table(records))
+    return StageSection(
         name=name,
-        about=about(name),
+        description=summary_of(name),
         runs=tuple(_run(number, record) for number, record in enumerate(records)),
         compared=tables.compared_table(records) if len(records) > 1 else None,
         samples=tuple(samples_of_all(records)),
@@ -182,16 +182,16 @@ def _stage(name: str, records: Sequence[Record]) -> Stage:
     )
 
 
-def about(stage: str) -> str:
-    """What a stage does, as its config says it."""
+def summary_of(stage: str) -> str:
+    """Return the summary of a stage from its config."""
     config = vars(commands).get(f"{stage.capitalize()}Config")
     return ((config.__doc__ if config else None) or "").split("\n")[0]
 
 
-def _run(number: int, record: Record) -> Run:
+def _run(number: int, record: RunRecord) -> RunSection:
     status, step = record.status, record.summary.step
     most = f" of {record.summary.max_steps:,}" if record.summary.max_steps else ""
-    return Run(
+    return RunSection(
         name=record.name,
         stage=record.stage,
         state=record.state,
@@ -206,20 +206,20 @@ def _run(number: int, record: Record) -> Run:
         path=str(record.path),
         notes=record.notes,
         figures=tuple(tables.key_figures(record)),
-        judged=judgement(record),
+        calibration=calibration_chart(record),
         tables=tuple(tables.nested_tables(record)),
         folds_tables=record.stage == "tokenize",
     )
 
 
-def again(record: Record) -> tuple[str, ...]:
-    """The command that makes a run again elsewhere, from its resolved recipe, in pieces."""
+def repeat_command(record: RunRecord) -> tuple[str, ...]:
+    """Return the command that repeats a run elsewhere from its resolved recipe, in pieces."""
     recipe, out = (shlex.quote(f"{record.path}{end}") for end in ("/recipe.yaml", "-again"))
     return ("llmctl", record.stage, f"-c {recipe}", f"-o {out}")
 
 
-def _words(record: Record) -> Iterator[str]:
-    """The command in pieces that a line should not end in: a flag with its value."""
+def _words(record: RunRecord) -> Iterator[str]:
+    """Yield the command in pieces not to be broken by a line: a flag with its value."""
     words = map(str, record.manifest.get("command") or [])
     piece: list[str] = []
     for word in words:

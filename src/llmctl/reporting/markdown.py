@@ -1,6 +1,6 @@
-"""A summary in GitHub's Markdown, for a CI job's page or a pull request.
+"""Write a summary in GitHub's Markdown, for a CI job's page or a pull request.
 
-In: records. Out: its text. What runs hold is escaped: it makes no heading, link or HTML.
+In: records. Out: its text, in which the runs' texts are escaped: no heading, link or HTML.
 """
 
 import re
@@ -9,24 +9,26 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from llmctl.reporting import origins, tables
 from llmctl.reporting.graph import edges
-from llmctl.reporting.html import lede, stages_of
-from llmctl.reporting.records import Beside, Record
+from llmctl.reporting.html import lead, stage_sections
+from llmctl.reporting.records import FolderExtras, RunRecord
 from llmctl.reporting.tables import Table
-from llmctl.reporting.texts import Samples
+from llmctl.reporting.texts import SampleGroup
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~<>&@-])")
 MARKS = {"completed": "✅", "running": "⏳", "preempted": "⏸️", "killed": "⏸️"}
 MOST_SAMPLES = 3
 
 
-def summary(records: Sequence[Record], notes: Sequence[str], beside: Beside, title: str) -> str:
-    """The text of the summary."""
-    parts = [f"# {escaped(title)}", escaped(lede(records, beside.gates)), _overview(records)]
+def summary(
+    records: Sequence[RunRecord], notes: Sequence[str], extras: FolderExtras, title: str
+) -> str:
+    """Return the text of the summary."""
+    parts = [f"# {escaped(title)}", escaped(lead(records, extras.gates)), _overview(records)]
     parts += [f"> {escaped(note)}" for note in notes]
-    gates = tables.gates_table(beside.gates)
+    gates = tables.gates_table(extras.gates)
     parts += [f"**{gates.title}**", _table(gates)] if gates else []
     parts += _flow(records)
-    for stage in stages_of(records):
+    for stage in stage_sections(records):
         parts.append(f"## {escaped(stage.name)}")
         mine = [record for record in records if record.stage == stage.name]
         for run in stage.runs:
@@ -36,10 +38,10 @@ def summary(records: Sequence[Record], notes: Sequence[str], beside: Beside, tit
         if (settings := origins.settings_table(mine)) is not None:
             parts.append(_folded(settings.title, _table(settings)))
         for run in stage.runs:
-            parts += [_folded(one.title, _table(one)) for one in run.tables]
+            parts += [_folded(table.title, _table(table)) for table in run.tables]
         for name, table in stage.audits:
             parts.append(_folded(f"{table.title} {name}".strip(), _table(table)))
-        parts += [_folded(one.title, _samples(one)) for one in stage.samples]
+        parts += [_folded(group.title, _samples(group)) for group in stage.samples]
     differing, same = origins.machine_table(records)
     parts += [_table(differing)] if differing else []
     listed = ", ".join(f"{key} {value}" for key, value in same)
@@ -49,11 +51,11 @@ def summary(records: Sequence[Record], notes: Sequence[str], beside: Beside, tit
 
 
 def escaped(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """Escape a text that Markdown is to show as it is, on one line."""
     return _SPECIAL.sub(r"\\\1", " ".join(text.split())).replace(r"\-", "-")
 
 
-def _overview(records: Sequence[Record]) -> str:
+def _overview(records: Sequence[RunRecord]) -> str:
     rows = []
     for record in records:
         key = [f"{figure.label} {figure.value}" for figure in tables.key_figures(record)[:2]]
@@ -72,8 +74,8 @@ def _overview(records: Sequence[Record]) -> str:
     return _table(Table("", heads, tuple(rows), is_text=True))
 
 
-def _flow(records: Sequence[Record]) -> Iterator[str]:
-    """Who fed whom, as a Mermaid diagram, which GitHub draws."""
+def _flow(records: Sequence[RunRecord]) -> Iterator[str]:
+    """Yield which run fed which as a Mermaid diagram, which GitHub draws."""
     nodes, pairs = edges(records)
     if pairs:
         lines = [
@@ -99,16 +101,16 @@ def _folded(title: str, text: str) -> str:
     return f"<details><summary>{escaped(title)}</summary>\n\n{text}\n\n</details>"
 
 
-def _samples(samples: Samples) -> str:
+def _samples(samples: SampleGroup) -> str:
     rows = [
-        (sample.prompt, f"{said.label} {said.score}".strip(), said.text)
+        (sample.prompt, f"{text.label} {text.score}".strip(), text.text)
         for sample in samples.rows[:MOST_SAMPLES]
-        for said in sample.said
+        for text in sample.texts
     ]
     return _table(Table(samples.title, ("prompt", "", "text"), tuple(rows), is_text=True))
 
 
-def _commands(records: Sequence[Record]) -> str:
+def _commands(records: Sequence[RunRecord]) -> str:
     words = ([str(word) for word in record.manifest.get("command") or []] for record in records)
     lines = list(dict.fromkeys(shlex.join(line) for line in words))
     fence = "`" * max(

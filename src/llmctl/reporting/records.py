@@ -1,7 +1,7 @@
-"""What runs left on disk, read for a report.
+"""Read what runs left on disk, for a report.
 
-In: paths that a user named. Out: one `Record` a run, in the order in which they started; every text
-in it is without secrets and control characters. Lines that are damaged are left out, and counted.
+In: paths that a user named. Out: one `RunRecord` a run, in the order in which they started, without
+secrets and control characters. Damaged lines are left out, and counted.
 """
 
 from collections import Counter
@@ -23,18 +23,18 @@ ROWS = "rows.jsonl"
 REPORT = "report.json"
 PIPELINE = "pipeline.json"
 MOST_BYTES = 200_000_000
-"""Of a file of lines: more is no metrics."""
+"""Most bytes of a file of lines: more is no metrics."""
 MOST_ROWS = 200
-"""Of samples and of judged rows, that are kept."""
+"""Most samples, and most rows of an evaluation, that are kept."""
 
 
 @dataclass(frozen=True)
-class Record:
-    """One run."""
+class RunRecord:
+    """The files of one run."""
 
     path: Path
     name: str
-    """Short, and no other run's of this report."""
+    """Short, and unique in the report."""
     stage: str
     summary: RunSummary
     manifest: dict[str, Any]
@@ -43,46 +43,46 @@ class Record:
     metrics: tuple[dict[str, Any], ...]
     samples: tuple[dict[str, Any], ...]
     rows: tuple[dict[str, Any], ...]
-    """What `evaluate` judged, a row each."""
+    """Rows that `evaluate` measured."""
     report: dict[str, Any]
     notes: tuple[str, ...]
 
     @property
     def state(self) -> str:
-        """As `llmctl runs` says it."""
+        """State as in `llmctl runs`."""
         return self.summary.status
 
     @property
     def result(self) -> dict[str, Any]:
-        """What came of it; of a run that has none, the latest of every metric."""
-        found = self.manifest.get("result")
-        if isinstance(found, dict):
-            return found
+        """The result; of a run without one, the latest value of every metric."""
+        result = self.manifest.get("result")
+        if isinstance(result, dict):
+            return result
         return {key: value for row in self.metrics for key, value in row.items()}
 
     @property
     def seconds(self) -> float | None:
-        """How long it worked, resumptions added up."""
-        counted = _object(self.manifest.get("energy")).get("seconds")
+        """Seconds that it worked, over all resumptions."""
+        counted = as_mapping(self.manifest.get("energy")).get("seconds")
         if isinstance(counted, int | float):
             return float(counted)
         ends = [_time(self.manifest.get(name)) for name in ("started", "finished")]
         return (ends[1] - ends[0]).total_seconds() if ends[0] and ends[1] else None
 
 
-def read_records(named: Sequence[Path]) -> tuple[list[Record], list[str]]:
-    """Every run that was named or lies under what was, and notes on those that were left out.
+def read_records(named: Sequence[Path]) -> tuple[list[RunRecord], list[str]]:
+    """Read every named run, those in named folders, and notes on those that were left out.
 
     Raises:
         DataError: nothing there, no run, or one that cannot be read.
     """
-    found: dict[Path, RunSummary] = {}
+    summaries: dict[Path, RunSummary] = {}
     notes: list[str] = []
     for path in named:
         for summary in _summaries(path):
             place = Path(summary.path)
             if summary.status != "damaged":
-                found.setdefault(place.resolve(), summary)
+                summaries.setdefault(place.resolve(), summary)
             elif place == path:
                 raise DataError(
                     "this run cannot be read: its manifest.json or status.json is damaged",
@@ -90,39 +90,41 @@ def read_records(named: Sequence[Path]) -> tuple[list[Record], list[str]]:
                 )
             else:
                 notes.append(f"{place.name} is left out: its records are damaged")
-    names = names_of([Path(summary.path) for summary in found.values()])
-    records = [_read(s, name) for s, name in zip(found.values(), names, strict=True)]
+    names = unique_names([Path(summary.path) for summary in summaries.values()])
+    records = [_read(s, name) for s, name in zip(summaries.values(), names, strict=True)]
     if not records:
         raise DataError("all of its runs are damaged", file=named[0])
     return sorted(records, key=_started), notes
 
 
 @dataclass(frozen=True)
-class Beside:
-    """What lies beside the runs of a folder."""
+class FolderExtras:
+    """Files beside the runs of a folder."""
 
     generated: list[tuple[str, list[dict[str, Any]]]]
     """Name and rows of files that `llmctl generate` wrote."""
     gates: list[tuple[str, dict[str, Any]]]
-    """What `llmctl run` was told must hold: a stage's name, and what was found."""
+    """Stage's name and entry of every gate of `llmctl run`."""
 
 
-def read_beside(named: Sequence[Path]) -> Beside:
-    """Read what lies in the named folders and is no run."""
+def read_extras(named: Sequence[Path]) -> FolderExtras:
+    """Read the generated texts and gates in the named folders."""
     several = len(named) > 1
     files = [file for path in named for file in sorted(path.glob("*.jsonl"))]
-    texts = zip(names_of(files) if several else (file.name for file in files), files, strict=True)
+    texts = zip(
+        unique_names(files) if several else (file.name for file in files), files, strict=True
+    )
     generated = []
     for name, file in texts:
-        rows, _ = _lines(file, MOST_ROWS)
+        rows, _ = _read_jsonl(file, MOST_ROWS)
         if rows and all({"prompt", "response", "finish_reason"} <= row.keys() for row in rows):
             generated.append((clean(name), rows))
     gates = [
         (clean(f"{folder}/{stage}") if several else stage, gate)
-        for folder, path in zip(names_of(named), named, strict=True)
+        for folder, path in zip(unique_names(named), named, strict=True)
         for stage, gate in _gates(path / PIPELINE)
     ]
-    return Beside(generated, gates)
+    return FolderExtras(generated, gates)
 
 
 def _gates(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -139,25 +141,25 @@ def _summaries(path: Path) -> list[RunSummary]:
         raise DataError("no such directory", file=path, hint="pass a run, or a folder of runs")
     if not path.is_dir():
         raise DataError("not a directory", file=path, hint="pass a run, or a folder of runs")
-    if _is_one(path):
+    if _is_run(path):
         return [summarize(path, datetime.now(UTC))]
-    found = [s for s in list_runs(path) if not (Path(s.path) / PIPELINE).exists()]
-    if not found:
+    summaries = [s for s in list_runs(path) if not (Path(s.path) / PIPELINE).exists()]
+    if not summaries:
         raise DataError("no runs in this directory", file=path, hint="pass a run's directory")
-    return found
+    return summaries
 
 
-def _is_one(path: Path) -> bool:
-    """Whether it is a run, and not a folder that `llmctl run` filled with some."""
+def _is_run(path: Path) -> bool:
+    """Whether a folder is a run, and not one that `llmctl run` filled with runs."""
     records = ("manifest.json", "status.json")
     return any((path / name).exists() for name in records) and not (path / PIPELINE).exists()
 
 
-def _read(summary: RunSummary, name: str) -> Record:
+def _read(summary: RunSummary, name: str) -> RunRecord:
     path = Path(summary.path)
-    metrics, bad = _lines(path / METRICS)
-    samples, _ = _lines(path / SAMPLES)
-    rows, _ = _lines(path / ROWS, MOST_ROWS)
+    metrics, bad = _read_jsonl(path / METRICS)
+    samples, _ = _read_jsonl(path / SAMPLES)
+    rows, _ = _read_jsonl(path / ROWS, MOST_ROWS)
     notes = [f"{METRICS}: {bad} damaged lines are left out"] if bad else []
     notes += _alarms(metrics)
     recipe: dict[str, Any] = {}
@@ -165,7 +167,7 @@ def _read(summary: RunSummary, name: str) -> Record:
         recipe = read_recipe(path / "recipe.yaml")[0] if (path / "recipe.yaml").exists() else {}
     except UserError as error:
         notes.append(f"recipe.yaml: {error.message}")
-    return Record(
+    return RunRecord(
         path=path,
         name=clean(name),
         stage=clean(summary.stage or "run"),
@@ -200,39 +202,39 @@ def clean(value: Any, known: dict[str, str] | None = None) -> Any:
     return value
 
 
-def _lines(file: Path, most: int | None = None) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a file of lines, and how many lines are none."""
+def _read_jsonl(file: Path, most: int | None = None) -> tuple[list[dict[str, Any]], int]:
+    """Read the objects of a file of lines, and count the lines that are none."""
     if not file.is_file() or file.stat().st_size > MOST_BYTES:
         return [], 0
     lines = [line for line in file.read_bytes().split(b"\n") if line.strip()]
-    found = [parse_object(line) for line in lines[:most]]
+    rows = [parse_object(line) for line in lines[:most]]
     known: dict[str, str] = {}
-    return [clean(row, known) for row in found if row], sum(not row for row in found)
+    return [clean(row, known) for row in rows if row], sum(not row for row in rows)
 
 
 def _alarms(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What PPO warned of, each alarm with the steps at which it rang."""
-    rang: dict[str, list[Any]] = {}
+    """Describe PPO's alarms, each with the step at which it rang first."""
+    steps_of: dict[str, list[Any]] = {}
     for row in rows:
-        found = row.get("alarms")
-        for name in found if isinstance(found, list) else []:
-            rang.setdefault(str(name), []).append(row.get("step"))
+        alarms = row.get("alarms")
+        for name in alarms if isinstance(alarms, list) else []:
+            steps_of.setdefault(str(name), []).append(row.get("step"))
     return [
         f"alarm at step {steps[0]}: {metrics.label(name)}"
         + (f", and {len(steps) - 1} more times" if len(steps) > 1 else "")
-        for name, steps in rang.items()
+        for name, steps in steps_of.items()
     ]
 
 
-def names_of(paths: Sequence[Path]) -> Iterator[str]:
-    """The last part of each path, with its parent where two are the same."""
+def unique_names(paths: Sequence[Path]) -> Iterator[str]:
+    """Yield the last part of each path, with its parent where two are the same."""
     count = Counter(path.absolute().name for path in paths)
     for path in paths:
         whole = path.absolute()
         yield whole.name if count[whole.name] == 1 else f"{whole.parent.name}/{whole.name}"
 
 
-def _started(record: Record) -> datetime:
+def _started(record: RunRecord) -> datetime:
     began = _time(record.manifest.get("started"))
     return began or _time(record.summary.updated) or datetime.now(UTC)
 
@@ -244,5 +246,6 @@ def _time(text: Any) -> datetime | None:
         return None
 
 
-def _object(value: Any) -> dict[str, Any]:
+def as_mapping(value: Any) -> dict[str, Any]:
+    """Return a value that is a mapping, an empty one for any other."""
     return value if isinstance(value, dict) else {}

@@ -1,4 +1,4 @@
-"""Figures of runs as tables: the few that tell most, and results of any shape.
+"""Tables of runs' results: the key figures, and results of any shape.
 
 In: records. Out: tables of texts, which a template escapes.
 """
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmctl import metrics, numbers
-from llmctl.reporting.records import Record
+from llmctl.reporting.records import RunRecord, as_mapping
 
 SIGNS = {">=": "\N{GREATER-THAN OR EQUAL TO}", "<=": "\N{LESS-THAN OR EQUAL TO}"}
 MOST_KEY_FIGURES = 5
 MOST_ROWS = 60
 LONG = 1200
-"""Characters of a text that are shown."""
+"""Most characters of a text that are shown."""
 
 
 @dataclass(frozen=True)
@@ -25,43 +25,44 @@ class Table:
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     is_text: bool = False
-    """Whether its cells are texts, not figures."""
+    """Whether its cells are texts, not numbers."""
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One number with its name."""
+class KeyFigure:
+    """One metric of a result."""
 
     label: str
     value: str
     note: str = ""
 
 
-def key_figures(record: Record) -> list[Figure]:
-    """The few figures that a stage is judged by."""
-    found = dict(metrics.figures(record.result))
-    names = [m.name for m in metrics.METRICS if record.stage in m.key and m.name in found]
+def key_figures(record: RunRecord) -> list[KeyFigure]:
+    """Return the few metrics that a stage is judged by."""
+    values = dict(metrics.figures(record.result))
+    names = [m.name for m in metrics.METRICS if record.stage in m.key and m.name in values]
     if not names:
-        names = [n for n in found if n not in ("mfu", "step", "best_step", "memory_bytes")]
+        names = [n for n in values if n not in ("mfu", "step", "best_step", "memory_bytes")]
     return [
-        Figure(metrics.label(name), metrics.value(name, found[name]), _interval(name, found))
+        KeyFigure(metrics.label(name), metrics.value(name, values[name]), _interval(name, values))
         for name in names[:MOST_KEY_FIGURES]
     ]
 
 
-def figures_table(records: Sequence[Record]) -> Table:
-    """Every figure of the results of runs of one stage, a column each."""
-    found = [dict(metrics.figures(record.result)) for record in records]
-    keys = dict.fromkeys(key for one in found for key in one)
+def figures_table(records: Sequence[RunRecord]) -> Table:
+    """Tabulate all metrics of the results of one stage's runs, a column each."""
+    results = [dict(metrics.figures(record.result)) for record in records]
+    keys = dict.fromkeys(key for result in results for key in result)
     rows = [
-        (metrics.label(key), *(metrics.value(key, one.get(key)) for one in found)) for key in keys
+        (metrics.label(key), *(metrics.value(key, result.get(key)) for result in results))
+        for key in keys
     ]
     return Table("All figures", ("", *(record.name for record in records)), tuple(rows))
 
 
-def compared_table(records: Sequence[Record]) -> Table:
-    """The key figures of several runs of one stage, a column each."""
-    columns = [{one.label: one for one in key_figures(record)} for record in records]
+def compared_table(records: Sequence[RunRecord]) -> Table:
+    """Tabulate the key figures of several runs of one stage, a column each."""
+    columns = [{figure.label: figure for figure in key_figures(record)} for record in records]
     labels = dict.fromkeys(label for column in columns for label in column)
     rows = [
         (label, *(c[label].value if label in c else numbers.MISSING for c in columns))
@@ -70,15 +71,15 @@ def compared_table(records: Sequence[Record]) -> Table:
     return Table("Key figures", ("", *(record.name for record in records)), tuple(rows))
 
 
-def nested_tables(record: Record) -> Iterator[Table]:
-    """What a result or report.json holds besides figures, whatever it is called."""
+def nested_tables(record: RunRecord) -> Iterator[Table]:
+    """Tabulate the objects and lists in a result and in report.json, whatever they are called."""
     known = {"audit", "reliability", "samples"}
     if record.stage == "reward":
         known |= {"val_chosen", "val_rejected"}  # they are drawn
     yield from _before_after(record.result)
     if isinstance(record.result.get("compare"), dict):
         known |= {"compare", "differences"}
-        yield _beside_other(record.result)
+        yield _comparison(record.result)
     for source in (record.result, record.report):
         groups = {k: v for k, v in source.items() if isinstance(v, dict) and v and k not in known}
         yield from _matrices(groups)
@@ -92,7 +93,7 @@ def nested_tables(record: Record) -> Iterator[Table]:
 
 
 def _before_after(result: Mapping[str, Any]) -> Iterator[Table]:
-    """Figures that are there twice, as `quantize` has them."""
+    """Tabulate metrics that a result has before and after, as that of `quantize`."""
     names = [k.removesuffix("_before") for k in result if k.endswith("_before")]
     rows = []
     for name in (name for name in names if f"{name}_after" in result):
@@ -104,24 +105,31 @@ def _before_after(result: Mapping[str, Any]) -> Iterator[Table]:
         yield Table("Before and after", ("", "before", "after", "change"), tuple(rows))
 
 
-def _beside_other(result: Mapping[str, Any]) -> Table:
-    """Figures of two models on the same data, with the interval of their difference."""
-    other, apart = mapping(result["compare"]), mapping(result.get("differences"))
+def _comparison(result: Mapping[str, Any]) -> Table:
+    """Tabulate metrics of two models on the same data, with the interval of their difference."""
+    other, differences = as_mapping(result["compare"]), as_mapping(result.get("differences"))
     rows = []
     for key, value in metrics.figures(result):
         if key in other:
-            found = mapping(apart.get(key))
-            ends = [found.get(end) for end in ("low", "high")]
-            between = "" if None in ends else " to ".join(f"{end:+.3g}" for end in ends)
-            said = f"{found['difference']:+.3g}" if "difference" in found else ""
-            cells = (metrics.value(key, value), metrics.value(key, other[key]), said, between)
+            entry = as_mapping(differences.get(key))
+            ends = [entry.get(end) for end in ("low", "high")]
+            interval = "" if None in ends else " to ".join(f"{end:+.3g}" for end in ends)
+            difference = f"{entry['difference']:+.3g}" if "difference" in entry else ""
+            values = (metrics.value(key, value), metrics.value(key, other[key]))
+            cells = (*values, difference, interval)
             rows.append((metrics.label(key), *cells))
-    heads = ("", shown(result.get("model")), shown(other.get("model")), "difference", "95 %")
+    heads = (
+        "",
+        format_setting(result.get("model")),
+        format_setting(other.get("model")),
+        "difference",
+        "95 %",
+    )
     return Table("Two models on the same data", heads, tuple(rows))
 
 
 def gates_table(gates: Sequence[tuple[str, Mapping[str, Any]]]) -> Table | None:
-    """What `llmctl run` was told must hold of its stages, and whether it does."""
+    """Tabulate the gates of `llmctl run`, and whether they hold."""
     rows = tuple(
         (
             stage,
@@ -138,13 +146,13 @@ def gates_table(gates: Sequence[tuple[str, Mapping[str, Any]]]) -> Table | None:
 
 
 def _matrices(groups: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
-    """Mappings beside each other where they hold the same keys, as before and after do."""
+    """Tabulate mappings, side by side where they have the same keys, as before and after do."""
     left = dict(groups)
     while left:
         name, first = next(iter(left.items()))
         alike = [k for k, v in left.items() if v.keys() & first.keys() and k != name]
         names = [name, *alike] if not any(isinstance(v, dict) for v in first.values()) else [name]
-        columns = [left.pop(one) for one in names]
+        columns = [left.pop(key) for key in names]
         if len(columns) == 1 and all(isinstance(v, dict) for v in first.values()):
             names, columns = list(first), [dict(v) for v in first.values()]
         keys = dict.fromkeys(key for column in columns for key in column)
@@ -153,8 +161,8 @@ def _matrices(groups: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
             for key in keys
         ]
         title = metrics.label(name) if len(names) == 1 or first is not columns[0] else " and ".join(
-            metrics.label(one).lower() for one in names).capitalize()  # fmt: skip
-        heads = [metrics.label(one) for one in names] if len(names) > 1 else ["value"]
+            metrics.label(key).lower() for key in names).capitalize()  # fmt: skip
+        heads = [metrics.label(key) for key in names] if len(names) > 1 else ["value"]
         yield Table(title, ("", *heads), tuple(rows[:MOST_ROWS]))
 
 
@@ -166,43 +174,38 @@ def _list_table(key: str, value: list[Any]) -> Iterator[Table]:
         is_text = any(isinstance(v, str) and len(v) > 40 for row in rows for v in row.values())
         yield Table(metrics.label(key), tuple(map(metrics.label, keys)), cells, is_text)
     elif not (len(value) == 2 and all(isinstance(end, int | float) for end in value)):
-        cells = tuple((_cell(key, one),) for one in value[:MOST_ROWS])
+        cells = tuple((_cell(key, item),) for item in value[:MOST_ROWS])
         yield Table(metrics.label(key), (metrics.label(key),), cells, is_text=True)
 
 
-def shown(value: Any) -> str:
-    """A setting as a recipe would have it, on one line."""
+def format_setting(value: Any) -> str:
+    """Format a setting as a recipe would have it, on one line."""
     if value is None or value == [] or value == "":
         return numbers.MISSING
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list):
-        return ", ".join(map(shown, value))
+        return ", ".join(map(format_setting, value))
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {shown(one)}" for key, one in value.items())
+        return ", ".join(f"{key}: {format_setting(item)}" for key, item in value.items())
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def cut(text: str) -> str:
-    """A text, no more of it than a page needs."""
+def truncate(text: str) -> str:
+    """Shorten a text to what a page needs."""
     return text if len(text) <= LONG else f"{text[:LONG]} […{len(text) - LONG:,} more characters]"
 
 
 def _cell(key: str, value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {metrics.value(name, one)}" for name, one in value.items())
-    if isinstance(value, list) and any(isinstance(one, str | dict | list) for one in value):
-        return cut(", ".join(map(str, value)))
-    return cut(metrics.value(key, value))
+        return ", ".join(f"{name} {metrics.value(name, item)}" for name, item in value.items())
+    if isinstance(value, list) and any(isinstance(item, str | dict | list) for item in value):
+        return truncate(", ".join(map(str, value)))
+    return truncate(metrics.value(key, value))
 
 
-def _interval(name: str, found: Mapping[str, Any]) -> str:
-    ends = found.get(f"{name}_interval") or [found.get(f"{name}_{end}") for end in ("low", "high")]
+def _interval(name: str, values: Mapping[str, Any]) -> str:
+    ends = values.get(f"{name}_interval") or [values.get(f"{name}_{e}") for e in ("low", "high")]
     if any(not isinstance(end, int | float) for end in ends):
         return ""
     return f"{metrics.value(name, list(ends))} (95{numbers.NARROW}%)"
-
-
-def mapping(value: Any) -> dict[str, Any]:
-    """The value where it is a mapping, else an empty one."""
-    return value if isinstance(value, dict) else {}
