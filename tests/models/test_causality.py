@@ -71,7 +71,7 @@ def bert(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
     shutil.copytree(base / "model", folder, dirs_exist_ok=True)
     (folder / "generation_config.json").unlink()
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = BertConfig(vocab_size=320, intermediate_size=16, **size)
     BertForMaskedLM(config).save_pretrained(folder)
     return folder
