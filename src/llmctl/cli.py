@@ -1,4 +1,4 @@
-"""The `llmctl` command: a table of commands, and the only lazy import in the project."""
+"""The `llmctl` command: a table of commands; the chosen one is imported when it runs."""
 
 import json
 import os
@@ -84,7 +84,7 @@ HELP = {"help_option_names": ["-h", "--help"]}
 
 
 def build_app(chosen: str | None) -> typer.Typer:
-    """The app, with full options for the chosen command only: the others need just a summary."""
+    """Build the app, with options for the chosen command only: others need just a summary."""
     app = typer.Typer(
         help="Train, align, shrink and run language models.",
         epilog=EXIT_CODES,
@@ -138,7 +138,7 @@ def _run(name: str, config: "Reporting") -> int:
             processes = dict(config).get("processes") if name in LAUNCHED else None
             if processes and processes > 1 and "RANK" not in os.environ:
                 return int(import_module("llmctl.launch").run(processes))
-            result = _carry_out(name, config)
+            result = _run_command(name, config)
         if result is not None and console.rank() == 0:
             shown = redacted(result)
             print(_json(shown) if config.as_json else shown["out"])
@@ -165,7 +165,7 @@ def _finished_already(name: str, config: "Reporting") -> dict[str, Any] | None:
     return finished_already(name, config)
 
 
-def _carry_out(name: str, config: "Reporting") -> dict[str, Any] | None:
+def _run_command(name: str, config: "Reporting") -> dict[str, Any] | None:
     """Import the command's module and run it; a signal unwinds it and is one line."""
     package = "pipeline" if name in ("run", "demo") else "commands"
     run: Callable[[Any], dict[str, Any] | None] = import_module(f"llmctl.{package}.{name}").run
@@ -198,7 +198,7 @@ def main() -> None:
 
 
 def _words_to_complete() -> list[str]:
-    """What stands on the command line whose completion a shell asks for, none where none does."""
+    """Return the words of the command line that a shell asks to complete, if one does."""
     if "_LLMCTL_COMPLETE" not in os.environ:
         return []
     os.environ["COLUMNS"] = "10000"  # each line of a wrapped help text would be a candidate
@@ -230,7 +230,7 @@ def _report(error: UserError, arguments: list[str]) -> int:
     if "--json" in arguments and console.rank() == 0:
         print(_json(redacted({**error.report, "error": error.as_json()})))
     is_ours = console.rank() == 0 or signal_error(error) is None  # a signal reaches all ranks
-    if not error.told and is_ours:
+    if not error.is_reported and is_ours:
         print(redact(f"error: {error}"), file=sys.stderr)
     return error.code
 
@@ -238,6 +238,6 @@ def _report(error: UserError, arguments: list[str]) -> int:
 def _print_bug(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """What an uncaught exception leaves on stderr: its traceback, without secrets."""
+    """Print the traceback of an uncaught exception to stderr, without secrets."""
     lines = traceback.format_exception(kind, error, trace)
     print(redact("".join(lines)), end="", file=sys.stderr)

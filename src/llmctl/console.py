@@ -20,21 +20,20 @@ if TYPE_CHECKING:
 log = logging.getLogger("llmctl")
 
 NOISY = ("torchao", "torch.utils._pytree")
-"""Loggers that complain as torchao is imported, which transformers does wherever it is installed,
-also for models that do not use it."""
+"""Loggers that complain when torchao is imported, which transformers does for every model."""
 
 PLAIN_SECONDS = 5.0
-"""Between two lines of progress where there is no terminal."""
+"""Seconds between two lines of progress where there is no terminal."""
 
-SEEN = dict.fromkeys(
+CONTROL_CHARACTERS = dict.fromkeys(
     {*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}, "\N{REPLACEMENT CHARACTER}"
 )
-"""Control characters, which could make a terminal do things, as one that is seen."""
+"""Translation of control characters to one that is seen and does nothing."""
 
-Onlooker = Callable[[str, int, int, str], None]
-"""Gets the title of what is under way, how far it is, of how much, and its latest figures."""
+ProgressListener = Callable[[str, int, int, str], None]
+"""Gets the title of the task, units done, units in total, and its latest metrics."""
 
-_onlooker: ContextVar[Onlooker | None] = ContextVar("onlooker", default=None)
+_listener: ContextVar[ProgressListener | None] = ContextVar("listener", default=None)
 
 
 class _Stderr(logging.Handler):
@@ -65,13 +64,13 @@ def is_terminal() -> bool:
 
 
 @contextmanager
-def watched(onlooker: Onlooker) -> Iterator[None]:
-    """In the body, progress is told to the onlooker instead of shown."""
-    token = _onlooker.set(onlooker)
+def progress_to(listener: ProgressListener) -> Iterator[None]:
+    """Report progress to the listener instead of showing it, in the body."""
+    token = _listener.set(listener)
     try:
         yield
     finally:
-        _onlooker.reset(token)
+        _listener.reset(token)
 
 
 class ProgressBar:
@@ -85,9 +84,9 @@ class ProgressBar:
         self._rich: RichProgress | None = None
 
     def __enter__(self) -> Self:
-        """Show the bar, where there is a terminal and anything is to be said."""
-        if onlooker := _onlooker.get():
-            onlooker(self.title, 0, self.total, "")
+        """Show the bar, where there is a terminal and logging is on."""
+        if listener := _listener.get():
+            listener(self.title, 0, self.total, "")
         elif log.isEnabledFor(logging.INFO) and is_terminal():
             self._rich = _rich_progress(self.unit)
             self._task = self._rich.add_task(self.title, total=self.total, text="")
@@ -105,14 +104,14 @@ class ProgressBar:
             self._rich.stop()
 
     def start_at(self, done: int) -> None:
-        """Continue a resumed run: time left is judged from here on."""
+        """Continue a resumed run: time left is estimated from here on."""
         self.first = done
         self.update(done)
 
     def update(self, done: int, text: str = "") -> None:
-        """Report how far the run is, and its latest figures."""
-        if onlooker := _onlooker.get():
-            onlooker(self.title, done, self.total, text)
+        """Report the units done, and the latest metrics as text."""
+        if listener := _listener.get():
+            listener(self.title, done, self.total, text)
             return
         if self._rich is not None:
             self._rich.update(self._task, completed=done, text=text)

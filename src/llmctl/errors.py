@@ -1,4 +1,4 @@
-"""Every error a user can meet, each class with its exit code.
+"""Errors that users meet, each class with its exit code.
 
 A message says what is wrong with the offending value, then where, then what to type instead.
 `require_extra` refuses a command whose optional library is missing.
@@ -36,19 +36,19 @@ class UserError(Exception):
         self.file = None if file is None else str(file)
         self.line = line
         self.hint = hint
-        self.told = False
-        """Whether another rank says it already."""
+        self.is_reported = False
+        """Whether another rank prints it already."""
         self.report: dict[str, Any] = {}
-        """What was found all the same; `--json` prints it beside the error."""
+        """Partial result that `--json` prints beside the error."""
 
     def __str__(self) -> str:
-        """One to three lines: place and message, then the hint."""
+        """Format place and message, then the hint, on one to three lines."""
         place = "" if self.file is None else self.file + (f":{self.line}" if self.line else "")
         text = f"{place}: {self.message}" if place else self.message
         return f"{text}\n{self.hint}" if self.hint else text
 
     def as_json(self) -> dict[str, Any]:
-        """The `error` object that `--json` prints."""
+        """Return the `error` object that `--json` prints."""
         return {
             "code": self.code,
             "type": type(self).__name__,
@@ -114,33 +114,33 @@ class Terminated(UserError):
 
 
 class ProcessError(UserError):
-    """A process of llmctl's that ended by a bug, which it has shown itself."""
+    """An llmctl process that ended by a bug, and printed its own traceback."""
 
     code = 1
 
 
-def from_json(said: Mapping[str, Any], code: int) -> UserError:
-    """The error that another process of llmctl's said with `--json`, and ended with.
+def from_json(error: Mapping[str, Any], code: int) -> UserError:
+    """Rebuild the error that another llmctl process printed with `--json`.
 
     Args:
-        said: its `error` object; empty where it said nothing.
+        error: its `error` object; empty where it printed none.
         code: its exit code.
     """
-    kinds = [kind for kind in _below(UserError) if kind.code == code]
-    named = next((kind for kind in kinds if kind.__name__ == said.get("type")), None)
+    kinds = [kind for kind in _subclasses(UserError) if kind.code == code]
+    named = next((kind for kind in kinds if kind.__name__ == error.get("type")), None)
     kind = named or next(iter(kinds), ProcessError)
-    message = said.get("message") or f"the process ended with exit code {code}"
-    return kind(message, file=said.get("file"), line=said.get("line"), hint=said.get("hint"))
+    message = error.get("message") or f"the process ended with exit code {code}"
+    return kind(message, file=error.get("file"), line=error.get("line"), hint=error.get("hint"))
 
 
-def _below(kind: type[UserError]) -> Iterator[type[UserError]]:
+def _subclasses(kind: type[UserError]) -> Iterator[type[UserError]]:
     yield kind
     for inner in kind.__subclasses__():
-        yield from _below(inner)
+        yield from _subclasses(inner)
 
 
 def require_extra(package: str, extra: str, purpose: str) -> None:
-    """Refuse what cannot be done here, before anything else is done.
+    """Refuse to go on without an optional package.
 
     Args:
         package: as it is imported.

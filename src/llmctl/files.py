@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees all or nothing, their hashes, and the disk's refusals."""
+"""Write files atomically, hash them, and turn the disk's errors into messages."""
 
 import errno
 import hashlib
@@ -20,7 +20,7 @@ from llmctl.redact import redact, redacted
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into errors that name the directory.
+    """Turn the operating system's errors into errors that name the directory.
 
     Raises:
         OutputError: read-only, not permitted, or in the way of a file.
@@ -29,8 +29,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        said = re.search(r"os error (\d+)", str(error))
-        if refusal := _refusal(int(said[1]), path) if said else None:
+        match = re.search(r"os error (\d+)", str(error))
+        if refusal := _refusal(int(match[1]), path) if match else None:
             raise refusal from None
         raise
     except OSError as error:
@@ -62,7 +62,7 @@ def check_out(out: Path | None, *, overwrite: bool) -> None:
 
 
 def _refusal(number: int | None, path: Path) -> OutputError | ResourceError | None:
-    """The error for what the operating system refused, None for what is no matter of the disk."""
+    """Return the error for an operating system's errno, None for one not of the disk."""
     if number in (errno.ENOSPC, errno.EDQUOT):
         return no_space(path)
     if number == errno.EFBIG:
@@ -84,7 +84,7 @@ def _refusal(number: int | None, path: Path) -> OutputError | ResourceError | No
 
 
 def no_space(path: Path, needed: int | None = None) -> ResourceError:
-    """The error for a full disk, with what is needed and what is there."""
+    """Return the error for a full disk, with the bytes needed and free."""
     there = next(p for p in (path, *path.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
     want = "" if needed is None else f"{needed:,} bytes needed, "
@@ -96,13 +96,13 @@ def no_space(path: Path, needed: int | None = None) -> ResourceError:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes."""
+    """Return the hex digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_folder(folder: Path) -> str:
-    """Hex digest over the names and contents of a folder's files, in order of name."""
+    """Return the hex digest of names and contents of a folder's files, in order of name."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         digest.update(f"{path.relative_to(folder)}\0{sha256_file(path)}\n".encode())
@@ -110,7 +110,7 @@ def sha256_folder(folder: Path) -> str:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Replace a JSON file at once: nothing in it is a secret, or a number that JSON has not."""
+    """Replace a JSON file atomically, without secrets and non-finite numbers."""
     shown = finite(redacted(value))
     text = json.dumps(shown, indent=2, default=_as_text, allow_nan=False)
     replace_file(path, f"{text}\n".encode())
@@ -121,7 +121,7 @@ def _as_text(value: object) -> str:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file at once: a reader sees the old one or the new one, also after a power cut."""
+    """Replace a file atomically: a reader sees the old or the new one, also after a power cut."""
     temporary = staged(path)
     temporary.write_bytes(content)
     fsync(temporary)
@@ -129,7 +129,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def replace_folder(staging: Path, folder: Path) -> None:
-    """Give a folder that was filled under another name its own, once all of it is on the disk."""
+    """Rename a filled staging folder once all of it is on the disk."""
     for path in (*staging.rglob("*"), staging):
         fsync(path)
     if folder.exists():  # of a run that was killed before it could say that it was complete
@@ -148,12 +148,12 @@ def fsync(path: Path) -> None:
 
 
 def staged(path: Path) -> Path:
-    """Where a file is written before it gets its name."""
+    """Return the temporary path of a file."""
     return path.with_name(f".{path.name}.tmp")
 
 
 def finite(value: Any) -> Any:
-    """The value with None for every float that JSON cannot hold, also in mappings and lists."""
+    """Put None for every float that JSON cannot hold, also in mappings and lists."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -164,7 +164,7 @@ def finite(value: Any) -> Any:
 
 
 def follow_umask(folder: Path) -> None:
-    """Give files the mode that other programs' files have (safetensors writes 0600)."""
+    """Give files the mode of the umask (safetensors writes 0600)."""
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.iterdir():

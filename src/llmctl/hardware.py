@@ -1,4 +1,4 @@
-"""What this process may use: devices, cores, numbers and their peak speed."""
+"""Devices, cores and memory of this process, and the devices' peak speed."""
 
 import gc
 import os
@@ -34,11 +34,11 @@ PEAK_FLOPS = {  # dense bf16 tensor-core FLOP/s from the vendors' data sheets; f
 
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""What torch says, on GPUs and on CPUs."""
+"""Parts of torch's messages, on GPUs and on CPUs."""
 
 
 def pick_device(name: str) -> str:
-    """The device for `auto|cpu|cuda|mps`; in a distributed run the local rank's GPU.
+    """Return the device for `auto|cpu|cuda|mps`; in a distributed run the local rank's GPU.
 
     Raises:
         ResourceError: the device was asked for and is not there.
@@ -52,7 +52,7 @@ def pick_device(name: str) -> str:
 
 
 def usable_cores() -> int:
-    """Cores for this process: affinity and cgroup quota, shared with the other local ranks."""
+    """Return the cores for this process: by affinity, cgroup quota and other local ranks."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -63,7 +63,7 @@ def usable_cores() -> int:
 
 
 def _cgroup_cores() -> int | None:
-    """Whole cores that the cgroup's quota grants, or None without one (cgroup v2, then v1)."""
+    """Return the whole cores of the cgroup's quota, None without one (cgroup v2, then v1)."""
     for files in (
         ("/sys/fs/cgroup/cpu.max",),
         ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
@@ -100,20 +100,20 @@ def has_bf16(device: str) -> bool:
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device == "cpu":
-        found = torch.cpu.get_capabilities()
-        return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return False
 
 
 def device_name(device: str) -> str:
-    """The device as its vendor calls it."""
+    """Return the vendor's name of the device."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     return str(torch.cpu.get_capabilities().get("cpu_name", device)) if device == "cpu" else device
 
 
 def peak_flops(device: str) -> float | None:
-    """Peak dense bf16 FLOP/s of the device, None where it is not known."""
+    """Return the peak dense bf16 FLOP/s of the device, None where it is not known."""
     name = device_name(device)
     return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
 
@@ -142,7 +142,7 @@ def memory_errors(batch_size: int | None = None, grad_accum: int = 1) -> Iterato
 
 
 def _smaller(batch_size: int | None, grad_accum: int) -> str:
-    """What to type instead; a training step keeps its size."""
+    """Return the hint; a training step keeps its size."""
     if batch_size is None:
         return "use a smaller --batch-size"
     if batch_size == 1:
@@ -194,7 +194,7 @@ def memory_total() -> int:
 
 
 def memory_left() -> int:
-    """Bytes of the machine's memory that this process could still take, by its cgroups as well."""
+    """Return the free bytes of the machine's memory, within the limits of the cgroups."""
     left = int(psutil.virtual_memory().available)
     for folder in _memory_cgroups():
         for limit, usage in (
@@ -211,7 +211,7 @@ def memory_left() -> int:
 
 
 def _memory_cgroups() -> Iterator[Path]:
-    """The folders of this process's memory cgroup and of those above it, version 2 or 1."""
+    """Yield the folders of this process's memory cgroup and of those above, version 2 or 1."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -225,7 +225,7 @@ def _memory_cgroups() -> Iterator[Path]:
 
 
 def _reclaimable(folder: Path) -> int:
-    """Bytes of cached files in a cgroup, which count as used but give way."""
+    """Return the bytes of cached files in a cgroup, which count as used but are reclaimable."""
     try:
         words = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except OSError:

@@ -21,12 +21,12 @@ CONTROL_PANEL = "Output"
 def command(
     stage: str, config_class: type[Config], run: Callable[[Any], int]
 ) -> Callable[..., int]:
-    """A function whose signature Typer reads as one flag per field; it loads the config and runs.
+    """Return a function whose signature Typer reads as one flag per field.
 
     Args:
         stage: name of the command, checked against the recipe's `stage` key.
         config_class: the fields.
-        run: what to do with the loaded config.
+        run: is given the loaded config.
     """
 
     def call(recipe: Path | None = None, **flags: Any) -> int:
@@ -69,7 +69,7 @@ _RECIPE = inspect.Parameter(
 
 
 def panels(config_class: type[Config]) -> dict[str, list[str]]:
-    """Panel title -> field names: own fields first, then each shared group."""
+    """Return panel title -> field names: own fields first, then each shared group."""
     grouped: dict[str, list[str]] = {}
     titles = dict.fromkeys((config_class.__name__, "StageConfig"), "Options")
     titles["Reporting"] = CONTROL_PANEL
@@ -118,7 +118,7 @@ def _option(config_class: type[Config], name: str, field: FieldInfo, panel: str)
 
 
 def help_text(field: FieldInfo) -> str:
-    """The field's docstring on one line, with its default."""
+    """Return the field's docstring on one line, with its default."""
     text = " ".join((field.description or "").split())
     default = field.default
     if default is PydanticUndefined:
@@ -129,7 +129,7 @@ def help_text(field: FieldInfo) -> str:
 
 
 def metavar(field: FieldInfo) -> str:
-    """What stands for the value in `--help`."""
+    """Return the value's placeholder in `--help`."""
     if choices := literal_choices(field.annotation):
         return "|".join(choices)
     names = {int: "INTEGER", float: "NUMBER", Path: "PATH", str: "TEXT"}
@@ -137,7 +137,7 @@ def metavar(field: FieldInfo) -> str:
 
 
 def literal_choices(annotation: Any) -> list[str]:
-    """The values of a `Literal`, or of a list of them, or nothing."""
+    """Return the values of a `Literal`, or of a list of them, or nothing."""
     for member in _members(annotation):
         if get_origin(member) is Literal:
             return list(get_args(member))
@@ -145,7 +145,7 @@ def literal_choices(annotation: Any) -> list[str]:
 
 
 def _cli_type(annotation: Any) -> Any:
-    """The type Typer should parse: only flags, lists and text are its business."""
+    """Return the type that Typer parses: a flag, a list or text; pydantic does the rest."""
     for member in _unwrapped(annotation):
         if member is bool:
             return bool

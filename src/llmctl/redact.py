@@ -22,7 +22,7 @@ _USER_OF_URL = re.compile(r"([A-Za-z][\w+.-]+:/{1,2})[^/\s?#\"'<>]+@")
 
 
 def redact(text: str) -> str:
-    """The text with `[redacted]` in place of every secret."""
+    """Replace every secret in a text by `[redacted]`."""
     values = frozenset(
         value.strip()
         for name, value in os.environ.items()
@@ -34,9 +34,9 @@ def redact(text: str) -> str:
 
 
 def redacted(value: Any) -> Any:
-    """The same value with every text in it redacted, however deep in mappings and lists.
+    """Redact every text in a value, however deep in mappings and lists.
 
-    Texts are redacted before they are serialized: an escaped secret would not be found any more.
+    Before it is serialized: an escaped secret would not be found any more.
     """
     if isinstance(value, str):
         return redact(value)
@@ -49,6 +49,6 @@ def redacted(value: Any) -> Any:
 
 @lru_cache(maxsize=4)
 def _pattern(values: frozenset[str]) -> re.Pattern[str]:
-    """Matches any of the values, the longest first, as it is or as `repr` and JSON escape it."""
+    """Return a pattern of the values, the longest first, plain or escaped by `repr` or JSON."""
     forms = {f for v in values for f in (v, repr(v)[1:-1], json.dumps(v)[1:-1])}
     return re.compile("|".join(re.escape(f) for f in sorted(forms, key=len, reverse=True)))

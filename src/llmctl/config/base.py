@@ -57,7 +57,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _construct_int(loader: _StrictLoader, node: Any) -> int:
-    """A number that a message can show: Python takes long, or refuses, to print longer ones."""
+    """Construct an integer of at most 64 bits: Python may refuse to print longer ones."""
     value = int(loader.construct_yaml_int(node))
     if abs(value) >= 2**63:
         raise yaml.MarkedYAMLError(
@@ -75,7 +75,7 @@ _StrictLoader.add_implicit_resolver(
 
 
 def read_recipe(recipe: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """A recipe's keys and values, and the 1-based line of each key.
+    """Read a recipe's keys and values, and the 1-based line of each key.
 
     Raises:
         UserError: as `read_nested`.
@@ -85,7 +85,7 @@ def read_recipe(recipe: Path) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def read_nested(recipe: Path) -> tuple[dict[str, Any], dict[Place, int]]:
-    """A recipe's keys and values, and the 1-based line of all that is in it.
+    """Read a recipe's keys and values, and the 1-based line of everything in it.
 
     Raises:
         UserError: the file is missing, too large, not UTF-8, or not a plain YAML mapping.
@@ -121,7 +121,7 @@ def read_nested(recipe: Path) -> tuple[dict[str, Any], dict[Place, int]]:
 
 
 def _lines(node: Any, place: Place) -> Iterator[tuple[Place, int]]:
-    """The line of each key and of each entry of a list."""
+    """Yield the line of each key and of each entry of a list."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             inner = (*place, key.value)
@@ -134,7 +134,7 @@ def _lines(node: Any, place: Place) -> Iterator[tuple[Place, int]]:
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
-    """Values as a recipe that `read_recipe` reads back."""
+    """Format values as a recipe that `read_recipe` reads back."""
     return str(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
 
 
@@ -165,15 +165,15 @@ class Argument:
     """Marks a field that is given by its place, not by a flag."""
 
     name: str
-    """What `--help` calls it."""
+    """Its name in `--help`."""
 
 
 @dataclass(frozen=True)
 class Input:
-    """Marks a field that names what is read; a life cycle may name a stage's result there."""
+    """Marks a field that names an input; a life cycle may name a stage's result there."""
 
     kinds: tuple[str, ...]
-    """What it may be (see `Config.makes`); empty for what no stage makes."""
+    """Kinds of results that it takes (see `Config.makes`); empty for what no stage makes."""
 
     def __init__(self, *kinds: str) -> None:
         """Kinds as in `Config.makes`."""
@@ -181,7 +181,7 @@ class Input:
 
 
 def parse_count(value: Any) -> Any:
-    """`20M`, `1.5GB`, `64k` or `1e9` as a whole number; anything else is left to pydantic."""
+    """Parse `20M`, `1.5GB`, `64k` or `1e9` as a whole number; leave other types to pydantic."""
     if not isinstance(value, str):
         return value
     match = re.fullmatch(
@@ -215,7 +215,7 @@ class Config(Fields):
     """The fields of one command."""
 
     makes: ClassVar[tuple[str, ...]] = ()
-    """What its result can be to other commands: tokens, tokenizer, model, reward or data."""
+    """Kinds of its result for other commands: tokens, tokenizer, model, reward or data."""
 
     @classmethod
     def load(cls, stage: str, recipe: Path | None, flags: Mapping[str, Any]) -> Self:
@@ -246,7 +246,7 @@ class Config(Fields):
         recipe: Path | None,
         lines: Mapping[str, int],
     ) -> Self:
-        """The config of these values of a recipe and these flags, which win.
+        """Build the config of a recipe's values and of flags, which win.
 
         Args:
             values: by field name.
@@ -268,15 +268,15 @@ class Config(Fields):
             raise cls._explain(error, recipe, lines, flags) from None
 
     def recipe(self, stage: str) -> dict[str, Any]:
-        """The resolved config as recipe keys, without secrets and what steers only this call."""
+        """Return the resolved config as recipe keys, without secrets and control flags."""
         return {"stage": stage, **redacted(self.model_dump(mode="json"))}
 
     def to_yaml(self, stage: str) -> str:
-        """The resolved config as a recipe that `load` reads back."""
+        """Return the resolved config as a recipe that `load` reads back."""
         return to_yaml(self.recipe(stage))
 
     def given(self) -> set[str]:
-        """Names of the fields that differ from their defaults."""
+        """Return names of the fields that differ from their defaults."""
         return {
             name
             for name, field in type(self).model_fields.items()
@@ -285,7 +285,7 @@ class Config(Fields):
 
     @classmethod
     def flag(cls, name: str) -> str:
-        """The flag that sets a field, as a user would type it."""
+        """Return the flag that sets a field, as a user would type it."""
         for item in cls.model_fields[name].metadata:
             if isinstance(item, Flag):
                 return item.names[0]
@@ -295,7 +295,7 @@ class Config(Fields):
 
     @classmethod
     def inputs(cls) -> dict[str, tuple[str, ...]]:
-        """The fields that name what is read, each with the kinds of results that it takes."""
+        """Return the fields that name inputs, each with the kinds of results that it takes."""
         return {
             name: item.kinds
             for name, field in cls.model_fields.items()
@@ -305,7 +305,7 @@ class Config(Fields):
 
     @classmethod
     def other_spellings(cls) -> dict[str, str]:
-        """Hidden spelling -> flag name, both in kebab-case and without dashes in front."""
+        """Return hidden spelling -> flag name, both in kebab-case and without dashes in front."""
         return {
             other: cls.flag(name).removeprefix("--")
             for name, field in cls.model_fields.items()
@@ -330,7 +330,7 @@ class Config(Fields):
         lines: Mapping[str, int],
         flags: Mapping[str, Any],
     ) -> UserError:
-        """The first thing wrong, said in terms of the flag or the recipe line it came from."""
+        """Return the first error, in terms of the flag or recipe line that it came from."""
         first = error.errors()[0]
         if not first["loc"]:
             return UserError(first["msg"].removeprefix("Value error, "))

@@ -1,7 +1,4 @@
-"""Groups of fields that commands share which train a given model further.
-
-Their data, their adapters, their memory, and how they train.
-"""
+"""Groups of fields of the commands that fine-tune: data, adapters, memory, training."""
 
 from typing import Annotated, Literal, Self
 
@@ -64,7 +61,7 @@ class Examples(Fields):
 
 
 class Supervised(Examples):
-    """What counts of an example, and what becomes of long ones."""
+    """Tokens that count in the loss, and truncation."""
 
     train_on: Literal["assistant", "completion", "prompt", "all"] = "assistant"
     """Tokens that count in the loss: every turn of the assistant, its last turn only, everything
@@ -188,7 +185,7 @@ class Memory(Fields):
 
 
 class Samples(Fields):
-    """What the model writes while it learns."""
+    """Texts that the model writes at evaluations."""
 
     samples: NonNegativeCount = 4
     """Validation prompts, or beginnings of its texts, to answer before the first step and at every
@@ -202,7 +199,7 @@ class Samples(Fields):
 
 
 class Tuning(LowRank, Length, Batch, Optimizer, Memory, Evaluation, Placement, Compiled, Resumable):
-    """How to train it further."""
+    """Fields of every command that fine-tunes."""
 
     group_by_length: bool = False
     """Put examples of like length into one step: less padding, less mixing."""

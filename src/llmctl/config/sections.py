@@ -24,13 +24,13 @@ Control = Field(exclude=True)
 
 
 def _names(value: Any) -> Any:
-    """`lr,max-steps` as a list of field names."""
+    """Parse `lr,max-steps` into field names."""
     parts = [part for text in value for part in str(text).split(",")] if value else []
     return [part.strip().replace("-", "_") for part in parts if part.strip()]
 
 
 def _tracker_names(value: Any) -> Any:
-    """`tensorboard,wandb` as a list; `none` is nobody."""
+    """Parse `tensorboard,wandb` into names; `none` disables tracking."""
     parts = [value] if isinstance(value, str) else value
     if not isinstance(parts, list):
         return value
@@ -39,7 +39,7 @@ def _tracker_names(value: Any) -> Any:
 
 
 class Reporting(Fields):
-    """What a command prints."""
+    """Printed output of a command."""
 
     as_json: Annotated[bool, Flag("--json"), Control] = False
     """Print the result, or the error, as one JSON object."""
@@ -141,7 +141,7 @@ class Optimizer(Fields):
 
 
 class Batch(Fields):
-    """How much data makes a step."""
+    """Data of a step."""
 
     batch_size: Annotated[
         PositiveInt | None,
@@ -165,7 +165,7 @@ class Compiled(Fields):
 
 
 class Length(Fields):
-    """How long to train: steps or epochs."""
+    """Length of training in steps or epochs."""
 
     max_steps: Annotated[PositiveCount | None, Also("num-iterations", "steps")] = None
     """Optimizer steps."""
@@ -212,7 +212,7 @@ class Checkpoints(Fields):
 
 
 class Trackers(Fields):
-    """Who else is told how training goes."""
+    """Experiment trackers."""
 
     report_to: Annotated[
         list[Literal["tensorboard", "trackio", "wandb"]],
@@ -272,7 +272,7 @@ class Loading(Fields):
 
 
 class Sampling(Fields):
-    """How the next token is chosen."""
+    """Sampling of the next token."""
 
     max_new_tokens: Annotated[PositiveInt, Also("max-tokens", "n-predict")] = 256
     """Most tokens to generate for a prompt."""
@@ -300,7 +300,7 @@ class Sampling(Fields):
 
 
 class Stages(Config, Output):
-    """Which stages of a life cycle to run, and how."""
+    """Stages of a life cycle to run."""
 
     out: Annotated[
         Path | None, Flag("--out", "-o"), Also("output-dir", "out-dir", "output"), Control

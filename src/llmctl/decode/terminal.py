@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import BinaryIO, Self
 
-from llmctl.console import SEEN, log
+from llmctl.console import CONTROL_CHARACTERS, log
 from llmctl.data.rows import read_lines
 from llmctl.errors import DataError, UserError
 
@@ -182,7 +182,7 @@ class Terminal:
 
     def visible(self, text: str) -> str:
         """Return the model's text without control characters."""
-        return text.translate(SEEN)
+        return text.translate(CONTROL_CHARACTERS)
 
     def _handle(self, _: int, __: FrameType | None) -> None:
         self._was_pressed = True

@@ -5,7 +5,7 @@ In: a session, and lines such as `2 1=3`. Out: the questions on stderr, the answ
 
 import sys
 
-from llmctl.console import SEEN, log
+from llmctl.console import CONTROL_CHARACTERS, log
 from llmctl.data.schemas import Message
 from llmctl.errors import UserError
 from llmctl.feedback.questions import Question
@@ -109,7 +109,7 @@ def turns(prompt: str | list[Message]) -> list[tuple[str, str]]:
 
 def _print(text: str) -> None:
     """Print to stderr, without control characters."""
-    print(text.translate(SEEN), file=sys.stderr)
+    print(text.translate(CONTROL_CHARACTERS), file=sys.stderr)
 
 
 def _read(prompt: str) -> str | None:

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from llmctl.console import is_terminal, log, watched
+from llmctl.console import is_terminal, log, progress_to
 from llmctl.numbers import duration
 from llmctl.pipeline.gates import GateResult
 from llmctl.pipeline.references import Stage
@@ -68,7 +68,7 @@ class StageView:
                     redirect_stdout=False,
                 )
                 stack.enter_context(live)
-                stack.enter_context(watched(self._watch))
+                stack.enter_context(progress_to(self._watch))
             yield
 
     def begin(self, name: str, how: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from llmctl import metrics
 from llmctl.config.base import read_recipe
-from llmctl.console import SEEN
+from llmctl.console import CONTROL_CHARACTERS
 from llmctl.errors import DataError, UserError
 from llmctl.redact import redact
 from llmctl.runs.listing import RunSummary, list_runs, summarize
@@ -193,7 +193,7 @@ def clean(value: Any, known: dict[str, str] | None = None) -> Any:
     known = {} if known is None else known
     if isinstance(value, str):
         if value not in known:
-            known[value] = redact(value).encode("utf-8", "replace").decode().translate(SEEN)
+            known[value] = redact(value).encode("utf-8", "replace").decode().translate(CONTROL_CHARACTERS)
         return known[value]
     if isinstance(value, dict):
         return {clean(str(key), known): clean(item, known) for key, item in value.items()}

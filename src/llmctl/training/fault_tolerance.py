@@ -65,7 +65,7 @@ def together(accelerator: Accelerator) -> Iterator[None]:
     if speaker is not None:
         said = failed[speaker] if mine is None else mine
         assert said is not None
-        said.told = speaker != accelerator.process_index
+        said.is_reported = speaker != accelerator.process_index
         raise said
 
 
@@ -138,7 +138,7 @@ def accept(state: RunState, outcome: StepOutcome, batch: Callable[[], str]) -> b
         hint="the weights were not touched by this step; try a lower --lr, a longer --warmup, or "
         "--on-nan skip",
     )
-    error.told = state.rank > 0
+    error.is_reported = state.rank > 0
     raise error
 
 
@@ -163,7 +163,7 @@ def finish_step(state: RunState, meter: Meter, outcome: StepOutcome) -> None:
             improved = meter.log_evaluation(metrics)
         if not math.isfinite(metrics["val_loss"]):
             error = DivergedError(f"step {done.step:,}: val_loss {metrics['val_loss']:g}")
-            error.told = state.rank > 0
+            error.is_reported = state.rank > 0
             raise error
     if due:
         with meter.paused():

@@ -20,11 +20,11 @@ from llmctl.config.sections import (
 
 METRICS = ("perplexity", "rouge", "bleu", "chrf", "wer", "exact", "accuracy", "f1")
 GENERATED = METRICS[1:]
-"""Those of what a model writes, which take references."""
+"""Metrics of generated responses, which take references."""
 
 
 def _listed(value: Any) -> Any:
-    """`rouge,bleu` as a list, also where the flag is repeated."""
+    """Parse `rouge,bleu` into a list, also where the flag is repeated."""
     if not isinstance(value, list):
         return value
     parts = [part.strip() for text in value for part in str(text).split(",")]
@@ -32,7 +32,7 @@ def _listed(value: Any) -> Any:
 
 
 class Measures(Fields):
-    """What is measured, and what must hold."""
+    """Metrics, and gates on them."""
 
     metrics: Annotated[list[str], BeforeValidator(_listed), Also("metric")] = []
     """Figures to compute, `rouge,exact` or repeated: perplexity; of answers rouge, bleu, chrf, wer,
@@ -51,7 +51,7 @@ class Measures(Fields):
 
 
 class Questions(Fields):
-    """How prompts are put."""
+    """Few-shot examples and format of prompts."""
 
     shots: Annotated[NonNegativeCount | None, Also("num-fewshot", "few-shot")] = None
     """Examples set before each prompt: rows of the data, which are then not evaluated, or of
@@ -75,7 +75,7 @@ class Questions(Fields):
 
 
 class Reading(Fields):
-    """How texts are read, for perplexity."""
+    """Windows over texts, for perplexity."""
 
     text_column: Annotated[str, Also("text-field", "dataset-text-field")] = "text"
     """Column that holds the text in jsonl, csv, parquet and Hub data."""
@@ -102,7 +102,7 @@ class Tasks(Fields):
 
 
 class Comparison(Fields):
-    """A second model, and a judge."""
+    """A second model, and a reward model that scores both."""
 
     compare: Annotated[str | None, Also("against"), Input("model")] = None
     """Second model on the same data: differences are `model` less this one."""

@@ -19,7 +19,7 @@ from llmctl.config.sections import (
 
 
 class Prompts(Fields):
-    """What is asked."""
+    """Prompts of training and validation."""
 
     data: Annotated[list[str], Also("dataset", "dataset-name", "prompts"), Input("data")] = []
     """Prompts (repeatable): jsonl, json, csv or parquet with `prompt`, `messages`, `instruction` or
@@ -43,7 +43,7 @@ class Prompts(Fields):
 
 
 class Rewards(Fields):
-    """What is wanted."""
+    """Reward models and rules."""
 
     reward_model: Annotated[list[str], Also("reward-model-path"), Input("reward")] = []
     """Reward model (repeatable): a run, folder or Hub id; `runs/helpful=1.0` gives it a weight."""
@@ -64,7 +64,7 @@ class Rewards(Fields):
 
 
 class Rollouts(Fields):
-    """How responses are sampled."""
+    """Sampling of responses."""
 
     max_new_tokens: Annotated[PositiveInt, Also("response-length", "max-completion-length")] = 64
     """Most tokens of a response."""
@@ -144,7 +144,7 @@ class Algorithm(Fields):
 
 
 class Episodes(Fields):
-    """How long to train; one of the three."""
+    """Length of training; one of the three."""
 
     max_steps: Annotated[PositiveCount | None, Also("num-iterations", "steps")] = None
     """Steps: batches of episodes."""

@@ -57,7 +57,7 @@ class Shape(Fields):
 
 
 class TokenLength(Length):
-    """How long to train, also in tokens; one of the four, by default by corpus and model."""
+    """Length of training, also in tokens; one of the four, by default by corpus and model."""
 
     tokens_budget: Annotated[PositiveCount | None, Also("max-tokens")] = None
     """Tokens to train on."""

@@ -69,7 +69,7 @@ class QuantizeConfig(StageConfig):
 
     @property
     def library(self) -> Literal["bnb", "torchao"] | None:
-        """What holds the weights; None for a plain cast and for a GGUF file."""
+        """Library that holds the weights; None for a plain cast and for a GGUF file."""
         return self.method or ("bnb" if self.bits else None)
 
     @property
