@@ -24,7 +24,7 @@ def run(config: DpoConfig) -> dict[str, Any] | None:
 
 
 def _show(config: DpoConfig, accelerator: Accelerator, device: str) -> dict[str, Any] | None:
-    """Do what a dry run does."""
+    """Show a dry run: recipe and outlook."""
     data = _pairs(config, accelerator)
     prepared = prepare_dpo(config, data, accelerator, device)
     share = trained_share(data.train.chosen, data.train.rejected)
@@ -33,7 +33,7 @@ def _show(config: DpoConfig, accelerator: Accelerator, device: str) -> dict[str,
 
 
 def _align(config: DpoConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:
-    """Load, prepare, train, export; return what came of it."""
+    """Load, prepare, train, export; return the result."""
     clock = clock_of(config, run)
     with together(accelerator):
         data = _pairs(config, accelerator, clock)
@@ -48,7 +48,7 @@ def _align(config: DpoConfig, run: Run, accelerator: Accelerator, device: str) -
 
 
 def _pairs(config: DpoConfig, accelerator: Accelerator, clock: str | None = None) -> PreferenceData:
-    """Load the pairs, and say what there is."""
+    """Load the pairs, and log their statistics."""
     data = load_dpo_data(config, clock)
     if accelerator.is_main_process:
         log_dpo_data(data)

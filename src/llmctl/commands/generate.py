@@ -25,7 +25,7 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
     encoder = PromptEncoder(tokenizer, config.chat, config.system, shots)
     prompts = build_prompts(asks, encoder, shape, config.max_new_tokens, config.num_samples)
     if config.dry_run:
-        _tell_plan(config, prompts, device)
+        _log_plan(config, prompts, device)
         return show_recipes([("generate", config)], as_json=config.as_json)
     rows = min(len(prompts), config.batch_size)
     model = load_for_generation(config.model, config, shape, device=device, rows=rows)
@@ -55,7 +55,7 @@ def _read(config: GenerateConfig) -> list[PromptExample]:
     return [read_stdin()]
 
 
-def _tell_plan(config: GenerateConfig, prompts: list[Prompt], device: str) -> None:
+def _log_plan(config: GenerateConfig, prompts: list[Prompt], device: str) -> None:
     lengths = [len(prompt.tokens) for prompt in prompts]
     log.info(
         "would write %d responses of at most %d tokens on %s; prompts of %d to %d tokens",
@@ -73,7 +73,7 @@ def _print_piece(_: int, piece: str) -> None:
 
 
 def _stream(responses: Iterator[Response]) -> None:
-    """Let the text flow; the line is ended also when the user stops it."""
+    """Stream the text; the line ends also when the user stops it."""
     try:
         for _ in responses:
             pass
@@ -84,7 +84,7 @@ def _stream(responses: Iterator[Response]) -> None:
 def _write(
     config: GenerateConfig, asks: list[PromptExample], responses: Iterator[Response], total: int
 ) -> dict[str, Any] | None:
-    """One row or text for each response; what was written, where it went to a file."""
+    """Write a row or text for each response; return the result where it went to a file."""
 
     def row_of(response: Response) -> Row:
         return {

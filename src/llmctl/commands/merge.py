@@ -16,16 +16,16 @@ def run(config: MergeConfig) -> dict[str, Any] | None:
     """Merge, compare, write; None after a dry run."""
     threads = hardware.set_threads(config.threads)
     device = hardware.pick_device(config.device)
-    found = find_mergeable(config.model, config.base)
+    mergeable = find_mergeable(config.model, config.base)
     if config.dry_run:
-        log.info("would merge %s into %s, on %s", found.adapter.folder, found.base, device)
+        log.info("would merge %s into %s, on %s", mergeable.adapter.folder, mergeable.base, device)
         return show_recipes([("merge", config)], as_json=config.as_json)
     with open_run("merge", config) as run:
-        run.record(threads=threads, inputs=_inputs(config, found))
+        run.record(threads=threads, inputs=_inputs(config, mergeable))
         with hardware.memory_errors():
-            merged = merge(found, device)
+            merged = merge(mergeable, device)
         save_merged(merged, run.path / "model")
-        _report(merged)
+        _log_difference(merged)
         result = {
             "stage": "merge",
             "out": str(run.path),
@@ -37,15 +37,15 @@ def run(config: MergeConfig) -> dict[str, Any] | None:
     return result
 
 
-def _inputs(config: MergeConfig, found: Mergeable) -> list[dict[str, Any]]:
-    adapter, base = found.adapter, found.base
+def _inputs(config: MergeConfig, mergeable: Mergeable) -> list[dict[str, Any]]:
+    adapter, base = mergeable.adapter, mergeable.base
     return [
         model_input("adapter", config.model, sha256_folder(adapter.folder)),
         model_input("base", config.base or adapter.base, weights_sha256(base)),
     ]
 
 
-def _report(merged: Merged) -> None:
+def _log_difference(merged: Merged) -> None:
     log.info("logits differ from the adapter's by at most %.2g", merged.difference)
     if merged.quantized_difference is not None:
         log.info(

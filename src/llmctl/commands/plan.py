@@ -29,7 +29,7 @@ TRAINING: dict[str, type[Config]] = {
 
 
 def run(config: PlanConfig) -> dict[str, Any] | None:
-    """Print the block; with --json it is the result."""
+    """Print the outlook; with --json it is the result."""
     if config.file is None:
         device = planning_device(config.device, config)
         workload, model_config, notes = plan_shape(config, device)
@@ -79,7 +79,7 @@ def _require_used(config: PlanConfig, recipe: Recipe) -> None:
 
 
 def _read(path: Path, batch_size: int | None) -> Recipe:
-    """The config of a recipe that trains.
+    """Read the config of a recipe that trains.
 
     Raises:
         UserError: it is of no such command, or malformed.

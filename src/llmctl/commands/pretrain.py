@@ -36,7 +36,7 @@ def run(config: PretrainConfig) -> dict[str, Any] | None:
 def _pretrain(
     config: PretrainConfig, run: Run, accelerator: Accelerator, device: str
 ) -> dict[str, Any]:
-    """Tokenize where text is given; prepare, train, export; return what came of it."""
+    """Tokenize where text is given; prepare, train, export; return the result."""
     known = earlier_manifest(config).get("plan")
     with together(accelerator):
         tokens, inputs = _tokens(config, run)
@@ -55,7 +55,7 @@ def _pretrain(
 
 
 def _tokens(config: PretrainConfig, run: Run) -> tuple[Path, list[dict[str, Any]]]:
-    """The folder of tokenizer/ and tokens/, and the run's inputs; --data is tokenized first."""
+    """Return the folder of tokenizer/ and tokens/, and the inputs; --data is tokenized first."""
     if config.tokens is not None:
         folder = Path(config.tokens).expanduser()
         index = folder / "tokens" / "index.json"

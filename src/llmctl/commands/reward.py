@@ -27,7 +27,7 @@ def run(config: RewardConfig) -> dict[str, Any] | None:
 
 
 def _show(config: RewardConfig, accelerator: Accelerator, device: str) -> dict[str, Any] | None:
-    """Do what a dry run does."""
+    """Show a dry run: recipe and outlook."""
     data = _pairs(config, accelerator)
     prepared = prepare_reward(config, data, accelerator, device)
     outlook = finetuning_outlook(config, prepared, device)
@@ -35,7 +35,7 @@ def _show(config: RewardConfig, accelerator: Accelerator, device: str) -> dict[s
 
 
 def _train(config: RewardConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:
-    """Load, prepare, train, export; return what came of it."""
+    """Load, prepare, train, export; return the result."""
     clock = clock_of(config, run)
     with together(accelerator):
         data = _pairs(config, accelerator, clock)
@@ -54,7 +54,7 @@ def _train(config: RewardConfig, run: Run, accelerator: Accelerator, device: str
 def _pairs(
     config: RewardConfig, accelerator: Accelerator, clock: str | None = None
 ) -> PreferenceData:
-    """Load the pairs, and say what there is."""
+    """Load the pairs, and log their statistics."""
     data = load_reward_data(config, clock)
     if accelerator.is_main_process:
         log_reward_data(data)

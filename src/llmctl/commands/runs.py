@@ -31,17 +31,17 @@ def run(config: RunsConfig) -> dict[str, Any] | None:
         raise DataError("no such directory", file=root)
     if not root.is_dir():
         raise DataError("not a directory", file=root)
-    found = list_runs(root)
-    if not found:
+    summaries = list_runs(root)
+    if not summaries:
         log.info("no runs under %s", root)
     if config.as_json:
-        return {"stage": "runs", "runs": [asdict(summary) for summary in found]}
-    if found:
-        _print_table(found) if sys.stdout.isatty() else _print_columns(found)
+        return {"stage": "runs", "runs": [asdict(summary) for summary in summaries]}
+    if summaries:
+        _print_table(summaries) if sys.stdout.isatty() else _print_columns(summaries)
     return None
 
 
-def _print_table(found: list[RunSummary]) -> None:
+def _print_table(summaries: list[RunSummary]) -> None:
     """For eyes: resume commands, which would not fit, stand below."""
     from rich.console import Console  # a third of the time that the command takes in a pipe
     from rich.table import Table
@@ -57,23 +57,23 @@ def _print_table(found: list[RunSummary]) -> None:
             overflow="fold",
             no_wrap=name != "run",
         )
-    for summary in found:
+    for summary in summaries:
         path, stage, status, *rest = _cells(summary)
         color = COLORS.get(status, "default")
         table.add_row(Text(path), stage, Text(status, style=color), *rest)
     console.print(table)
-    commands = [_printable(summary.resume) for summary in found if summary.resume]
+    commands = [_printable(summary.resume) for summary in summaries if summary.resume]
     if commands:
         console.print("\nto resume:")
     for command in commands:
         console.print(Text(f"  {command}"), soft_wrap=True)
 
 
-def _print_columns(found: list[RunSummary]) -> None:
+def _print_columns(summaries: list[RunSummary]) -> None:
     """For scripts and files: aligned, one line a run, the resume command last."""
     rows = [
         [*COLUMNS, "resume"],
-        *([*_cells(summary), _printable(summary.resume or "-")] for summary in found),
+        *([*_cells(summary), _printable(summary.resume or "-")] for summary in summaries),
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     for row in rows:

@@ -33,7 +33,7 @@ def run(config: SftConfig) -> dict[str, Any] | None:
 
 
 def _show(config: SftConfig, accelerator: Accelerator, device: str) -> dict[str, Any] | None:
-    """Do what a dry run does."""
+    """Show a dry run: recipe and outlook."""
     data, _ = _examples(config, accelerator)
     prepared = prepare_sft(config, data, accelerator, device)
     outlook = finetuning_outlook(config, prepared, device, trained_share(data.train))
@@ -41,7 +41,7 @@ def _show(config: SftConfig, accelerator: Accelerator, device: str) -> dict[str,
 
 
 def _tune(config: SftConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:
-    """Load, prepare, train, export; return what came of it."""
+    """Load, prepare, train, export; return the result."""
     clock = clock_of(config, run)
     with together(accelerator):
         data, report = _examples(config, accelerator, clock)
@@ -65,7 +65,7 @@ def _tune(config: SftConfig, run: Run, accelerator: Accelerator, device: str) ->
 def _show_classification(
     config: SftConfig, accelerator: Accelerator, device: str
 ) -> dict[str, Any] | None:
-    """Do what a dry run with `--task classify` does."""
+    """Show a dry run with `--task classify`."""
     data = load_classification_data(config)
     if accelerator.is_main_process:
         log_classification_data(data)
@@ -75,7 +75,7 @@ def _show_classification(
 
 
 def _classify(config: SftConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:
-    """Load, prepare, train, export a classifier; return what came of it."""
+    """Load, prepare, train, export a classifier; return the result."""
     with together(accelerator):
         data = load_classification_data(config)
         if accelerator.is_main_process:
@@ -100,6 +100,6 @@ def _classify(config: SftConfig, run: Run, accelerator: Accelerator, device: str
 def _examples(
     config: SftConfig, accelerator: Accelerator, clock: str | None = None
 ) -> tuple[SftData, Audit]:
-    """Load the examples, found to be sound, and the report on them."""
+    """Load and audit the examples; return the audit, too."""
     data = load_sft_data(config, config.prompt_tuning or 0, clock)
     return audited(config, data, is_main=accelerator.is_main_process)

@@ -21,14 +21,14 @@ def run(config: TokenizeConfig) -> dict[str, Any] | None:
     if config.threads is not None:
         os.environ["RAYON_NUM_THREADS"] = str(config.threads)
     if config.dry_run:
-        return _plan(config)
+        return _dry_run(config)
     with open_run("tokenize", config) as run, open_corpus(config) as corpus:
         vocabulary, save = _vocabulary(config, corpus)
         run.record(inputs=corpus.inputs() + _tokenizer_input(config))
         save(run.path / "tokenizer")
         metrics = corpus.write(run.path / "tokens", vocabulary)
         run.log(metrics)
-        _report(metrics)
+        _log_metrics(metrics)
         result = {
             "stage": "tokenize",
             "out": str(config.out),
@@ -43,7 +43,7 @@ def run(config: TokenizeConfig) -> dict[str, Any] | None:
 def _vocabulary(
     config: TokenizeConfig, corpus: CheckedCorpus
 ) -> tuple[Vocabulary, Callable[[Path], None]]:
-    """The tokenizer to encode with, and how to save it."""
+    """Return the tokenizer to encode with, and a function that saves it."""
     if config.tokenizer is not None:
         return load_vocabulary(config.tokenizer)
     tokenizer = train_tokenizer(
@@ -67,8 +67,8 @@ def _tokenizer_input(config: TokenizeConfig) -> list[dict[str, Any]]:
     return [model_input("tokenizer", config.tokenizer, digest)]
 
 
-def _plan(config: TokenizeConfig) -> dict[str, Any] | None:
-    """Read and check all data, and say what a run would do."""
+def _dry_run(config: TokenizeConfig) -> dict[str, Any] | None:
+    """Read and check all data, and log the plan."""
     with open_corpus(config) as corpus:
         if config.tokenizer is not None:
             load_vocabulary(config.tokenizer)
@@ -83,7 +83,7 @@ def _plan(config: TokenizeConfig) -> dict[str, Any] | None:
     return show_recipes([("tokenize", config)], plan, as_json=config.as_json)
 
 
-def _report(metrics: dict[str, Any]) -> None:
+def _log_metrics(metrics: dict[str, Any]) -> None:
     long, brief = metrics["longest_document"], metrics["shortest_document"]
     log.info(
         "%s tokens (%s for validation) of %s documents, %s MB of text",
