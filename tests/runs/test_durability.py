@@ -336,7 +336,7 @@ def test_the_command_shown_resumes_what_was_changed(cli, tokens, tmp_path, monke
     flags = ("--max-steps", 8, "--save-every", 2, "--threads", 1, "-o", out)
 
     def dying(job, meter):
-        if job.progressed.step > last[-1]:
+        if job.progress.step > last[-1]:
             raise ZeroDivisionError
         save(job, meter)
 

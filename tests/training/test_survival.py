@@ -53,7 +53,7 @@ def spoil(monkeypatch, *steps):
 
     def spoiled(trainer, batch):
         loss = compute(trainer, batch)
-        passes.append(trainer.job.progressed.step + 1)
+        passes.append(trainer.state.progress.step + 1)
         if passes[-1] in steps:
             next(trainer.model.parameters()).grad[0] = torch.nan
         return loss

@@ -23,6 +23,7 @@ from llmctl.gguf_file import check_gguf
 from llmctl.hardware import memory_left
 from llmctl.models import hub
 from llmctl.models.adapters import CONFIG, is_adapter, read_adapter, weights_sha256
+from llmctl.models.causality import require_causal_config
 from llmctl.models.loading import (
     DTYPES,
     load_causal_lm,
@@ -172,6 +173,7 @@ def _require_language_model(shape: PreTrainedConfig, reference: str, *, is_heade
             file=reference,
             hint="load it as it is: it is used for scoring, not for generating",
         )
+    require_causal_config(shape, reference)
 
 
 def _empty_model(shape: PreTrainedConfig, reference: str) -> Any:
