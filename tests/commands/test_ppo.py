@@ -72,9 +72,10 @@ def steps(run):
 
 
 def gain(run):
-    """Mean score of the last steps by that of the first: a single step's is noisy."""
+    """Mean score of the last quarter of the steps by that of the first: a single step's is noisy."""
     scores = [line["score"] for line in steps(run)]
-    return (sum(scores[-4:]) / 4) / (sum(scores[:2]) / 2)
+    quarter = max(2, len(scores) // 4)
+    return sum(scores[-quarter:]) / sum(scores[:quarter])
 
 
 def decisive(run):
@@ -146,11 +147,10 @@ def test_lora_shares_one_set_of_weights(cli, base, world):
 
 
 def test_lora_learns_and_leaves_adapters(cli, base, world):
-    result = ppo(
-        cli, base, "--lora", "--lora-r", 8, "--merge", "--lr", 5e-3, "--max-steps", 12, "-o", "run"
-    )
+    how = ("--lr", 1e-2, "--batch-size", 16, "--ppo-epochs", 4, "--max-steps", 40)
+    result = ppo(cli, base, "--lora", "--lora-r", 8, "--merge", *how, "-o", "run")
     assert result.code == 0, result.err
-    assert gain("run") > 1.3
+    assert gain("run") > 1.2
     from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 
     tokenizer = AutoTokenizer.from_pretrained("run/adapter")
