@@ -34,11 +34,9 @@ def block_activation_bytes(workload: Workload) -> float:
 
 def activation_bytes(workload: Workload) -> float:
     """Activations that a pass over a batch saves, without logits: of blocks and the last norm."""
-    tokens, shape = workload.batch_size * workload.length, workload.shape
+    tokens, shape = workload.pass_tokens, workload.shape
     last = tokens * shape.hidden * (2 * FULL + _size(workload))
-    if (
-        workload.has_adapter
-    ):  # nothing before the first adapter trains, so the first norm keeps nothing
+    if workload.has_adapter:  # nothing before the first one trains: the first norm saves nothing
         last -= tokens * shape.hidden * FULL
     if workload.is_checkpointed:
         blocks = tokens * (shape.layers * shape.hidden * FULL + block_activation_bytes(workload))
@@ -65,12 +63,7 @@ def block_gradient_bytes(workload: Workload) -> float:
     two of the residual stream; the product itself is gone by then.
     """
     shape = workload.shape
-    return (
-        workload.batch_size
-        * workload.length
-        * (2 * shape.intermediate + 2 * shape.hidden)
-        * _size(workload)
-    )
+    return workload.pass_tokens * 2 * (shape.intermediate + shape.hidden) * _size(workload)
 
 
 def forward_bytes_per_token(workload: Workload) -> float:
@@ -82,7 +75,7 @@ def logit_bytes(workload: Workload) -> float:
     """Log-softmax and two gradients of each logit, at the start of the backward pass."""
     if not workload.logit_share or not workload.shape.head_matrix:
         return 0.0
-    positions = workload.batch_size * workload.length * workload.logit_share
+    positions = workload.pass_tokens * workload.logit_share
     logits = positions * workload.shape.vocabulary
     if workload.ppo is not None:
         logits = min(logits, workload.ppo.max_logits)
@@ -94,7 +87,13 @@ def logit_bytes(workload: Workload) -> float:
 
 
 def _size(workload: Workload) -> int:
+    """Bytes of an activation."""
     return HALF if workload.is_half else FULL
+
+
+def _weight_size(workload: Workload) -> int:
+    """Bytes of a weight that trains, of its gradient and of its moments."""
+    return HALF if workload.precision == "pure-bf16" else FULL
 
 
 def _norms(workload: Workload) -> float:
@@ -103,8 +102,7 @@ def _norms(workload: Workload) -> float:
     Their output is kept once in float32, and in bf16 once by every matrix that reads it.
     """
     shape, size = workload.shape, _size(workload)
-    stream = HALF if workload.precision == "pure-bf16" else FULL
-    inputs = stream if not shape.has_rms_norm or workload.has_adapter else 2 * FULL
+    inputs = _weight_size(workload) if not shape.has_rms_norm or workload.has_adapter else 2 * FULL
     if shape.has_rms_norm and workload.precision == "pure-bf16":
         inputs = FULL + (0 if workload.has_adapter else HALF)
     if workload.precision == "bf16":
@@ -186,12 +184,9 @@ def estimate_memory(workload: Workload) -> MemoryEstimate:
     held = gradients if workload.grad_accum > 1 or workload.ppo is not None else 0.0
     # a layer's gradients take the place of its activations, one layer after the other
     first = held + activations + max(parts["logits"], block_gradient_bytes(workload))
-    tokens = workload.batch_size * workload.length
-    last = gradients + min(
-        activations, tokens * block_activation_bytes(workload) + block_gradient_bytes(workload)
-    )
+    block = workload.pass_tokens * block_activation_bytes(workload)
+    last = gradients + min(activations, block + block_gradient_bytes(workload))
     buckets = gradients if workload.world > 1 else 0.0
-    context = CUDA_CONTEXT if workload.device == "cuda" else 0
     phases = {
         "forward and backward": steady + buckets + max(first, last),
         "update": steady + buckets + gradients + parts["workspace"],
@@ -199,52 +194,46 @@ def estimate_memory(workload: Workload) -> MemoryEstimate:
     }
     if workload.ppo is not None:
         phases["rollout"] = steady + parts["rollout"] + parts["KV cache"]
-    copied = trained_weight_bytes(workload) + parts["optimizer"]
-    if workload.device != "cuda":
-        phases["checkpoint"] = steady + copied
-        copied = 0.0
-    return MemoryEstimate(parts, {name: value + context for name, value in phases.items()}, copied)
+    copied = trained_parameters(workload) * _weight_size(workload) + parts["optimizer"]
+    if workload.device == "cuda":
+        phases = {name: held + CUDA_CONTEXT for name, held in phases.items()}
+        return MemoryEstimate(parts, phases, copied)
+    return MemoryEstimate(parts, {**phases, "checkpoint": steady + copied}, 0.0)
 
 
-def trained_weight_bytes(workload: Workload) -> float:
-    """Bytes of the weights that train, all models together."""
-    return _trained(workload) * (HALF if workload.precision == "pure-bf16" else FULL)
+def trained_parameters(workload: Workload) -> int:
+    """Parameters that train, in PPO those of the value model too."""
+    if workload.ppo is None:
+        return workload.trained
+    head = 0 if workload.has_adapter else workload.shape.parts["head"]
+    return 2 * workload.trained - head + workload.shape.hidden
 
 
 def weight_bytes(workload: Workload) -> float:
     """Bytes of the model as it is loaded, with its adapter."""
-    shape = workload.shape
-    whole = HALF if workload.precision == "pure-bf16" else FULL
+    shape, size = workload.shape, _weight_size(workload)
     if workload.load_in == "full":
-        return whole * shape.parameters + (workload.trained * whole if workload.has_adapter else 0)
-    small = shape.quantizable if workload.load_in == "4bit" else shape.matrices
-    bits = NF4_BYTES if workload.load_in == "4bit" else 1.0
+        return size * shape.parameters + (workload.trained * size if workload.has_adapter else 0)
+    quantized = shape.quantizable if workload.load_in == "4bit" else shape.matrices
+    quantized_size = NF4_BYTES if workload.load_in == "4bit" else 1.0
     rest = HALF if workload.device == "cuda" and workload.is_half else FULL
-    return small * bits + (shape.parameters - small) * rest + workload.trained * FULL
+    kept = (shape.parameters - quantized) * rest
+    return quantized * quantized_size + kept + workload.trained * FULL
 
 
 def kv_cache_bytes(workload: Workload, sequences: int, tokens: int) -> float:
     """Bytes of keys and values of sequences of some tokens each."""
-    shape = workload.shape
-    return (
-        2.0
-        * shape.layers
-        * shape.key_value
-        * sequences
-        * tokens
-        * (HALF if workload.is_half else 4)
-    )
+    width = 2.0 * workload.shape.layers * workload.shape.key_value
+    return width * sequences * tokens * _size(workload)
 
 
 def _parts(workload: Workload) -> dict[str, float]:
     """Bytes of each part, whenever it is held."""
-    ppo, trained = workload.ppo, _trained(workload)
-    number = HALF if workload.precision == "pure-bf16" else FULL
     parts = {
         "weights": weight_bytes(workload),
         "other models": _other_models(workload),
-        "gradients": float(number * trained),
-        "optimizer": _optimizer(workload, trained, number),
+        "gradients": float(_weight_size(workload) * trained_parameters(workload)),
+        "optimizer": _optimizer(workload),
         "activations": activation_bytes(workload),
         "copies": autocast_copy_bytes(workload),
         "logits": logit_bytes(workload),
@@ -252,23 +241,16 @@ def _parts(workload: Workload) -> dict[str, float]:
         "KV cache": 0.0,
         "rollout": 0.0,
     }
+    ppo = workload.ppo
     if ppo is not None:
         tokens = ppo.prompt_tokens + ppo.response_tokens
         sequences = min(ppo.rollout_batch_size, ppo.episodes)
         parts["KV cache"] = kv_cache_bytes(workload, sequences, tokens)
         matrices = workload.shape.matrices if workload.load_in == "full" else 0
         # the fused pass copies weights side by side; two copies of a row's logits sample its token
-        parts["rollout"] = matrices * (HALF if workload.is_half else FULL)
+        parts["rollout"] = matrices * _size(workload)
         parts["rollout"] += 2.0 * sequences * workload.shape.vocabulary * FULL
     return parts
-
-
-def _trained(workload: Workload) -> int:
-    """Parameters that train, in PPO those of the value model too."""
-    if workload.ppo is None:
-        return workload.trained
-    head = 0 if workload.has_adapter else workload.shape.parts["head"]
-    return 2 * workload.trained - head + workload.shape.hidden
 
 
 def _other_models(workload: Workload) -> float:
@@ -278,18 +260,19 @@ def _other_models(workload: Workload) -> float:
     """
     if workload.ppo is None:
         return 0.0
-    number = HALF if workload.precision == "pure-bf16" else FULL
-    value = (_trained(workload) - workload.trained) * number
-    reference = 0.0 if workload.has_adapter else workload.shape.parameters * number
-    return value + reference + workload.ppo.reward_parameters * FULL
+    value = trained_parameters(workload) - workload.trained
+    reference = 0 if workload.has_adapter else workload.shape.parameters
+    rewards = float(workload.ppo.reward_parameters)
+    return (value + reference) * _weight_size(workload) + rewards * FULL
 
 
-def _optimizer(workload: Workload, trained: int, number: int) -> float:
+def _optimizer(workload: Workload) -> float:
     """Bytes of two moments a weight that trains, in 8 bits a byte each; of Muon's matrices one."""
+    trained = trained_parameters(workload)
     if workload.optimizer in ("adamw-8bit", "paged-adamw-8bit"):
         return trained * 2 * (1 + FULL / 256)
     moments = 2 * trained - (workload.shape.muon if workload.optimizer == "muon" else 0)
-    return float(moments * number)
+    return float(moments * _weight_size(workload))
 
 
 def _muon_workspace(workload: Workload) -> float:
@@ -305,14 +288,10 @@ def _muon_workspace(workload: Workload) -> float:
 
 def _evaluation(workload: Workload) -> float:
     """Bytes of a pass without gradients: pretraining takes twice the batch and all logits."""
-    factor = 2 if workload.keeps_logits else 1
-    tokens = factor * workload.batch_size * workload.length
-    logits = (
-        tokens * workload.logit_share * workload.shape.vocabulary * bool(workload.shape.head_matrix)
-    )
+    shape, tokens = workload.shape, workload.pass_tokens * (2 if workload.keeps_logits else 1)
+    logits = tokens * workload.logit_share * shape.vocabulary * bool(shape.head_matrix)
     if workload.is_chunked or workload.ppo is not None:
         logits = 0
-    number = 2 * FULL + (HALF if workload.precision == "bf16" else 0)
-    return max(logits * number, tokens * forward_bytes_per_token(workload)) + autocast_copy_bytes(
-        workload
-    )
+    logit_size = 2 * FULL + (HALF if workload.precision == "bf16" else 0)
+    forward = tokens * forward_bytes_per_token(workload)
+    return max(logits * logit_size, forward) + autocast_copy_bytes(workload)

@@ -82,6 +82,11 @@ class Workload:
         return self.precision != "fp32"
 
     @property
+    def pass_tokens(self) -> int:
+        """Of a forward pass, padding included."""
+        return self.batch_size * self.length
+
+    @property
     def tokens_per_step(self) -> float:
         """Over all devices, without padding."""
         if self.ppo is not None:
