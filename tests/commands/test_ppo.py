@@ -72,7 +72,7 @@ def steps(run):
 
 
 def gain(run):
-    """Mean score of the last quarter of the steps by that of the first: a single step's is noisy."""
+    """Mean score of the last quarter of the steps by that of the first: one step is noisy."""
     scores = [line["score"] for line in steps(run)]
     quarter = max(2, len(scores) // 4)
     return sum(scores[-quarter:]) / sum(scores[:quarter])
