@@ -154,7 +154,7 @@ def test_the_split_does_not_depend_on_order_or_file(cli, tmp_path):
 
 
 def test_documents_in_many_pieces_keep_their_side(cli, tmp_path, monkeypatch):
-    from llmctl.data import documents
+    from llmctl.data import documents as reading
 
     folder = tmp_path / "data"
     folder.mkdir()
@@ -162,7 +162,7 @@ def test_documents_in_many_pieces_keep_their_side(cli, tmp_path, monkeypatch):
         (folder / f"{n}.txt").write_text(f"{n} {PROSE}" * (n + 1))
     sides = []
     for block in (1 << 20, 100):
-        monkeypatch.setattr(documents, "BLOCK_BYTES", block)
+        monkeypatch.setattr(reading, "BLOCK_BYTES", block)
         _, index, _ = tokenize(cli, tmp_path / str(block), folder, "--val-fraction", 0.3)
         sides.append((documents(index.train, index), documents(index.val, index)))
     assert sides[0] == sides[1]
@@ -362,7 +362,7 @@ def test_an_error_while_encoding_leaves_nothing(cli, tmp_path, monkeypatch, corp
     def fail(self):
         raise ResourceError("no space")
 
-    monkeypatch.setattr(SplitWriter, "facts", fail)
+    monkeypatch.setattr(SplitWriter, "index_entry", fail)
     result = cli("tokenize", "--data", corpus, "-o", tmp_path / "run")
     assert result.code == 5
     assert not (tmp_path / "run").exists()
