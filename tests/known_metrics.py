@@ -4,7 +4,7 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 from llmctl import metrics
-from llmctl.pipeline.gates import flatten
+from llmctl.pipeline.gate_checks import flatten
 from llmctl.runs.directory import METRICS, Run
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from llmctl import metrics
 from llmctl.config.gates import Gate
-from llmctl.pipeline.gates import flatten, require_known_metrics
+from llmctl.pipeline.gate_checks import flatten, require_known_metrics
 from llmctl.pipeline.steps import stage_names
 
 SMALL = "layers: 2, hidden: 32, heads: 2, context: 32, batch_size: 8"

@@ -38,6 +38,17 @@ def _tracker_names(value: Any) -> Any:
     return list(dict.fromkeys(name for name in names if name not in ("", "none")))
 
 
+def require_utf8(*texts: str) -> None:
+    """Refuse texts of bytes that are not UTF-8, which the command line holds as surrogates.
+
+    Raises:
+        ValueError: such a text.
+    """
+    for text in texts:
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError("a text that is not UTF-8")
+
+
 class Reporting(Fields):
     """Printed output of a command."""
 
@@ -297,6 +308,13 @@ class Sampling(Fields):
 
     stop: Annotated[list[str], Also("stop-strings")] = []
     """Text that ends a response (repeatable); it is not part of the response."""
+
+    @model_validator(mode="after")
+    def _check_stop(self) -> Self:
+        if "" in self.stop:
+            raise ValueError("--stop: expected some text, got ''")
+        require_utf8(*self.stop)
+        return self
 
 
 class Stages(Config, Output):

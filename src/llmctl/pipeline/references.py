@@ -17,7 +17,7 @@ from llmctl.config.sections import StageConfig
 from llmctl.console import log
 from llmctl.data.sources import split_weight
 from llmctl.errors import Interrupted, Terminated, UserError
-from llmctl.pipeline.gates import parse_gates, require_known_metrics
+from llmctl.pipeline.gate_checks import parse_gates, require_known_metrics
 from llmctl.pipeline.steps import Recipe, Step
 
 VARIABLE = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")

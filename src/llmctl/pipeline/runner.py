@@ -19,7 +19,7 @@ from llmctl.console import log
 from llmctl.errors import GateError, OutputError, UserError, from_json
 from llmctl.files import check_out, sha256_file, writing
 from llmctl.pipeline.content_hash import content_hash
-from llmctl.pipeline.gates import GateResult, check_gates
+from llmctl.pipeline.gate_checks import GateResult, check_gates
 from llmctl.pipeline.references import Stage
 from llmctl.pipeline.status import (
     Action,

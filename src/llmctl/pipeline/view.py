@@ -12,7 +12,7 @@ from typing import Any
 
 from llmctl.console import is_terminal, log, progress_to
 from llmctl.numbers import duration
-from llmctl.pipeline.gates import GateResult
+from llmctl.pipeline.gate_checks import GateResult
 from llmctl.pipeline.references import Stage
 
 SUMMARY = (

@@ -6,7 +6,7 @@ from typing import Annotated, Self
 from pydantic import PositiveInt, model_validator
 
 from llmctl.config.base import Also, Flag
-from llmctl.config.sections import Control, Loading, Sampling, StageConfig
+from llmctl.config.sections import Control, Loading, Sampling, StageConfig, require_utf8
 
 
 class ChatConfig(Loading, Sampling, StageConfig):
@@ -26,9 +26,5 @@ class ChatConfig(Loading, Sampling, StageConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if "" in self.stop:
-            raise ValueError("--stop: expected some text, got ''")
-        for text in (*self.stop, self.system or ""):
-            if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-                raise ValueError("a text that is not UTF-8")
+        require_utf8(self.system or "")
         return self

@@ -168,6 +168,4 @@ class EvaluateConfig(
             raise ValueError(f"{self.flag(given[0])} goes with --data")
         if self.stride and self.context and self.stride > self.context:
             raise ValueError(f"--stride {self.stride}: more than --context {self.context}")
-        if "" in self.stop:
-            raise ValueError("--stop: expected some text, got ''")
         return self

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Self
 from pydantic import PositiveInt, model_validator
 
 from llmctl.config.base import Also, Flag, Input
-from llmctl.config.sections import Control, Loading, Sampling, StageConfig
+from llmctl.config.sections import Control, Loading, Sampling, StageConfig, require_utf8
 
 
 class GenerateConfig(Loading, Sampling, StageConfig):
@@ -42,11 +42,7 @@ class GenerateConfig(Loading, Sampling, StageConfig):
     def _check(self) -> Self:
         if self.prompt and self.prompts_file:
             raise ValueError("give --prompt or --prompts-file, not both")
-        if "" in self.stop:
-            raise ValueError("--stop: expected some text, got ''")
-        for text in (*self.prompt, *self.stop, self.system or ""):
-            if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-                raise ValueError("a prompt that is not UTF-8")
+        require_utf8(*self.prompt, self.system or "")
         if self.system is not None and not self.chat:
             raise ValueError("--system goes with --chat")
         return self

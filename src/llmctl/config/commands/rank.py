@@ -51,11 +51,6 @@ class RankConfig(Loading, Sampling, StageConfig):
     def _check(self) -> Self:
         if self.overwrite:
             raise ValueError("answers of people are not replaced: choose another --out")
-        if "" in self.stop:
-            raise ValueError("--stop: expected some text, got ''")
-        for text in self.stop:
-            if any("\ud800" <= c <= "\udfff" for c in text):
-                raise ValueError("a text that is not UTF-8")
         if self.annotator is not None and not is_name(self.annotator):
             raise ValueError(f"--annotator: expected a name, got {self.annotator!r}")
         web = [name for name in ("port", "browser") if name in self.given()]
