@@ -41,6 +41,8 @@ def key_figures(record: RunRecord) -> list[KeyFigure]:
     """Return the few metrics that a stage is judged by."""
     values = dict(metrics.figures(record.result))
     names = [m.name for m in metrics.METRICS if record.stage in m.key and m.name in values]
+    if record.stage != "reward":  # which is judged by how often it is right
+        names.sort(key=lambda name: name != "val_loss")
     if not names:
         names = [n for n in values if n not in ("mfu", "step", "best_step", "memory_bytes")]
     return [
