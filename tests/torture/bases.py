@@ -1,6 +1,10 @@
-"""What `llmctl sft` is tried on: a small model with the tokenizer of a tokenize run, and chats."""
+"""What training commands are tried on: small models with the tokenizer of a tokenize run, and data.
+
+Each is made once, beside the tokenize run, and the same on every machine.
+"""
 
 import json
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -12,10 +16,24 @@ WHAT = ["the river", "a red ball", "the house", "many stars", "a song", "the gar
 @cache
 def make_base(tokens: Path, size: str) -> Path:
     """A model folder that has learned nothing; large ones take a while to save."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    folder = tokens.with_name(f"base-{size}")
+    return _save(LlamaForCausalLM, tokens, size, "base")
+
+
+@cache
+def make_scorer(tokens: Path, size: str) -> Path:
+    """A reward model of the same size that has learned nothing."""
+    from transformers import LlamaForSequenceClassification
+
+    return _save(LlamaForSequenceClassification, tokens, size, "scorer", num_labels=1)
+
+
+def _save(kind: type, tokens: Path, size: str, name: str, **settings: int) -> Path:
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig
+
+    folder = tokens.with_name(f"{name}-{size}")
     tokenizer = AutoTokenizer.from_pretrained(tokens / "tokenizer")
     torch.manual_seed(0)
     shape = LlamaConfig(
@@ -29,8 +47,9 @@ def make_base(tokens: Path, size: str) -> Path:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **settings,
     )
-    LlamaForCausalLM(shape).save_pretrained(folder)
+    kind(shape).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -38,13 +57,54 @@ def make_base(tokens: Path, size: str) -> Path:
 @cache
 def make_chats(tokens: Path) -> Path:
     """Conversations of unequal length."""
-    file = tokens.with_name("chats.jsonl")
-    with file.open("w") as out:
-        for number in range(70):
-            who, what = WHO[number % 5], WHAT[number // 5 % 7]
-            question = f"What does the {who} see?" + " Say it." * (number % 3)
-            answer = f"The {who} sees {what}."
-            turns = [("user", question), ("assistant", answer)]
-            messages = [{"role": role, "content": content} for role, content in turns]
-            print(json.dumps({"messages": messages}), file=out)
+    rows = []
+    for number in range(70):
+        turns = [("user", question(number)), ("assistant", answer(number))]
+        rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
+    return _write(tokens.with_name("chats.jsonl"), rows)
+
+
+@cache
+def make_texts(tokens: Path) -> Path:
+    """Texts of unequal length, each labelled with who sees something."""
+    rows = (
+        {"text": f"{question(number)} {answer(number)}", "label": WHO[number % 5]}
+        for number in range(70)
+    )
+    return _write(tokens.with_name("texts.jsonl"), rows)
+
+
+@cache
+def make_pairs(tokens: Path) -> Path:
+    """Preferences of unequal length."""
+    rows = (
+        {
+            "prompt": question(number),
+            "chosen": answer(number),
+            "rejected": "I do not know." + " Ask another." * (number % 4),
+        }
+        for number in range(70)
+    )
+    return _write(tokens.with_name("pairs.jsonl"), rows)
+
+
+@cache
+def make_prompts(tokens: Path) -> Path:
+    """Prompts of unequal length."""
+    rows = ({"prompt": question(number)} for number in range(35))
+    return _write(tokens.with_name("prompts.jsonl"), rows)
+
+
+def question(number: int) -> str:
+    """What is asked in a row."""
+    return f"What does the {WHO[number % 5]} see?" + " Say it." * (number % 3)
+
+
+def answer(number: int) -> str:
+    """What is right."""
+    return f"The {WHO[number % 5]} sees {WHAT[number // 5 % 7]}."
+
+
+def _write(file: Path, rows: Iterable[dict[str, object]]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file

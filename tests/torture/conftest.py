@@ -18,14 +18,16 @@ import pytest
 from llmctl.files import sha256_file
 from llmctl.runs.cards import CARD
 from tests.torture import harness
-from tests.torture.subjects import Subject
+from tests.torture.subjects import LONG, Subject
 
-LONG = os.environ.get("TORTURE") == "long"
 SEED = int(os.environ.get("TORTURE_SEED") or random.SystemRandom().randrange(10**6))
 COLUMNS = ("tried", "inside a save", "survived", "bit-identical")
-RESULTS = ("model", "adapter")
+RESULTS = ("model", "adapter", "value_model")
 LOGS = ("metrics.jsonl", "samples.jsonl")
-CLOCK = ("time", "tokens_per_second", "mfu", "memory_bytes")
+CLOCK = (
+    *("time", "tokens_per_second", "mfu", "memory_bytes"),
+    *("rollout_seconds", "update_seconds", "episodes_per_second"),
+)
 counts: dict[tuple[str, str], Counter] = {}
 
 
@@ -92,9 +94,9 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _server(tmp_path_factory):
+def _server():
     """The process that has imported what is heavy; at the end, nothing may still run."""
-    harness.warm_up(tmp_path_factory.mktemp("server"))
+    harness.warm_up()
     yield
     left = harness.end_all()
     assert not left, f"processes outlived their tests: {left}"
@@ -106,7 +108,7 @@ def run(tokens, tmp_path):
 
     def start(subject: Subject, size: str, out: Path, *flags: object, **options) -> harness.Trial:
         command = subject.command(tokens, size, out, *flags)
-        return harness.start(subject.entry, command, tmp_path / "logs", **options)
+        return harness.start(command, tmp_path / "logs", **options)
 
     return start
 
@@ -121,15 +123,15 @@ def reference(tokens, tmp_path_factory):
         if key not in made:
             out = tmp_path_factory.mktemp("reference") / "run"
             command = subject.command(tokens, size, out, *flags)
-            made[key] = _undisturbed(subject, command, out)
+            made[key] = _undisturbed(command, out)
         return made[key]
 
     return get
 
 
-def _undisturbed(subject: Subject, command: tuple[object, ...], out: Path) -> Reference:
+def _undisturbed(command: tuple[object, ...], out: Path) -> Reference:
+    trial = harness.start(command, out.parent / "logs")
     begun = time.monotonic()
-    trial = harness.start(subject.entry, command, out.parent / "logs")
     saving, samples = 0, 0
     while trial.code is None:
         assert time.monotonic() - begun < harness.LIMIT

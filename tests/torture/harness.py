@@ -15,19 +15,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 
-from llmctl.signals import leave_on_signals
+from llmctl.signals import exit_on_signals
 
-HEAVY = (
-    "tests.torture.harness",
-    "tests.torture.plants",
-    "llmctl.commands.pretrain",
-    "llmctl.commands.sft",
-)
+PRELOADED = "tests.torture.preloaded"
 LIMIT = 120
 """Seconds that no trial may take."""
 
@@ -76,7 +71,6 @@ class Trial:
 
 
 def start(
-    entry: str,
     arguments: Sequence[object],
     logs: Path,
     *,
@@ -84,7 +78,7 @@ def start(
     environment: dict[str, str] | None = None,
     umask: int = 0o022,
 ) -> Trial:
-    """Run `entry` ("module:function") on the arguments in a new process.
+    """Run llmctl on the arguments in a new process.
 
     `plant` is called there first; what it does to the libraries dies with the process.
     """
@@ -95,7 +89,7 @@ def start(
         path.touch()
     ready = stem.with_suffix(".ready")
     inside = (
-        *(entry, [str(a) for a in arguments], stdout, stderr, ready),
+        *([str(a) for a in arguments], stdout, stderr, ready),
         *(plant, environment or {}, umask),
     )
     process = context.Process(target=_inside, args=inside)
@@ -105,14 +99,15 @@ def start(
     return trial
 
 
-def warm_up(folder: Path) -> None:
-    """Let the fork server import what is heavy."""
-    context.set_forkserver_preload(list(HEAVY))
-    assert start("tests.torture.harness:nothing", (), folder).wait() == 0
+def warm_up() -> None:
+    """Let the fork server import what is heavy, while the tests make what they need.
 
-
-def nothing(arguments: list[str]) -> int:
-    return 0
+    It finds only modules that its environment names; the first trial waits for it.
+    """
+    context.set_forkserver_preload([PRELOADED])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+        forkserver.ensure_running()
 
 
 def end_all() -> list[int]:
@@ -124,7 +119,6 @@ def end_all() -> list[int]:
 
 
 def _inside(
-    entry: str,
     arguments: list[str],
     stdout: Path,
     stderr: Path,
@@ -143,16 +137,17 @@ def _inside(
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
-    leave_on_signals()  # as the process of a command begins
+    exit_on_signals()  # as the process of a command begins
     ready.touch()
     code = 1
     try:
+        assert PRELOADED in sys.modules, "the fork server has imported nothing"
         import torch
 
         torch.set_num_threads(1)
         if plant is not None:
             plant()
-        code = _call(entry, arguments)
+        code = _call(arguments)
     except KeyboardInterrupt:
         code = 130
         traceback.print_exc()
@@ -164,14 +159,15 @@ def _inside(
         os._exit(code)
 
 
-def _call(entry: str, arguments: list[str]) -> int:
-    module, _, name = entry.partition(":")
-    function = getattr(import_module(module), name)
+def _call(arguments: list[str]) -> int:
+    from llmctl.cli import main
+
     sys.argv = ["llmctl", *arguments]
     try:
-        return int((function() if module == "llmctl.cli" else function(arguments)) or 0)
+        main()
     except SystemExit as exit_:
         return int(exit_.code or 0)
+    return 0
 
 
 def until(

@@ -45,44 +45,26 @@ def list_events(log: Path) -> None:
 
 
 def spoil_loss(kind: str, passes: tuple[int, ...], steps_log: Path | None = None) -> None:
-    """At these forward passes with labels, counted from 1: `inf`, `nan-gradient` or `memory`."""
+    """At these backward passes, counted from 1: `inf`, `nan-gradient` or `memory`."""
     import torch
-    from torch.nn.modules.module import register_module_forward_hook
-    from transformers import PreTrainedModel
 
     if steps_log is not None:
         count_steps(steps_log)
-    seen = 0
+    backward, seen = torch.Tensor.backward, 0
 
-    def hook(module, arguments, output):
+    def spoiled(loss, *arguments, **options):
         nonlocal seen
-        if not isinstance(module, PreTrainedModel) or not hasattr(output, "logits"):
-            return
-        if not module.training:
-            return
         seen += 1
-        if seen not in passes:
-            return
-        if kind == "memory":
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        if getattr(output, "loss", None) is not None:
-            _spoil_value(output, kind)
-        elif kind == "nan-gradient":
-            output.logits.register_hook(lambda gradient: gradient * torch.nan)
-        else:  # every token but the first is impossible
-            output.logits = output.logits.index_fill(
-                -1, torch.arange(1, output.logits.shape[-1]), -torch.inf
-            )
+        if seen in passes:
+            if kind == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            if kind == "inf":
+                loss.data.fill_(torch.inf)
+            else:
+                loss.register_hook(lambda gradient: gradient * torch.nan)
+        backward(loss, *arguments, **options)
 
-    register_module_forward_hook(hook)
-
-
-def _spoil_value(output, kind: str) -> None:
-    """Of a model that computes its loss itself."""
-    if kind == "inf":
-        output.loss = output.loss + float("inf")
-    else:
-        output.loss.register_hook(lambda gradient: gradient * float("nan"))
+    torch.Tensor.backward = spoiled
 
 
 def count_steps(log: Path) -> None:

@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 from llmctl.files import sha256_file
 from llmctl.runs.checkpoint import seal
 from llmctl.runs.resume import defect
-from tests.torture.conftest import LONG, tally
-from tests.torture.harness import checkpoints, kill_when, saving_step, stop_at, unfinished, until
-from tests.torture.subjects import every_subject
+from tests.torture.conftest import tally
+from tests.torture.harness import checkpoints, kill_when, saving_step, stop_at, until
+from tests.torture.subjects import LONG, cases, every_subject
+from tests.torture.test_kill import ends_the_same
 
 pytestmark = pytest.mark.slow
 
 
-@every_subject
-@pytest.mark.parametrize("number", range(5 if LONG else 1))
+@cases("number", range(5), short=range(1))
 def test_two_crashes_in_a_row(run, reference, draw, tmp_path, subject, number):
     whole = reference(subject, "large")
     out = tmp_path / "run"
@@ -33,11 +33,11 @@ def test_two_crashes_in_a_row(run, reference, draw, tmp_path, subject, number):
             time.sleep(draw.uniform(0, whole.save_seconds))
 
         kill_when(lambda: run(subject, "large", out, "--resume"), out, moment)
+    tally("two SIGKILLs in a row", subject, "tried")
     ends_the_same(run, subject, out, whole, "two SIGKILLs in a row")
 
 
-@every_subject
-@pytest.mark.parametrize("number", range(12 if LONG else 1))
+@cases("number", range(12), short=range(1))
 def test_a_crash_while_it_resumes(run, reference, draw, tmp_path, subject, number):
     whole = reference(subject, "large")
     out = tmp_path / "run"
@@ -48,17 +48,8 @@ def test_a_crash_while_it_resumes(run, reference, draw, tmp_path, subject, numbe
     kill_when(resume, out, lambda _: time.sleep(draw.uniform(0, 0.5)))
     assert all(defect(p) is None for p in checkpoints(out).values())
     assert max(checkpoints(out)) >= max(there)
+    tally("SIGKILL while it resumes", subject, "tried")
     ends_the_same(run, subject, out, whole, "SIGKILL while it resumes")
-
-
-def ends_the_same(run, subject, out, whole, group):
-    tally(group, subject, "tried")
-    again = run(subject, "large", out, "--resume")
-    assert again.wait() == 0, again.err
-    tally(group, subject, "survived")
-    assert whole.matches(out)
-    tally(group, subject, "bit-identical")
-    assert not unfinished(out)
 
 
 @every_subject
@@ -73,11 +64,10 @@ def test_a_finished_run_is_left_untouched(run, reference, subject):
     assert {p: p.stat().st_mtime_ns for p in (whole.path, *whole.path.rglob("*"))} == before
 
 
-@every_subject
-@pytest.mark.parametrize("name", ["renumbered", "renamed", "as it is"][: 3 if LONG else 1])
+@cases("name", ["renumbered", "renamed", "as it is"], short=["renumbered"])
 def test_another_runs_checkpoint_is_not_picked(run, reference, tmp_path, subject, name):
     """Of the same recipe, with a higher step and other weights, and whole."""
-    whole = reference(subject, "small", "--keep", 2)
+    whole = reference(subject, "small")
     out, other = tmp_path / "run", tmp_path / "other"
     trial = run(subject, "small", out, "--keep", 2)
     stop_at(trial, out, 4)

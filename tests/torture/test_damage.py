@@ -5,9 +5,9 @@ import random
 import pytest
 
 from llmctl.files import sha256_file
-from tests.torture.conftest import LONG, SEED, tally
+from tests.torture.conftest import SEED, tally
 from tests.torture.harness import checkpoints
-from tests.torture.subjects import every_subject
+from tests.torture.subjects import LONG, cases, every_subject
 
 pytestmark = pytest.mark.slow
 FILES = (
@@ -49,15 +49,15 @@ def tree(folder):
 def test_a_damaged_file_is_named_and_the_run_falls_back(
     run, reference, copy_of, subject, name, damage
 ):
-    whole = reference(subject, "small", "--keep", 3)
+    whole = reference(subject, "small")
     out = copy_of(whole.path)
     newest = list(checkpoints(out).values())[-1]
     spoil(newest / name, damage)
     tally(GROUP, subject, "tried")
-    explicit = run(subject, "small", out, "--keep", 3, "--resume-from", newest)
+    explicit = run(subject, "small", out, "--resume-from", newest)
     assert explicit.wait() == 4, explicit.err
     assert name in error_of(explicit)
-    again = run(subject, "small", out, "--keep", 3, "--resume")
+    again = run(subject, "small", out, "--resume")
     assert again.wait() == 0, again.err
     told = [line for line in again.err.splitlines() if newest.name in line and name in line]
     assert told, again.err
@@ -66,19 +66,18 @@ def test_a_damaged_file_is_named_and_the_run_falls_back(
     tally(GROUP, subject, "bit-identical")
 
 
-@every_subject
-@pytest.mark.parametrize("number", range(25 if LONG else 1))
+@cases("number", range(25), short=range(1))
 def test_any_bit_of_the_manifest_matters(run, reference, copy_of, draw, subject, number):
     """What vouches for the other files is itself vouched for."""
     group = "a random bit of the newest manifest flipped"
-    whole = reference(subject, "small", "--keep", 3)
+    whole = reference(subject, "small")
     out = copy_of(whole.path)
     newest = list(checkpoints(out).values())[-1]
     raw = bytearray((newest / "manifest.json").read_bytes())
     raw[draw.randrange(len(raw))] ^= 1 << draw.randrange(8)
     (newest / "manifest.json").write_bytes(raw)
     tally(group, subject, "tried")
-    again = run(subject, "small", out, "--keep", 3, "--resume")
+    again = run(subject, "small", out, "--resume")
     assert again.wait() == 0, again.err
     assert "manifest.json" in again.err
     tally(group, subject, "survived")
@@ -90,14 +89,14 @@ def test_any_bit_of_the_manifest_matters(run, reference, copy_of, draw, subject,
 def test_all_damaged_is_an_error_with_the_reasons_and_deletes_nothing(
     run, reference, copy_of, subject
 ):
-    out = copy_of(reference(subject, "small", "--keep", 3).path)
+    out = copy_of(reference(subject, "small").path)
     damages = {}
     for path, name, damage in zip(checkpoints(out).values(), FILES, DAMAGES, strict=False):
         spoil(path / name, damage)
         damages[path.name] = name
     assert len(damages) == len(checkpoints(out))
     before = tree(out / "checkpoints")
-    trial = run(subject, "small", out, "--keep", 3, "--resume")
+    trial = run(subject, "small", out, "--resume")
     assert trial.wait() == 4, trial.err
     for path, name in damages.items():
         assert any(path in line and name in line for line in trial.err.splitlines()), trial.err

@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 
 from llmctl.runs.resume import defect
-from tests.torture.conftest import LONG, tally
+from tests.torture.conftest import tally
 from tests.torture.harness import checkpoints, fill, mounted, stop_at, unfinished
 from tests.torture.plants import count_steps, fill_disk_at_event
-from tests.torture.subjects import every_subject
+from tests.torture.subjects import cases, every_subject
 from tests.torture.test_damage import error_of
 
 pytestmark = pytest.mark.slow
@@ -85,8 +85,7 @@ def test_a_directory_that_is_deleted_ends_the_run(run, tmp_path, subject):
     assert not out.exists(), sorted(out.rglob("*"))
 
 
-@every_subject
-@pytest.mark.parametrize("name", ["späße 中文 " + "a" * 190, "a" * 200][: 2 if LONG else 1])
+@cases("name", ["späße 中文 " + "a" * 190, "a" * 200], short=["späße 中文 " + "a" * 190])
 def test_odd_names(run, reference, tmp_path, subject, name):
     whole = reference(subject, "small", *LONGER)
     out = tmp_path / name

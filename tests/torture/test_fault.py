@@ -14,10 +14,10 @@ import torch
 
 from llmctl.runs import checkpoint, resume
 from llmctl.runs.checkpoint import CheckpointContent, Owner
-from tests.torture.conftest import LONG, tally
+from tests.torture.conftest import tally
 from tests.torture.harness import checkpoints, unfinished
 from tests.torture.plants import CRASHED, die_at_event, list_events
-from tests.torture.subjects import LORA, SUBJECTS, every_subject
+from tests.torture.subjects import BRIEF, LONG, LORA, SUBJECTS, every_subject
 
 pytestmark = pytest.mark.slow
 OWNER = Owner(run_id="a run", identity={"lr": 0.1, "world_size": 1})
@@ -190,12 +190,13 @@ def test_a_crash_while_leftovers_are_removed(tmp_path, monkeypatch):
         assert not list(tmp_path.glob(".t*"))
 
 
-@pytest.mark.parametrize("subject", [*SUBJECTS, LORA], ids=lambda subject: subject.name)
+@pytest.mark.parametrize(
+    "subject", [*SUBJECTS, LORA, *(BRIEF if LONG else [])], ids=lambda subject: subject.name
+)
 def test_a_run_that_crashes_in_a_save_resumes_to_the_same_bits(
     run, reference, draw, tmp_path, subject
 ):
-    flags = ("--keep", 1)
-    whole = reference(subject, "small", *flags)
+    whole, flags = reference(subject, "small"), ("--keep", 1)
     log = tmp_path / "events"
     assert (
         run(subject, "small", tmp_path / "listed", *flags, plant=partial(list_events, log)).wait()

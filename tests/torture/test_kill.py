@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from llmctl.runs.resume import defect
-from tests.torture.conftest import LONG, RESULTS, counts, tally
+from tests.torture.conftest import RESULTS, counts, tally
 from tests.torture.harness import checkpoints, kill_when, saving_step, unfinished, until
 from tests.torture.plants import CRASHED, die_at_call
-from tests.torture.subjects import LORA, SUBJECTS, every_subject
+from tests.torture.subjects import BRIEF, LONG, LORA, SUBJECTS, cases
 
 pytestmark = pytest.mark.slow
-KILLS = 25 if LONG else 10 // len(SUBJECTS)
+KILLS = 25 * len(SUBJECTS + BRIEF) if LONG else 5 * len(SUBJECTS) + len(BRIEF)
 EXPORTING = {
     "adapter written": ("llmctl.training.export:merge", "adapter"),
     "model staged": ("llmctl.models.loading:replace_folder", "adapter"),
@@ -25,8 +25,7 @@ EXPORTING = {
 GROUP = "SIGKILL at a random moment"
 
 
-@every_subject
-@pytest.mark.parametrize("number", range(KILLS))
+@cases("number", range(25), short=range(5), brief=range(1))
 def test_a_kill_and_a_resume_end_in_the_same_bits(run, reference, draw, tmp_path, subject, number):
     whole = reference(subject, "large")
     out = tmp_path / "run"
@@ -34,7 +33,7 @@ def test_a_kill_and_a_resume_end_in_the_same_bits(run, reference, draw, tmp_path
 
     def moment(trial):
         nonlocal before
-        if draw.random() < 0.9:
+        if number == 0 or draw.random() < 0.9:
             wanted, files = draw.randint(1, 9), draw.randint(0, 6)
             until(lambda: is_inside(out, wanted, files), trial)
             time.sleep(draw.uniform(0, whole.save_seconds / 10))
@@ -47,11 +46,36 @@ def test_a_kill_and_a_resume_end_in_the_same_bits(run, reference, draw, tmp_path
     broken = {p.name: defect(p) for p in checkpoints(out).values()}
     assert not any(broken.values()), broken
     assert broken or before <= 1, "an earlier save had completed, and nothing is left of it"
-    again = run(subject, "large", out, "--resume")
+    ends_the_same(run, subject, out, whole, GROUP)
+
+
+@cases("number", range(5), short=range(1), brief=range(1))
+def test_a_kill_between_saves_ends_in_the_same_bits(
+    run, reference, draw, tmp_path, subject, number
+):
+    """In one of the steps that come after a save; they are done again."""
+    group, flags = "SIGKILL between two saves", ("--save-every", 5)
+    whole = reference(subject, "large")
+    out = tmp_path / "run"
+
+    def moment(trial):
+        until(lambda: checkpoints(out), trial)
+        time.sleep(draw.uniform(0, 0.01))
+
+    kill_when(lambda: run(subject, "large", out, *flags), out, moment)
+    tally(group, subject, "tried")
+    assert list(checkpoints(out)) == [5]
+    assert not unfinished(out)
+    ends_the_same(run, subject, out, whole, group, *flags)
+
+
+def ends_the_same(run, subject, out, whole, group, *flags):
+    """A killed run goes on, and is then what it would have been."""
+    again = run(subject, "large", out, *flags, "--resume")
     assert again.wait() == 0, again.err
-    tally(GROUP, subject, "survived")
+    tally(group, subject, "survived")
     assert whole.matches(out)
-    tally(GROUP, subject, "bit-identical")
+    tally(group, subject, "bit-identical")
     assert not unfinished(out)
     shutil.rmtree(out)
 
@@ -93,7 +117,7 @@ def is_inside(run: Path, step: int, files: int) -> bool:
 def test_most_kills_hit_a_save():
     rows = [row for (group, _), row in counts.items() if group == GROUP]
     tried, inside = (sum(row[c] for row in rows) for c in ("tried", "inside a save"))
-    if tried < KILLS * len(SUBJECTS):
+    if tried < KILLS:
         pytest.skip("this counts the kills of the test above, and not all were made")
     least = 0.6 if LONG else 0.3  # nine in ten are aimed at one; a few draws vary more than many
     assert inside >= least * tried, f"{inside} of {tried} kills were inside a save"

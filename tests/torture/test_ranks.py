@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from llmctl.runs.resume import defect
-from tests.torture.conftest import LONG, differences, outcome, tally
+from tests.torture.conftest import differences, outcome, tally
 from tests.torture.harness import (
     LIMIT,
     Trial,
@@ -29,7 +29,7 @@ from tests.torture.harness import (
     unfinished,
     until,
 )
-from tests.torture.subjects import every_subject
+from tests.torture.subjects import LONG, cases, every_subject
 
 pytestmark = pytest.mark.slow
 FLAGS = ("--max-steps", 40, "--save-every", 5, "--eval-every", 20)
@@ -175,8 +175,7 @@ def test_three_ranks_resume_in_the_same_bits(forked, copy_of, tmp_path, subject)
     tally(group, subject, "bit-identical")
 
 
-@every_subject
-@pytest.mark.parametrize("skew", [0.05, 1, 0][: 3 if LONG else 2])
+@cases("skew", [0.05, 1, 0], short=[0.05, 1], brief=[0.05])
 def test_both_ranks_end_though_they_see_the_signal_apart(
     pair, forked, whole, tmp_path, subject, skew
 ):
@@ -196,8 +195,7 @@ def test_both_ranks_end_though_they_see_the_signal_apart(
     resumes_to_the_same_bits(forked, subject, out, wanted, group)
 
 
-@every_subject
-@pytest.mark.parametrize("rank", [0, 1][: 2 if LONG else 1])
+@cases("rank", [0, 1], short=[0])
 def test_the_other_rank_ends_when_one_is_killed(pair, forked, whole, tmp_path, subject, rank):
     group = "two ranks, one SIGKILLed"
     wanted, out = whole(subject), tmp_path / "run"

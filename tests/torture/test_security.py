@@ -295,7 +295,7 @@ def bound_memory() -> None:
 def bounded(folder: Path, *command: object) -> tuple[harness.Trial, float]:
     """Run a command with little memory; its trial, and the seconds it took."""
     begun = time.monotonic()
-    trial = harness.start("llmctl.cli:main", command, folder / "logs", plant=bound_memory)
+    trial = harness.start(command, folder / "logs", plant=bound_memory)
     trial.wait(60)
     return trial, time.monotonic() - begun
 

@@ -7,9 +7,9 @@ import time
 import pytest
 
 from llmctl.runs.resume import defect
-from tests.torture.conftest import LONG, tally
+from tests.torture.conftest import tally
 from tests.torture.harness import checkpoints, saving_step, until
-from tests.torture.subjects import every_subject
+from tests.torture.subjects import cases, every_subject
 
 pytestmark = pytest.mark.slow
 LONGER = ("--max-steps", 50, "--save-every", 25, "--eval-every", 25)
@@ -24,8 +24,7 @@ def has_trained(out):
     return lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size
 
 
-@every_subject
-@pytest.mark.parametrize("number", CODES)
+@cases("number", CODES, brief=[signal.SIGTERM])
 def test_a_signal_saves_at_the_steps_end(run, reference, tmp_path, subject, number):
     whole = reference(subject, "small", *LONGER)
     out = tmp_path / "run"
@@ -48,8 +47,7 @@ def test_a_signal_saves_at_the_steps_end(run, reference, tmp_path, subject, numb
     tally("a signal", subject, "bit-identical")
 
 
-@every_subject
-@pytest.mark.parametrize("number", range(20 if LONG else 1))
+@cases("number", range(20), short=range(1))
 def test_a_signal_at_any_moment(run, reference, draw, tmp_path, subject, number):
     """While it loads, trains, saves or writes the model."""
     group = "a signal at a random moment"
@@ -79,7 +77,7 @@ def test_a_signal_at_any_moment(run, reference, draw, tmp_path, subject, number)
 @pytest.mark.parametrize("moment", ["at once", "while it saves"])
 def test_a_second_signal_leaves_at_once(run, reference, tmp_path, subject, moment):
     flags = ("--save-every", 4)
-    whole = reference(subject, "large", *flags)
+    whole = reference(subject, "large")
     out = tmp_path / "run"
     trial = run(subject, "large", out, *flags)
     assert until(lambda: 4 in checkpoints(out), trial), trial.err
