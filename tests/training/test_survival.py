@@ -49,7 +49,7 @@ def spoil(monkeypatch, *steps):
     """Make the gradients of these steps NaN, and count the passes."""
     from llmctl.training import loop
 
-    compute, passes = loop.accumulate_gradients, []
+    compute, passes = loop.accumulate, []
 
     def spoiled(trainer, batch):
         loss = compute(trainer, batch)
@@ -58,7 +58,7 @@ def spoil(monkeypatch, *steps):
             next(trainer.model.parameters()).grad[0] = torch.nan
         return loss
 
-    monkeypatch.setattr(loop, "accumulate_gradients", spoiled)
+    monkeypatch.setattr(loop, "accumulate", spoiled)
     return passes
 
 
@@ -117,21 +117,21 @@ def test_a_limit_without_skip_is_refused(train, tmp_path):
 
 def test_the_largest_batch_that_fits_keeps_the_step(train, tmp_path, monkeypatch):
     """A machine whose memory ends at more than two sequences trains in passes of two."""
-    from llmctl.training import setup
+    from llmctl.training.pretrain import LanguageModelling
 
-    compute = setup.loss_of
-    tried = []
+    compute, tried = LanguageModelling.loss, []
 
-    def limited(model, pair, plan, device):
-        tried.append(len(pair[0]))
-        if len(pair[0]) > 2:
+    def limited(self, model, batch):
+        tried.append(len(batch["input_ids"]))
+        if tried[-1] > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return compute(model, pair, plan, device)
+        return compute(self, model, batch)
 
-    monkeypatch.setattr(setup, "loss_of", limited)
+    monkeypatch.setattr(LanguageModelling, "loss", limited)
     result = train(tmp_path / "found", "--find-batch-size")
     assert result.code == 0, result.err
-    assert tried == [1, 2, 4]
+    assert tried[:3] == [1, 2, 4]
+    assert set(tried[3:]) == {2}
     assert "batch size 2 of 8 fits" in result.err
     plan = manifest(tmp_path / "found")["plan"]
     assert (plan["batch_size"], plan["grad_accum"]) == (2, 4)
@@ -140,24 +140,24 @@ def test_the_largest_batch_that_fits_keeps_the_step(train, tmp_path, monkeypatch
 
 
 def test_a_resumed_run_keeps_the_batch_it_found(train, tmp_path, monkeypatch):
-    from llmctl.training import setup
+    from llmctl.training import pretrain
 
-    monkeypatch.setattr(setup, "largest_batch", lambda *_: 4)
+    monkeypatch.setattr(pretrain, "largest_batch", lambda *_: 4)
     assert train(tmp_path / "whole", "--find-batch-size").code == 0
     cut(tmp_path / "whole", tmp_path / "again", 8)
-    monkeypatch.setattr(setup, "largest_batch", lambda *_: 1)
+    monkeypatch.setattr(pretrain, "largest_batch", lambda *_: 1)
     result = train(tmp_path / "again", "--find-batch-size", "--resume")
     assert result.code == 0, result.err
     assert digest(tmp_path / "again") == digest(tmp_path / "whole")
 
 
 def test_not_even_one_sequence_fits(train, tmp_path, monkeypatch):
-    from llmctl.training import setup
+    from llmctl.training.pretrain import LanguageModelling
 
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(setup, "loss_of", fail)
+    monkeypatch.setattr(LanguageModelling, "loss", fail)
     result = train(tmp_path / "run", "--find-batch-size")
     assert result.code == 5
     assert "out of memory with a single sequence" in result.err
