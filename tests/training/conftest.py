@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training.objectives import RECORDER, Objective, Whole, documents, keep_gradients, ranked
+from tests.training.objectives import RECORDER, Objective, Whole, documents, keep_gradients, ranked
 
 
 @pytest.fixture(scope="session")

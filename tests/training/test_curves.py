@@ -6,7 +6,7 @@
 import json
 
 import pytest
-from training.objectives import CURVES, RECORDER
+from tests.training.objectives import CURVES, RECORDER
 
 KNOWN = json.loads((CURVES / "curves.json").read_text())["cases"]
 CLOSE = {"rel": 1e-5, "abs": 1e-7}

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from training.objectives import (
+from tests.training.objectives import (
     assert_same_metrics,
     call_llmctl,
     every_objective,

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch.nn.modules.module import register_module_forward_hook
-from training.objectives import (
+from tests.training.objectives import (
     OBJECTIVES,
     RECORDER,
     SFT,
