@@ -564,7 +564,7 @@ BAD = {
     "nowhere": (("--data", "nowhere.jsonl"), 3, "no such file"),
     "no evaluation": (("--data", "DATA", "--sample-prompt", "a", "--val-size", 0), 2, "validation"),
     "bad template": (("--data", "DATA", "--chat-template", "chatmI"), 2, "chatml"),
-    "encoder": (("--data", "DATA", "--model", "BERT"), 4, "no causal language model"),
+    "encoder": (("--data", "DATA", "--model", "BERT"), 4, "not a causal language model"),
 }
 
 

@@ -71,7 +71,7 @@ def together(accelerator: Accelerator) -> Iterator[None]:
 
 @contextmanager
 def open_together(accelerator: Accelerator, stage: str, config: StageConfig) -> Iterator[Run]:
-    """`rundir.open_run` on rank 0; its refusals end all ranks."""
+    """Open the run (`runs.directory.open_run`) on rank 0; its refusals end all ranks."""
     with ExitStack() as stack:
         with together(accelerator):
             run = stack.enter_context(open_run(stage, config))
