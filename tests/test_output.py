@@ -372,7 +372,7 @@ def test_a_signal_while_tokenizing_leaves_nothing(
                 raise RuntimeError("a library's own words") from error
             raise
 
-    monkeypatch.setattr(tokenize.Corpus, "write", write)
+    monkeypatch.setattr(tokenize.CheckedCorpus, "write", write)
     handlers = [signal.getsignal(number) for number, _ in SIGNALS]
     result = cli("tokenize", "--data", corpus, "--algorithm", "byte", "-o", tmp_path / "run")
     assert result.code == code

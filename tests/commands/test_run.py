@@ -653,10 +653,10 @@ def test_the_table_shows_how_every_stage_stands(recipe, tmp_path):
 
 
 def test_progress_is_told_to_who_watches():
-    from llmctl.console import ProgressBar, watched
+    from llmctl.console import ProgressBar, progress_to
 
     told = []
-    with watched(lambda *facts: told.append(facts)), ProgressBar("count", 3) as progress:
+    with progress_to(lambda *facts: told.append(facts)), ProgressBar("count", 3) as progress:
         progress.update(2, "half")
     assert told == [("count", 0, 3, ""), ("count", 2, 3, "half")]
 

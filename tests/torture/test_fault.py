@@ -152,7 +152,7 @@ def goes_on(root: Path, disk: Disk, known: set[str]) -> None:
     reasons = {p.name: resume.defect(p, OWNER.run_id) for p in checkpoint.newest_first(root)}
     assert None in reasons.values(), after
     assert {name for name, reason in reasons.items() if reason} <= known, after
-    found, _ = resume.newest(root, OWNER.run_id)
+    found, _ = resume.newest_valid(root, OWNER.run_id)
     assert found is not None, after
     assert checkpoint.step_of(found) in (5, 6), after
     if any(event.startswith("fsync") and event.endswith("/checkpoints") for event in disk.seen):
@@ -173,7 +173,7 @@ def test_every_checkpoint_that_is_kept_can_be_resumed_from(tmp_path, saving):
     steady(tmp_path)
     saving(tmp_path)
     (tmp_path / "checkpoint-6" / "state.json").write_text("")
-    assert resume.newest(tmp_path, OWNER.run_id)[0] == tmp_path / "checkpoint-5"
+    assert resume.newest_valid(tmp_path, OWNER.run_id)[0] == tmp_path / "checkpoint-5"
 
 
 def test_a_crash_while_leftovers_are_removed(tmp_path, monkeypatch):
@@ -185,7 +185,7 @@ def test_a_crash_while_leftovers_are_removed(tmp_path, monkeypatch):
             patch.setattr(checkpoint, "fault", disk)
             with pytest.raises(Crash):
                 checkpoint.clean(tmp_path)
-        assert resume.newest(tmp_path, OWNER.run_id)[0] == tmp_path / "checkpoint-5"
+        assert resume.newest_valid(tmp_path, OWNER.run_id)[0] == tmp_path / "checkpoint-5"
         checkpoint.clean(tmp_path)
         assert not list(tmp_path.glob(".t*"))
 
