@@ -76,14 +76,14 @@ def make_texts(tokens: Path) -> Path:
 
 @cache
 def make_pairs(tokens: Path) -> Path:
-    """Preferences of unequal length."""
+    """Preferences of unequal length, which take a while to learn."""
     rows = (
         {
             "prompt": question(number),
             "chosen": answer(number),
-            "rejected": "I do not know." + " Ask another." * (number % 4),
+            "rejected": answer(number + 1 + number % 3) + " Perhaps." * (number % 4),
         }
-        for number in range(70)
+        for number in range(40)
     )
     return _write(tokens.with_name("pairs.jsonl"), rows)
 

@@ -119,11 +119,10 @@ def same_best(root: Path) -> None:
 def test_at_every_instant_there_is_a_valid_checkpoint(tmp_path, monkeypatch, before, saving, loss):
     group = "crash after each write, fsync, rename, delete"
     group += "" if loss == "none" else f"; power lost ({loss})"
+    before(tmp_path / "before")
     for number in itertools.count(1):
         root = tmp_path / str(number) / "checkpoints"
-        root.parent.mkdir()
-        monkeypatch.setattr(checkpoint, "fault", lambda *_: None)
-        before(root)
+        shutil.copytree(tmp_path / "before", root)
         disk = Disk(root, crash_at=number)
         monkeypatch.setattr(checkpoint, "fault", disk)
         try:

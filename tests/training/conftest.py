@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.training.objectives import RECORDER, Objective, Whole, documents, keep_gradients, ranked
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 CURVES = Path(__file__).parents[1] / "fixtures" / "curves"
 CLOCKED = ("time", "tokens_per_second", "mfu", "memory_bytes")
@@ -145,6 +146,20 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
     """Metrics of a run without those that a clock decides."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in CLOCKED} for line in lines]
+
+
+def result_of(run: Path) -> Path:
+    """The weights that a run left: of its adapter where it trained one."""
+    folder = run / "adapter" if (run / "adapter").exists() else run / "model"
+    return next(folder.glob("*.safetensors"))
+
+
+def assert_close_weights(run: Path, wanted: Path) -> None:
+    """Compare what two runs left, whose gradients differ by rounding that Adam makes larger."""
+    ours, theirs = load_file(result_of(run)), load_file(result_of(wanted))
+    assert set(ours) == set(theirs)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4)
 
 
 def assert_same_metrics(

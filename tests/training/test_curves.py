@@ -6,6 +6,7 @@
 import json
 
 import pytest
+
 from tests.training.objectives import CURVES, RECORDER
 
 KNOWN = json.loads((CURVES / "curves.json").read_text())["cases"]

@@ -15,37 +15,28 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch.nn.modules.module import register_module_forward_hook
+
+from llmctl import hardware
+from llmctl.files import sha256_file
+from llmctl.training import loop, probe
 from tests.training.objectives import (
     OBJECTIVES,
     RECORDER,
     SFT,
     Objective,
+    assert_close_weights,
     assert_same_gradients,
     assert_same_metrics,
     call_llmctl,
     every_objective,
     keep_gradients,
     lines_of,
+    result_of,
     run_ranks,
 )
 
-from llmctl import hardware
-from llmctl.files import sha256_file
-from llmctl.training import loop, probe
-
 DROPPING = Objective("sft-dropout", "sft", SFT.data, model="gpt2")
 """With dropout, so that the random generators decide the weights, too."""
-
-
-def digest(run):
-    """Of the weights that a run left."""
-    folder = run / "adapter" if (run / "adapter").exists() else run / "model"
-    return sha256_file(next(folder.glob("*.safetensors")))
-
-
-def weights_of(run):
-    folder = run / "adapter" if (run / "adapter").exists() else run / "model"
-    return load_file(next(folder.glob("*.safetensors")))
 
 
 def reads_words(module):
@@ -118,10 +109,7 @@ def test_two_processes_are_one_with_twice_the_batch(inputs, whole, tmp_path, obj
     ended = run_ranks(call_llmctl, (arguments,), tmp_path / "logs")
     assert [code for code, _ in ended] == [0, 0], ended
     assert_same_metrics(lines_of(tmp_path / "run"), whole(objective).lines, 1e-5)
-    ours, theirs = weights_of(tmp_path / "run"), weights_of(whole(objective).out)
-    assert set(ours) == set(theirs)
-    for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4)
+    assert_close_weights(tmp_path / "run", whole(objective).out)
 
 
 @pytest.mark.slow
@@ -149,7 +137,7 @@ def test_an_interrupted_run_resumes_in_the_same_bits(train, at_pass, tmp_path, o
     resumed = train(objective, cut, *flags, "--resume")
     assert resumed.code == 0, resumed.err
     assert "checkpoint-3" in resumed.err
-    assert digest(cut) == digest(undisturbed)
+    assert sha256_file(result_of(cut)) == sha256_file(result_of(undisturbed))
     assert lines_of(cut) == lines_of(undisturbed)
 
 
@@ -163,7 +151,7 @@ def test_a_killed_run_resumes_in_the_same_bits(train, whole, tmp_path, objective
     resumed = train(objective, cut, "--resume")
     assert resumed.code == 0, resumed.err
     assert "checkpoint-2" in resumed.err
-    assert digest(cut) == digest(whole(objective).out)
+    assert sha256_file(result_of(cut)) == sha256_file(result_of(whole(objective).out))
     assert lines_of(cut) == whole(objective).lines
 
 
@@ -191,7 +179,8 @@ def test_a_step_with_a_bad_number_is_skipped_on_request(train, at_pass, tmp_path
     lines = lines_of(tmp_path / "run")
     assert lines[-2]["skipped_steps"] == 1
     assert math.isfinite(lines[-1]["val_loss"])
-    assert all(bool(tensor.isfinite().all()) for tensor in weights_of(tmp_path / "run").values())
+    weights = load_file(result_of(tmp_path / "run"))
+    assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
 
 
 @every_objective
