@@ -673,8 +673,8 @@ def test_several_processes_run_as_a_command(cli, recipe, tmp_path):
 @pytest.mark.slow
 def test_the_error_of_a_command_keeps_its_code_and_its_words(recipe, tmp_path, capfd):
     from llmctl.errors import DataError
-    from llmctl.pipeline.runner import launch
     from llmctl.pipeline.references import resolve
+    from llmctl.pipeline.runner import launch
     from llmctl.pipeline.steps import load
 
     stage = resolve(load(recipe()), tmp_path)[1]  # whose tokens are not there

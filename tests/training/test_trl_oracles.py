@@ -574,7 +574,7 @@ def test_sft_trainer_trains_on_sequences_that_it_cut_and_ours_can_leave_them_out
     cut = [tokens for tokens, _ in theirs if tokens[-1] != end]
     assert 0 < len(cut) < len(rows)
     whole = batch_rows(trl, base, tokenizer, arguments, rows)
-    data = tokenized(whole).shortened(size, "drop")
+    data = tokenized(whole).truncated(size, "drop")
     kept = [data.sequence(number) for number in range(len(data))]
     assert len(kept) == len(rows) - len(cut)
     assert all(tokens[-1] == end for tokens, _ in kept)

@@ -193,7 +193,9 @@ def clean(value: Any, known: dict[str, str] | None = None) -> Any:
     known = {} if known is None else known
     if isinstance(value, str):
         if value not in known:
-            known[value] = redact(value).encode("utf-8", "replace").decode().translate(CONTROL_CHARACTERS)
+            known[value] = (
+                redact(value).encode("utf-8", "replace").decode().translate(CONTROL_CHARACTERS)
+            )
         return known[value]
     if isinstance(value, dict):
         return {clean(str(key), known): clean(item, known) for key, item in value.items()}

@@ -28,6 +28,8 @@ def make_accelerator(placement: Placement) -> tuple[Accelerator, str]:
     AcceleratorState._reset_state()  # else an earlier stage of this process decides the precision
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # rank 0 may tokenize first
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[patience])
+    # every rank loads the weights: what transformers leaves on meta elsewhere, nothing can check
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     _require_in_force(placement, accelerator)
     return accelerator, device
 
