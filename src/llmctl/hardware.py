@@ -119,12 +119,15 @@ def peak_flops(device: str) -> float | None:
 
 
 @contextmanager
-def memory_errors(batch_size: int | None = None, grad_accum: int = 1) -> Iterator[None]:
+def memory_errors(
+    batch_size: int | None = None, grad_accum: int = 1, hint: str | None = None
+) -> Iterator[None]:
     """Turn running out of memory into an error that says what to change.
 
     Args:
         batch_size: of the training that the body does, if it trains.
         grad_accum: its accumulation.
+        hint: what to change, where that is not the batch.
 
     Raises:
         ResourceError: the device or the machine has no memory left.
@@ -137,7 +140,7 @@ def memory_errors(batch_size: int | None = None, grad_accum: int = 1) -> Iterato
             raise
         raise ResourceError(
             f"out of memory: {(text.splitlines() or [''])[0][:200]}",
-            hint=_smaller(batch_size, grad_accum),
+            hint=hint or _smaller(batch_size, grad_accum),
         ) from None
 
 

@@ -94,9 +94,10 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _server():
+def _server(request):
     """The process that has imported what is heavy; at the end, nothing may still run."""
-    harness.warm_up()
+    if any("slow" in item.keywords for item in request.session.items):
+        harness.warm_up()
     yield
     left = harness.end_all()
     assert not left, f"processes outlived their tests: {left}"

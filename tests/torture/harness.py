@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -82,6 +83,7 @@ def start(
 
     `plant` is called there first; what it does to the libraries dies with the process.
     """
+    warm_up()
     logs.mkdir(parents=True, exist_ok=True)
     stem = logs / str(len(started))
     stdout, stderr = stem.with_suffix(".out"), stem.with_suffix(".err")
@@ -99,6 +101,7 @@ def start(
     return trial
 
 
+@cache
 def warm_up() -> None:
     """Let the fork server import what is heavy, while the tests make what they need.
 
@@ -106,7 +109,7 @@ def warm_up() -> None:
     """
     context.set_forkserver_preload([PRELOADED])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)
         forkserver.ensure_running()
 
 

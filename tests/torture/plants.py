@@ -1,6 +1,7 @@
 """What a trial's process does to itself before the command starts: crashes, bad numbers, counts."""
 
 import os
+import signal
 from importlib import import_module
 from pathlib import Path
 
@@ -33,13 +34,16 @@ def die_at_call(where: str) -> None:
     setattr(owner, name, lambda *_, **__: os._exit(CRASHED))
 
 
-def list_events(log: Path) -> None:
-    """Write down each operation on the disk."""
+def list_events(log: Path, signal_at: str | None = None) -> None:
+    """Write down each operation on the disk; send a SIGTERM to oneself right after one."""
     from llmctl.runs import checkpoint
 
     def fault(event: str, path: Path) -> None:
+        line = f"{event} {path.parent.name}/{path.name}"
         with log.open("a") as file:
-            file.write(f"{event} {path.parent.name}/{path.name}\n")
+            file.write(f"{line}\n")
+        if line == signal_at:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     checkpoint.fault = fault
 

@@ -17,23 +17,20 @@ from tests.torture.bases import (
 )
 
 LONG = os.environ.get("TORTURE") == "long"
+LENGTHS: dict[str, tuple[object, ...]] = {
+    "large": ("--max-steps", 10, "--save-every", 1, "--eval-every", 5),
+    "small": ("--max-steps", 12, "--save-every", 2, "--eval-every", 6, "--keep", 3),
+}
+"""Large runs make checkpoints of megabytes, so that a save lasts long enough to be hit; small ones
+take a second."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A training command.
-
-    `large` makes checkpoints of tens of megabytes, so that a save lasts long enough to be hit;
-    `small` runs in a second. `arguments` takes a tokenize run and the size.
-    """
+    """A training command; `arguments` takes a tokenize run and the size."""
 
     name: str
     arguments: Callable[[Path, str], tuple[object, ...]]
-    large: tuple[object, ...] = ("--max-steps", 10, "--save-every", 1, "--eval-every", 5)
-    small: tuple[object, ...] = (
-        *("--max-steps", 12, "--save-every", 2, "--eval-every", 6),
-        *("--keep", 3),
-    )
     updates: int = 1
     """Of a step."""
     models: int = 1
@@ -43,8 +40,7 @@ class Subject:
 
     def command(self, tokens: Path, size: str, out: Path, *more: object) -> tuple[object, ...]:
         """The whole command line of a run to `out`; later flags win."""
-        shape = self.large if size == "large" else self.small
-        return (*self.arguments(tokens, size), *shape, "-o", out, *more)
+        return (*self.arguments(tokens, size), *LENGTHS[size], "-o", out, *more)
 
     def passes_before(self, step: int) -> int:
         """Backward passes, and steps of an optimizer, up to the beginning of a step."""
@@ -136,7 +132,11 @@ def every_subject(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def cases(
-    name: str, long: Iterable[object], *, short: Iterable[object] | None = None, brief: object = ()
+    name: str,
+    long: Iterable[object],
+    *,
+    short: Iterable[object] | None = None,
+    brief: Iterable[object] = (),
 ) -> pytest.MarkDecorator:
     """Run a test on training commands, once for each value of a parameter.
 

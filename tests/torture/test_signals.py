@@ -3,13 +3,15 @@
 import json
 import signal
 import time
+from functools import partial
 
 import pytest
 
 from llmctl.runs.resume import defect
 from tests.torture.conftest import tally
 from tests.torture.harness import checkpoints, saving_step, until
-from tests.torture.subjects import cases, every_subject
+from tests.torture.plants import list_events
+from tests.torture.subjects import BRIEF, SUBJECTS, cases, every_subject
 
 pytestmark = pytest.mark.slow
 LONGER = ("--max-steps", 50, "--save-every", 25, "--eval-every", 25)
@@ -18,6 +20,12 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
 
 def status(run):
     return json.loads((run / "status.json").read_text())
+
+
+def last_step(out):
+    """Of the last line of metrics that is whole."""
+    *lines, _ = (out / "metrics.jsonl").read_text().split("\n")
+    return json.loads(lines[-1])["step"]
 
 
 def has_trained(out):
@@ -76,11 +84,11 @@ def test_a_signal_at_any_moment(run, reference, draw, tmp_path, subject, number)
 @every_subject
 @pytest.mark.parametrize("moment", ["at once", "while it saves"])
 def test_a_second_signal_leaves_at_once(run, reference, tmp_path, subject, moment):
-    flags = ("--save-every", 4)
+    flags = ("--save-every", 4, "--keep", 3)
     whole = reference(subject, "large")
     out = tmp_path / "run"
     trial = run(subject, "large", out, *flags)
-    assert until(lambda: 4 in checkpoints(out), trial), trial.err
+    assert until(lambda: 4 in checkpoints(out) and last_step(out) > max(checkpoints(out)), trial)
     trial.send(signal.SIGTERM)
     if moment == "while it saves":
         assert until(lambda: saving_step(out) > 4, trial)
@@ -99,3 +107,15 @@ def test_a_second_signal_leaves_at_once(run, reference, tmp_path, subject, momen
     tally("a second signal", subject, "survived")
     assert whole.matches(out)
     tally("a second signal", subject, "bit-identical")
+
+
+@pytest.mark.parametrize("subject", [*SUBJECTS, *BRIEF], ids=lambda subject: subject.name)
+def test_a_signal_right_after_a_save_leaves_that_checkpoint_alone(run, tmp_path, subject):
+    """What is written again is gone for an instant, and it may be the only one."""
+    out, log = tmp_path / "run", tmp_path / "events"
+    plant = partial(list_events, log, "rename checkpoints/checkpoint-2")
+    trial = run(subject, "small", out, plant=plant)
+    assert trial.wait(30) == 143, trial.err
+    assert ".trash-checkpoint-2" not in log.read_text()
+    assert status(out)["resumable"]
+    assert f"after step {max(checkpoints(out))}: saved" in trial.err

@@ -74,17 +74,17 @@ def at_pass():
 @every_objective
 def test_a_mean_of_means_would_be_seen(train, whole, tmp_path, monkeypatch, objective):
     """Rows differ in length or weight, wherever a step may be made of unequal micro-batches."""
-    gradients = []
+    wanted, gradients = whole(objective).gradients, []
     keep_gradients(monkeypatch, gradients)
     monkeypatch.setattr(loop, "scaled", lambda loss, _, parts, world: mean_of(loss) / parts)
     flags = ("--batch-size", 2, "--grad-accum", 4, "--max-steps", 1)
     result = train(objective, tmp_path / "run", *flags)
     assert result.code == 0, result.err
     if objective.name in ("pretrain", "classify"):  # every window and every text weighs the same
-        assert_same_gradients(gradients, whole(objective).gradients)
+        assert_same_gradients(gradients, wanted)
         return
     with pytest.raises(AssertionError):
-        assert_same_gradients(gradients, whole(objective).gradients, rel=1e-3)
+        assert_same_gradients(gradients, wanted, rel=1e-3)
 
 
 def mean_of(loss):
@@ -93,12 +93,12 @@ def mean_of(loss):
 
 @every_objective
 def test_eight_times_one_is_two_times_four(train, whole, tmp_path, monkeypatch, objective):
-    gradients = []
+    wanted, gradients = whole(objective), []
     keep_gradients(monkeypatch, gradients)
     result = train(objective, tmp_path / "run", "--batch-size", 2, "--grad-accum", 4)
     assert result.code == 0, result.err
-    assert_same_gradients(gradients, whole(objective).gradients)
-    assert_same_metrics(lines_of(tmp_path / "run"), whole(objective).lines, 1e-5)
+    assert_same_gradients(gradients, wanted.gradients)
+    assert_same_metrics(lines_of(tmp_path / "run"), wanted.lines, 1e-5)
 
 
 @pytest.mark.slow
@@ -157,6 +157,7 @@ def test_a_killed_run_resumes_in_the_same_bits(train, whole, tmp_path, objective
 
 @every_objective
 def test_a_bad_number_ends_the_run_before_it_is_used(train, at_pass, whole, tmp_path, objective):
+    before = [line for line in whole(objective).lines if line["step"] < 3]
     at_pass(3, lambda output: output * torch.nan)
     result = train(objective, tmp_path / "run")
     assert result.code == 7, result.err
@@ -166,8 +167,7 @@ def test_a_bad_number_ends_the_run_before_it_is_used(train, at_pass, whole, tmp_
     assert status["state"] == "diverged"
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-2"]
     assert not (tmp_path / "run" / "model").exists()
-    wanted = [line for line in whole(objective).lines if line["step"] < 3]
-    assert lines_of(tmp_path / "run") == wanted
+    assert lines_of(tmp_path / "run") == before
 
 
 @every_objective
@@ -188,13 +188,14 @@ def test_the_largest_batch_that_fits_changes_no_result(
     train, whole, monkeypatch, tmp_path, objective
 ):
     """Memory for two rows at a time; the step keeps its size."""
+    wanted = whole(objective).lines
     monkeypatch.setattr(probe, "_fits", partial(fits_two, probe._fits))
     result = train(objective, tmp_path / "run", "--find-batch-size")
     assert result.code == 0, result.err
     assert "batch size 2 of 8 fits" in result.err
     plan = json.loads((tmp_path / "run" / "manifest.json").read_text())["plan"]
     assert (plan["batch_size"], plan["grad_accum"]) == (2, 4)
-    assert_same_metrics(lines_of(tmp_path / "run"), whole(objective).lines, 1e-5)
+    assert_same_metrics(lines_of(tmp_path / "run"), wanted, 1e-5)
 
 
 def fits_two(fits, step, size, device):

@@ -213,7 +213,7 @@ def test_supervised_loss_of_packed_rows_is_that_of_sft_trainer(trl, base, tokeni
 
 
 def test_supervised_loss_of_an_adapter_is_that_of_sft_trainer(trl, base, tokenizer, arguments):
-    config = SftConfig(model=str(base), data=["x"], lora=True, lora_r=4, lora_alpha=8.0)
+    config = SftConfig(model=str(base), data=["x"], lora=True, lora_r=4, lora_alpha=12.0)
     model = adapt(language_model(base), config)
     trainer = trl.SFTTrainer(
         model=language_model(base),
@@ -231,7 +231,7 @@ def test_supervised_loss_of_an_adapter_is_that_of_sft_trainer(trl, base, tokeniz
 
 
 def lora():
-    return LoraConfig(task_type=TaskType.CAUSAL_LM, r=4, lora_alpha=8, target_modules="all-linear")
+    return LoraConfig(task_type=TaskType.CAUSAL_LM, r=4, lora_alpha=12, target_modules="all-linear")
 
 
 def share_adapter(theirs, ours):
@@ -334,7 +334,7 @@ def test_direct_preference_of_an_adapter_is_that_of_dpo_trainer(
     trl, base, tokenizer, arguments, loss
 ):
     """The reference is the base below it."""
-    config = DpoConfig(model=str(base), data=["x"], lora=True, lora_r=4, lora_alpha=8.0)
+    config = DpoConfig(model=str(base), data=["x"], lora=True, lora_r=4, lora_alpha=12.0)
     model = adapt(language_model(base), config)
     trainer = trl.DPOTrainer(
         model=language_model(base),

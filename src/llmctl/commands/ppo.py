@@ -15,6 +15,7 @@ from llmctl.ppo.loop import fit, resume
 from llmctl.ppo.setup import build_ppo, prepare_ppo
 from llmctl.runs.directory import Run
 from llmctl.training.fault_tolerance import together
+from llmctl.training.hyperparameters import Hyperparameters
 from llmctl.training.stage import clock_of, run_stage
 
 
@@ -36,7 +37,7 @@ def _align(config: PpoConfig, run: Run, accelerator: Accelerator, device: str) -
     with together(accelerator):
         prepared = prepare_ppo(config, accelerator, device, clock)
     run.record(**prepared.manifest_entries(device))
-    with hardware.memory_errors(prepared.hyperparameters.batch_size):
+    with hardware.memory_errors(hint=_smaller(prepared.hyperparameters)):
         threads = torch.get_num_threads()
         trainer, win_rate = build_ppo(config, prepared, run, accelerator, device, threads)
         resume(trainer, config)
@@ -44,3 +45,12 @@ def _align(config: PpoConfig, run: Run, accelerator: Accelerator, device: str) -
         metrics = fit(trainer, win_rate)
     log_summary(trainer.state)
     return {**export(config, trainer, prepared), **prepared.sizes, **metrics}
+
+
+def _smaller(values: Hyperparameters) -> str:
+    """Return what to type where memory runs out; the episodes stay the same."""
+    assert values.ppo is not None
+    return (
+        f"try --pass-tokens {max(1, values.ppo.pass_tokens // 2)} (to go on from a checkpoint, "
+        "with --resume --resume-allow pass_tokens), or a smaller --rollout-batch-size"
+    )

@@ -171,15 +171,18 @@ def complete_metrics(trainer: PpoTrainer, seconds: float) -> None:
 
 
 def save_and_exit(trainer: PpoTrainer, flag: StopFlag, meter: Meter) -> NoReturn:
-    """Save the state of the last whole step, and end the run. Collective.
+    """Save the state of the last whole step, unless it is saved, and end the run. Collective.
+
+    A checkpoint that is written again is gone for an instant.
 
     Raises:
         Interrupted, Terminated: always.
     """
     state = trainer.state
     signal = received_signal(trainer, flag)
-    with torch.no_grad():
-        save(state, meter)
+    if state.saved != state.progress.step:
+        with torch.no_grad():
+            save(state, meter)
     raise StopFlag.error(signal, state.progress.step)
 
 

@@ -72,10 +72,10 @@ def defect(path: Path, run_id: str | None = None) -> str | None:
         return f"{MANIFEST} is missing"
     except ValueError:
         return f"{MANIFEST} is damaged"
-    if path.name != f"{PREFIX}{manifest['step']}":
-        return f"{MANIFEST} is of step {manifest['step']}"
     if run_id is not None and manifest["run_id"] != run_id:
         return FOREIGN
+    if path.name != f"{PREFIX}{manifest['step']}":
+        return f"{MANIFEST} is of step {manifest['step']}"
     for name, expected in manifest["files"].items():
         file = path / name
         if not file.is_file():

@@ -196,6 +196,7 @@ def save(state: RunState, meter: Meter) -> None:
         rank=state.rank,
         together=lambda: together(state.accelerator),
     )
+    state.saved = done.step
     if state.rank == 0:
         checkpoint.rotate(
             run.checkpoints,
@@ -249,6 +250,8 @@ def find_checkpoint(state: RunState, config: Checkpoints, needed: int) -> Checkp
     with together(state.accelerator), writing(path):
         content = load(path, state.rank)
     state.progress = Progress(**content.state["progressed"])
+    if path.resolve().parent == state.run.checkpoints.resolve():
+        state.saved = content.step
     if not has_best:
         state.progress.forget_best()
     state.run.drop_metrics_after(content.step)

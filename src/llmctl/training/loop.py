@@ -79,8 +79,9 @@ class Trainer:
 
     def capture(self) -> CheckpointContent:
         """All that decides how the run goes on, and what the next line counts. Collective."""
-        sums = self._summed()
-        extra = None if sums is None else {"counts": sums}
+        extra = None
+        if self.sums is not None:  # of each process, so that a resumed run adds in the same order
+            extra = {"counts": self.state.accelerator.gather(self.sums.double()[None]).tolist()}
         progress = self.state.progress
         return capture(self.model, self.optimizers, progress, extra, rank=self.state.rank)
 
@@ -214,7 +215,7 @@ def resume(trainer: Trainer, config: Resumable) -> None:
     restore(trainer.model, trainer.optimizers, content)
     if "counts" in content.state:
         counts = torch.tensor(content.state["counts"], dtype=torch.float64)
-        trainer.sums = counts.to(trainer.state.device) * (trainer.state.rank == 0)
+        trainer.sums = counts[trainer.state.rank].to(trainer.state.device)
     set_generators(content.rng)
 
 

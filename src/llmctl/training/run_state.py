@@ -104,6 +104,8 @@ class RunState:
     metrics: Callable[[], dict[str, Any]] = dict
     """Further metrics since the last call; collective."""
     progress: Progress = field(default_factory=Progress)
+    saved: int | None = None
+    """Step of this run's newest checkpoint."""
     damaged: set[int] = field(default_factory=set)
     """Steps of checkpoints that resume passed over."""
 
