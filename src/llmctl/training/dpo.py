@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from llmctl.config.commands import DpoConfig
+from llmctl.config.commands.dpo import PairLoss
 from llmctl.console import log
 from llmctl.data.preference_pairs import Pairs, PreferenceData
 from llmctl.data.tokenized import Tokenized
@@ -58,7 +59,7 @@ PAIRED = ("numbers", "weights", "counts")
 class DpoLoss:
     """The loss of a pair."""
 
-    loss: Literal["sigmoid", "ipo"]
+    loss: PairLoss
     beta: float
     label_smoothing: float = 0.0
 
@@ -85,10 +86,12 @@ class DpoLoss:
         ipo: (m / beta - 1 / (2 beta))^2 (Azar et al., 2023, arXiv:2310.12036, equation 17).
         """
         margin = chosen - rejected
-        if self.loss == "ipo":
-            return (margin / self.beta - 1 / (2 * self.beta)).square()
-        right = -(1 - self.label_smoothing) * logsigmoid(margin)
-        return right - self.label_smoothing * logsigmoid(-margin)
+        match self.loss:
+            case "sigmoid":
+                right = -(1 - self.label_smoothing) * logsigmoid(margin)
+                return right - self.label_smoothing * logsigmoid(-margin)
+            case "ipo":
+                return (margin / self.beta - 1 / (2 * self.beta)).square()
 
 
 class ComparedPairRows:

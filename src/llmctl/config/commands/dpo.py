@@ -7,6 +7,8 @@ from pydantic import Field, PositiveFloat, model_validator
 from llmctl.config.base import Also, Input
 from llmctl.config.finetuning import Adapter, Preferred, Samples, Tuning
 
+PairLoss = Literal["sigmoid", "ipo"]
+
 
 class DpoConfig(Preferred, Adapter, Tuning, Samples):
     """Align a model with preferences directly, without a reward model."""
@@ -20,7 +22,7 @@ class DpoConfig(Preferred, Adapter, Tuning, Samples):
     """Preferences (repeatable): a file of jsonl, json, csv or parquet, a Hub data set, or
     `builtin:preferences`; `a.jsonl=0.7` gives it that weight in the mixture."""
 
-    loss: Annotated[Literal["sigmoid", "ipo"], Also("loss-type", "pref-loss")] = "sigmoid"
+    loss: Annotated[PairLoss, Also("loss-type", "pref-loss")] = "sigmoid"
     """Loss of a pair: sigmoid is DPO's own (Rafailov et al., 2023, arXiv:2305.18290, equation 7),
     ipo a square that keeps the margin finite (Azar et al., 2023, arXiv:2310.12036, equation 17)."""
 
@@ -45,7 +47,7 @@ class DpoConfig(Preferred, Adapter, Tuning, Samples):
             raise ValueError(
                 "--data is required: jsonl, json, csv, parquet, a Hub id or builtin:preferences"
             )
-        if self.label_smoothing and self.loss == "ipo":
+        if self.label_smoothing and self.loss != "sigmoid":
             raise ValueError("--label-smoothing goes with --loss sigmoid")
         if self.prompt_tuning:
             raise ValueError(
