@@ -24,7 +24,9 @@ def uniform_stream(seed: int, stream_id: int, count: int) -> Tensor:
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Divide positive logits, and multiply negative ones, of the tokens seen (Keskar et al. 2019).
+    """Make tokens less likely that were seen (Keskar et al., 2019, arXiv:1909.05858, section 4.1).
+
+    Positive logits are divided as in the paper, negative ones multiplied as in transformers.
 
     Args:
         logits: (rows, vocabulary).

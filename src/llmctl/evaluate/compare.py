@@ -1,6 +1,6 @@
 """Compare two models on the same rows.
 
-In: the rows of both. Out: differences with the 95 % interval of a pair_rows bootstrap (Efron, 1979;
+In: the rows of both. Out: differences with the 95 % interval of a paired bootstrap (Efron, 1979;
 Koehn, 2004), and the share of prompts on which one is preferred.
 """
 

@@ -16,7 +16,7 @@ from llmctl.planning.workload import Workload
 
 ASSUMED_MFU = 0.4
 """Share of a GPU's peak that is assumed where no rate is given: good runs of large models reach it
-(Chowdhery et al., 2022, arXiv:2204.02311, table 3: 46 %; half of it on small ones)."""
+(Chowdhery et al., 2022, arXiv:2204.02311, table 3: 46 %)."""
 
 MEASURED_TOKENS = 256
 MEASURED_SECONDS = 2.0

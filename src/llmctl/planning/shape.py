@@ -218,14 +218,18 @@ def _largest_stack(model: nn.Module) -> tuple[int, int]:
 
 
 def _gpt2(layers: int, hidden: int, heads: int) -> PreTrainedConfig:
-    """Radford et al., 2019, table 2."""
+    """Layers and width of Radford et al., 2019, table 2; heads as released."""
     return GPT2Config(n_layer=layers, n_embd=hidden, n_head=heads)
 
 
 def _llama(
     layers: int, hidden: int, heads: int, intermediate: int, *, context: int, kv_heads: int = 0
 ) -> PreTrainedConfig:
-    """Touvron et al., 2023, arXiv:2302.13971, table 2, and arXiv:2307.09288, table 1."""
+    """Widths, heads and layers of Touvron et al., 2023, arXiv:2302.13971, table 2.
+
+    Context and grouped queries of Llama 2 are those of arXiv:2307.09288, table 1; the rest is as
+    released.
+    """
     return LlamaConfig(
         vocab_size=32_000,
         hidden_size=hidden,

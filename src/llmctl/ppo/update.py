@@ -125,8 +125,8 @@ def _backpropagate_pass(
 ) -> tuple[Tensor, Tensor]:
     """Backpropagate both losses of a pass, one after the other: half the activations at a time.
 
-    L = L_CLIP + c1 L_VF - c2 S, each a mean over tokens, S the entropy (Schulman et al., 2017,
-    arXiv:1707.06347, eq. 9, negated).
+    L = L_CLIP + c1 L_VF - c2 S, each a mean over tokens, S the entropy, L_VF with its factor of 1/2
+    (Schulman et al., 2017, arXiv:1707.06347, eq. 9, negated).
 
     Returns:
         The pass's part of L, and its sums in the order of SUMS.

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 CORE_WATTS = 12.0
-"""Power of a busy core of an unknown processor (Lannelongue et al., 2021, Green Algorithms,
-doi:10.1002/advs.202100707, its table of processors)."""
+"""Power of a busy core of an unknown processor, that Green Algorithms takes (Lannelongue et al., 2021,
+doi:10.1002/advs.202100707)."""
 KWH = 3.6e6
 """Joules of a kilowatt-hour."""
 POWERCAP = Path("/sys/class/powercap")

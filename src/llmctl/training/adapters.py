@@ -111,7 +111,7 @@ def _low_rank(
 def _virtual_tokens(config: Adapter, added_tokens: Sequence[int]) -> PromptTuningConfig:
     """Virtual tokens that start as words of the vocabulary, drawn at random: seed before.
 
-    Noise, PEFT's default, is far from where embeddings are (Lester et al., 2021, section 3.2).
+    Noise, PEFT's default, does worse (Lester et al., 2021, arXiv:2104.08691, section 3.2).
     """
     if added_tokens:
         raise ModelError(

@@ -84,7 +84,7 @@ def reliability(difference: Array, weights: Array) -> list[dict[str, float]]:
 
 
 def calibration_error(bins: list[dict[str, float]]) -> float:
-    """Expected calibration error (Guo et al., 2017, arXiv:1706.04599, equation 5)."""
+    """Expected calibration error (Guo et al., 2017, arXiv:1706.04599, equation 3)."""
     total = sum(row["weight"] for row in bins)
     gaps = (
         row["weight"] * abs(row["accuracy"] - row["confidence"]) for row in bins if row["weight"]
