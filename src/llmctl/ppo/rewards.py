@@ -124,8 +124,8 @@ class RewardSum:
     def combine(self, raw: RawScores, ended: Sequence[bool]) -> CombinedScores:
         """Normalize, weight and add the scores; penalize responses that did not end.
 
-        The penalty is subtracted, as by TRL; the EOS trick it stands for replaces the score (Huang et
-        al., 2024, arXiv:2403.17031, section 7).
+        The penalty is subtracted, as by TRL; the EOS trick it stands for replaces the score
+        (Huang et al., 2024, arXiv:2403.17031, section 7).
         """
         total = torch.zeros(len(ended))
         for source in self.sources:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 CORE_WATTS = 12.0
-"""Power of a busy core of an unknown processor, that Green Algorithms takes (Lannelongue et al., 2021,
+"""Power of a busy core of an unknown processor, as in Green Algorithms (Lannelongue et al., 2021,
 doi:10.1002/advs.202100707)."""
 KWH = 3.6e6
 """Joules of a kilowatt-hour."""
