@@ -39,7 +39,7 @@ def collect_experience(trainer: PpoTrainer, flag: StopFlag) -> Experience | None
     """
     started = time.perf_counter()
     step, state = trainer.state.progress.step, trainer.state
-    batch_size = trainer.hyperparameters.batch_size
+    batch_size = trainer.state.values.batch_size
     first = (step * state.world + state.rank) * batch_size
     prompts = [i for i in trainer.order.batch(step) for _ in range(trainer.config.num_samples)]
     stream_ids = list(range(first, first + batch_size))
@@ -115,7 +115,7 @@ def compute_advantages(trainer: PpoTrainer, rollout: Rollout, scores: CombinedSc
     tensors = (log_probs, values, advantages, returns, sampler_log_probs)
     return Experience(
         rollout.sequences,
-        trainer.state.rank * trainer.hyperparameters.batch_size,
+        trainer.state.rank * trainer.state.values.batch_size,
         mask,
         *(tensor.to(models.device) for tensor in tensors),
     )

@@ -48,9 +48,9 @@ def fit(trainer: PpoTrainer, win_rate: WinRate) -> dict[str, Any]:
         ModelError: a self-check before the first update failed.
         Interrupted, Terminated: a signal came; the run is saved.
     """
-    state, values = trainer.state, trainer.hyperparameters
+    state, values = trainer.state, trainer.state.values
     progress, meter = state.progress, Meter(state)
-    with stop_flag() as flag, ProgressBar(state.title, values.max_steps) as progress_bar:
+    with stop_flag() as flag, ProgressBar(state.run.stage, values.max_steps) as progress_bar:
         progress_bar.start_at(progress.step)
         if not is_over(state):
             prepare_reference(trainer, win_rate, flag, meter)
@@ -146,7 +146,7 @@ def check_first_step(trainer: PpoTrainer, experience: Experience) -> None:
     Raises:
         ModelError: a check failed.
     """
-    state, precision = trainer.state, trainer.hyperparameters.precision
+    state, precision = trainer.state, trainer.state.values.precision
     eos = set(trainer.sampler.eos)
     with together(state.accelerator):
         checks = run_self_checks(trainer.actor_critic, experience, eos, precision)

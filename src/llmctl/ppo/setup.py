@@ -31,7 +31,7 @@ from llmctl.training.batches import Order
 from llmctl.training.distributed import autocast, is_sharded
 from llmctl.training.hyperparameters import Hyperparameters
 from llmctl.training.optimizers import decay_groups
-from llmctl.training.run_state import RunState, intervals_of
+from llmctl.training.run_state import RunState
 from llmctl.training.state import architecture, capture
 
 
@@ -146,23 +146,21 @@ def build_ppo(
     optimizers = make_optimizers(actor_critic, config, values, device)
     rank, world = accelerator.process_index, accelerator.num_processes
     state = RunState(
-        title="ppo",
         run=run,
         accelerator=accelerator,
         device=device,
+        config=config,
+        values=values,
         identity=_identity(config, prepared, world),
-        intervals=intervals_of(config, values),
         flops_per_token=None,
         capture=lambda: capture(
             actor_critic, optimizers, state.progress, {"ppo": trainer.extra_state()}, rank=rank
         ),
         evaluate=(lambda: win_rate.evaluate()) if len(prepared.held_out) else None,
-        lr=lambda: values.lr_at(state.progress.step - 1),
         metrics=lambda: trainer.metrics,
     )
     trainer = PpoTrainer(
         config=config,
-        hyperparameters=values,
         actor_critic=actor_critic,
         optimizers=optimizers,
         rewards=RewardSum(

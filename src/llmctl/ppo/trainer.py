@@ -18,7 +18,7 @@ from llmctl.ppo.models import ActorCritic
 from llmctl.ppo.rewards import RewardSource, RewardSum
 from llmctl.ppo.rollout import RolloutSampler
 from llmctl.training.batches import Order
-from llmctl.training.hyperparameters import Hyperparameters, PpoHyperparameters
+from llmctl.training.hyperparameters import PpoHyperparameters
 from llmctl.training.run_state import RunState
 
 
@@ -27,7 +27,6 @@ class PpoTrainer:
     """Models, rewards and prompts of a run, and its state."""
 
     config: PpoConfig
-    hyperparameters: Hyperparameters
     actor_critic: ActorCritic
     optimizers: list[Optimizer]
     rewards: RewardSum
@@ -50,8 +49,8 @@ class PpoTrainer:
     @property
     def ppo(self) -> PpoHyperparameters:
         """The hyperparameters that only PPO has."""
-        assert self.hyperparameters.ppo is not None
-        return self.hyperparameters.ppo
+        assert self.state.values.ppo is not None
+        return self.state.values.ppo
 
     @property
     def max_response_tokens(self) -> int:

@@ -165,8 +165,7 @@ def _step(trainer: PpoTrainer, loss: Tensor, flag: StopFlag) -> StepOutcome:
         loss,
         0,
         flag,
-        max_grad_norm=trainer.config.max_grad_norm,
-        name=lambda: f"episodes of step {state.progress.step + 1:,}",
+        lambda: f"episodes of step {state.progress.step + 1:,}",
     )
 
 

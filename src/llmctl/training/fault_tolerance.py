@@ -122,17 +122,15 @@ def accept(state: RunState, outcome: StepOutcome, batch: Callable[[], str]) -> b
     """
     if outcome.finite:
         return True
-    done, intervals = state.progress, state.intervals
+    done, config = state.progress, state.config
     done.skipped_steps += 1
     loss, grad_norm = float(outcome.loss), float(outcome.grad_norm)
     what = f"step {done.step + 1:,}: loss {loss:g}, gradient norm {grad_norm:g} ({batch()})"
-    if intervals.on_nan == "skip" and done.skipped_steps <= intervals.max_nan_skips:
+    if config.on_nan == "skip" and done.skipped_steps <= config.max_nan_skips:
         log.warning("skipped %s; %d so far", what, done.skipped_steps)
         return False
-    if intervals.on_nan == "skip":
-        what += (
-            f"; {done.skipped_steps} skipped, more than --max-nan-skips {intervals.max_nan_skips}"
-        )
+    if config.on_nan == "skip":
+        what += f"; {done.skipped_steps} skipped, more than --max-nan-skips {config.max_nan_skips}"
     error = DivergedError(
         what,
         hint="the weights were not touched by this step; try a lower --lr, a longer --warmup, or "
@@ -149,14 +147,14 @@ def finish_step(state: RunState, meter: Meter, outcome: StepOutcome) -> None:
         DivergedError: the validation loss, or a weight after the update, is not finite.
         Interrupted, Terminated: a signal came, and the run is saved.
     """
-    done, intervals = state.progress, state.intervals
+    done, values = state.progress, state.values
     done.step += 1
     done.tokens += outcome.tokens
-    last = done.step == intervals.max_steps
-    if done.step % intervals.log_every == 0 or last:
+    last = done.step == values.max_steps
+    if done.step % values.log_every == 0 or last:
         meter.log(outcome.loss, outcome.grad_norm)
     improved = False
-    due = done.step % intervals.eval_every == 0 or last
+    due = done.step % values.eval_every == 0 or last
     if due and state.evaluate is not None:
         with meter.paused():
             metrics = state.evaluate()
@@ -168,7 +166,7 @@ def finish_step(state: RunState, meter: Meter, outcome: StepOutcome) -> None:
     if due:
         with meter.paused():
             state.sample(done.step)
-    if improved or last or outcome.signal or done.step % intervals.save_every == 0:
+    if improved or last or outcome.signal or done.step % values.save_every == 0:
         with meter.paused():
             save(state, meter)
     if outcome.signal:
@@ -177,9 +175,9 @@ def finish_step(state: RunState, meter: Meter, outcome: StepOutcome) -> None:
 
 def is_over(state: RunState) -> bool:
     """Whether the last step is done, or the patience with the validation loss."""
-    done, intervals = state.progress, state.intervals
-    patient = intervals.early_stop is None or done.evals_since_best < intervals.early_stop
-    return done.step >= intervals.max_steps or not patient
+    done, values = state.progress, state.values
+    patient = values.early_stop is None or done.evals_since_best < values.early_stop
+    return done.step >= values.max_steps or not patient
 
 
 def save(state: RunState, meter: Meter) -> None:
@@ -200,7 +198,7 @@ def save(state: RunState, meter: Meter) -> None:
     if state.rank == 0:
         checkpoint.rotate(
             run.checkpoints,
-            state.intervals.keep,
+            state.config.keep,
             step=done.step,
             run_id=state.owner.run_id,
             damaged=state.damaged - {done.step},
@@ -271,8 +269,8 @@ def _require_room(state: RunState, needed: int) -> None:
     """
     root = state.run.checkpoints
     held = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
-    kept = max(checkpoint.LEAST, state.intervals.keep) + (state.evaluate is not None)
-    copies = min(kept, state.intervals.max_steps // state.intervals.save_every) + 1
+    kept = max(checkpoint.LEAST, state.config.keep) + (state.evaluate is not None)
+    copies = min(kept, state.values.max_steps // state.values.save_every) + 1
     checkpoint.require_space(state.run.path, max(0, needed * copies - held))
 
 
@@ -300,8 +298,8 @@ def _choose(state: RunState, config: Checkpoints) -> tuple[Path | None, bool]:
         )
     changed = require_same(path, state.owner, config.resume_allow)
     step = checkpoint.step_of(path)
-    if step > state.intervals.max_steps:
-        raise UserError(f"--max-steps {state.intervals.max_steps}: {path.name} is beyond it")
+    if step > state.values.max_steps:
+        raise UserError(f"--max-steps {state.values.max_steps}: {path.name} is beyond it")
     if _effective(manifest_of(path)["identity"]) != _effective(state.identity):
         log.warning("another effective batch: some examples come twice or not at all")
     for name, (then, now) in changed.items():

@@ -40,7 +40,7 @@ from llmctl.training.hyperparameters import Hyperparameters
 from llmctl.training.meter import Meter
 from llmctl.training.objective import Objective, scaled
 from llmctl.training.optimizers import make_optimizers, set_lr
-from llmctl.training.run_state import RunState, intervals_of
+from llmctl.training.run_state import RunState
 from llmctl.training.state import (
     capture,
     checkpoint_bytes,
@@ -57,7 +57,6 @@ class Trainer:
     model: nn.Module
     """Placed as it trains."""
     optimizers: list[Optimizer]
-    hyperparameters: Hyperparameters
     objective: Objective
     batches: Batches
     state: RunState
@@ -68,10 +67,10 @@ class Trainer:
 
     def figures(self) -> dict[str, float]:
         """Means of the objective's figures since the last call. Collective."""
-        sums, self.sums = self._summed(), None
-        if sums is None:
+        if self.sums is None:
             return {}
-        *totals, count = sums
+        *totals, count = self.state.accelerator.reduce(self.sums.double(), "sum").tolist()
+        self.sums = None
         means = (total / max(1, count) for total in totals)
         figures = dict(zip(self.objective.figures, means, strict=True))
         self.watch(figures)
@@ -95,12 +94,6 @@ class Trainer:
         """Add a micro-batch's figures, without waiting for the device."""
         if sums is not None:
             self.sums = sums if self.sums is None else self.sums + sums
-
-    def _summed(self) -> list[float] | None:
-        if self.sums is None:
-            return None
-        total = self.state.accelerator.reduce(self.sums.double(), "sum")
-        return total.tolist()  # type: ignore[no-any-return]
 
 
 def assemble(
@@ -145,20 +138,19 @@ def assemble(
     optimizers = make_optimizers(model, hyperparameters, device)
     placed, optimizers = place(accelerator, model, optimizers, may_skip_weights=may_skip_weights)
     state = RunState(
-        title=run.stage,
         run=run,
         accelerator=accelerator,
         device=device,
+        config=config,
+        values=hyperparameters,
         identity={**hyperparameters.identity(), **identity},
-        intervals=intervals_of(config, hyperparameters),
         flops_per_token=flops_per_token,
         capture=lambda: trainer.capture(),
         evaluate=(lambda: objective.validate(trainer.bare_model)) if validates else None,
-        lr=lambda: hyperparameters.lr_at(state.progress.step - 1),
         sample=sample,
         metrics=lambda: trainer.figures(),
     )
-    trainer = Trainer(placed, optimizers, hyperparameters, objective, batches, state, watch)
+    trainer = Trainer(placed, optimizers, objective, batches, state, watch)
     return trainer
 
 
@@ -201,7 +193,7 @@ def train(trainer: Trainer, config: Resumable) -> dict[str, Any]:
     """
     resume(trainer, config)
     trainer.state.run.keep_recipe(config)
-    values = trainer.hyperparameters
+    values = trainer.state.values
     with hardware.memory_errors(values.batch_size, values.grad_accum):
         return fit(trainer)
 
@@ -221,12 +213,9 @@ def resume(trainer: Trainer, config: Resumable) -> None:
 
 def fit(trainer: Trainer) -> dict[str, Any]:
     """Train until the last step and return the final metrics; raises what `train` does."""
-    state = trainer.state
+    state, values = trainer.state, trainer.state.values
     done, meter = state.progress, Meter(state)
-    with (
-        stop_flag() as flag,
-        ProgressBar(state.title, trainer.hyperparameters.max_steps) as progress_bar,
-    ):
+    with stop_flag() as flag, ProgressBar(state.run.stage, values.max_steps) as progress_bar:
         progress_bar.start_at(done.step)
         meter.sample_before()
         if not is_over(state):
@@ -234,7 +223,7 @@ def fit(trainer: Trainer) -> dict[str, Any]:
             if state.world > 1:
                 lay_out_buckets(trainer, batches)
         while not is_over(state):
-            set_lr(trainer.optimizers, trainer.hyperparameters.lr_at(done.step))
+            set_lr(trainer.optimizers, values.lr_at(done.step))
             loss = accumulate(trainer, batches)
             tokens = sum(batch["tokens"] for batch in batches)
             batches = micro_batches(trainer, done.step + 1)  # while a GPU still computes
@@ -245,8 +234,7 @@ def fit(trainer: Trainer) -> dict[str, Any]:
                 loss,
                 tokens,
                 flag,
-                max_grad_norm=trainer.hyperparameters.max_grad_norm,
-                name=lambda: trainer.batches.name(done.step),
+                lambda: trainer.batches.name(done.step),
             )
             progress_bar.update(done.step + 1, meter.text)
             finish_step(state, meter, outcome)
@@ -279,7 +267,7 @@ def accumulate(trainer: Trainer, batches: list[Batch]) -> Tensor:
     Raises:
         DataError: nothing in the step counts, on any rank.
     """
-    state, values, step = trainer.state, trainer.hyperparameters, trainer.state.progress.step
+    state, step = trainer.state, trainer.state.progress.step
     weight = trainer.batches.step_weight(step)
     if not weight > 0:
         raise DataError(
@@ -291,7 +279,7 @@ def accumulate(trainer: Trainer, batches: list[Batch]) -> Tensor:
         last = number == len(batches) - 1
         sync = nullcontext() if last else state.accelerator.no_sync(trainer.model)
         with sync:
-            with autocast(values.precision, state.device):
+            with autocast(state.values.precision, state.device):
                 loss = trainer.objective.loss(trainer.model, batch)
             share = scaled(loss, weight, len(batches), state.world)
             share.backward()  # type: ignore[no-untyped-call]
@@ -308,8 +296,6 @@ def update(
     loss: Tensor,
     tokens: int,
     flag: StopFlag,
-    *,
-    max_grad_norm: float,
     name: Callable[[], str],
 ) -> StepOutcome:
     """Clip the gradients, and update the weights where all numbers are finite. Collective.
@@ -321,7 +307,6 @@ def update(
         loss: this rank's share of it.
         tokens: of this rank.
         flag: of signals.
-        max_grad_norm: norm to clip to; 0 clips nothing.
         name: says which examples the step was computed from.
 
     Returns:
@@ -330,7 +315,7 @@ def update(
     Raises:
         DivergedError: loss or gradients are not finite, and the run is to stop at that.
     """
-    norm = nn.utils.clip_grad_norm_(weights, max_grad_norm or math.inf)
+    norm = nn.utils.clip_grad_norm_(weights, state.values.max_grad_norm or math.inf)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     outcome = agree(state, loss, norm, tokens, flag)
     accepted = accept(state, outcome, name)

@@ -57,7 +57,7 @@ class Meter:
             "time": round(done.seconds, 3),
             "tokens": done.tokens,
             "loss": float(loss),
-            "lr": state.lr(),
+            "lr": state.lr,
             "grad_norm": float(grad_norm),
             "tokens_per_second": speed,
             "mfu": self._mfu(speed),

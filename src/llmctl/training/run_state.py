@@ -1,4 +1,4 @@
-"""A training run in progress: how far it is, when what is due, and how its state is captured."""
+"""A training run in progress: how far it is, and how its state is captured."""
 
 import math
 from collections.abc import Callable
@@ -47,58 +47,23 @@ class Progress:
         self.best_eval = {}
 
 
-@dataclass(frozen=True)
-class Intervals:
-    """How long a run is and what happens every so many of its steps.
-
-    None of it decides weights, but for `max_steps`.
-    """
-
-    max_steps: int
-    log_every: int
-    eval_every: int
-    save_every: int
-    keep: int
-    early_stop: int | None
-    on_nan: str
-    max_nan_skips: int
-
-
-def intervals_of(
-    config: PretrainConfig | Tuning | PpoConfig, hyperparameters: Hyperparameters
-) -> Intervals:
-    """Return how often a run logs, evaluates and saves."""
-    return Intervals(
-        max_steps=hyperparameters.max_steps,
-        log_every=hyperparameters.log_every,
-        eval_every=hyperparameters.eval_every,
-        save_every=hyperparameters.save_every,
-        keep=config.keep,
-        early_stop=config.early_stop,
-        on_nan=config.on_nan,
-        max_nan_skips=config.max_nan_skips,
-    )
-
-
 @dataclass
 class RunState:
     """A run in progress, as `fault_tolerance.py` and `meter.py` see it."""
 
-    title: str
     run: Run
     accelerator: Accelerator
     device: str
+    config: PretrainConfig | Tuning | PpoConfig
+    values: Hyperparameters
     identity: dict[str, Any]
     """Everything that decides the weights, by flag: a resumed run must have the same."""
-    intervals: Intervals
     flops_per_token: float | None
     """Training FLOPs of the model; None where they are not known."""
     capture: Callable[[], CheckpointContent]
     """All that decides how the run goes on; collective."""
     evaluate: Callable[[], dict[str, float]] | None
     """Measure `val_loss` and more, leaving no trace; collective. None without validation data."""
-    lr: Callable[[], float]
-    """Learning rate of the step just done."""
     sample: Callable[[int], None] = lambda step: None
     """Write down what the model says at a step, leaving no trace; called on every rank."""
     metrics: Callable[[], dict[str, Any]] = dict
@@ -108,6 +73,11 @@ class RunState:
     """Step of this run's newest checkpoint."""
     damaged: set[int] = field(default_factory=set)
     """Steps of checkpoints that resume passed over."""
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the step just done."""
+        return self.values.lr_at(self.progress.step - 1)
 
     @property
     def world(self) -> int:
