@@ -4,10 +4,10 @@ In: a reference to a model and what its data needs. Out: the model with its rows
 hyperparameters.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +20,9 @@ from llmctl import hardware
 from llmctl.config.commands import DpoConfig, PpoConfig, RewardConfig, SftConfig
 from llmctl.config.finetuning import Quantized, Tuning
 from llmctl.console import log
+from llmctl.data.classification import ClassificationData
+from llmctl.data.preference_pairs import PreferenceData
+from llmctl.data.sft import SftData
 from llmctl.errors import ModelError, UserError
 from llmctl.models import presets
 from llmctl.models.adapters import weights_sha256
@@ -34,12 +37,14 @@ from llmctl.models.loading import (
 )
 from llmctl.models.quantized import HEADS, LoadIn, require_full
 from llmctl.numbers import short_number
-from llmctl.runs.directory import resolve_model
+from llmctl.runs.directory import Run, resolve_model
 from llmctl.runs.resume import earlier_manifest
 from llmctl.training.adapters import adapt, trainable_parameters
-from llmctl.training.batches import Batch, Order, RowBatches, Rows, on_device
+from llmctl.training.batches import Batch, Order, RowBatches, Rows, on_device, validation_shares
 from llmctl.training.distributed import autocast, is_sharded
 from llmctl.training.hyperparameters import Hyperparameters, for_finetuning
+from llmctl.training.loop import Trainer, assemble
+from llmctl.training.objective import Objective, Validation
 from llmctl.training.probe import agreed_batch, checkpoint_activations, fitting_batch
 from llmctl.training.state import architecture
 
@@ -58,43 +63,8 @@ class Base:
         return model_input("model", self.reference, self.sha256)
 
 
-class Digestible(Protocol):
-    """Rows that are encoded for the model."""
-
-    def digest(self) -> str:
-        """Hex digest of all that training sees."""
-
-
-class Encodings(Protocol):
-    """Training and validation data that are encoded for the model."""
-
-    @property
-    def train(self) -> Digestible:
-        """Rows to train on."""
-
-    @property
-    def val(self) -> Digestible | None:
-        """Rows to validate on."""
-
-    @property
-    def max_length(self) -> int:
-        """Longest row in tokens."""
-
-
-class TokenizedData(Protocol):
-    """Data that is encoded for the model, and what its chat template added."""
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, its chat template set."""
-
-    @property
-    def embedding_rows(self) -> int:
-        """Rows of the model's embedding, before tokens were added."""
-
-    @property
-    def added_tokens(self) -> tuple[str, ...]:
-        """Special tokens that the chat template needs and the tokenizer lacked."""
+LanguageData = SftData | PreferenceData
+"""Encoded for a language model, in which a chat template may have added tokens."""
 
 
 def base_of(reference: str) -> Base:
@@ -103,15 +73,9 @@ def base_of(reference: str) -> Base:
 
 
 def load_language_model(
-    config: SftConfig | DpoConfig, data: TokenizedData, end_of_turn: int | None, device: str
+    config: SftConfig | DpoConfig, data: LanguageData, device: str
 ) -> tuple[Any, list[int]]:
     """Load the model, with a row for every token and an adapter where one is to be trained.
-
-    Args:
-        config: the command's fields.
-        data: encoded for it.
-        end_of_turn: the token that ends a turn, where there are conversations.
-        device: type of device.
 
     Returns:
         The model, and the tokens that end what it writes.
@@ -123,7 +87,7 @@ def load_language_model(
     set_seed(config.seed)
     model = load_base(config, device)
     grow_embeddings(model, data.tokenizer)
-    stops = set_stops(model, data.tokenizer, end_of_turn)
+    stops = set_stops(model, data.tokenizer, data.end_of_turn)
     if config.has_adapter:
         model = adapt(model, config, added_tokens=new_tokens_of(model, data))
     return model, stops
@@ -190,7 +154,7 @@ def without_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def new_tokens_of(model: Any, data: TokenizedData) -> list[int]:
+def new_tokens_of(model: Any, data: LanguageData) -> list[int]:
     """Rows of the grown embedding that are new, tokens of the chat template among them."""
     added = set(data.tokenizer.convert_tokens_to_ids(list(data.added_tokens)))
     grown = range(data.embedding_rows, model.get_input_embeddings().weight.shape[0])
@@ -251,7 +215,7 @@ class Prepared:
             **more,
         }
 
-    def identity(self, data: Encodings, config: Tuning) -> dict[str, Any]:
+    def identity(self, data: LanguageData | ClassificationData, config: Tuning) -> dict[str, Any]:
         """Return what decides the weights beside hyperparameters: a resumed run must share it."""
         model = self.model
         adapters = model.peft_config.values() if isinstance(model, PeftModel) else ()
@@ -265,9 +229,34 @@ class Prepared:
             "adapter": [_adapter_identity(adapter.to_dict()) for adapter in adapters],
         }
 
-    def batches(self, config: Tuning, accelerator: Accelerator) -> RowBatches:
-        """Micro-batches of the run on this process."""
-        values = self.hyperparameters
+    def validation(self, accelerator: Accelerator, device: str) -> Validation | None:
+        """Validation over the rows in batches of like length, each row on one process."""
+        rows, values = self.val, self.hyperparameters
+        if rows is None:
+            return None
+        rank, world = accelerator.process_index, accelerator.num_processes
+
+        def batches() -> Iterator[tuple[Batch, bool]]:
+            for numbers, counts in validation_shares(rows.lengths, values.batch_size, rank, world):
+                yield rows.batch(numbers), counts
+
+        return Validation(batches, accelerator, device, values.precision)
+
+    def assemble(
+        self,
+        config: Tuning,
+        data: LanguageData | ClassificationData,
+        run: Run,
+        accelerator: Accelerator,
+        device: str,
+        objective: Objective,
+        *,
+        settings: Mapping[str, Any],
+        sample: Callable[[int], None] = lambda step: None,
+        watch: Callable[[dict[str, float]], None] = lambda figures: None,
+    ) -> Trainer:
+        """Put the trainer together; `settings` are what the method adds to the identity."""
+        values, lengths = self.hyperparameters, self.train.lengths
         order = Order(
             len(self.train),
             batch_size=values.batch_size,
@@ -275,13 +264,23 @@ class Prepared:
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             seed=config.seed,
-            lengths=self.train.lengths if config.group_by_length else None,
+            lengths=lengths if config.group_by_length else None,
         )
-        return RowBatches(self.train, order)
-
-    def flops_per_token(self, device: str) -> float | None:
-        """Training FLOPs for a token at the mean length of the rows; see `flops_of`."""
-        return flops_of(self.model, round(sum(self.train.lengths) / len(self.train)), device)
+        return assemble(
+            config,
+            run,
+            accelerator,
+            device,
+            self.model,
+            values,
+            objective,
+            RowBatches(self.train, order),
+            identity={**self.identity(data, config), **settings},
+            validates=self.val is not None,
+            flops_per_token=flops_of(self.model, round(sum(lengths) / len(self.train)), device),
+            sample=sample,
+            watch=watch,
+        )
 
 
 def prepare(
@@ -406,15 +405,13 @@ def _with_largest_batch(
         with autocast(values.precision, device):
             return loss(copied, on_device(train.batch(numbers), device))
 
-    size, passes = agreed_batch(
+    return agreed_batch(
         lambda total: fitting_batch(model, loss_of, train.lengths, total, config),
-        values.batch_size,
-        values.grad_accum,
-        known=earlier_manifest(config).get("plan"),
-        accelerator=accelerator,
-        device=device,
+        values,
+        earlier_manifest(config).get("plan"),
+        accelerator,
+        device,
     )
-    return values.with_batch(size, passes)
 
 
 def _announce(values: Hyperparameters, trained: int, parameters: int, unit: str) -> None:

@@ -14,8 +14,8 @@ from llmctl.data.classification import ClassificationData, EncodedTexts
 from llmctl.runs.directory import Run
 from llmctl.training.base_model import Prepared, load_with_head, prepare
 from llmctl.training.batches import Batch
-from llmctl.training.loop import Trainer, assemble
-from llmctl.training.objective import Loss, Validation, validation_of
+from llmctl.training.loop import Trainer
+from llmctl.training.objective import Loss, Validation
 
 
 class TextRows:
@@ -127,21 +127,8 @@ def build_classification(
     device: str,
 ) -> Trainer:
     """Put the trainer together."""
-    values = prepared.hyperparameters
-    val = validation_of(prepared.val, values.batch_size, accelerator, device, values.precision)
-    return assemble(
-        config,
-        run,
-        accelerator,
-        device,
-        prepared.model,
-        values,
-        Classification(len(data.labels), val),
-        prepared.batches(config, accelerator),
-        identity=prepared.identity(data, config),
-        validates=val is not None,
-        flops_per_token=prepared.flops_per_token(device),
-    )
+    objective = Classification(len(data.labels), prepared.validation(accelerator, device))
+    return prepared.assemble(config, data, run, accelerator, device, objective, settings={})
 
 
 def class_logits(model: Any, batch: Batch) -> Tensor:

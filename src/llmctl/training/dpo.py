@@ -38,9 +38,9 @@ from llmctl.training.base_model import (
 from llmctl.training.batches import IGNORED, Batch, SequenceRows, on_device, validation_shares
 from llmctl.training.distributed import autocast
 from llmctl.training.fault_tolerance import together
-from llmctl.training.loop import Trainer, assemble
+from llmctl.training.loop import Trainer
 from llmctl.training.model_checks import require_causal
-from llmctl.training.objective import Loss, Validation, validation_of
+from llmctl.training.objective import Loss, Validation
 from llmctl.training.samples import TextSampler, prompts_of
 from llmctl.training.state import generators_kept
 from llmctl.training.token_loss import TokenLoss, require_chunkable, token_loss_of
@@ -290,7 +290,7 @@ def prepare_dpo(
         ResourceError: an optimizer or a precision that does not run here.
     """
     require_prompts(config, data.val, "pairs")
-    model, stops = load_language_model(config, data, data.end_of_turn, device)
+    model, stops = load_language_model(config, data, device)
     without_dropout(model)
     pad = data.tokenizer.pad_token_id or 0
     train = ComparedPairRows(data.train, pad)
@@ -332,34 +332,28 @@ def build_dpo(
     train, val = prepared.train, prepared.val
     assert isinstance(train, ComparedPairRows)
     assert val is None or isinstance(val, ComparedPairRows)
-    validation = validation_of(val, values.batch_size, accelerator, device, values.precision)
+    validation = prepared.validation(accelerator, device)
     token_loss = token_loss_of(model, chunked=config.chunked_loss)
     pair_loss = DpoLoss(config.loss, config.beta, config.label_smoothing)
     objective = DirectPreference(pair_loss, token_loss, model, train, val, validation)
     first = [pair.chosen for pair in data.preferences.train]
     prompts = prompts_of(config, data.response_format.chat, first, data.val_prompts())
-    trainer = assemble(
+    stops = prepared.stops
+    trainer = prepared.assemble(
         config,
+        data,
         run,
         accelerator,
         device,
-        model,
-        values,
         objective,
-        prepared.batches(config, accelerator),
-        identity={
-            **prepared.identity(data, config),
+        settings={
             "loss": config.loss,
             "beta": config.beta,
             "label_smoothing": config.label_smoothing,
             "chunked_loss": config.chunked_loss,
             "load_in": load_in(config),
         },
-        validates=val is not None,
-        flops_per_token=prepared.flops_per_token(device),
-        sample=TextSampler(
-            config, prompts, data.tokenizer, model, prepared.stops, run, accelerator
-        ).write,
+        sample=TextSampler(config, prompts, data.tokenizer, model, stops, run, accelerator).write,
         watch=objective.watch,
     )
     objective.measure_reference(

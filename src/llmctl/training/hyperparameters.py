@@ -115,10 +115,6 @@ class Hyperparameters:
         shape = (1 + math.cos(math.pi * done)) / 2 if self.schedule == "cosine" else 1 - done
         return self.lr * (self.min_lr + (1 - self.min_lr) * shape)
 
-    def with_batch(self, batch_size: int, grad_accum: int) -> "Hyperparameters":
-        """Return the same with a step cut into micro-batches otherwise."""
-        return replace(self, batch_size=batch_size, grad_accum=grad_accum)
-
 
 def fill_in(
     config: PretrainConfig | Tuning | PpoConfig,

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from llmctl.training.batches import Batch, Rows, on_device, validation_shares
+from llmctl.training.batches import Batch, on_device
 from llmctl.training.distributed import autocast
 from llmctl.training.state import generators_kept
 
@@ -83,21 +83,6 @@ class Validation:
         model.train(was_training)
         assert total is not None
         return self.accelerator.reduce(total, "sum").cpu()  # type: ignore[no-any-return]
-
-
-def validation_of(
-    rows: Rows | None, batch_size: int, accelerator: Accelerator, device: str, precision: str
-) -> Validation | None:
-    """Validation over rows in batches of like length, each row on one process."""
-    if rows is None:
-        return None
-    rank, world = accelerator.process_index, accelerator.num_processes
-
-    def batches() -> Iterable[tuple[Batch, bool]]:
-        for numbers, counts in validation_shares(rows.lengths, batch_size, rank, world):
-            yield rows.batch(numbers), counts
-
-    return Validation(batches, accelerator, device, precision)
 
 
 def scaled(loss: Loss, step_weight: float, micro_batches: int, world: int) -> Tensor:

@@ -227,16 +227,14 @@ def with_largest_batch(
         prepared: its hyperparameters say how many sequences make a step.
         known: the hyperparameters of the run that is resumed, if one is.
     """
-    values = prepared.hyperparameters
-    size, passes = agreed_batch(
+    values = agreed_batch(
         lambda total: _try_batches(config, prepared, total),
-        values.batch_size,
-        values.grad_accum,
-        known=known,
-        accelerator=prepared.accelerator,
-        device=prepared.device,
+        prepared.hyperparameters,
+        known,
+        prepared.accelerator,
+        prepared.device,
     )
-    return replace(prepared, hyperparameters=values.with_batch(size, passes))
+    return replace(prepared, hyperparameters=values)
 
 
 def _try_batches(config: PretrainConfig, prepared: PreparedPretraining, total: int) -> int:

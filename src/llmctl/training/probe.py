@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from llmctl.console import log
 from llmctl.errors import ResourceError
 from llmctl.numbers import byte_size
 from llmctl.training.fault_tolerance import together
+from llmctl.training.hyperparameters import Hyperparameters
 from llmctl.training.state import generators_kept
 
 MARGIN = 0.9
@@ -100,24 +102,17 @@ def checkpoint_activations(model: Any) -> None:
 
 def agreed_batch(
     attempt: Callable[[int], int],
-    batch_size: int,
-    grad_accum: int,
-    *,
+    values: Hyperparameters,
     known: dict[str, Any] | None,
     accelerator: Accelerator,
     device: str,
-) -> tuple[int, int]:
-    """Batch size and accumulation of a step that keeps its size, the same on every rank.
+) -> Hyperparameters:
+    """Cut a step of the same size into the largest batches that fit every rank. Collective.
 
-    Args:
-        attempt: tries batches up to a size, and says the largest that fits.
-        batch_size: what was asked for.
-        grad_accum: likewise.
-        known: the hyperparameters of the run that is resumed, if one is.
-        accelerator: processes.
-        device: type of device.
+    `attempt` tries batches up to a size and says the largest that fits; `known` are the
+    hyperparameters of the run that is resumed, if one is.
     """
-    total, size = batch_size * grad_accum, batch_size
+    total, size = values.batch_size * values.grad_accum, values.batch_size
     if known is None:
         with together(accelerator):
             size = attempt(total)
@@ -125,7 +120,7 @@ def agreed_batch(
         size = int(accelerator.gather(torch.tensor([size], device=device)).min())
     elif known["batch_size"] * known["grad_accum"] == total:
         size = known["batch_size"]  # of another step: refused further on
-    return size, total // size
+    return replace(values, batch_size=size, grad_accum=total // size)
 
 
 def _halves(wanted: int) -> list[int]:

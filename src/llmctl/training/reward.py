@@ -25,8 +25,8 @@ from llmctl.reward.model import load_reward_model, needs_token_types, score_batc
 from llmctl.runs.directory import Run
 from llmctl.training.base_model import Prepared, load_with_head, new_tokens_of, prepare
 from llmctl.training.batches import Batch
-from llmctl.training.loop import Trainer, assemble
-from llmctl.training.objective import Loss, Validation, validation_of
+from llmctl.training.loop import Trainer
+from llmctl.training.objective import Loss, Validation
 from llmctl.training.reward_report import PairScores, log_report, report
 
 CHECKED = 4
@@ -168,21 +168,10 @@ def build_reward(
     device: str,
 ) -> Trainer:
     """Put the trainer together."""
-    values = prepared.hyperparameters
-    val = validation_of(prepared.val, values.batch_size, accelerator, device, values.precision)
-    return assemble(
-        config,
-        run,
-        accelerator,
-        device,
-        prepared.model,
-        values,
-        PairwisePreference(config.center_rewards or 0.0, val),
-        prepared.batches(config, accelerator),
-        identity={**prepared.identity(data, config), "center_rewards": config.center_rewards},
-        validates=val is not None,
-        flops_per_token=prepared.flops_per_token(device),
-    )
+    val = prepared.validation(accelerator, device)
+    objective = PairwisePreference(config.center_rewards or 0.0, val)
+    settings = {"center_rewards": config.center_rewards}
+    return prepared.assemble(config, data, run, accelerator, device, objective, settings=settings)
 
 
 def pair_scores(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:

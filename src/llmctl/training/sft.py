@@ -21,9 +21,9 @@ from llmctl.training.base_model import (
 )
 from llmctl.training.batches import Batch, SequenceRows, on_device
 from llmctl.training.distributed import autocast
-from llmctl.training.loop import Trainer, assemble
+from llmctl.training.loop import Trainer
 from llmctl.training.model_checks import require_causal, require_isolated
-from llmctl.training.objective import Loss, Validation, validation_of
+from llmctl.training.objective import Loss, Validation
 from llmctl.training.samples import TextSampler, prompts_of
 from llmctl.training.token_loss import TokenLoss, require_chunkable, token_loss_of
 
@@ -80,7 +80,7 @@ def prepare_sft(
         ResourceError: an optimizer or a precision that does not run here.
     """
     require_prompts(config, data.val, "examples")
-    model, stops = load_language_model(config, data, data.end_of_turn, device)
+    model, stops = load_language_model(config, data, device)
     pad = data.tokenizer.pad_token_id or 0
     train = SequenceRows(data.train, pad, data.max_length if config.packing else None)
     val = None if data.val is None else SequenceRows(data.val, pad)
@@ -129,26 +129,20 @@ def build_sft(
     if config.chunked_loss:
         with autocast(values.precision, device):
             require_chunkable(model, token_loss, on_device(prepared.train.batch([0]), device))
-    val = validation_of(prepared.val, values.batch_size, accelerator, device, values.precision)
+    objective = SupervisedTokens(token_loss, prepared.validation(accelerator, device))
     prompts = prompts_of(config, data.format, data.train_examples, data.val_examples)
-    return assemble(
+    stops = prepared.stops
+    return prepared.assemble(
         config,
+        data,
         run,
         accelerator,
         device,
-        model,
-        values,
-        SupervisedTokens(token_loss, val),
-        prepared.batches(config, accelerator),
-        identity={
-            **prepared.identity(data, config),
+        objective,
+        settings={
             "packing": config.packing,
             "chunked_loss": config.chunked_loss,
             "load_in": load_in(config),
         },
-        validates=val is not None,
-        flops_per_token=prepared.flops_per_token(device),
-        sample=TextSampler(
-            config, prompts, data.tokenizer, model, prepared.stops, run, accelerator
-        ).write,
+        sample=TextSampler(config, prompts, data.tokenizer, model, stops, run, accelerator).write,
     )
