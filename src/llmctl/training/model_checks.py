@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llmctl.errors import ModelError
+from llmctl.training.state import evaluating
 
 if TYPE_CHECKING:
     from llmctl.training.batches import SequenceRows
@@ -49,13 +50,9 @@ def require_isolated(model: Any, rows: "SequenceRows", vocabulary: int) -> float
     other[0, :first] = (
         other[0, :first] + 1 + torch.arange(first, device=tokens.device)
     ) % vocabulary
-    was_training = model.training
-    model.eval()
-    before, after = (_logits(model, ids, positions) for ids in (tokens, other))
-    model.train(was_training)
-    change = float((before - after)[0, first:].abs().max() / before.abs().max())
-    moved = float((before - after)[0, :first].abs().max())
-    if change > TOLERANCE or moved == 0:
+    changes = _changes(model, tokens, other, position_ids=positions)
+    change = float(changes[first:].max())
+    if change > TOLERANCE or not changes[:first].any():
         raise ModelError(
             f"--packing leaks: changing one sequence moves the logits of another by {change:.1%}",
             hint="this architecture does not keep packed sequences apart: drop --packing",
@@ -80,12 +77,7 @@ def require_causal(model: Any, vocabulary: int, length: int = CAUSAL_TOKENS) -> 
     tokens = (torch.arange(length, device=model.device) * 7 + 1)[None] % vocabulary
     other = tokens.clone()
     other[0, -1] = (other[0, -1] + 1) % vocabulary
-    was_training = model.training
-    model.eval()
-    before, after = (_logits(model, ids) for ids in (tokens, other))
-    model.train(was_training)
-    seen = before.shape[1] - 1  # virtual tokens, where there are any, come first
-    change = float((before - after)[0, :seen].abs().max() / before.abs().max())
+    change = float(_changes(model, tokens, other)[:-1].max())
     if not change <= TOLERANCE:
         raise ModelError(
             f"{model.config.model_type} is not a causal language model: a later token moves "
@@ -94,7 +86,15 @@ def require_causal(model: Any, vocabulary: int, length: int = CAUSAL_TOKENS) -> 
         )
 
 
-def _logits(model: Any, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-    places = {} if positions is None else {"position_ids": positions}
-    logits: Tensor = model(input_ids=tokens, use_cache=False, **places).logits
-    return logits.float()
+def _changes(model: Any, tokens: Tensor, other: Tensor, **inputs: Tensor) -> Tensor:
+    """(L,) largest change of a logit at each place, relative to the largest logit of all.
+
+    Virtual tokens, where there are any, come first.
+    """
+    with evaluating(model):
+        before, after = (
+            model(input_ids=ids, use_cache=False, **inputs).logits.float()
+            for ids in (tokens, other)
+        )
+    changes: Tensor = (before - after)[0].abs().amax(-1) / before.abs().max()
+    return changes

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmctl.training.batches import Batch, on_device
 from llmctl.training.distributed import autocast
-from llmctl.training.state import generators_kept
+from llmctl.training.state import evaluating, generators_kept
 
 
 class Loss(NamedTuple):
@@ -67,11 +67,9 @@ class Validation:
         Returns:
             Sums over all processes, in float64 on the CPU.
         """
-        was_training = model.training
-        model.eval()
         where = "cpu" if self.device == "mps" else self.device  # which has no float64
         total: Tensor | None = None
-        with generators_kept():
+        with evaluating(model), generators_kept():
             for batch, counts in self.batches():
                 with autocast(self.precision, self.device):
                     batch_sums = measure(model, on_device(batch, self.device))
@@ -80,7 +78,6 @@ class Validation:
                     total = torch.zeros_like(batch_sums)
                 if counts:
                     total += batch_sums
-        model.train(was_training)
         assert total is not None
         return self.accelerator.reduce(total, "sum").cpu()  # type: ignore[no-any-return]
 

@@ -22,7 +22,7 @@ from llmctl.models.patched_attention import CAUSAL
 from llmctl.runs.directory import Run
 from llmctl.runs.ownership import SAMPLES
 from llmctl.training.distributed import is_sharded
-from llmctl.training.state import generators_kept
+from llmctl.training.state import evaluating, generators_kept
 
 BEGINNING = 16
 """Tokens of a text that a model is given to continue."""
@@ -60,15 +60,12 @@ class TextSampler:
         """Answer on the main process; greedy, so that only the model changes."""
         if not (self.run.is_main and self.prompts):
             return
-        was_training = self.model.training
-        self.model.eval()
         try:
-            with generators_kept(), _as_generating(self.model):
+            with evaluating(self.model), generators_kept(), _as_generating(self.model):
                 self._answer(step)
         except ModelError as error:
             log.warning("no samples: %s", error.message)
             self.prompts = []
-        self.model.train(was_training)
 
     def _answer(self, step: int) -> None:
         responses = decode(

@@ -152,6 +152,17 @@ def generators_kept() -> Iterator[None]:
         set_generators(before)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode for the body."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def checkpoint_bytes(model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> int:
     """About how large a checkpoint will be: weights that train, and two moments of each.
 
@@ -211,14 +222,12 @@ def _names_in(model: nn.Module, optimizer: Optimizer) -> list[str]:
 
 
 def _optimizer_state(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, dict[str, Any]]:
+    names = {id(tensor): name for name, tensor in _named(model).items()}
     return {
-        name: optimizer.state[parameter]
+        names[id(parameter)]: optimizer.state[parameter]
         for optimizer in optimizers
-        for name, parameter in zip(
-            _names_in(model, optimizer),
-            (p for group in optimizer.param_groups for p in group["params"]),
-            strict=True,
-        )
+        for group in optimizer.param_groups
+        for parameter in group["params"]
     }
 
 
