@@ -50,7 +50,7 @@ def test_the_sum_of_rewards_in_plain_floats():
     rewards = RewardSum([model, rule], "reference", 1.0, 0.25)
     raw = rewards.raw([sample("x"), sample("y")], [True, False])
     rewards.measure({"m": torch.tensor([0.0, 2.0])}, single_process)
-    total = rewards.combine(raw, [True, False]).total.tolist()
+    total = rewards.combine(raw, [True, False]).tolist()
     std = 2**0.5
     assert total[0] == pytest.approx(0.5 * min(1.0, (3 - 1) / std) - 2 * 0.5)
     assert total[1] == pytest.approx(0.5 * 0 - 2 * 1.0 - 0.25)

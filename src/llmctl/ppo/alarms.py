@@ -6,6 +6,7 @@ been silent for a while.
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from llmctl.console import log
@@ -21,31 +22,27 @@ WATCHED = (
 )
 """Metrics that alarms read."""
 
-Steps = list[Mapping[str, Any]]
+Step = Mapping[str, Any]
+Steps = list[Step]
 
 
-def _all(steps: Steps, holds: Callable[[Mapping[str, Any]], bool]) -> bool:
-    return len(steps) >= STEPS and all(holds(step) for step in steps[-STEPS:])
+@dataclass(frozen=True)
+class Lasting:
+    """An alarm for a sign that holds for STEPS steps in a row."""
 
+    holds: Callable[[Step, float], bool]
+    """Given the metrics of a step, and `first`."""
+    text: str
+    """Formatted with the metrics of the last step, and `first`."""
+    first: Callable[[Steps], float] = lambda steps: 0.0
+    """What the sign is measured against, from all steps."""
 
-def negative_kl(steps: Steps) -> str | None:
-    """KL below 0 for long: samples are not those of the policy that is scored."""
-    if not _all(steps, lambda step: step["kl"] < -1.0):
-        return None
-    return (
-        f"the KL is {steps[-1]['kl']:.2f} nats a response and has been below -1 for {STEPS} steps, "
-        "which a KL cannot be: try --kl-estimator k3, a lower --lr, or a larger --batch-size"
-    )
-
-
-def exploding_kl(steps: Steps) -> str | None:
-    """KL far above a small deviation."""
-    if not _all(steps, lambda step: step["kl"] > 50.0):
-        return None
-    return (
-        f"the KL is {steps[-1]['kl']:.0f} nats a response: the policy has left the reference; "
-        "raise --kl-coef or set --kl-target, and lower --lr"
-    )
+    def __call__(self, steps: Steps) -> str | None:
+        """Tell the sign and its remedy, where it holds."""
+        first = self.first(steps)
+        if len(steps) < STEPS or not all(self.holds(step, first) for step in steps[-STEPS:]):
+            return None
+        return self.text.format(first=first, **steps[-1])
 
 
 def longer_and_better(steps: Steps) -> str | None:
@@ -64,62 +61,46 @@ def longer_and_better(steps: Steps) -> str | None:
     )
 
 
-def collapsed_entropy(steps: Steps) -> str | None:
-    """Entropy that falls below a tenth of the first."""
-    first = steps[0]["entropy"]
-    if not _all(steps, lambda step: step["entropy"] < 0.1 * first):
-        return None
-    return (
-        f"the entropy fell from {first:.2f} to {steps[-1]['entropy']:.2f} nats a token: the policy "
-        "says one thing only; raise --kl-coef or --entropy-coef, lower --lr or --ppo-epochs"
-    )
-
-
-def falling_eos(steps: Steps) -> str | None:
-    """Responses that end by themselves half as often as they did."""
-    first = max(step["eos_share"] for step in steps)
-    if first < 0.2 or not _all(steps, lambda step: step["eos_share"] < 0.5 * first):
-        return None
-    return (
-        f"only {steps[-1]['eos_share']:.0%} of responses end by themselves, {first:.0%} did: set "
-        "--missing-eos-penalty 1, or raise --max-new-tokens"
-    )
-
-
-def useless_values(steps: Steps) -> str | None:
-    """Value model that predicts worse than a constant."""
-    if not _all(steps, lambda step: step["explained_variance"] < 0):
-        return None
-    return (
-        f"the value model explains {steps[-1]['explained_variance']:.2f} of the returns' variance, "
-        "less than a constant would: raise --value-lr, or --value-init reward"
-    )
-
-
-def clipping(steps: Steps) -> str | None:
-    """Updates so large that clipping stops much of them."""
-    if not _all(steps, lambda step: step["clip_fraction"] > 0.4):
-        return None
-    return (
-        f"{steps[-1]['clip_fraction']:.0%} of the tokens are clipped: the updates are too large; "
-        "lower --lr or --ppo-epochs, or set --stop-kl 0.02"
-    )
-
-
-def flat_scores(steps: Steps) -> str | None:
-    """Scores that are the same for every response."""
-    if not _all(steps, lambda step: step["score_std"] == 0):
-        return None
-    return (
-        f"every response has scored {steps[-1]['score']:g} for {STEPS} steps, so that there is "
-        "nothing to learn from: is the rule ever met? raise --batch-size or choose another reward"
-    )
-
-
-ALARMS = (
-    *(negative_kl, exploding_kl, longer_and_better, collapsed_entropy, falling_eos),
-    *(useless_values, clipping, flat_scores),
-)
+ALARMS: dict[str, Callable[[Steps], str | None]] = {
+    "negative_kl": Lasting(  # samples are not those of the policy that is scored
+        lambda step, _: step["kl"] < -1.0,
+        f"the KL is {{kl:.2f}} nats a response and has been below -1 for {STEPS} steps, which a KL "
+        "cannot be: try --kl-estimator k3, a lower --lr, or a larger --batch-size",
+    ),
+    "exploding_kl": Lasting(
+        lambda step, _: step["kl"] > 50.0,
+        "the KL is {kl:.0f} nats a response: the policy has left the reference; raise --kl-coef or "
+        "set --kl-target, and lower --lr",
+    ),
+    "longer_and_better": longer_and_better,
+    "collapsed_entropy": Lasting(
+        lambda step, first: step["entropy"] < 0.1 * first,
+        "the entropy fell from {first:.2f} to {entropy:.2f} nats a token: the policy says one "
+        "thing only; raise --kl-coef or --entropy-coef, lower --lr or --ppo-epochs",
+        first=lambda steps: steps[0]["entropy"],
+    ),
+    "falling_eos": Lasting(
+        lambda step, first: first >= 0.2 and step["eos_share"] < 0.5 * first,
+        "only {eos_share:.0%} of responses end by themselves, {first:.0%} did: set "
+        "--missing-eos-penalty 1, or raise --max-new-tokens",
+        first=lambda steps: max(step["eos_share"] for step in steps),
+    ),
+    "useless_values": Lasting(
+        lambda step, _: step["explained_variance"] < 0,
+        "the value model explains {explained_variance:.2f} of the returns' variance, less than a "
+        "constant would: raise --value-lr, or --value-init reward",
+    ),
+    "clipping": Lasting(
+        lambda step, _: step["clip_fraction"] > 0.4,
+        "{clip_fraction:.0%} of the tokens are clipped: the updates are too large; lower --lr or "
+        "--ppo-epochs, or set --stop-kl 0.02",
+    ),
+    "flat_scores": Lasting(
+        lambda step, _: step["score_std"] == 0,
+        f"every response has scored {{score:g}} for {STEPS} steps, so that there is nothing to "
+        "learn from: is the rule ever met? raise --batch-size or choose another reward",
+    ),
+}
 
 
 class Alarms:
@@ -127,7 +108,7 @@ class Alarms:
 
     def __init__(self) -> None:
         """Begin without a step."""
-        self.steps: deque[Mapping[str, Any]] = deque(maxlen=10 * STEPS)
+        self.steps: deque[Step] = deque(maxlen=10 * STEPS)
         self.last: dict[str, int] = {}
         """Step at which each alarm was last raised, by its name."""
 
@@ -135,9 +116,8 @@ class Alarms:
         """Add a step; log the alarms that it raises, and return their names."""
         self.steps.append({name: metrics[name] for name in WATCHED})
         raised = []
-        for alarm in ALARMS:
+        for name, alarm in ALARMS.items():
             text = alarm(list(self.steps))
-            name = alarm.__name__
             if text and step - self.last.get(name, -SILENCE) >= SILENCE:
                 self.last[name] = step
                 raised.append(name)

@@ -21,7 +21,7 @@ from llmctl.ppo.advantages import (
 )
 from llmctl.ppo.encoded_prompts import EncodedPrompts
 from llmctl.ppo.episodes import Experience, Pass, make_passes
-from llmctl.ppo.rewards import CombinedScores, RawScores
+from llmctl.ppo.rewards import RawScores
 from llmctl.ppo.rollout import Rollout, RolloutInterrupted
 from llmctl.ppo.trainer import PpoTrainer
 from llmctl.signals import StopFlag
@@ -57,7 +57,7 @@ def collect_experience(trainer: PpoTrainer, flag: StopFlag) -> Experience | None
     if trainer.rewards.normalization == "running":
         trainer.rewards.measure(raw, trainer.all_reduce)
     scores = trainer.rewards.combine(raw, rollout.ended)
-    experience = compute_advantages(trainer, rollout, scores)
+    experience = compute_advantages(trainer, rollout, raw, scores)
     trainer.metrics["rollout_seconds"] = round(time.perf_counter() - started, 4)
     return experience
 
@@ -91,7 +91,9 @@ def sample_responses(
 
 
 @torch.no_grad()
-def compute_advantages(trainer: PpoTrainer, rollout: Rollout, scores: CombinedScores) -> Experience:
+def compute_advantages(
+    trainer: PpoTrainer, rollout: Rollout, raw: RawScores, scores: Tensor
+) -> Experience:
     """Compute values, rewards, advantages and returns of every token, and the step's metrics."""
     models, config = trainer.actor_critic, trainer.config
     mask = rollout.sequences.mask()
@@ -105,12 +107,12 @@ def compute_advantages(trainer: PpoTrainer, rollout: Rollout, scores: CombinedSc
             computed[rows] = batch.unflatten(models.log_probs(batch)[0]).float().cpu()
     log_probs = sampler_log_probs if trainer.reuses_log_probs else computed
     kl = kl_penalty(log_probs, reference, config.kl_estimator)
-    rewards = token_rewards(scores.total, kl, mask, trainer.kl_coef)
+    rewards = token_rewards(scores, kl, mask, trainer.kl_coef)
     advantages, returns = response_advantages(rewards, values, mask, config.gamma, config.lam)
     if config.whiten_advantages:
         advantages = whiten(advantages, mask, trainer.all_reduce)
     log_ratio = log_probs - reference
-    trainer.metrics = rollout_metrics(trainer, rollout, scores, mask, log_ratio, log_probs)
+    trainer.metrics = rollout_metrics(trainer, rollout, raw, scores, mask, log_ratio, log_probs)
     trainer.metrics["explained_variance"] = explained_variance(trainer, values, returns, mask)
     tensors = (log_probs, values, advantages, returns, sampler_log_probs)
     return Experience(
@@ -138,7 +140,8 @@ def forward_passes(
 def rollout_metrics(
     trainer: PpoTrainer,
     rollout: Rollout,
-    scores: CombinedScores,
+    raw: RawScores,
+    scores: Tensor,
     mask: Tensor,
     log_ratio: Tensor,
     log_probs: Tensor,
@@ -149,9 +152,9 @@ def rollout_metrics(
     sampled tokens, whose mean it is.
     """
     tokens = mask.sum()
-    sums = [scores.total.sum(), *(raw.sum() for raw in scores.raw.values())]
+    sums = [scores.sum(), *(part.sum() for part in raw.values())]
     sums += [
-        (scores.total**2).sum(),
+        (scores**2).sum(),
         log_ratio.where(mask, 0.0).sum(),
         -log_probs.where(mask, 0.0).sum(),
         torch.tensor(sum(rollout.ended)),
@@ -160,7 +163,7 @@ def rollout_metrics(
     ]
     totals = trainer.all_reduce(torch.stack([part.double().cpu() for part in sums])).tolist()
     *score_sums, squares, kl, surprise, ended, all_tokens, count = totals
-    names = ["score", *(f"score/{name}" for name in scores.raw)]
+    names = ["score", *(f"score/{name}" for name in raw)]
     means = {name: total / count for name, total in zip(names, score_sums, strict=True)}
     return {
         **means,

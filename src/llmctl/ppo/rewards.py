@@ -78,15 +78,6 @@ class RewardSource:
 
 
 @dataclass(frozen=True)
-class CombinedScores:
-    """Scores of N responses."""
-
-    total: Tensor
-    """(N,) weighted sum of the normalized scores: what PPO maximizes."""
-    raw: RawScores
-
-
-@dataclass(frozen=True)
 class RewardSum:
     """All rewards of a run."""
 
@@ -121,9 +112,10 @@ class RewardSum:
             if source.is_model and self.normalization != "none":
                 source.moments.update(raw[source.name], all_reduce)
 
-    def combine(self, raw: RawScores, ended: Sequence[bool]) -> CombinedScores:
+    def combine(self, raw: RawScores, ended: Sequence[bool]) -> Tensor:
         """Normalize, weight and add the scores; penalize responses that did not end.
 
+        Gives what PPO maximizes, (N,).
         The penalty is subtracted, as by TRL; the EOS trick it stands for replaces the score
         (Huang et al., 2024, arXiv:2403.17031, section 7).
         """
@@ -133,8 +125,7 @@ class RewardSum:
             if source.is_model and self.normalization != "none":
                 scores = source.moments.normalize(scores, self.clip)
             total = total + source.weight * scores
-        total -= self.missing_eos_penalty * ~torch.tensor(list(ended), dtype=torch.bool)
-        return CombinedScores(total, raw)
+        return total - self.missing_eos_penalty * ~torch.tensor(list(ended), dtype=torch.bool)
 
     def state(self) -> list[list[float]]:
         """Moments of each reward, for a checkpoint."""

@@ -10,7 +10,6 @@ from accelerate.utils import set_seed
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedTokenizerBase
 
-from llmctl import hardware
 from llmctl.config.commands import PpoConfig
 from llmctl.console import log
 from llmctl.data.prompts import read_prompts
@@ -26,7 +25,7 @@ from llmctl.ppo.trainer import PpoTrainer
 from llmctl.ppo.win_rate import WinRate
 from llmctl.runs.directory import Run
 from llmctl.training.adapters import trainable_parameters
-from llmctl.training.base_model import Base, base_of, to_pure_bf16
+from llmctl.training.base_model import Loaded, base_of, to_pure_bf16
 from llmctl.training.batches import Order
 from llmctl.training.distributed import autocast, is_sharded
 from llmctl.training.hyperparameters import Hyperparameters
@@ -36,8 +35,8 @@ from llmctl.training.state import architecture, capture
 
 
 @dataclass(frozen=True)
-class PreparedPpo:
-    """A run once its models are loaded."""
+class PreparedPpo(Loaded):
+    """A run with its models and prompts; the parameters are the policy's."""
 
     tokenizer: PreTrainedTokenizerBase
     prompts: EncodedPrompts
@@ -47,27 +46,16 @@ class PreparedPpo:
     eos: set[int]
     """Tokens that end a response."""
     models: Models
-    hyperparameters: Hyperparameters
-    base: Base
-    parameters: int
-    trained_parameters: int
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Parameters of the policy, for the result."""
-        return {"parameters": self.parameters, "trained_parameters": self.trained_parameters}
 
     def manifest_entries(self, device: str) -> dict[str, Any]:
         """Entries of the run's manifest."""
         reward_models = [model.as_input() for model in self.models.reward_models]
-        return {
-            "inputs": [self.base.as_input(), *reward_models, *self.data_inputs],
-            "device": hardware.device_name(device),
-            "parameters": self.parameters,
-            "plan": self.hyperparameters.as_json(),
-            "prompts": len(self.prompts),
-            "held_out": [row.name for row in self.held_out.rows],
-        }
+        return self.facts(
+            [*reward_models, *self.data_inputs],
+            device,
+            prompts=len(self.prompts),
+            held_out=[row.name for row in self.held_out.rows],
+        )
 
 
 def prepare_ppo(
@@ -114,8 +102,8 @@ def prepare_ppo(
     _set_precision(config, models, values, device)
     eos = stop_tokens(policy, tokenizer, prompt_format.end_of_turn)
     prepared = PreparedPpo(
-        *(tokenizer, prompts, held_out, rows.inputs, set() if config.ignore_eos else set(eos)),
-        *(models, values, base, parameters, trained),
+        *(values, base, parameters, trained, tokenizer, prompts, held_out, rows.inputs),
+        *(set() if config.ignore_eos else set(eos), models),
     )
     if accelerator.is_main_process:
         _announce(config, prepared)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmctl.ppo.experience import forward_passes, sample_responses
-from llmctl.ppo.rewards import CombinedScores, RawScores
+from llmctl.ppo.rewards import RawScores
 from llmctl.ppo.rollout import Rollout
 from llmctl.ppo.trainer import PpoTrainer
 from llmctl.runs.ownership import SAMPLES
@@ -63,17 +63,19 @@ class WinRate:
         with together(trainer.state.accelerator):
             policy = self._sample(StopFlag())
         kl = self._kl(policy.rollout)
-        scores, reference_scores = self._combine(policy), self._combine(reference)
-        ours, theirs = scores.total, reference_scores.total
+        ours, theirs = (
+            trainer.rewards.combine(scored.raw, scored.rollout.ended)
+            for scored in (policy, reference)
+        )
         wins = (ours > theirs).double() + 0.5 * (ours == theirs).double()
         parts = [
-            *(ours, *scores.raw.values(), theirs, theirs**2, kl, wins),
+            *(ours, *policy.raw.values(), theirs, theirs**2, kl, wins),
             torch.tensor([len(r) for r in policy.rollout.sequences.responses]),
             torch.tensor(policy.rollout.ended),
         ]
         sums = torch.stack([part.double().sum() for part in (*parts, torch.ones(len(wins)))])
         *totals, count = trainer.all_reduce(sums).tolist()
-        names = ["val_score", *(f"val_score/{name}" for name in scores.raw)]
+        names = ["val_score", *(f"val_score/{name}" for name in policy.raw)]
         names += ["reference", "squares", "val_kl", "val_win_rate", "val_length", "val_eos_share"]
         metrics = dict(zip(names, (total / count for total in totals), strict=True))
         mean, squares = metrics.pop("reference"), metrics.pop("squares")
@@ -99,9 +101,6 @@ class WinRate:
         )
         raw = trainer.rewards.raw(prompts.samples(indices, rollout.texts), rollout.ended)
         return ScoredRollout(indices, rollout, raw)
-
-    def _combine(self, scored: ScoredRollout) -> CombinedScores:
-        return self.trainer.rewards.combine(scored.raw, scored.rollout.ended)
 
     @torch.no_grad()
     def _kl(self, rollout: Rollout) -> Tensor:

@@ -179,26 +179,13 @@ def set_stops(model: Any, tokenizer: PreTrainedTokenizerBase, end_of_turn: int |
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A run once its model is loaded: model, hyperparameters, rows."""
+class Loaded:
+    """A run once its model is loaded."""
 
-    model: Any
-    """With its adapter, where one is to be trained; in training mode, on the device."""
     hyperparameters: Hyperparameters
-    train: Rows
-    val: Rows | None
+    base: Base
     parameters: int
     trained_parameters: int
-    base: Base
-    stops: list[int]
-    """Tokens that end a response, for the generation config; of a classifier none."""
-    is_classifier: bool
-    """Whether it gives numbers for a text, and no next token."""
-
-    @property
-    def batch(self) -> tuple[int, int]:
-        """Batch size and accumulation of a step."""
-        return self.hyperparameters.batch_size, self.hyperparameters.grad_accum
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -214,6 +201,25 @@ class Prepared:
             "plan": self.hyperparameters.as_json(),
             **more,
         }
+
+
+@dataclass(frozen=True)
+class Prepared(Loaded):
+    """A run with its model and rows."""
+
+    model: Any
+    """With its adapter, where one is to be trained; in training mode, on the device."""
+    train: Rows
+    val: Rows | None
+    stops: list[int]
+    """Tokens that end a response, for the generation config; of a classifier none."""
+    is_classifier: bool
+    """Whether it gives numbers for a text, and no next token."""
+
+    @property
+    def batch(self) -> tuple[int, int]:
+        """Batch size and accumulation of a step."""
+        return self.hyperparameters.batch_size, self.hyperparameters.grad_accum
 
     def identity(self, data: LanguageData | ClassificationData, config: Tuning) -> dict[str, Any]:
         """Return what decides the weights beside hyperparameters: a resumed run must share it."""
@@ -335,8 +341,8 @@ def prepare(
     if accelerator.is_main_process:
         _announce(values, trained, total, unit)
     set_seed(config.seed)  # what the checks drew must not change what training draws
-    base, ends = base_of(config.model), list(stops)
-    return Prepared(model.train(), values, train, val, total, trained, base, ends, is_classifier)
+    loaded = (values, base_of(config.model), total, trained)
+    return Prepared(*loaded, model.train(), train, val, list(stops), is_classifier)
 
 
 def require_prompts(config: SftConfig | DpoConfig, val: object, unit: str) -> None:
