@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from llmctl.data.shards import ShardWriter, open_tokens
+from llmctl.data.shards import open_tokens, shard_writer
 from llmctl.errors import DataError
 
 
@@ -17,7 +17,7 @@ def write(folder, tokens, limit=300, dtype="<u2", chunk=170):
     """Tokens in chunks, every seventh position the end of a document; the index by hand."""
     folder.mkdir(exist_ok=True)
     ends = np.arange(6, len(tokens), 7)
-    with ShardWriter(folder, "train", dtype, limit) as writer:
+    with shard_writer(folder, "train", dtype, limit) as writer:
         for start in range(0, len(tokens), chunk):
             inside = ends[(ends >= start) & (ends < start + chunk)] - start
             writer.write(tokens[start : start + chunk], inside)
@@ -79,7 +79,7 @@ def test_a_window_past_the_end_is_refused(tmp_path, tokens):
 
 def test_an_error_leaves_no_file(tmp_path, tokens):
     def fail():
-        with ShardWriter(tmp_path, "train", "<u2", 300) as writer:
+        with shard_writer(tmp_path, "train", "<u2", 300) as writer:
             writer.write(tokens, np.array([], np.int64))
             assert len(list(tmp_path.iterdir())) == 4
             raise RuntimeError("broken")
@@ -90,7 +90,7 @@ def test_an_error_leaves_no_file(tmp_path, tokens):
 
 
 def test_files_have_their_names_only_when_all_is_written(tmp_path, tokens):
-    with ShardWriter(tmp_path, "train", "<u2", 300) as writer:
+    with shard_writer(tmp_path, "train", "<u2", 300) as writer:
         writer.write(tokens, np.array([], np.int64))
         assert not list(tmp_path.glob("*.bin"))
     assert len(list(tmp_path.glob("*.bin"))) == 4

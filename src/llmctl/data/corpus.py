@@ -15,8 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +24,7 @@ from llmctl.config.sections import Corpus
 from llmctl.console import ProgressBar, log
 from llmctl.data.documents import hash_text, text_input
 from llmctl.data.scan import PROGRESS_BYTES, Scan, SplitPlan, plan_split, read_documents, scan
-from llmctl.data.shards import ShardWriter
+from llmctl.data.shards import ShardWriter, shard_writer
 from llmctl.data.sources import Source, find_sources
 from llmctl.data.tokenizer.encode import (
     RUN_CHARACTERS,
@@ -47,36 +46,26 @@ Place = tuple[str, int | None]
 TRAIN_CHARACTERS = 1 << 11
 
 
-@dataclass(frozen=True)
-class Extreme:
-    """The longest or the shortest document."""
+class Extreme(NamedTuple):
+    """The longest or the shortest document, as results have it."""
 
     tokens: int
-    place: Place
-
-    def as_json(self) -> dict[str, Any]:
-        """Return its tokens and place, for a result."""
-        return {"tokens": self.tokens, "file": self.place[0], "line": self.place[1]}
+    file: str
+    line: int | None
 
 
 class SplitWriter:
     """Encodes the documents of one split in batches and writes them to shards."""
 
     def __init__(
-        self,
-        folder: Path,
-        split: str,
-        vocabulary: Vocabulary,
-        encoder: TokenizerEncoder,
-        dtype: str,
+        self, vocabulary: Vocabulary, encoder: TokenizerEncoder, shards: ShardWriter
     ) -> None:
-        """Write `folder/{split}-00000.bin` and on."""
-        self.vocabulary, self.encoder, self.dtype = vocabulary, encoder, dtype
+        """Begin without documents."""
+        self.vocabulary, self.encoder, self._shards = vocabulary, encoder, shards
         self.documents = self.bytes = 0
         self.counts = np.zeros(vocabulary.size, np.int64)
         self.longest: Extreme | None = None
         self.shortest: Extreme | None = None
-        self._shards = ShardWriter(folder, split, dtype)
         self._cutter = Cutter(encoder.cuts)
         self._texts: list[str] = []
         self._ends: list[bool] = []
@@ -102,14 +91,14 @@ class SplitWriter:
                 self._ends.append(False)
                 self._characters += len(piece)
                 if self._characters >= BATCH_CHARACTERS and not is_last:
-                    self._flush()
+                    self.flush()
         except RunTooLong:
             raise self._too_long(place, line) from None
         if is_last:
             self._ends[-1] = True
             self._places.append((place, line))
             if self._characters >= BATCH_CHARACTERS:
-                self._flush()
+                self.flush()
 
     def _too_long(self, place: str, line: int | None) -> DataError:
         where = {
@@ -123,7 +112,7 @@ class SplitWriter:
             hint="break it up, leave it out, or use --algorithm byte, which has no limit",
         )
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         """Encode the batch, put the prefix and EOS around each document, and write it."""
         if not self._texts:
             return
@@ -132,7 +121,7 @@ class SplitWriter:
         starts = np.append(not self._is_within, ends[:-1])
         prefix = self.vocabulary.prefix
         stops = np.cumsum(lengths + len(prefix) * starts + ends)
-        tokens = np.empty(stops[-1], self.dtype)
+        tokens = np.empty(stops[-1], self._shards.dtype)
         is_text = np.ones(len(tokens), bool)
         last = stops[ends] - 1
         tokens[last] = self.vocabulary.eos
@@ -158,28 +147,9 @@ class SplitWriter:
         self._carried = len(tokens) - 1 - int(last[-1])
         most, least = int(sizes.argmax()), int(sizes.argmin())
         if self.longest is None or sizes[most] > self.longest.tokens:
-            self.longest = Extreme(int(sizes[most]), self._places[most])
+            self.longest = Extreme(int(sizes[most]), *self._places[most])
         if self.shortest is None or sizes[least] < self.shortest.tokens:
-            self.shortest = Extreme(int(sizes[least]), self._places[least])
-
-    def __enter__(self) -> Self:
-        """Keep the shards on success, remove them on any error."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Write the last batch and name the shards; on an error remove them."""
-        try:
-            if kind is None:
-                self._flush()
-        except BaseException as late:
-            self._shards.__exit__(type(late), late, late.__traceback__)
-            raise
-        self._shards.__exit__(kind, error, trace)
+            self.shortest = Extreme(int(sizes[least]), *self._places[least])
 
     def index_entry(self) -> dict[str, Any]:
         """Return this split's entry in the index."""
@@ -254,7 +224,7 @@ class CheckedCorpus:
         has_val = self.val_scan is not None or self.plan.fraction > 0
         with ExitStack() as stack:
             train, *rest = (
-                stack.enter_context(SplitWriter(folder, name, vocabulary, coder, dtype))
+                stack.enter_context(_split_writer(folder, name, vocabulary, coder, dtype))
                 for name in (("train", "val") if has_val else ("train",))
             )
             val = rest[0] if rest else None
@@ -325,6 +295,17 @@ def open_corpus(config: Corpus) -> Iterator[CheckedCorpus]:
         yield CheckedCorpus(sources, val_sources, config.text_column, scanned, val_scan, plan)
 
 
+@contextmanager
+def _split_writer(
+    folder: Path, split: str, vocabulary: Vocabulary, encoder: TokenizerEncoder, dtype: str
+) -> Iterator[SplitWriter]:
+    """Write `folder/{split}-00000.bin` and on; an error removes them all."""
+    with shard_writer(folder, split, dtype) as shards:
+        writer = SplitWriter(vocabulary, encoder, shards)
+        yield writer
+        writer.flush()
+
+
 def _pieces(sources: tuple[Source, ...], column: str) -> Iterator[str]:
     """Cut text into short pieces to train on: time grows with the square of a word's length."""
     cutter = Cutter("softly", TRAIN_CHARACTERS)
@@ -378,8 +359,8 @@ def _metrics(sides: list[SplitWriter], vocabulary: Vocabulary, seconds: float) -
         "unknown_rate": unknown / tokens,
         "vocab_size": vocabulary.size,
         "vocab_used": int((counts > 0).sum()) / vocabulary.size,
-        "longest_document": max(longest, key=lambda e: e.tokens).as_json(),
-        "shortest_document": min(shortest, key=lambda e: e.tokens).as_json(),
+        "longest_document": max(longest, key=lambda e: e.tokens)._asdict(),
+        "shortest_document": min(shortest, key=lambda e: e.tokens)._asdict(),
     }
 
 

@@ -10,13 +10,13 @@ A `TokenSplit` reads any window of tokens, across shards, through memory maps.
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -145,9 +145,9 @@ def _split(folder: Path, dtype: str, entry: Mapping[str, Any]) -> TokenSplit:
 
 
 class ShardWriter:
-    """Writes one split's tokens; the files get their names when all is written, or are removed."""
+    """Writes one split's tokens; see `shard_writer`."""
 
-    def __init__(self, folder: Path, split: str, dtype: str, limit: int = SHARD_TOKENS) -> None:
+    def __init__(self, folder: Path, split: str, dtype: str, limit: int) -> None:
         """Write to `folder`, starting a new file every `limit` tokens."""
         self.folder, self.split, self.dtype, self.limit = folder, split, dtype, limit
         self.shards: list[Shard] = []
@@ -169,24 +169,15 @@ class ShardWriter:
                 self._close()
                 self._open_next()
 
-    def __enter__(self) -> Self:
-        """Keep the files on success, remove them on any error."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def finish(self, *, keeps: bool) -> None:
         """Name the files, or remove them."""
-        if kind is None and self._tokens:
+        if keeps and self._tokens:
             self._close()
         else:
             self._file.close()
             self._path(len(self.shards)).unlink()
         for number, shard in enumerate(self.shards):
-            if kind is None:
+            if keeps:
                 self._path(number).replace(self.folder / shard.file)
             else:
                 self._path(number).unlink()
@@ -203,3 +194,17 @@ class ShardWriter:
 
     def _path(self, number: int) -> Path:
         return self.folder / f".{self.split}-{number:05d}.bin.tmp"
+
+
+@contextmanager
+def shard_writer(
+    folder: Path, split: str, dtype: str, limit: int = SHARD_TOKENS
+) -> Iterator[ShardWriter]:
+    """Write shards that get their names when the body is done, and are removed if it fails."""
+    writer = ShardWriter(folder, split, dtype, limit)
+    try:
+        yield writer
+    except BaseException:
+        writer.finish(keeps=False)
+        raise
+    writer.finish(keeps=True)
