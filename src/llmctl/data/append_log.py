@@ -40,10 +40,7 @@ class LogContent:
 def read_append_log(path: Path, check: Check, prefix: bytes = PREFIX) -> LogContent:
     """Read the rows of a file, none where there is no file.
 
-    Args:
-        path: the file.
-        check: returns what is wrong with a row.
-        prefix: beginning of every row.
+    Every row begins with `prefix`; `check` says what is wrong with one.
 
     Raises:
         OutputError: it holds something else.

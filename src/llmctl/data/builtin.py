@@ -249,10 +249,7 @@ KINDS: dict[str, Kind] = {
 def tasks(seed: int = 0, count: int = COUNT, kinds: Sequence[str] = ()) -> tuple[Task, ...]:
     """Make different tasks of all kinds in turn, none of them a task of another seed.
 
-    Args:
-        seed: from 0 to 15.
-        count: how many.
-        kinds: only tasks of these, and as many as there are; all by default.
+    Of some `kinds` only there may be fewer than `count`.
 
     Raises:
         DataError: another seed, or more tasks than there are of a seed.
@@ -268,9 +265,7 @@ def tasks(seed: int = 0, count: int = COUNT, kinds: Sequence[str] = ()) -> tuple
 def named_tasks(name: str, data: str = TASKS) -> tuple[int, tuple[Task, ...]]:
     """Make the tasks of `builtin:tasks`, `builtin:tasks:SEED`, `builtin:tasks:SEED:KIND+KIND`.
 
-    Args:
-        name: as given; a space in the name of a kind is written `-`.
-        data: what stands before the seed.
+    A space in the name of a kind is written `-`; `data` is what stands before the seed.
 
     Returns:
         The seed, 0 if none is named, and its tasks.

@@ -369,11 +369,7 @@ def tokenize_once(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Tokenize a run's text into `folder`, or check that the tokens there are of the same text.
 
-    Args:
-        config: names the text.
-        tokenizer: to encode with: a run, a folder or a Hub id.
-        folder: gets tokenizer/ and tokens/.
-        written: the identity that this function returned when the run began; None if it did not.
+    `written` is the identity that this function returned when the run began, None if it did not.
 
     Returns:
         Inputs for the manifest, and the identity: all that the tokens depend on.

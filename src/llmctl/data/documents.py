@@ -90,10 +90,6 @@ def _text(source: Source) -> Iterator[Piece]:
 def read_texts(data: Sequence[str], most: int) -> tuple[list[str], list[str], list[dict[str, Any]]]:
     """Read plain text files, each as one document.
 
-    Args:
-        data: names, as given to `--data`.
-        most: characters of each file to read at most.
-
     Returns:
         Documents, names that are not plain text, and inputs for the manifest.
 

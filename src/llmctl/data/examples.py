@@ -54,12 +54,9 @@ def read_examples(
 ) -> list[ItemSet[Example]]:
     """Read every example that `data` names, in order, each file once.
 
-    Args:
-        data: files, folders, globs, Hub ids or `builtin:tasks`, each with `=WEIGHT` or none.
-        columns: roles of columns, `prompt=q,response=a`, where their names do not tell.
-        skip_bad_rows: how many rows, of all sources, may be left out for their errors.
-        task: decides which schemas a row may have.
-        role: name of these inputs in the manifest.
+    Each name of `data` has `=WEIGHT` or none; `columns` gives roles, as `prompt=q,response=a`,
+    where names do not tell. Of all sources `skip_bad_rows` rows may be left out for their errors.
+    `role` is the name of these inputs in the manifest.
 
     Raises:
         DataError: rows that are no examples, with file and line, or none at all.
@@ -95,11 +92,7 @@ def checked_example(
 ) -> Example:
     """Check a conversation, and add the system message and the tools of its row.
 
-    Args:
-        record: the row.
-        messages: of the conversation.
-        values: of the row, by role.
-        columns: names of the columns, by role.
+    `values` and `columns` are the row's values and the names of their columns, by role.
 
     Raises:
         DataError: no turn of the user or the assistant, or two system messages.

@@ -204,9 +204,7 @@ class PreferenceData:
 def load_reward_data(config: RewardConfig, clock: str | None = None) -> PreferenceData:
     """Read, check and encode preferences for a reward model.
 
-    Args:
-        config: names the data and the model.
-        clock: the time for chat templates that write the date; None for now.
+    `clock` is the time for chat templates that write the date; None for now.
 
     Raises:
         DataError: rows that are broken, nothing to learn from, or tokens that the model lacks.
@@ -233,9 +231,7 @@ def load_reward_data(config: RewardConfig, clock: str | None = None) -> Preferen
 def load_dpo_data(config: DpoConfig, clock: str | None = None) -> PreferenceData:
     """Read, check and encode preferences for DPO.
 
-    Args:
-        config: names the data and the model.
-        clock: the time for chat templates that write the date; None for now.
+    `clock` is as in `load_reward_data`.
 
     Raises:
         DataError: rows that are broken, or nothing to learn from.

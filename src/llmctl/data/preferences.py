@@ -277,10 +277,7 @@ class Preferences:
 def read_preferences(config: Preferred, data: list[str], seed: int) -> Preferences:
     """Read all preferences, and hold out whole prompts with all their pairs for validation.
 
-    Args:
-        config: says how to read and split them.
-        data: names of the preferences, with weights or none.
-        seed: chooses pairs, where weights leave some out.
+    Where weights leave some pairs out, `seed` chooses them.
 
     Raises:
         DataError: rows that are no preferences, an empty split, or a pair that

@@ -143,11 +143,8 @@ def read_prompts(
 ) -> PromptSet:
     """Read every prompt, and hold some out.
 
-    Args:
-        data: names of prompts to train on.
-        val_data: names of prompts to hold out, in place of a share of `data`.
-        val_size: how many to hold out; None for a tenth, at most 64.
-        skip_bad_rows: rows that may be left out for their errors.
+    Those of `val_data` are held out, else `val_size` of `data`: by default a tenth, at most 64.
+    `skip_bad_rows` rows may be left out for their errors.
 
     Raises:
         DataError: rows without a prompt, with file and line; or none left on one side.

@@ -116,10 +116,7 @@ def parse_array(text: str, place: str) -> Iterator[tuple[int, Any]]:
 def not_utf8(place: str, offset: int, head: bytes) -> NoReturn:
     """Raise the error for bytes that are no UTF-8.
 
-    Args:
-        place: the file.
-        offset: 0-based byte.
-        head: first two bytes of the file, which may be a byte-order mark.
+    `offset` is 0-based; `head` is the file's first two bytes, perhaps a byte-order mark.
     """
     marked = BYTE_ORDER_MARKS.get(head[:2])
     start = f"; it begins with a {marked} byte-order mark" if marked else ""
@@ -181,10 +178,8 @@ def read_rows(
 ) -> Iterator[SourceRow]:
     """Read the rows of a source in order.
 
-    Args:
-        source: what to read.
-        columns: the only ones to read; refused where a header lacks one.
-        on_bad: called with the error of a row that cannot be read, where reading can continue.
+    Only `columns`, if given; refused where a header lacks one. `on_bad` gets the error of a row
+    that cannot be read, where reading can continue.
 
     Raises:
         DataError: damaged rows, or a source of plain text.

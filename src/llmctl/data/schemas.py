@@ -116,11 +116,7 @@ def match_layout(
 ) -> Layout:
     """Return the layout of a row, which must be that of the rows before it.
 
-    Args:
-        row: one row.
-        layouts: candidates.
-        known: layout of the rows before it.
-        first: line of the first of them.
+    `known` is the layout of the rows before it, `first` the line of the first of them.
 
     Raises:
         DataError: it is none of them, or another than that of the rows before it.

@@ -49,12 +49,7 @@ def read_sets(
 ) -> list[ItemSet[Item]]:
     """Read every item that `data` names, in order, each file once.
 
-    Args:
-        data: files, folders, globs, Hub ids or built-in data, each with `=WEIGHT` or none.
-        layouts: which columns a row may have.
-        make: returns the items of a row.
-        skip_bad_rows: how many rows, of all sources, may be left out for their errors.
-        role: of these inputs in the manifest.
+    Arguments as `read_examples`; `make` returns the items of a row in one of the `layouts`.
 
     Raises:
         DataError: rows that are no items, with file and line, or none at all.

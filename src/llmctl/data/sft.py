@@ -84,10 +84,8 @@ def load_sft_data(
 ) -> SftData:
     """Read, split and encode the examples.
 
-    Args:
-        config: of the data, the model and its chat template.
-        reserved: positions of the model that virtual tokens take.
-        clock: the time for chat templates that write the date; None for now.
+    Virtual tokens take `reserved` positions of the model. `clock` is the time for chat templates
+    that write the date; None for now.
 
     Raises:
         DataError: rows that are broken, or nothing to train on.

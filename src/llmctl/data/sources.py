@@ -55,9 +55,7 @@ class Source:
 def find_sources(data: Sequence[str], spool: Path) -> list[Source]:
     """Resolve names to sources, each file once, folders in order of name.
 
-    Args:
-        data: as given on the command line.
-        spool: an existing folder for what can be read only once.
+    What can be read only once goes to `spool`, an existing folder.
 
     Raises:
         DataError: nothing there, or a kind of file that holds no text.
@@ -70,10 +68,8 @@ def find_sources(data: Sequence[str], spool: Path) -> list[Source]:
 def manifest_input(role: str, source: Source, digest: Callable[[], str]) -> dict[str, Any]:
     """Record a source for the manifest: its commit on the Hub, or the hash of its file or content.
 
-    Args:
-        role: what the manifest calls it, such as `data`.
-        source: what was read.
-        digest: hashes the content (hex sha256) where it is neither on the Hub nor a file.
+    `role` is as `data`; `digest` hashes the content (hex sha256) where it is neither on the Hub nor
+    a file.
     """
     entry = {"role": role, "path": source.name}
     if source.revision is not None:

@@ -59,11 +59,7 @@ class Split(Generic[Item]):
 def read_split(config: Examples, data: list[str], seed: int, task: Task = "chat") -> Split[Example]:
     """Read all examples, and hold some out for validation.
 
-    Args:
-        config: says how to read and split them.
-        data: names of the examples.
-        seed: chooses examples, where weights leave some out.
-        task: of the examples.
+    Where weights leave some examples out, `seed` chooses them.
 
     Raises:
         DataError: rows that are no examples, or an empty split.
@@ -92,12 +88,7 @@ def split(
 ) -> Split[Item]:
     """Read all examples by `read`, from names and a role, and hold some out for validation.
 
-    Args:
-        config: says how to split them.
-        data: names of the examples.
-        seed: chooses examples, where weights leave some out.
-        read: reads them.
-        key: hashes an example; those of one hash are never in both splits.
+    Examples that `key` gives one hash are never in both; `seed` as in `read_split`.
 
     Raises:
         DataError: as `read`, or an empty split.
@@ -227,9 +218,7 @@ def count_shared_prompts(train: Sequence[Example], val: Sequence[Example]) -> in
 def mixture_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
     """Compute how many examples of each set an epoch takes: the first set used up ends it.
 
-    Args:
-        sizes: examples of each set; none of them is taken twice.
-        weights: shares of the mixture, of any sum.
+    No example is taken twice; the weights are of any sum.
 
     Raises:
         DataError: a set without examples.

@@ -145,9 +145,7 @@ def collect(examples: Iterable[Iterable[EncodedSequence]]) -> Tokenized:
 def pack(lengths: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
     """Pack sequences into bins: the numbers of those in each, longest first.
 
-    Args:
-        lengths: (N,) tokens of each sequence, none above `size`.
-        size: tokens that a bin holds.
+    None of the lengths (N,) is above `size`, the tokens that a bin holds.
 
     Returns:
         The bins, the fullest kinds first; the same for the same lengths.
@@ -184,11 +182,8 @@ def resolve_max_length(
 ) -> int:
     """Resolve `--max-length`: tokens of a sequence at most.
 
-    Args:
-        wanted: the flag's value; None for what the model takes, at most 2,048.
-        config: the model's.
-        reserved: positions that virtual tokens take.
-        tokenizer: limits the length too, where an encoder has fewer positions than its config says.
+    Not given it is what the model takes, at most 2,048. Virtual tokens take `reserved` positions. A
+    `tokenizer` limits it too, where an encoder has fewer positions than its config says.
 
     Raises:
         UserError: more than the model has positions for.

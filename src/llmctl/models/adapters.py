@@ -111,14 +111,8 @@ def save_adapter(
 ) -> None:
     """Write a folder that AutoPeftModelForCausalLM opens, whole or not at all.
 
-    Args:
-        model: its adapter is written, nothing of the base.
-        tokenizer: saved beside it, with its chat template.
-        folder: target; a sibling is filled first and renamed.
-        base: the model under it, a run, folder or Hub id; recorded as PEFT can open it.
-        base_sha256: of that model's weights, see `weights_sha256`.
-        generation_config: says which tokens end a response.
-        tensors: the weights to write, by their names in the model; None for those that it holds.
+    The base is recorded as PEFT can open it, its hash is `weights_sha256`'s. `tensors` are the
+    weights to write by their names in the model; None for those that it holds.
     """
     from peft import get_peft_model_state_dict
 

@@ -31,10 +31,6 @@ def is_encoder(config: PreTrainedConfig) -> bool:
 def require_causal_config(config: PreTrainedConfig, source: str | Path) -> None:
     """Refuse a model that is no causal language model, and name what it can be used for.
 
-    Args:
-        config: of the model.
-        source: its folder or Hub id, for the message.
-
     Raises:
         ModelError: an encoder, an encoder-decoder, or an architecture without a language model.
     """

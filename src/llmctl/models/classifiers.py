@@ -130,11 +130,7 @@ def load_tuned_classifier(
 ) -> Any:
     """Load a trained classifier: of a folder, or of an adapter on its base.
 
-    Args:
-        folder: of a model or an adapter.
-        labels: of its head.
-        dtype: of its weights.
-        base: the classifier below an adapter, where it is loaded already; it is not checked again.
+    The `base` below an adapter, where it is loaded already, is not checked again.
 
     Raises:
         ModelError: it is broken, or the base is not the one that the adapter was trained on.
@@ -154,11 +150,7 @@ def load_tuned_classifier(
 def require_padding_unseen(model: Any, short: Sequence[int], long: Sequence[int], pad: int) -> None:
     """Refuse a model whose answer to a text depends on how long its neighbours are.
 
-    Args:
-        model: on its device; left in eval mode.
-        short: tokens of a text.
-        long: tokens of a longer one.
-        pad: fills the rest of a row.
+    It is on its device, and is left in eval mode. `short` and `long` are tokens of two texts.
 
     Raises:
         ModelError: the short text gets other logits beside the long one.

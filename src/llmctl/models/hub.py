@@ -62,11 +62,8 @@ def download(
 ) -> Path:
     """Return the local folder of a repository on the Hub, with the files that match.
 
-    Args:
-        reference: `owner/name`, or `owner/name@revision`.
-        patterns: globs of files; none for the commit alone.
-        repo_type: what the repository holds.
-        missing: error for what the Hub does not have or does not hand out.
+    No patterns for the commit alone; `missing` is the error for what the Hub does not have or does
+    not hand out.
 
     Raises:
         UserError: of the class `missing`: no such repository or revision, or it wants a login.

@@ -153,9 +153,7 @@ def load_causal_lm(
 def find_base(adapter: AdapterInfo, reference: str | None = None) -> Path:
     """Find the folder of the model under an adapter: the one that it was trained on.
 
-    Args:
-        adapter: names the base.
-        reference: the base instead, if given.
+    `reference` names another base instead.
 
     Raises:
         ModelError: it is gone, or an adapter itself.
@@ -182,12 +180,7 @@ def save_model(
 ) -> None:
     """Write a folder that `from_pretrained` opens, whole or not at all.
 
-    Args:
-        model: gives the configuration, and the tokens that end a response; its own weights are
-            not read.
-        state: the weights to write, by name.
-        tokenizer: saved beside them.
-        folder: target; a sibling is filled first and renamed.
+    The model gives the configuration, and the tokens that end a response; the weights are `state`.
     """
     stops = stop_tokens(model, tokenizer)
     # its other settings may be such as transformers loads and refuses to save

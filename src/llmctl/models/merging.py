@@ -72,9 +72,7 @@ class Merged:
 def find_mergeable(reference: str, base: str | None = None) -> Mergeable:
     """Check an adapter and its base before anything is loaded.
 
-    Args:
-        reference: run or folder of the adapter.
-        base: the base, where it is not the one that the adapter names.
+    `base` is the base, where it is not the one that the adapter names.
 
     Raises:
         ModelError: no adapter, one of virtual tokens, or a base that is gone or another.

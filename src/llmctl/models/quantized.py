@@ -71,8 +71,7 @@ def quantization_config(config: PreTrainedConfig, load_in: LoadIn, dtype: torch.
 def prepare_library(library: str) -> None:
     """Prepare a library to load or make weights in few bits, before any layer is built.
 
-    Args:
-        library: bitsandbytes or torchao, perhaps with the number of bits behind it.
+    bitsandbytes or torchao, perhaps with the number of bits behind it.
 
     Raises:
         ResourceError: torchao is not installed.
@@ -101,10 +100,7 @@ def saved_precision(config: PreTrainedConfig) -> str | None:
 def require_full(config: PreTrainedConfig, folder: Path | str, what: str) -> None:
     """Refuse a model that was saved quantized where its weights would change.
 
-    Args:
-        config: of the model.
-        folder: of the model.
-        what: it cannot, as `be trained`.
+    `what` is what it cannot, as `be trained`.
 
     Raises:
         ModelError: naming how it is quantized.

@@ -154,11 +154,7 @@ def check_size(
 
     A weight takes at least a byte, in quantized formats at least a bit.
 
-    Args:
-        folder: of the weights.
-        config: of the model.
-        auto_class: builds the model.
-        is_new: whether the folder may lack a weight, given the model and the weight's name.
+    `is_new` says whether the folder may lack a weight, given the model and the weight's name.
 
     Raises:
         ModelError: with both sizes.
@@ -187,11 +183,8 @@ def check_loaded(
 ) -> None:
     """Refuse tensors that are missing, misshapen or superfluous, and weights not finite.
 
-    Args:
-        model: as loaded.
-        report: loading info of `from_pretrained`: tensors by problem.
-        folder: of the model.
-        allowed: tensors that may have a problem.
+    `report` is the loading info of `from_pretrained`, tensors by problem; those `allowed` may have
+    it.
 
     Raises:
         ModelError: naming the tensor.

@@ -35,7 +35,7 @@ class Lasting:
     text: str
     """Formatted with the metrics of the last step, and `first`."""
     first: Callable[[Steps], float] = lambda steps: 0.0
-    """What the sign is measured against, from all steps."""
+    """Gives, from all steps, the value that the sign is measured against."""
 
     def __call__(self, steps: Steps) -> str | None:
         """Tell the sign and its remedy, where it holds."""

@@ -61,13 +61,9 @@ def make_passes(
 ) -> Iterator[Pass]:
     """Cut rows into passes: those of like length together, each within both limits.
 
-    Args:
-        sequences: all of this rank's.
-        rows: indices of those to take.
-        max_tokens: of a pass, padding included; one row is always taken.
-        max_response_tokens: of a pass; each has V logits.
-        mask: (B, R) of the episodes, on the CPU: reading it on a GPU would synchronize.
-        device: of the passes.
+    A pass has at most `max_tokens`, padding included, and `max_response_tokens`, each with V
+    logits; one row is always taken. `mask` (B, R) is on the CPU: reading it on a GPU would
+    synchronize.
     """
     length = {row: len(sequences.prompts[row]) + len(sequences.responses[row]) for row in rows}
     group: list[int] = []

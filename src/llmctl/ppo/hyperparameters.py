@@ -28,13 +28,6 @@ def for_ppo(
 ) -> Hyperparameters:
     """Fill in the fields that the user left open.
 
-    Args:
-        config: the command's fields.
-        parameters: of the policy.
-        prompts: to train on.
-        world_size: number of processes.
-        device: type of device.
-
     Raises:
         ResourceError: a precision that does not run here.
     """

@@ -54,12 +54,8 @@ class ActorCritic(nn.Module):
     ) -> None:
         """Join the models.
 
-        Args:
-            policy: causal language model, perhaps with an adapter.
-            value: body of the value model, which gives hidden states.
-            value_head: from hidden states to one value.
-            reference: causal language model; its parameters are not the module's.
-            temperature: of policy and reference.
+        `value` is the body of the value model, which gives hidden states, and `value_head` makes
+        one value of each. The reference's parameters are not the module's.
         """
         super().__init__()
         self.policy, self.value, self.value_head = policy, value, value_head
@@ -169,12 +165,6 @@ def load_models(
     config: PpoConfig, tokenizer: PreTrainedTokenizerBase, base_sha256: str, device: str
 ) -> Models:
     """Load every model, and share weights where possible. Random: seed before.
-
-    Args:
-        config: the command's fields.
-        tokenizer: the policy's.
-        base_sha256: of the policy's weights.
-        device: type of device.
 
     Raises:
         ModelError: a model that does not load, or no reward model.

@@ -52,12 +52,7 @@ class RolloutSampler:
     ) -> "Rollout":
         """Continue each prompt once.
 
-        Args:
-            model: plain causal language model, its adapters active.
-            prompts: token ids.
-            stream_ids: random stream of each: same (seed, id), same text.
-            flag: set where a signal came.
-            autocast: precision that the model computes in.
+        The model is a plain causal one, its adapters active. Same (seed, stream id), same text.
 
         Raises:
             RolloutInterrupted: a signal came.

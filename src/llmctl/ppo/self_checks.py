@@ -56,12 +56,6 @@ def run_self_checks(
 ) -> SelfChecks:
     """Measure on the first rows of the first step, where the policy is still the reference.
 
-    Args:
-        models: before any update.
-        experience: of the first step.
-        eos: tokens that end a response.
-        precision: fp32, bf16 or pure-bf16.
-
     Raises:
         ModelError: a difference is too large; the message says which and by how much.
     """

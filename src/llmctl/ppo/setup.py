@@ -42,7 +42,7 @@ class PreparedPpo(Loaded):
     prompts: EncodedPrompts
     held_out: EncodedPrompts
     data_inputs: list[dict[str, Any]]
-    """Of the prompts, for the manifest."""
+    """Sources of the prompts, for the manifest."""
     eos: set[int]
     """Tokens that end a response."""
     models: Models

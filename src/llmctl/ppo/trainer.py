@@ -1,4 +1,4 @@
-"""What the loop of PPO works on, and the state that a checkpoint holds beside the weights."""
+"""Hold all that the loop of PPO works on, and its state beside the weights, for checkpoints."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -44,7 +44,7 @@ class PpoTrainer:
     reuses_log_probs: bool = False
     """Whether the sampler's log-probabilities are those of training and need not be recomputed."""
     metrics: dict[str, Any] = field(default_factory=dict)
-    """Of the latest step."""
+    """Figures of the latest step."""
 
     @property
     def ppo(self) -> PpoHyperparameters:

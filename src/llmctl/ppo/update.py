@@ -35,7 +35,7 @@ class LossSums:
     tokens: int = 0
     updates: int = 0
     last_kl: float = 0.0
-    """Of the last minibatch, in nats a token."""
+    """KL of the last minibatch, in nats a token."""
 
     def means(self) -> dict[str, float]:
         """Means over the tokens of all updates, by the names of metrics."""
@@ -89,12 +89,8 @@ def backpropagate(
 ) -> Tensor:
     """Backpropagate this rank's part of a minibatch; return its part of the loss.
 
-    Args:
-        trainer: the models.
-        experience: of this rank.
-        rows: of the minibatch, among the episodes of all ranks.
-        tokens: of the whole minibatch.
-        losses: sums that the minibatch is added to.
+    `rows` are those of the minibatch among the episodes of all ranks, `tokens` those of the whole
+    minibatch; its sums are added to `losses`.
     """
     device, config = trainer.actor_critic.device, trainer.config
     own = range(experience.first, experience.first + len(experience.sequences))

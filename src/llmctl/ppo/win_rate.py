@@ -28,7 +28,7 @@ class ScoredRollout:
     """Responses to this rank's share of the held-out prompts, with their scores."""
 
     indices: list[int]
-    """Of the prompts."""
+    """Numbers of the prompts."""
     rollout: Rollout
     raw: RawScores
 

@@ -137,11 +137,7 @@ def load_reward_model(
 ) -> RewardModel:
     """The reward model of a run (full or adapter), a folder or a Hub id, in eval mode.
 
-    Args:
-        reference: names it.
-        device: where to.
-        dtype: of its weights.
-        base: the classifier below an adapter, where it is loaded already; it is not checked again.
+    The `base` below an adapter, where it is loaded already, is not checked again.
 
     Raises:
         ModelError: no reward model: another head or none, several labels; pickles, tensors that

@@ -86,9 +86,7 @@ def _encode(model: RewardModel, record: SourceRow) -> dict[str, EncodedSequence]
 def samples_of(record: SourceRow, *, has_turns: bool) -> dict[str, PromptResponse]:
     """The texts of a row to score, by the names of their scores.
 
-    Args:
-        record: the row.
-        has_turns: a prompt that is text is a user's turn.
+    With `has_turns` a prompt that is text is a user's turn.
 
     Raises:
         DataError: nothing in it can be scored.

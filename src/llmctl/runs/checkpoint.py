@@ -75,12 +75,7 @@ def save(
 ) -> Path:
     """Write `root/checkpoint-STEP`, whole or not at all; every rank calls it.
 
-    Args:
-        root: the run's checkpoints/ folder.
-        content: to write.
-        owner: recorded in the manifest.
-        rank: this process's; rank 0 writes all but the others' generators.
-        together: ends when all ranks are done, and fails on all if it fails on one.
+    `together` ends when all ranks are done, and fails on all if it fails on one.
 
     Raises:
         ResourceError: no space is left; nothing is left behind.
@@ -115,12 +110,7 @@ def rotate(
     to: whichever of them a run resumes from, it ends with the same result. Later ones than `step`
     are of a branch that `--resume-from` left. Another run's are not touched.
 
-    Args:
-        root: the run's checkpoints/ folder.
-        keep: how many.
-        step: of the checkpoint just saved.
-        run_id: of this run.
-        damaged: steps of checkpoints that resume passed over; they are deleted.
+    `damaged` are steps of checkpoints that resume passed over; they are deleted.
     """
     broken = [path for path in newest_first(root) if step_of(path) in damaged]
     mine = [p for p in newest_first(root) if run_of(p) == run_id and p not in broken]

@@ -48,8 +48,7 @@ class EnergyMeter:
     def add(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
         """Add the energy used since the last reading to what the manifest has.
 
-        Args:
-            manifest: names the device; its `energy` is that of the run up to the last reading.
+        The manifest names the device; its `energy` is that of the run up to the last reading.
 
         Returns:
             The manifest's new `energy`: kwh, seconds and method.

@@ -59,10 +59,9 @@ class Tracking:
     def start(self, run_id: str, known: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
         """Open the trackers, where training begins or continues.
 
-        Args:
-            run_id: names the run to trackers that have not seen it.
-            known: what an earlier call returned.
-            rows: metrics that stand, without those after the checkpoint that a run resumes from.
+        `run_id` names the run to trackers that have not seen it, `known` is what an earlier call
+        returned, and `rows` are the metrics that stand, without those after the checkpoint that a
+        run resumes from.
 
         Returns:
             What the manifest should keep.

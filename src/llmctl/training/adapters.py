@@ -40,13 +40,9 @@ def adapt(
 ) -> PeftModel:
     """Freeze the model and put a new adapter on it, in float32 and ready to train.
 
-    Args:
-        model: grown to its tokenizer already; full or quantized.
-        config: which adapter.
-        added_tokens: rows of the embedding that are new: they train by themselves, and so do
-            those of an output layer that is not tied to it.
-        task: classifiers also train their output layer in full.
-        new_modules: names of further layers that the base lacks, trained and kept in full.
+    The model is grown to its tokenizer already. Rows of `added_tokens` train by themselves, and so
+    do those of an output layer that is not tied to the embedding. `new_modules` are further layers
+    that the base lacks, trained and kept in full, as is a classifier's output layer.
 
     Raises:
         UserError: targets that are not there or cannot be adapted, or DoRA on 8 bits.

@@ -106,15 +106,9 @@ def load_with_head(
 ) -> Any:
     """Load the model with a head for these labels, with an adapter where one is to be trained.
 
-    Args:
-        config: the command's fields.
-        labels: of its head.
-        tokenizer: with a padding token.
-        texts: the shortest and the longest text, as tokens: padding must not change the answer.
-        device: type of device.
-        longest: tokens of the longest text of all, those of validation too.
-        new_tokens: rows of the grown model that an adapter trains by themselves.
-        drops: whether the model keeps its dropout; an adapter's is its own.
+    Padding must not change the answer to `texts`, the shortest and the longest as tokens; `longest`
+    also counts those of validation. `new_tokens` gives the rows of the grown model that an adapter
+    trains by themselves; `drops` says whether the model keeps its dropout.
 
     Raises:
         ModelError: the model does not load, has no such head, or padding changes its answer.
@@ -305,18 +299,8 @@ def prepare(
 ) -> Prepared:
     """Fill in the hyperparameters and check the model, on its device; say what will train.
 
-    Args:
-        config: the command's fields.
-        unit: what a batch is made of, for the announcement.
-        model: with its adapter, where one is to be trained.
-        train: rows to train on.
-        val: rows to validate on.
-        accelerator: processes.
-        device: type of device.
-        loss: of a model on a batch, to see how large a batch fits.
-        check: of the model, under autocast.
-        stops: of `Prepared`.
-        is_classifier: of `Prepared`.
+    `loss` of a model on a batch shows how large a batch fits; `check` looks at the model, under
+    autocast. `unit` is what a batch is made of, for the announcement.
 
     Raises:
         ModelError: a check failed.
@@ -362,11 +346,6 @@ def flops_of(model: Any, length: int, device: str) -> float | None:
     """Training FLOPs of a model for a token; None where no peak is known to compare them with.
 
     What is frozen needs no gradient of its weights, a third of the products.
-
-    Args:
-        model: as it trains.
-        length: tokens of a sequence.
-        device: type of device.
     """
     if hardware.peak_flops(device) is None:
         return None

@@ -81,14 +81,8 @@ class Order:
     ) -> None:
         """Set what decides the order.
 
-        Args:
-            size: number of examples, N.
-            batch_size: examples of a micro-batch on one rank.
-            grad_accum: micro-batches of a step.
-            rank: whose micro-batches to give.
-            world: number of ranks.
-            seed: decides the order.
-            lengths: of the N examples, to put alike ones into one step; None to mix freely.
+        Of `size` examples, `batch_size` make a micro-batch on one rank, and `grad_accum` of these a
+        step. `lengths` (N,) put alike ones into one step; None mixes freely.
 
         Raises:
             DataError: there are no examples.
@@ -308,13 +302,8 @@ def validation_windows(
 ) -> Iterator[tuple[Batch, bool]]:
     """Windows over the split in order; every token but the first is a target once.
 
-    Args:
-        split: the validation split.
-        context: T.
-        batch_size: B.
-        limit: about how many targets to visit, spread evenly; 0 visits all.
-        rank: this process takes every world-th batch, starting here.
-        world: number of processes.
+    About `limit` targets are visited, spread evenly; 0 visits all. A process takes every world-th
+    batch, from number `rank` on.
 
     Yields:
         Batches as `Windows` makes them, and whether each counts: every rank yields as many, as

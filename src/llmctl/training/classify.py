@@ -141,10 +141,7 @@ def class_logits(model: Any, batch: Batch) -> Tensor:
 def class_counts(labels: Tensor, guesses: Tensor, classes: int) -> Tensor:
     """(3, K) of each class: texts told rightly, texts that have it, texts that were told to.
 
-    Args:
-        labels: (N,) true classes.
-        guesses: (N,) classes that the model tells.
-        classes: K.
+    `labels` are the true classes, `guesses` those that the model tells, (N,) each.
     """
     parts = (labels[labels == guesses], labels, guesses)
     return torch.stack([torch.bincount(part, minlength=classes) for part in parts])

@@ -48,12 +48,8 @@ def place(
 ) -> tuple[nn.Module, list[Optimizer]]:
     """Put a model and its optimizers where they train, wrapped in DDP or FSDP where that is asked.
 
-    Args:
-        accelerator: processes.
-        model: in training mode.
-        optimizers: over its parameters.
-        may_skip_weights: whether a forward pass may leave weights out, such as a head or experts
-            that no token is sent to; DDP then looks for them in every step.
+    `may_skip_weights` says whether a forward pass may leave weights out, such as a head or experts
+    that no token is sent to; DDP then looks for them in every step.
     """
     accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=may_skip_weights)
     placed, *wrapped = accelerator.prepare(model, *optimizers)

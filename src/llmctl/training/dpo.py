@@ -70,9 +70,7 @@ class DpoLoss:
         (Rafailov et al., 2023, arXiv:2305.18290, section 5.1). For ipo it is their mean: the paper
         does not speak of lengths, and its authors told TRL's that their results are of the mean.
 
-        Args:
-            gains: log pi - log pi_ref of whole responses.
-            counts: tokens of each, of the same shape.
+        `gains` are log pi - log pi_ref of whole responses, `counts` the tokens of each.
         """
         compared = gains / counts.clamp_min(1) if self.loss == "ipo" else gains
         return self.beta * compared
@@ -388,8 +386,7 @@ def is_displaced(gains: Sequence[float]) -> bool:
     The loss sees the difference of two responses alone, and both may fall (Razin et al., 2024,
     arXiv:2410.08847).
 
-    Args:
-        gains: of the chosen ones over the reference, in nats a token, one after another.
+    `gains` are those of the chosen ones over the reference, in nats a token, one after another.
     """
     last = gains[-FALLS - 1 :]
     falls = len(last) > FALLS and all(after < before for before, after in pairwise(last))

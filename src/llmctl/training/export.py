@@ -34,13 +34,6 @@ def export(
 ) -> dict[str, Any]:
     """Write the weights that validated best, the last where none did; say where. Collective.
 
-    Args:
-        config: the command's fields.
-        trainer: after training.
-        prepared: what it was made of.
-        tokenizer: saved beside the weights.
-        check: of what was written.
-
     Raises:
         ModelError: an adapter and its merged model do not agree, or the check fails.
         ResourceError: the disk is full.
@@ -85,13 +78,7 @@ def write_adapter(
 ) -> dict[str, Any]:
     """Write `adapter/`, and `model/` with it merged where that is wanted; say where.
 
-    Args:
-        model: a language model with its adapter.
-        tensors: its trained weights; None for those that it holds.
-        tokenizer: saved beside them.
-        state: of the run.
-        base: the model under it.
-        merges: whether `model/` is wanted.
+    `tensors` are its trained weights; None for those that it holds.
 
     Raises:
         ModelError: an adapter and its merged model do not agree.

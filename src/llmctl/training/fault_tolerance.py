@@ -111,10 +111,7 @@ def agree(
 def accept(state: RunState, outcome: StepOutcome, batch: Callable[[], str]) -> bool:
     """Whether the optimizer may take the step; the same on every rank.
 
-    Args:
-        state: the run; a refused step is counted in its progress.
-        outcome: of all ranks.
-        batch: says which examples the step was computed from.
+    A refused step is counted; `batch` says which examples it was computed from.
 
     Raises:
         DivergedError: loss or gradients are not finite, and the run is to stop at that, or was so
@@ -226,10 +223,7 @@ def find_checkpoint(state: RunState, config: Checkpoints, needed: int) -> Checkp
 
     Rank 0 chooses and verifies, all ranks load.
 
-    Args:
-        state: the run.
-        config: says whether and from where to resume.
-        needed: bytes of one checkpoint, for which there must be room.
+    There must be room for checkpoints of `needed` bytes.
 
     Raises:
         ModelError: none is valid, or it is of a run that differs.

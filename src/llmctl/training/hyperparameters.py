@@ -130,16 +130,8 @@ def fill_in(
 ) -> Hyperparameters:
     """Fill in what the user left open and every method decides alike.
 
-    Args:
-        config: the command's fields.
-        max_steps: steps of the run.
-        batch_size: of a micro-batch.
-        grad_accum: micro-batches of a step.
-        world_size: number of processes.
-        optimizer: resolved.
-        lr: peak learning rate where the user gave none.
-        parameters: of the whole model.
-        device: type of device.
+    `lr` is the peak learning rate where the user gave none; `parameters` are those of the whole
+    model.
 
     Raises:
         ResourceError: a precision that does not run here.
@@ -218,12 +210,7 @@ def for_finetuning(
 ) -> Hyperparameters:
     """Fill in what the user left open of sft, reward or dpo.
 
-    Args:
-        config: the command's fields.
-        parameters: of the whole model.
-        rows: training sequences, packed ones counted once; texts or pairs.
-        world_size: number of processes.
-        device: type of device.
+    `rows` are training sequences, packed ones counted once; texts or pairs.
 
     Raises:
         ResourceError: an optimizer or a precision that does not run here.
@@ -267,13 +254,6 @@ def default_lr(
 
     Pretraining takes GPT-2 124M's 6e-4, scaled by N^(-1/4); Muon stands twice as much, and a model
     that has been trained already a tenth. Everything else takes a share of fine-tuning's rate.
-
-    Args:
-        parameters: of the whole model, N.
-        method: the command.
-        optimizer: of pretraining.
-        continued: whether pretraining goes on with a trained model.
-        has_adapter: whether the model's own weights stay frozen.
     """
     if method == "pretrain":
         lr = 6e-4 * (124e6 / parameters) ** 0.25

@@ -116,22 +116,10 @@ def assemble(
 ) -> Trainer:
     """Place a model and make its optimizers; put the trainer together.
 
-    Args:
-        config: the command's fields.
-        run: its directory.
-        accelerator: processes.
-        device: type of device.
-        model: adapted already, if it is to be; in training mode.
-        hyperparameters: of the run.
-        objective: its loss, on this very model.
-        batches: of the run.
-        identity: what decides the weights beside them: a run that resumes must have the same.
-        validates: whether there is validation data.
-        flops_per_token: see `flops_of`.
-        sample: of `RunState`.
-        watch: of `Trainer`.
-        compiles_whole: whether `--compile` compiles the model as one, for inputs of one shape.
-        may_skip_weights: see `place`.
+    The model is adapted already, if it is to be, and in training mode; the objective is on this
+    very model. `identity` is what decides the weights beside hyperparameters: a run that resumes
+    must have the same. `--compile` compiles the model as one with `compiles_whole`, for inputs of
+    one shape.
     """
     if config.compile:
         compile_model(model, accelerator, whole=compiles_whole)
@@ -157,12 +145,8 @@ def assemble(
 def compile_model(model: nn.Module, accelerator: Accelerator, *, whole: bool) -> None:
     """Compile a model in place with torch.compile.
 
-    Args:
-        model: in training mode.
-        accelerator: processes.
-        whole: as one. Otherwise its blocks, one by one and for inputs of any length: what stands
-            between them, such as the hook that hands the output layer the tokens that count, stays
-            as it is.
+    As a `whole`, or its blocks, one by one and for inputs of any length: what stands between them,
+    such as the hook that hands the output layer the tokens that count, stays as it is.
 
     Raises:
         UserError: FSDP is in force.
@@ -300,14 +284,8 @@ def update(
 ) -> StepOutcome:
     """Clip the gradients, and update the weights where all numbers are finite. Collective.
 
-    Args:
-        state: of the run.
-        optimizers: over the weights.
-        weights: with their gradients, reduced over processes.
-        loss: this rank's share of it.
-        tokens: of this rank.
-        flag: of signals.
-        name: says which examples the step was computed from.
+    `weights` have their gradients, reduced over processes; `loss` is this rank's share. `name` says
+    which examples the step was computed from.
 
     Returns:
         What all ranks saw of the step.

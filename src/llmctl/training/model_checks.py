@@ -25,10 +25,7 @@ def require_isolated(model: Any, rows: "SequenceRows", vocabulary: int) -> float
     Models differ in how they make their masks, and one that ignores positions would train every
     sequence on the text of strangers, unseen in the loss.
 
-    Args:
-        model: the real one, as it will train.
-        rows: packed.
-        vocabulary: ids below this are the model's.
+    Ids below `vocabulary` are the model's.
 
     Returns:
         The largest relative change.
@@ -66,10 +63,7 @@ def require_causal(model: Any, vocabulary: int, length: int = CAUSAL_TOKENS) -> 
 
     A configuration tells of most models (`require_causal_config`), the model itself of all.
 
-    Args:
-        model: the real one, as it will train or be judged.
-        vocabulary: ids below this are the model's.
-        length: tokens of the sequence.
+    Ids below `vocabulary` are the model's.
 
     Raises:
         ModelError: a token sees what comes after it.

@@ -60,9 +60,7 @@ class Validation:
     def sums(self, model: Any, measure: Callable[[Any, Batch], Tensor]) -> Tensor:
         """Sum a function of the model and a batch over all batches that count. Collective.
 
-        Args:
-            model: as `measure` takes it; in eval mode meanwhile.
-            measure: gives a tensor of sums over a batch, always of one shape.
+        `measure` gives a tensor of sums over a batch, always of one shape.
 
         Returns:
             Sums over all processes, in float64 on the CPU.
@@ -88,11 +86,8 @@ def scaled(loss: Loss, step_weight: float, micro_batches: int, world: int) -> Te
     The mean of the micro-batch comes first and then its share, so that micro-batches of one weight
     add 1 / `micro_batches` of their means to the bit.
 
-    Args:
-        loss: of the micro-batch.
-        step_weight: of all micro-batches of the step on all processes.
-        micro_batches: of the step on one process.
-        world: number of processes, over which gradients are averaged.
+    `step_weight` is that of all micro-batches of the step on all processes, of which one process
+    has `micro_batches`; gradients are averaged over `world` of them.
     """
     if loss.weight:
         share = loss.total / loss.weight * (loss.weight * world / step_weight)

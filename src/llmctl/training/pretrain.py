@@ -69,11 +69,7 @@ def prepare_pretraining(
 ) -> PreparedPretraining:
     """Open the tokens, choose the architecture, count its parameters, and fill in the rest.
 
-    Args:
-        config: the command's fields.
-        tokens: folder that holds tokenizer/ and tokens/.
-        accelerator: processes.
-        device: type of device.
+    `tokens` is a folder that holds tokenizer/ and tokens/.
 
     Raises:
         DataError: tokens that are damaged, too few, or not of the model's tokenizer.
@@ -222,10 +218,7 @@ def with_largest_batch(
 ) -> PreparedPretraining:
     """The same with the largest batch that fits, tried on a copy; a step keeps its size.
 
-    Args:
-        config: the command's fields.
-        prepared: its hyperparameters say how many sequences make a step.
-        known: the hyperparameters of the run that is resumed, if one is.
+    `known` are the hyperparameters of the run that is resumed, if one is.
     """
     values = agreed_batch(
         lambda total: _try_batches(config, prepared, total),

@@ -31,11 +31,8 @@ def largest_batch(
 ) -> int:
     """The largest size that fits among those that divide the wanted one into halves.
 
-    Args:
-        optimizers: over a copy of the model that is thrown away; what they keep is counted.
-        loss_of: the loss of a batch of this size.
-        wanted: sequences that one device should process in a step.
-        device: type of device.
+    The optimizers are over a copy of the model that is thrown away, and what they keep is counted.
+    One device should process `wanted` sequences in a step.
 
     Raises:
         ResourceError: not even one sequence fits.
@@ -76,12 +73,7 @@ def fitting_batch(
 ) -> int:
     """The largest batch that fits, of the longest rows, on a copy of the model.
 
-    Args:
-        model: on its device.
-        loss_of: the loss of a model on the rows of these numbers.
-        lengths: tokens of each row.
-        total: rows that one device should process in a step.
-        config: says whether activations are computed again.
+    `loss_of` a model takes the numbers of rows. One device should process `total` rows in a step.
     """
     copied = deepcopy(model).train()
     if config.activation_checkpointing:

@@ -23,12 +23,8 @@ def run_stage(
 ) -> dict[str, Any] | None:
     """Train in a run's directory and return the result; or check only, and show what would be done.
 
-    Args:
-        stage: the command's name.
-        config: its fields.
-        dry_run: checks all that can be checked without training, and shows it; given the processes
-            and the type of device.
-        train: trains and exports; what came of it.
+    `dry_run` checks all that can be checked without training, and shows it; `train` trains and
+    exports. Both are given the processes and the type of device.
     """
     threads = hardware.set_threads(config.threads or earlier_manifest(config).get("threads"))
     accelerator, device = make_accelerator(config)

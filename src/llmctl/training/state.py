@@ -32,12 +32,8 @@ def capture(
 ) -> CheckpointContent:
     """All that decides how the run goes on. Collective: every rank calls it; rank 0 gets tensors.
 
-    Args:
-        model: placed as it trains. What is frozen is not kept: it never changes.
-        optimizers: over its parameters.
-        progress: how far the run is.
-        state: what else must come back; JSON.
-        rank: this process's.
+    The model is placed as it trains. What is frozen is not kept: it never changes. `state` is what
+    else must come back; JSON.
     """
     moments = {
         f"{name}.{key}": value

@@ -49,10 +49,9 @@ class TokenLoss:
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> TokenLosses:
         """Cross-entropy of each trained token.
 
-        Args:
-            model: causal language model, perhaps wrapped (adapter, DDP, FSDP).
-            batch: as `SequenceRows` makes it: `input_ids` and `labels` (B, L), `places` (N,),
-                and what else the model takes.
+        The model is a causal one, perhaps wrapped (adapter, DDP, FSDP). The batch is as
+        `SequenceRows` makes it: `input_ids` and `labels` (B, L), `places` (N,), and what else the
+        model takes.
         """
         inputs = {name: value for name, value in batch.items() if name not in OURS}
         length, places = batch["labels"].shape[1], batch["places"]

@@ -75,10 +75,7 @@ class Audit:
 def audit(data: SftData, config: SftConfig | AuditConfig, *, packing: bool) -> Audit:
     """Count and check the examples.
 
-    Args:
-        data: encoded, and cut to `--max-length`.
-        config: of the model, of what to train on, and of what to cut.
-        packing: also count rows packed to that length.
+    With `packing` also the rows that sequences of `--max-length` are packed into.
 
     Raises:
         ModelError: the model's generation config does not load.

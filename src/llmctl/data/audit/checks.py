@@ -56,16 +56,7 @@ def check_examples(
     val: SequenceStatistics | None,
     turns: TurnStatistics | None,
 ) -> Iterator[AuditFinding]:
-    """Yield every finding: errors first, then warnings.
-
-    Args:
-        data: the examples.
-        config: what is trained on, what is cut.
-        roles: of their tokens.
-        train: of the training sequences.
-        val: of the validation sequences.
-        turns: how trained turns end, where turns are trained on.
-    """
+    """Yield every finding: errors first, then warnings."""
     findings = [
         *_check_trained(data, train),
         *_check_tokens(data, roles, train, val),

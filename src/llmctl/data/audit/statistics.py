@@ -39,7 +39,7 @@ class SequenceStatistics:
     sequences: int
     tokens: int
     tokens_min: int
-    """Of a sequence, as the next three."""
+    """Fewest in a sequence; the next three are of one, too."""
     tokens_median: float
     tokens_p95: int
     tokens_max: int

@@ -54,10 +54,8 @@ class ChatFormat:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, clock: str | None = None) -> None:
         """Take a tokenizer that changes no more.
 
-        Args:
-            tokenizer: with its chat template.
-            clock: the time for templates that write the date (ISO 8601), so that a run which is
-                resumed tomorrow has the same data; None for now.
+        `clock` is the time (ISO 8601) for templates that write the date, so that a run which is
+        resumed tomorrow has the same data; None for now.
         """
         self.tokenizer, self._clock = tokenizer, clock
         self._specials = SpecialTokens(tokenizer)
@@ -108,11 +106,8 @@ class ChatFormat:
         its prompt. A turn lasts to the special token that ends it, which is trained on. Turns of
         the assistant before any user are context, and so is a message of `weight` 0.
 
-        Args:
-            messages: the conversation.
-            train_on: `assistant` every turn of the assistant, `completion` the last one, `prompt`
-                all else, or `all`.
-            tools: JSON schemas of what the assistant may call.
+        `train_on`: `assistant` every turn of the assistant, `completion` the last one, `prompt` all
+        else, or `all`. `tools` are JSON schemas of what the assistant may call.
 
         Raises:
             ModelError: the template refuses these messages, or begins a turn of the assistant in
@@ -350,9 +345,7 @@ class SpecialTokens:
     def encode(self, texts: list[str], *, continues: bool = False) -> list[list[int]]:
         """Encode texts that the template wrote: its special tokens are some, a user's are text.
 
-        Args:
-            texts: as rendered.
-            continues: they stand after other text, and get no space before them.
+        Texts that `continues` others get no space before them.
         """
         if not self.tokenizer.is_fast:
             return [self._encode_parts(text) for text in texts]

@@ -44,10 +44,7 @@ class ResponseFormat:
     ) -> None:
         """Take the tokenizer of a model.
 
-        Args:
-            tokenizer: its chat template and padding token set.
-            shape: the model's configuration.
-            clock: the time for templates that write the date, as in `ChatFormat`.
+        Its chat template and padding token are set; `clock` as in `ChatFormat`.
         """
         self.tokenizer, self.chat = tokenizer, ChatFormat(tokenizer, clock)
         self.is_pair = is_encoder(shape) and tokenizer.chat_template is None

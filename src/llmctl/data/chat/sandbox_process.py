@@ -125,13 +125,7 @@ def render_cuts(
 ) -> Iterator[str]:
     """Yield the text of each cut of a conversation.
 
-    Args:
-        render: the function of `import_renderer`.
-        template: jinja.
-        messages: the conversation, as JSON has it.
-        cuts: each how many of the messages to render, and whether the assistant is to go on.
-        tools: JSON schemas of what the assistant may call.
-        variables: further variables of the template.
+    The arguments are those of `sandbox.render_cuts`; `render` is from `import_renderer`.
     """
     for count, is_prompt in cuts:
         (text,), _ = render(

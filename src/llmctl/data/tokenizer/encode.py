@@ -57,10 +57,8 @@ def fastest_encoder(
 ) -> TokenizerEncoder:
     """Choose the fastest exact encoder of a tokenizer; ids of the text alone, without bos or eos.
 
-    Args:
-        tokenizer: with `encode_special_tokens` set.
-        sample: some of the corpus, to try cutting on where the tokenizer is not a known one.
-        plain: use `tokenizers` even where a faster encoder knows the tokenizer.
+    The tokenizer has `encode_special_tokens` set. Cutting is tried on `sample`, some of the corpus,
+    where the tokenizer is not a known one; `plain` wants `tokenizers` in any case.
     """
     content = json.loads(tokenizer.to_str())
     cuts = _cut_points(tokenizer, content, sample)
@@ -193,9 +191,7 @@ class Cutter:
     def __init__(self, cuts: CutPoints | Literal["softly"], size: int | None = None) -> None:
         """Start with an empty document.
 
-        Args:
-            cuts: where to cut; softly is at words where there are any, else anywhere.
-            size: characters of a piece, `PIECE_CHARACTERS` by default.
+        Cutting softly is at words where there are any, else anywhere.
         """
         self.cuts, self.size = cuts, size or PIECE_CHARACTERS
         self._rest = ""

@@ -40,13 +40,9 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train a tokenizer on texts.
 
-    Args:
-        texts: pieces of the corpus; unigram and wordpiece hold them all, the others one by one.
-        algorithm: bpe, unigram, wordpiece, byte or char.
-        vocab_size: size of the whole vocabulary; None for `default_vocab_size`.
-        text_bytes: UTF-8 bytes of the corpus.
-        special_tokens: the user's own, after `SPECIAL_TOKENS`.
-        min_frequency: least count of a merged pair (bpe, wordpiece).
+    unigram and wordpiece hold all texts, the others take them one by one. The vocabulary's size
+    follows from `text_bytes` (UTF-8) where none is given; `min_frequency` is the least count of a
+    merged pair (bpe, wordpiece).
 
     Raises:
         UserError: a special token that is empty or given twice, or a vocabulary too small.
