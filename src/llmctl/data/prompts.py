@@ -87,11 +87,7 @@ def read_prompt_file(file: Path) -> list[PromptExample]:
 
 
 def parse_prompt(row: dict[str, Any], file: Path, number: int) -> PromptExample:
-    """Read the prompt of a row of jsonl.
-
-    Raises:
-        DataError: it has none.
-    """
+    """Read the prompt of a row of jsonl; raise a DataError where it has none."""
     prompt: Any = row.get("messages", row.get("prompt"))
     if isinstance(prompt, list):
         _check_messages(prompt, file, number)

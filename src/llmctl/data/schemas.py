@@ -91,11 +91,7 @@ LAYOUTS: dict[Task, tuple[Layout, ...]] = {  # a row is of the first that it has
 
 
 def choose_layouts(columns: Sequence[str], task: Task) -> tuple[Layout, ...]:
-    """Return the layouts to look for: all of the task, or the one that `--columns` gives.
-
-    Raises:
-        UserError: columns that make no sense.
-    """
+    """Return a task's layouts, or the one of `--columns`; raise a UserError if it is senseless."""
     roles = _roles(columns, task)
     if not roles:
         return LAYOUTS[task]
@@ -176,11 +172,7 @@ def conversation(value: Any, name: str) -> list[Message]:
 
 
 def check_turns(messages: list[Message], name: str) -> None:
-    """Require a conversation that the user begins and the assistant answers.
-
-    Raises:
-        DataError: no message of the assistant, or it begins with one.
-    """
+    """Raise a DataError unless the user begins a conversation and the assistant answers."""
     if not messages:
         raise DataError(f"`{name}` is empty: no message in it")
     roles = [message["role"] for message in messages]
@@ -210,11 +202,7 @@ def parse_hh_rlhf(text: str, name: str) -> list[Message] | None:
 
 
 def text_message(role: str, content: str, name: str) -> Message:
-    """Make a message of text.
-
-    Raises:
-        DataError: the text is blank, or no text.
-    """
+    """Make a message of text; raise a DataError where it is blank, or no text."""
     if not checked_text(content, name).strip():
         what = "empty" if not content else "nothing but white space"
         raise DataError(f"`{name}` is {what}: the {role} says nothing")
@@ -222,11 +210,7 @@ def text_message(role: str, content: str, name: str) -> Message:
 
 
 def parse_tools(value: Any, name: str) -> list[Any] | None:
-    """Parse JSON schemas of the tools, which may also be JSON text.
-
-    Raises:
-        DataError: no list of objects.
-    """
+    """Parse tools' JSON schemas, perhaps from text; raise a DataError for no list of objects."""
     value = None if value is None or value == "" else from_json(value)
     if value is None:
         return None

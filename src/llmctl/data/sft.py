@@ -131,11 +131,7 @@ def _texts(example: Example) -> list[str]:
 
 
 def require_template(chat: ChatFormat, choice: str) -> None:
-    """Refuse a template that cannot render the simplest conversation.
-
-    Raises:
-        ModelError: naming it.
-    """
+    """Raise a ModelError for a template that cannot render the simplest conversation."""
     try:
         _ = chat.probe
     except ModelError as error:

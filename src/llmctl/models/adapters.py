@@ -164,11 +164,7 @@ def weights_sha256(folder: Path) -> str:
 
 
 def require_base(adapter: AdapterInfo, base: Path) -> None:
-    """Refuse to put an adapter on weights that it was not trained on.
-
-    Raises:
-        ModelError: naming the base that it wants and the one it was to get.
-    """
+    """Raise a ModelError, naming both, where an adapter was trained on another base than this."""
     if adapter.base_sha256 not in (None, weights_sha256(base)):
         why = "these weights have changed since" if str(base) == adapter.base else f"not on {base}"
         raise ModelError(

@@ -29,11 +29,7 @@ def is_encoder(config: PreTrainedConfig) -> bool:
 
 
 def require_causal_config(config: PreTrainedConfig, source: str | Path) -> None:
-    """Refuse a model that is no causal language model, and name what it can be used for.
-
-    Raises:
-        ModelError: an encoder, an encoder-decoder, or an architecture without a language model.
-    """
+    """Raise a ModelError for what is no causal language model; say what it can be used for."""
     if config.is_encoder_decoder:
         raise ModelError(
             f"{config.model_type} is an encoder-decoder, not a causal language model",

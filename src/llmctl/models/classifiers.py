@@ -148,12 +148,9 @@ def load_tuned_classifier(
 
 @torch.no_grad()
 def require_padding_unseen(model: Any, short: Sequence[int], long: Sequence[int], pad: int) -> None:
-    """Refuse a model whose answer to a text depends on how long its neighbours are.
+    """Raise a ModelError where the answer to a text depends on how long its neighbours are.
 
-    It is on its device, and is left in eval mode. `short` and `long` are tokens of two texts.
-
-    Raises:
-        ModelError: the short text gets other logits beside the long one.
+    The model is on its device, and is left in eval mode. Both texts are given as tokens.
     """
     model.eval()
     alone, beside = (logits_of(model, pad_right(rows, pad))[0] for rows in ([short], [short, long]))
@@ -166,11 +163,7 @@ def require_padding_unseen(model: Any, short: Sequence[int], long: Sequence[int]
 
 
 def probe_padding(model: Any, pad: int) -> None:
-    """Call `require_padding_unseen` with texts of any tokens.
-
-    Raises:
-        ModelError: padding changes an answer.
-    """
+    """Call `require_padding_unseen` with texts of any tokens."""
     rows = int(model.get_input_embeddings().weight.shape[0])
     tokens = [token for token in range(min(rows, 2 * max(PROBE_LENGTHS) + 2)) if token != pad]
     short, long = (tokens[-length:] for length in PROBE_LENGTHS)
@@ -190,11 +183,7 @@ def learned_positions(model: Any) -> int | None:
 
 
 def require_positions(model: Any, longest: int) -> None:
-    """Refuse texts that are too long for a model.
-
-    Raises:
-        UserError: naming the number of positions.
-    """
+    """Raise a UserError for texts that are too long for a model."""
     positions = learned_positions(model)
     if positions is not None and longest > positions:
         raise UserError(

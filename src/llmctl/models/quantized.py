@@ -98,13 +98,7 @@ def saved_precision(config: PreTrainedConfig) -> str | None:
 
 
 def require_full(config: PreTrainedConfig, folder: Path | str, what: str) -> None:
-    """Refuse a model that was saved quantized where its weights would change.
-
-    `what` is what it cannot, as `be trained`.
-
-    Raises:
-        ModelError: naming how it is quantized.
-    """
+    """Raise a ModelError for a model saved quantized, which cannot `what`, as `be trained`."""
     if (held := saved_precision(config)) is not None:
         raise ModelError(
             f"this model is quantized ({held}) and cannot {what}",

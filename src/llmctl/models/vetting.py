@@ -54,11 +54,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def check_files(folder: Path) -> None:
-    """Refuse files that are read whole and are too large, or are no regular files.
-
-    Raises:
-        ModelError: a file over its limit, or a pipe or device in the place of one.
-    """
+    """Raise a ModelError for what is read whole and is too large, or is no regular file."""
     templates = folder.glob("additional_chat_templates/*.jinja")
     limits = {folder / name: limit for name, limit in LARGEST.items()}
     for file, limit in {**limits, **dict.fromkeys(templates, 10 * MEGABYTE)}.items():
@@ -69,11 +65,7 @@ def check_files(folder: Path) -> None:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """Read the object of a JSON file.
-
-    Raises:
-        ModelError: it is no JSON, nested too deeply, or not an object.
-    """
+    """Read the object of a JSON file; raise a ModelError for anything else, or too deep."""
     try:
         content = json.loads(file.read_bytes())
     except (ValueError, RecursionError, OSError) as error:
@@ -85,11 +77,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def check_counts(config: dict[str, Any], folder: Path) -> None:
-    """Refuse a config.json that asks for more layers, heads or labels than any model has.
-
-    Raises:
-        ModelError: naming the key.
-    """
+    """Raise a ModelError for a config.json with more layers, heads or labels than any model has."""
     for key, value in config.items():
         if isinstance(value, dict):
             check_counts(value, folder)
@@ -101,11 +89,7 @@ def check_counts(config: dict[str, Any], folder: Path) -> None:
 
 
 def require_safetensors(folder: Path, name: str = "*.safetensors") -> None:
-    """Refuse a folder without such weights; pickled ones can run code when they are loaded.
-
-    Raises:
-        ModelError: with what to do.
-    """
+    """Raise a ModelError without such weights; pickled ones can run code when they are loaded."""
     if any(folder.glob(name)):
         return
     pickles = [p.name for pattern in PICKLES for p in sorted(folder.glob(pattern))]
@@ -119,11 +103,7 @@ def require_safetensors(folder: Path, name: str = "*.safetensors") -> None:
 
 
 def check_shards(folder: Path, config: PreTrainedConfig) -> None:
-    """Refuse an index that leads out of its folder, to a file that is missing, or to a pickle.
-
-    Raises:
-        ModelError: naming the file that it points at.
-    """
+    """Raise a ModelError for an index that leads out of its folder, to no file, or to a pickle."""
     explicit = config.to_dict().get("transformers_weights")
     if explicit is None and (folder / "model.safetensors").is_file():
         return

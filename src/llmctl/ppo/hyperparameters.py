@@ -26,11 +26,7 @@ IRRELEVANT = (
 def for_ppo(
     config: PpoConfig, *, parameters: int, prompts: int, world_size: int, device: str
 ) -> Hyperparameters:
-    """Fill in the fields that the user left open.
-
-    Raises:
-        ResourceError: a precision that does not run here.
-    """
+    """Fill in what the user left open; raise a ResourceError for a precision that cannot run."""
     per_step = config.batch_size * world_size
     episodes = config.episodes or (config.epochs or 1) * prompts * config.num_samples
     filled = fill_in(

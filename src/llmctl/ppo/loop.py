@@ -141,11 +141,7 @@ def set_scales(trainer: PpoTrainer, raw: RawScores) -> None:
 
 
 def check_first_step(trainer: PpoTrainer, experience: Experience) -> None:
-    """Run the self-checks and record them. Collective.
-
-    Raises:
-        ModelError: a check failed.
-    """
+    """Run the self-checks and record them; raise a ModelError if one fails. Collective."""
     state, precision = trainer.state, trainer.state.values.precision
     eos = set(trainer.sampler.eos)
     with together(state.accelerator):

@@ -145,11 +145,7 @@ def _call(function: Callable[..., Any], name: str, samples: Sequence[Sample]) ->
 
 
 def require_finite(source: str, scores: Sequence[float], samples: Sequence[Sample]) -> None:
-    """Refuse a score that is NaN or infinite.
-
-    Raises:
-        DataError: naming the source and the text.
-    """
+    """Raise a DataError, naming source and text, for a score that is NaN or infinite."""
     for score, sample in zip(scores, samples, strict=True):
         if not math.isfinite(score):
             raise DataError(

@@ -117,11 +117,7 @@ class RewardModel:
         return self.score_encoded(texts, batch_size=batch_size)
 
     def score_encoded(self, texts: Sequence[EncodedSequence], *, batch_size: int = 32) -> Tensor:
-        """Score texts that are encoded already.
-
-        Raises:
-            ModelError: a score that is not finite.
-        """
+        """Score encoded texts; raise a ModelError for a score that is not finite."""
         scores = score_encoded(self.model, texts, self.pad, self.uses_token_types, batch_size)
         if not torch.isfinite(scores).all():
             raise ModelError("this reward model gives a score that is not finite", file=self.folder)
@@ -210,11 +206,7 @@ def needs_token_types(shape: PreTrainedConfig, response_format: ResponseFormat) 
 
 
 def _require_score(shape: PreTrainedConfig, folder: Path) -> None:
-    """Refuse a model that is no reward model.
-
-    Raises:
-        ModelError: saying what it is.
-    """
+    """Raise a ModelError for a model that is no reward model; say what it is."""
     labels = classifier_labels(shape)
     hint = "train one: llmctl reward --model BASE --data preferences.jsonl -o runs/reward"
     if labels is None:

@@ -135,11 +135,7 @@ def size(content: CheckpointContent) -> int:
 
 
 def require_space(root: Path, needed: int) -> None:
-    """Refuse to write what the disk cannot hold.
-
-    Raises:
-        ResourceError: fewer bytes are free than needed.
-    """
+    """Raise a ResourceError where fewer bytes are free on the disk than needed."""
     if shutil.disk_usage(root).free < needed:
         raise no_space(root, needed)
 

@@ -23,22 +23,14 @@ PROBE_SECONDS = 0.2
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the directory's lock while the body runs.
-
-    Raises:
-        OutputError: another run holds it.
-    """
+    """Hold the directory's lock for the body; raise an OutputError where another run has it."""
     with _held(path / LOCK, path, path / "status.json"):
         yield
 
 
 @contextmanager
 def locked_file(file: Path) -> Iterator[None]:
-    """Hold the lock of a file, which lies beside it, while the body runs.
-
-    Raises:
-        OutputError: another run holds it.
-    """
+    """Hold a file's lock, which lies beside it; raise an OutputError where another run has it."""
     with _held(file.with_name(f".{file.name}.lock"), file, file):
         yield
 

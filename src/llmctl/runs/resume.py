@@ -153,11 +153,7 @@ def load(path: Path, rank: int = 0) -> CheckpointContent:
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Load only the weights of a checkpoint of this run.
-
-    Raises:
-        ModelError: it is damaged.
-    """
+    """Load only the weights of a checkpoint of this run; raise a ModelError if it is damaged."""
     if reason := defect(path):
         raise ModelError(f"not a valid checkpoint: {reason}", file=path)
     return _read(path / "model.safetensors")

@@ -330,11 +330,7 @@ def prepare(
 
 
 def require_prompts(config: SftConfig | DpoConfig, val: object, unit: str) -> None:
-    """Refuse prompts of samples that would never be answered.
-
-    Raises:
-        UserError: there is no validation data.
-    """
+    """Raise a UserError for prompts of samples that would never be answered."""
     if config.sample_prompt and val is None:
         raise UserError(
             "--sample-prompt is answered at every evaluation, and there is no validation data",

@@ -205,11 +205,7 @@ def save(state: RunState, meter: Meter) -> None:
 
 
 def _require_finite(content: CheckpointContent) -> None:
-    """Refuse to keep weights that no later check of a loss would catch: the last step's, for one.
-
-    Raises:
-        DivergedError: a weight or a moment is NaN or infinite.
-    """
+    """Raise a DivergedError for weights or moments that are not finite: no loss shows it yet."""
     for name, tensor in (*content.model.items(), *content.optimizer.items()):
         if tensor.is_floating_point() and not torch.isfinite(tensor.sum()):
             raise DivergedError(

@@ -267,11 +267,7 @@ def default_lr(
 
 
 def choose_precision(config: Placement, parameters: int, device: str) -> str:
-    """fp32, bf16 or pure-bf16: what was asked for, or what pays.
-
-    Raises:
-        ResourceError: this GPU has no bfloat16.
-    """
+    """fp32, bf16 or pure-bf16: as asked, or what pays; raise a ResourceError without bfloat16."""
     if config.precision == "auto":
         gains = device == "cuda" or parameters >= BF16_PARAMETERS
         return "bf16" if gains and hardware.has_bf16(device) else "fp32"
@@ -353,10 +349,6 @@ def _finetuning_optimizer(config: Tuning, device: str) -> str:
 
 
 def _require_device(optimizer: str, device: str) -> None:
-    """Refuse an optimizer that runs on GPUs only.
-
-    Raises:
-        ResourceError: there is none.
-    """
+    """Raise a ResourceError for an optimizer that runs on GPUs only where there is none."""
     if optimizer.endswith("8bit") and device != "cuda":
         raise ResourceError(f"--optimizer {optimizer} needs a GPU", hint="use --optimizer adamw")

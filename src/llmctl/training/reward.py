@@ -246,11 +246,7 @@ def _hold_offset(model: Any) -> None:
 
 
 def _require_same(folder: Path, texts: list[EncodedSequence], wanted: Tensor, device: str) -> None:
-    """Refuse a result that does not score as the model did in training.
-
-    Raises:
-        ModelError: by how much it differs.
-    """
+    """Raise a ModelError for a result that does not score as the model did in training."""
     scores = load_reward_model(str(folder), device=device).score_encoded(texts)
     change = float((scores - wanted).abs().max() / wanted.abs().max().clamp_min(1e-3))
     if not change <= TOLERANCE:

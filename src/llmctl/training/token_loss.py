@@ -73,11 +73,7 @@ class TokenLoss:
 
 
 def token_loss_of(model: Any, *, chunked: bool) -> TokenLoss:
-    """The loss of a model that is not wrapped yet.
-
-    Raises:
-        ModelError: the model has no output layer.
-    """
+    """The loss of a model that is not wrapped yet; raise a ModelError without an output layer."""
     return TokenLoss(output_layer(model), model.config, chunked)
 
 
@@ -94,11 +90,7 @@ def router_loss(config: PreTrainedConfig, output: Any) -> Tensor | None:
 
 
 def output_layer(model: Any) -> nn.Module:
-    """The layer that makes logits.
-
-    Raises:
-        ModelError: the model has none.
-    """
+    """The layer that makes logits; raise a ModelError where there is none."""
     head = model.get_output_embeddings()
     if head is None:
         raise ModelError("this model has no output layer to train on")
@@ -107,11 +99,7 @@ def output_layer(model: Any) -> nn.Module:
 
 @torch.no_grad()
 def require_chunkable(model: nn.Module, loss: TokenLoss, batch: Mapping[str, Any]) -> None:
-    """Refuse to chunk where the model changes its logits after the output layer.
-
-    Raises:
-        UserError: the two losses differ.
-    """
+    """Raise a UserError where the model changes its logits after the output layer."""
     whole, chunks = (
         replace(loss, chunked=chunked)(model, batch).losses.sum() for chunked in (False, True)
     )

@@ -108,11 +108,7 @@ def audit(data: SftData, config: SftConfig | AuditConfig, *, packing: bool) -> A
 
 
 def require_sound(report: Audit) -> None:
-    """Refuse examples that would train a broken model.
-
-    Raises:
-        DataError: the errors among the findings.
-    """
+    """Raise a DataError with the errors among the findings: they would train a broken model."""
     if not report.errors:
         return
     first, *others = report.errors

@@ -105,11 +105,7 @@ def _fastokens_encoder(tokenizer: Tokenizer) -> EncodeTexts | None:
 def _compare(
     tokenizer: Tokenizer, texts: list[str], flat: NDArray[np.uint32], stops: NDArray[np.int64]
 ) -> None:
-    """Encode the first few texts again with `tokenizers`.
-
-    Raises:
-        Mismatch: an id differs.
-    """
+    """Encode the first few texts again with `tokenizers`; raise a Mismatch where an id differs."""
     few, characters = 0, 0
     while few < len(texts) and (few == 0 or characters + len(texts[few]) <= CHECK_CHARACTERS):
         characters += len(texts[few])

@@ -53,11 +53,7 @@ class Vocabulary:
 def vocabulary_of(
     tokenizer: Tokenizer, *, eos: str | None, bos: str | None = None, unknown: str | None = None
 ) -> Vocabulary:
-    """Prepare a tokenizer to encode documents.
-
-    Raises:
-        ModelError: it has no token to end a document with.
-    """
+    """Prepare a tokenizer to encode documents; raise a ModelError without a token to end them."""
     end = None if eos is None else tokenizer.token_to_id(eos)
     if end is None:
         raise ModelError(
