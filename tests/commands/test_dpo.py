@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from llmctl.config.commands import DpoConfig
-from llmctl.data.builtin import preferences
+from llmctl.data.builtin import named_preferences
 from llmctl.data.chat.templates import read_template
 from llmctl.data.preference_pairs import load_dpo_data
 from llmctl.files import sha256_file
@@ -40,6 +40,10 @@ SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
 RUN = ("--batch-size", 8, "--precision", "fp32", "--threads", 1, "--seed", 3, "--samples", 0)
 QUICK = (*RUN, "--max-steps", 4, "--log-every", 1, "--lr", 1e-3)
 LORA = ("--lora", "--lora-r", 4)
+
+
+def preferences(seed):
+    return named_preferences(f"builtin:preferences:{seed}")
 
 
 def words(path):

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from llmctl.config.finetuning import Preferred
-from llmctl.data.builtin import preferences, tasks
+from llmctl.data.builtin import named_preferences, tasks
 from llmctl.data.chat.responses import ResponseFormat, prepare_template
 from llmctl.data.preference_pairs import encode_pairs
 from llmctl.data.preferences import read_preferences
@@ -20,6 +20,10 @@ SYSTEM = {"role": "system", "content": "Be kind."}
 KIND = {"role": "assistant", "content": "Hello."}
 CURT = {"role": "assistant", "content": "What?"}
 PAIR = {"chosen": "Hello.", "rejected": "What?"}
+
+
+def preferences(seed):
+    return named_preferences(f"builtin:preferences:{seed}")
 
 
 def write(path, *rows):

@@ -316,18 +316,6 @@ def _draw_problem(
     return None
 
 
-def preferences(seed: int = 0) -> tuple[dict[str, str], ...]:
-    """Make a pair of answers to each task of a seed.
-
-    Args:
-        seed: from 0 to 15.
-
-    Raises:
-        DataError: another seed.
-    """
-    return _preferences(tasks(seed), seed)
-
-
 def named_preferences(name: str) -> tuple[dict[str, str], ...]:
     """Make those of `builtin:preferences`, `builtin:preferences:SEED`, or `…:SEED:KIND+KIND`.
 

@@ -122,9 +122,8 @@ def _encode_pair(
             response_format.encode_example(rejected, preference.shared),
         )
     except ModelError as error:
-        raise ModelError(
-            error.message, file=chosen.place, line=chosen.line, hint=error.hint
-        ) from None
+        error.file, error.line = chosen.place, chosen.line
+        raise
 
 
 def _require_enough(count: int, dropped: int, max_length: int, truncation: str) -> None:
@@ -163,7 +162,7 @@ class PreferenceData:
     @property
     def inputs(self) -> list[dict[str, Any]]:
         """Files and their hashes, for the manifest."""
-        return self.preferences.split.inputs
+        return self.preferences.inputs
 
     @property
     def held_out(self) -> list[str]:

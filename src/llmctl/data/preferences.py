@@ -234,22 +234,11 @@ def _margin(value: Any, name: str) -> float | None:
 
 
 @dataclass(frozen=True)
-class Preferences:
-    """All preferences of a run, split."""
+class Preferences(Split[Preference]):
+    """All preferences of a run; no prompt is in both splits, unless it comes from `--val-data`."""
 
-    split: Split[Preference]
     dropped: dict[str, int]
     """Sound rows left out, by reason: equal responses, rankings without a verdict."""
-
-    @property
-    def train(self) -> list[Preference]:
-        """Training pairs."""
-        return self.split.train
-
-    @property
-    def val(self) -> list[Preference]:
-        """Validation pairs; no prompt of theirs trains, unless they come from `--val-data`."""
-        return self.split.val
 
     @property
     def has_chats(self) -> bool:
@@ -267,7 +256,7 @@ class Preferences:
             "prompts": len(trained | set(map(prompt_hash, self.val))),
             "margins": sum(pair.margin is not None for pair in self.train),
             **{f"dropped_{why}": count for why, count in self.dropped.items()},
-            "skipped": self.split.skipped,
+            "skipped": self.skipped,
             "duplicates": hashes.total() - len(hashes),
             "contradictions": sum(pair[::-1] in hashes for pair in hashes) // 2,
             "shared_prompts": sum(prompt_hash(pair) in trained for pair in self.val),
@@ -300,7 +289,7 @@ def read_preferences(config: Preferred, data: list[str], seed: int) -> Preferenc
             file=data[0],
         )
     _require_disjoint(preferences)
-    return Preferences(preferences, dict(dropped))
+    return Preferences(preferences.train, preferences.val, preferences.sets, dict(dropped))
 
 
 def prompt_hash(pair: Preference) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from llmctl.files import finite
 from llmctl.runs.lock import LOCK, is_held
-from llmctl.runs.ownership import ASIDE, EVENTS, OWN_FOLDERS, is_llmctl_manifest
+from llmctl.runs.ownership import ASIDE, EVENTS, OWN_FOLDERS, is_llmctl_manifest, parse_object
 
 DEEPEST = 5
 """Levels of folders to look into."""
@@ -143,9 +143,7 @@ def _last_metrics(path: Path) -> dict[str, Any]:
             break
         if not any(f'"{key}"'.encode() in line for key in wanted):
             continue
-        with suppress(ValueError, RecursionError):
-            row = json.loads(line)
-            metrics = {**row, **metrics} if isinstance(row, dict) else metrics
+        metrics = {**parse_object(line), **metrics}
     return metrics
 
 

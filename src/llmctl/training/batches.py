@@ -121,15 +121,12 @@ class Order:
         rest = min(-epoch * self.size % self.per_step, self.size)  # of a step begun in the last one
         body = mixed[rest:]
         stretch = STRETCH * self.per_step
-        alike = [self._by_length(body[i : i + stretch]) for i in range(0, len(body), stretch)]
+        parts = [body[i : i + stretch] for i in range(0, len(body), stretch)]
+        alike = [part[np.argsort(self.lengths[part], kind="stable")] for part in parts]
         whole = np.concatenate([mixed[:0], *alike])
         full = len(whole) // self.per_step * self.per_step
         steps = whole[:full].reshape(-1, self.per_step)
         return np.concatenate([mixed[:rest], random.permutation(steps).reshape(-1), whole[full:]])
-
-    def _by_length(self, examples: np.ndarray) -> np.ndarray:
-        assert self.lengths is not None
-        return examples[np.argsort(self.lengths[examples], kind="stable")]
 
 
 @dataclass(frozen=True)
@@ -253,8 +250,7 @@ class Windows:
 
     def batch(self, first: int, count: int) -> Batch:
         """`input_ids` and `targets`, both (count, T), of the windows from number `first` on."""
-        tokens = torch.from_numpy(self.split.windows(self.starts(first, count), self.context + 1))
-        return _window_batch(tokens, tokens[:, 1:])
+        return _window_batch(self.split.windows(self.starts(first, count), self.context + 1))
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
@@ -319,10 +315,10 @@ def validation_windows(
     for first in range(0, len(groups), world):
         mine = first + rank
         tokens = split.windows(groups[min(mine, len(groups) - 1)], context + 1)
-        yield _validation_batch(tokens), mine < len(groups)
+        yield _window_batch(tokens), mine < len(groups)
     if partial:
         tokens = split.windows(np.array([full * context]), partial + 1)
-        yield _validation_batch(tokens), rank == 0
+        yield _window_batch(tokens), rank == 0
 
 
 def validation_shares(
@@ -354,12 +350,9 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def _validation_batch(rows: np.ndarray) -> Batch:
+def _window_batch(rows: NDArray[np.int64]) -> Batch:
     tokens = torch.from_numpy(rows)
-    return _window_batch(tokens, tokens[:, 1:])
-
-
-def _window_batch(tokens: Tensor, targets: Tensor) -> Batch:
+    targets = tokens[:, 1:]
     count = targets.numel()
     return {
         "input_ids": tokens[:, :-1].contiguous(),

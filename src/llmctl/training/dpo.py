@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,16 +118,6 @@ class ComparedPairRows:
         return batch
 
 
-class Compared(NamedTuple):
-    """A batch of B pairs read by the model and compared with the reference."""
-
-    losses: Tensor
-    """(B,) with gradients."""
-    sums: Tensor
-    """Sums of each of the figures, then the number of pairs."""
-    balance: Tensor | None
-
-
 class DirectPreference:
     """Loss of implicit rewards, a mean over pairs by their weights."""
 
@@ -155,9 +145,9 @@ class DirectPreference:
 
     def loss(self, model: Any, batch: Batch) -> Loss:
         """Sum over the weighted pairs of a batch."""
-        compared = self._compare(model, batch, "train")
-        total = (compared.losses * batch["weights"]).sum().float()
-        return Loss(total, batch["weight"], compared.sums, compared.balance)
+        losses, sums, balance = self._compare(model, batch, "train")
+        total = (losses * batch["weights"]).sum().float()
+        return Loss(total, batch["weight"], sums, balance)
 
     def validate(self, model: Any) -> dict[str, float]:
         """Mean loss over the weighted validation pairs, and means over all of them."""
@@ -191,7 +181,7 @@ class DirectPreference:
             with generators_kept(), self._base_alone(), autocast(precision, device):
                 for numbers, counts in validation_shares(pairs.lengths, batch_size, rank, world):
                     batch = on_device(pairs.batch(numbers), device)
-                    own, _ = self._log_probabilities(model, batch)
+                    own, _ = log_probabilities(model, self.token_loss, batch)
                     if counts:
                         log_probs[numbers] = own.view(2, -1).T
             self._reference_of[name] = accelerator.reduce(log_probs, "sum")
@@ -212,7 +202,7 @@ class DirectPreference:
                 rows = {name: value for name, value in batch.items() if name not in PAIRED}
                 require_chunkable(model, self.token_loss, rows)
             reference = self._reference(model, batch, "train")
-            own, _ = self._log_probabilities(model, batch)
+            own, _ = log_probabilities(model, self.token_loss, batch)
         change = float((own - reference).abs().max() / reference.abs().max().clamp_min(1e-6))
         if not change <= ROUNDING.get(precision, COARSE_ROUNDING):
             raise ModelError(
@@ -221,9 +211,10 @@ class DirectPreference:
                 hint="set what is random in its config.json to 0, such as dropout or router jitter",
             )
 
-    def _compare(self, model: Any, batch: Batch, name: str) -> Compared:
+    def _compare(self, model: Any, batch: Batch, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Losses (B,) of a batch, sums of the figures and of pairs, and the balancing loss."""
         reference = self._reference(model, batch, name)
-        own, balance = self._log_probabilities(model, batch)
+        own, balance = log_probabilities(model, self.token_loss, batch)
         gains, counts = own - reference, batch["counts"]
         chosen, rejected = self.pair_loss.rewards(gains, counts).chunk(2)
         margin, said = (chosen - rejected).detach(), own.detach()
@@ -237,7 +228,7 @@ class DirectPreference:
             margin.new_tensor(pairs),
         )
         losses = self.pair_loss.losses(chosen, rejected)
-        return Compared(losses, torch.stack([part.double() for part in sums]), balance)
+        return losses, torch.stack([part.double() for part in sums]), balance
 
     def _reference(self, model: Any, batch: Batch, name: str) -> Tensor:
         """Log-probabilities (2B,) by the reference: known, or those of the base below the adapter.
@@ -247,7 +238,7 @@ class DirectPreference:
         if name in self._reference_of:
             return self._reference_of[name][batch["numbers"]].T.flatten()
         with torch.no_grad(), self._base_alone():
-            return self._log_probabilities(self.model, batch)[0]
+            return log_probabilities(self.model, self.token_loss, batch)[0]
 
     def _base_alone(self) -> AbstractContextManager[Any]:
         """The base without its adapter; the model itself where there is none."""
@@ -256,14 +247,12 @@ class DirectPreference:
         alone: AbstractContextManager[Any] = self.model.disable_adapter()
         return alone
 
-    def _log_probabilities(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        return log_probabilities(model, self.token_loss, batch)
-
     def _measure(self, model: Any, batch: Batch) -> Tensor:
         """Summed loss of a batch, its weight, and the sums of its figures."""
-        compared, weights = self._compare(model, batch, "val"), batch["weights"]
-        loss = (compared.losses * weights).sum()
-        return torch.cat([torch.stack([loss, weights.sum()]).double(), compared.sums])
+        losses, sums, _ = self._compare(model, batch, "val")
+        weights = batch["weights"]
+        loss = (losses * weights).sum()
+        return torch.cat([torch.stack([loss, weights.sum()]).double(), sums])
 
     def _warn_of_displacement(self, gain: float) -> None:
         """Say once where the chosen responses grow less likely, too."""

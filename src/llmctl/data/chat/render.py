@@ -155,9 +155,8 @@ class ChatFormat:
             try:
                 yield self.encode_conversation(example.messages, train_on, example.tools)
             except ModelError as error:
-                raise ModelError(
-                    error.message, file=example.place, line=example.line, hint=error.hint
-                ) from None
+                error.file, error.line = example.place, example.line
+                raise
 
     def is_rendered(self, text: str) -> bool:
         """Whether a text begins or ends with a special token, as one rendered before does."""
