@@ -5,7 +5,6 @@ In: a `PpoTrainer`. Out: an `Experience`, and the step's first metrics in `train
 
 import math
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from llmctl.ppo.advantages import (
     whiten,
 )
 from llmctl.ppo.encoded_prompts import EncodedPrompts
-from llmctl.ppo.episodes import Experience, Pass, make_passes
+from llmctl.ppo.episodes import Experience
 from llmctl.ppo.rewards import RawScores
 from llmctl.ppo.rollout import Rollout, RolloutInterrupted
 from llmctl.ppo.trainer import PpoTrainer
@@ -99,7 +98,8 @@ def compute_advantages(
     mask = rollout.sequences.mask()
     sampler_log_probs = rollout.log_probs(mask.shape[1])
     reference, values, computed = (torch.zeros(mask.shape) for _ in range(3))
-    for batch in forward_passes(trainer, rollout, mask, FORWARD_ONLY):
+    rows_of_all = range(len(rollout.sequences))
+    for batch in trainer.passes(rollout.sequences, rows_of_all, mask, FORWARD_ONLY):
         rows = batch.rows.cpu()
         reference[rows] = batch.unflatten(models.reference_log_probs(batch)).float().cpu()
         values[rows] = batch.unflatten(models.values(batch)).float().cpu()
@@ -120,20 +120,6 @@ def compute_advantages(
         trainer.state.rank * trainer.state.values.batch_size,
         mask,
         *(tensor.to(models.device) for tensor in tensors),
-    )
-
-
-def forward_passes(
-    trainer: PpoTrainer, rollout: Rollout, mask: Tensor, factor: int
-) -> Iterator[Pass]:
-    """Every row of a rollout, in passes of `factor` times the usual tokens."""
-    return make_passes(
-        rollout.sequences,
-        range(len(rollout.sequences)),
-        max_tokens=factor * trainer.ppo.pass_tokens,
-        max_response_tokens=factor * trainer.max_response_tokens,
-        mask=mask,
-        device=trainer.actor_critic.device,
     )
 
 

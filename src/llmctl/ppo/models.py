@@ -6,7 +6,7 @@ the same base: each has modules of its own to put adapters on. `ActorCritic` is 
 with the reference, as functions of a pass over episodes.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -189,7 +189,12 @@ def load_models(
     value_model = _value_model(
         config, base, None if origin is None else reward_models[origin].model
     )
-    policy, reference = _policy(config, base)
+    if config.has_adapter:
+        reference = language_model_on(base)
+        policy = adapt(base, config)
+    else:
+        reference = deepcopy(base).requires_grad_(False)
+        policy = base.requires_grad_(True)
     body = value_model.get_base_model() if config.has_adapter else value_model
     actor_critic = ActorCritic(
         policy, body.base_model, value_head_of(body), reference, temperature=config.temperature
@@ -201,15 +206,6 @@ def load_models(
         value_model,
         reward_models,
     )
-
-
-def _policy(config: PpoConfig, base: Any) -> tuple[Any, Any]:
-    """Policy and reference."""
-    if config.has_adapter:
-        reference = language_model_on(base)
-        return adapt(base, config), reference
-    reference = deepcopy(base).requires_grad_(False)
-    return base.requires_grad_(True), reference
 
 
 def _load_reward_model(
@@ -266,16 +262,10 @@ def _can_value(reward_model: RewardModel, tokenizer: PreTrainedTokenizerBase) ->
     vocabulary = reward_model.tokenizer.get_vocab()
     same_ids = all(vocabulary.get(token) == id_ for token, id_ in tokenizer.get_vocab().items())
     encodes_alike = reward_model.tokenizer(PROBE)["input_ids"] == tokenizer(PROBE)["input_ids"]
-    is_decoder = not reward_model.response_format.is_pair and HEAD in dict(
-        _own_children(reward_model)
-    )
-    return is_decoder and same_ids and encodes_alike
-
-
-def _own_children(reward_model: RewardModel) -> Iterable[tuple[str, nn.Module]]:
     model = reward_model.model
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    return plain.named_children()  # type: ignore[no-any-return]
+    is_decoder = not reward_model.response_format.is_pair and HEAD in dict(plain.named_children())
+    return is_decoder and same_ids and encodes_alike
 
 
 def _value_model(config: PpoConfig, base: Any, origin: RewardModel | None) -> Any:

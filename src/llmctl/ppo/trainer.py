@@ -1,6 +1,6 @@
 """Hold all that the loop of PPO works on, and its state beside the weights, for checkpoints."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from llmctl.decode.loop import best_threads
 from llmctl.models.loading import parameter_count
 from llmctl.ppo.alarms import Alarms
 from llmctl.ppo.encoded_prompts import EncodedPrompts
+from llmctl.ppo.episodes import EpisodeTokens, Pass, make_passes
 from llmctl.ppo.hyperparameters import CPU_PASS_LOGITS, GPU_PASS_LOGITS
 from llmctl.ppo.models import ActorCritic
 from llmctl.ppo.rewards import RewardSource, RewardSum
@@ -52,12 +53,20 @@ class PpoTrainer:
         assert self.state.values.ppo is not None
         return self.state.values.ppo
 
-    @property
-    def max_response_tokens(self) -> int:
-        """Most response tokens of a forward and backward pass, for their logits."""
-        is_cuda = self.actor_critic.device.type == "cuda"
-        logits = GPU_PASS_LOGITS if is_cuda else CPU_PASS_LOGITS
-        return max(1, logits // self.actor_critic.vocabulary)
+    def passes(
+        self, sequences: EpisodeTokens, rows: Sequence[int], mask: Tensor, factor: int = 1
+    ) -> Iterator[Pass]:
+        """Rows of this rank's episodes in passes of `factor` times the usual tokens and logits."""
+        device = self.actor_critic.device
+        logits = GPU_PASS_LOGITS if device.type == "cuda" else CPU_PASS_LOGITS
+        return make_passes(
+            sequences,
+            rows,
+            max_tokens=factor * self.ppo.pass_tokens,
+            max_response_tokens=factor * max(1, logits // self.actor_critic.vocabulary),
+            mask=mask,
+            device=device,
+        )
 
     def sampling_threads(self, responses: int) -> int:
         """CPU threads to sample a number of responses with."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmctl.ppo.episodes import Experience, Pass, make_passes
+from llmctl.ppo.episodes import Experience, Pass
 from llmctl.ppo.models import entropy_from_logits
 from llmctl.ppo.trainer import PpoTrainer
 from llmctl.signals import StopFlag
@@ -96,14 +96,8 @@ def backpropagate(
     own = range(experience.first, experience.first + len(experience.sequences))
     sums = torch.zeros_like(losses.sums)
     total = torch.zeros((), device=device)
-    for batch in make_passes(
-        experience.sequences,
-        [row - experience.first for row in rows if row in own],
-        max_tokens=trainer.ppo.pass_tokens,
-        max_response_tokens=trainer.max_response_tokens,
-        mask=experience.mask,
-        device=device,
-    ):
+    own_rows = [row - experience.first for row in rows if row in own]
+    for batch in trainer.passes(experience.sequences, own_rows, experience.mask):
         loss, pass_sums = _backpropagate_pass(trainer, experience, batch, tokens)
         sums += pass_sums
         total += loss

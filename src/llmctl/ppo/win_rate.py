@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmctl.ppo.experience import forward_passes, sample_responses
+from llmctl.ppo.experience import sample_responses
 from llmctl.ppo.rewards import RawScores
 from llmctl.ppo.rollout import Rollout
 from llmctl.ppo.trainer import PpoTrainer
@@ -107,7 +107,7 @@ class WinRate:
         """KL (B,) of each response: the sum of log p - log q."""
         models, mask = self.trainer.actor_critic, rollout.sequences.mask()
         kl = torch.zeros(len(mask), dtype=torch.float64)
-        for batch in forward_passes(self.trainer, rollout, mask, 1):
+        for batch in self.trainer.passes(rollout.sequences, range(len(mask)), mask):
             log_ratio = models.log_probs(batch)[0] - models.reference_log_probs(batch)
             kl[batch.rows.cpu()] = batch.unflatten(log_ratio).double().sum(1).cpu()
         return kl

@@ -18,7 +18,7 @@ from llmctl.training.base_model import Base, Prepared
 from llmctl.training.fault_tolerance import together
 from llmctl.training.loop import Trainer
 from llmctl.training.run_state import RunState
-from llmctl.training.state import put_weights, trained_weights, weights
+from llmctl.training.state import put_weights, weights
 
 Check = Callable[[Any], Callable[[dict[str, Any]], dict[str, Any]]]
 """Shown the model before it is written, on every process; what it returns is told on the main
@@ -40,15 +40,20 @@ def export(
     """
     state = trainer.state
     put_best(state, trainer.model)
-    gather = trained_weights if config.has_adapter else weights
-    tensors = gather(trainer.model, state.rank)
+    tensors = weights(trainer.model, state.rank, trained_only=config.has_adapter)
     judge = check(_exact(trainer.bare_model)) if check else None
     with together(state.accelerator), writing(state.run.path):
         if state.rank != 0:
             return {}
         model = state.accelerator.unwrap_model(trainer.model)
-        write = _write_classifier if prepared.is_classifier else _write_language_model
-        written = write(config, model, tensors, prepared.base, tokenizer, state)
+        base, folder = prepared.base, state.run.path / "model"
+        written: dict[str, Any] = {"model": str(folder)}
+        if prepared.is_classifier:
+            written = _write_classifier(config, model, tensors, base, tokenizer, state)
+        elif config.has_adapter:
+            written = write_adapter(model, tensors, tokenizer, state, base, merges=config.merge)
+        else:
+            save_model(model, tensors, tokenizer, folder)
         return {**written, **(judge(written) if judge else {})}
 
 
@@ -113,20 +118,6 @@ def put_best(state: RunState, model: nn.Module) -> None:
     with together(state.accelerator):
         best = load_weights(state.run.checkpoints / f"checkpoint-{done.best_step}")
         put_weights(model, best)
-
-
-def _write_language_model(
-    config: Tuning,
-    model: Any,
-    tensors: dict[str, Tensor],
-    base: Base,
-    tokenizer: PreTrainedTokenizerBase,
-    state: RunState,
-) -> dict[str, Any]:
-    if config.has_adapter:
-        return write_adapter(model, tensors, tokenizer, state, base, merges=config.merge)
-    save_model(model, tensors, tokenizer, state.run.path / "model")
-    return {"model": str(state.run.path / "model")}
 
 
 def _write_classifier(

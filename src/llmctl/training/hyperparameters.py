@@ -179,7 +179,9 @@ def for_pretraining(
     """
     batch_size, grad_accum = _pretrain_batch(config, parameters, context, world_size, device)
     per_step = batch_size * grad_accum * world_size * context
-    optimizer = _pretrain_optimizer(config, device, sharded)
+    if config.optimizer == "muon" and sharded:
+        raise UserError("--optimizer muon does not run under FSDP", hint="use --optimizer adamw")
+    optimizer = _optimizer(config, "adamw" if config.model or sharded else "muon", device)
     if "momentum" in config.given() and optimizer != "muon":
         raise UserError(f"--momentum is Muon's, and this run uses {optimizer}")
     filled = fill_in(
@@ -219,13 +221,14 @@ def for_finetuning(
     batch_size, grad_accum = config.batch_size or BATCH_SIZE, config.grad_accum or 1
     per_step = batch_size * grad_accum * world_size
     epochs = config.epochs or (EPOCHS if method == "sft" else PAIR_EPOCHS)
+    is_paged = isinstance(config, Adapter) and config.is_quantized and device == "cuda"
     return fill_in(
         config,
         max_steps=config.max_steps or max(1, round(epochs * rows / per_step)),
         batch_size=batch_size,
         grad_accum=grad_accum,
         world_size=world_size,
-        optimizer=_finetuning_optimizer(config, device),
+        optimizer=_optimizer(config, "paged-adamw-8bit" if is_paged else "adamw", device),
         lr=default_lr(parameters, method, has_adapter=config.has_adapter),
         parameters=parameters,
         device=device,
@@ -329,26 +332,12 @@ def _pretrain_steps(
     return max(1, round(tokens / per_step))
 
 
-def _pretrain_optimizer(config: PretrainConfig, device: str, sharded: bool) -> str:
-    chosen = config.optimizer
-    if chosen == "auto":
-        return "adamw" if config.model or sharded else "muon"
-    if chosen == "muon" and sharded:
-        raise UserError("--optimizer muon does not run under FSDP", hint="use --optimizer adamw")
-    _require_device(chosen, device)
-    return chosen
-
-
-def _finetuning_optimizer(config: Tuning, device: str) -> str:
-    chosen = config.optimizer
-    if chosen == "auto":
-        quantized = isinstance(config, Adapter) and config.is_quantized
-        return "paged-adamw-8bit" if quantized and device == "cuda" else "adamw"
-    _require_device(chosen, device)
-    return chosen
-
-
-def _require_device(optimizer: str, device: str) -> None:
-    """Raise a ResourceError for an optimizer that runs on GPUs only where there is none."""
-    if optimizer.endswith("8bit") and device != "cuda":
-        raise ResourceError(f"--optimizer {optimizer} needs a GPU", hint="use --optimizer adamw")
+def _optimizer(config: PretrainConfig | Tuning, auto: str, device: str) -> str:
+    """The optimizer, `auto` unless one was chosen; raise a ResourceError if it needs a GPU."""
+    if config.optimizer == "auto":
+        return auto
+    if config.optimizer.endswith("8bit") and device != "cuda":
+        raise ResourceError(
+            f"--optimizer {config.optimizer} needs a GPU", hint="use --optimizer adamw"
+        )
+    return config.optimizer

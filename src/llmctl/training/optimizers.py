@@ -118,7 +118,7 @@ class BatchedMuon(Muon):
 
     def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
         lr, momentum = group["lr"], group["momentum"]
-        gradients = [_grad(weight) for weight in weights]
+        gradients = [weight.grad for weight in weights if weight.grad is not None]  # all have one
         buffers = [self._buffer(weight) for weight in weights]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         updates = (
@@ -162,11 +162,6 @@ def orthogonalise(
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x
-
-
-def _grad(weight: Tensor) -> Tensor:
-    assert weight.grad is not None
-    return weight.grad
 
 
 def _stacks(weights: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -95,14 +95,12 @@ def put_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         tensor.copy_(_spread(tensors[name], tensor))
 
 
-def trained_weights(model: nn.Module, rank: int = 0) -> dict[str, Tensor]:
-    """Weights that train and all buffers on rank 0's CPU by name. Collective."""
-    return _gathered(_trained(model), rank)
+def weights(model: nn.Module, rank: int = 0, *, trained_only: bool = False) -> dict[str, Tensor]:
+    """All weights, or those that train, and buffers on rank 0's CPU by name, tied ones once.
 
-
-def weights(model: nn.Module, rank: int = 0) -> dict[str, Tensor]:
-    """All weights and buffers on rank 0's CPU by name, tied ones once. Collective."""
-    return _gathered(_named(model), rank)
+    Collective.
+    """
+    return _gathered(_trained(model) if trained_only else _named(model), rank)
 
 
 def surroundings(device: str) -> dict[str, Any]:

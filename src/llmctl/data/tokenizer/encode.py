@@ -143,7 +143,8 @@ def _cut_points(tokenizer: Tokenizer, content: dict[str, object], sample: str) -
     if content["normalizer"] is None and not ordinary:
         if split in (_pattern(r"[\s\S]"), _byte_level(False)) and not model.get("merges"):
             return "anywhere"
-        if split in (_llama_split(), _byte_level(True)):
+        llama = {"type": "Sequence", "pretokenizers": [_pattern(WORDS), _byte_level(False)]}
+        if split in (llama, _byte_level(True)):
             return "words"
     text = TORTURE + sample[:PIECE_CHARACTERS]
     whole = tokenizer.encode(text, add_special_tokens=False).ids
@@ -171,10 +172,6 @@ def _byte_level(use_regex: bool) -> dict[str, object]:
         "trim_offsets": True,
         "use_regex": use_regex,
     }
-
-
-def _llama_split() -> dict[str, object]:
-    return {"type": "Sequence", "pretokenizers": [_pattern(WORDS), _byte_level(False)]}
 
 
 class RunTooLong(Exception):
