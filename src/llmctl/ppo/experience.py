@@ -5,7 +5,8 @@ In: a `PpoTrainer`. Out: an `Experience`, and the step's first metrics in `train
 
 import math
 import time
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,14 +43,9 @@ def collect_experience(trainer: PpoTrainer, flag: StopFlag) -> Experience | None
     first = (step * state.world + state.rank) * batch_size
     prompts = [i for i in trainer.order.batch(step) for _ in range(trainer.config.num_samples)]
     stream_ids = list(range(first, first + batch_size))
-    scored: tuple[Rollout, RawScores] | None = None
-    with together(state.accelerator):
-        try:
-            rollout = sample_responses(trainer, trainer.prompts, prompts, stream_ids, flag)
-            samples = trainer.prompts.samples(prompts, rollout.texts)
-            scored = rollout, trainer.rewards.raw(samples, rollout.ended)
-        except RolloutInterrupted:
-            pass
+    scored: ScoredRollout | None = None
+    with together(state.accelerator), suppress(RolloutInterrupted):
+        scored = sample_responses(trainer, trainer.prompts, prompts, stream_ids, flag)
     if received_signal(trainer, flag) or scored is None:
         return None
     rollout, raw = scored
@@ -68,6 +64,13 @@ def received_signal(trainer: PpoTrainer, flag: StopFlag) -> int:
     return int(trainer.all_gather([flag.received]).max())
 
 
+class ScoredRollout(NamedTuple):
+    """Responses and what each reward gives them."""
+
+    rollout: Rollout
+    raw: RawScores
+
+
 def sample_responses(
     trainer: PpoTrainer,
     prompts: EncodedPrompts,
@@ -76,17 +79,20 @@ def sample_responses(
     flag: StopFlag,
     *,
     from_reference: bool = False,
-) -> Rollout:
-    """Sample a response of the policy, or of the reference, to each prompt of these indices.
+) -> ScoredRollout:
+    """Have policy or reference respond to the prompts of these indices; score the responses.
 
     Raises:
         RolloutInterrupted: a signal came.
+        DataError: a reward that fails.
     """
     models = trainer.actor_critic
     model = models.reference if from_reference else models.policy
     tokens = [prompts.tokens[i] for i in indices]
     with threads_set(trainer.sampling_threads(len(tokens))), torch.no_grad():
-        return trainer.sampler.sample(model, tokens, stream_ids, flag, models.autocast)
+        rollout = trainer.sampler.sample(model, tokens, stream_ids, flag, models.autocast)
+    samples = prompts.samples(indices, rollout.texts)
+    return ScoredRollout(rollout, trainer.rewards.raw(samples, rollout.ended))
 
 
 @torch.no_grad()

@@ -123,8 +123,8 @@ def reference_scores(trainer: PpoTrainer, flag: StopFlag) -> RawScores:
     episodes = range(state.rank, count, state.world)
     indices = [episode % len(prompts) for episode in episodes]
     stream_ids = [2 * HELD_OUT_STREAMS + episode for episode in episodes]
-    rollout = sample_responses(trainer, prompts, indices, stream_ids, flag, from_reference=True)
-    return trainer.rewards.raw(prompts.samples(indices, rollout.texts), rollout.ended)
+    scored = sample_responses(trainer, prompts, indices, stream_ids, flag, from_reference=True)
+    return scored.raw
 
 
 def set_scales(trainer: PpoTrainer, raw: RawScores) -> None:

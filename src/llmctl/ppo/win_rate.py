@@ -4,14 +4,12 @@ In: a `PpoTrainer`. Out: the metrics of an evaluation, and rows of samples.jsonl
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmctl.ppo.experience import sample_responses
-from llmctl.ppo.rewards import RawScores
+from llmctl.ppo.experience import ScoredRollout, sample_responses
 from llmctl.ppo.rollout import Rollout
 from llmctl.ppo.trainer import PpoTrainer
 from llmctl.runs.ownership import SAMPLES
@@ -23,16 +21,6 @@ HELD_OUT_STREAMS = 1 << 40
 """First stream id of held-out episodes: no episode of training has theirs."""
 
 
-@dataclass(frozen=True)
-class ScoredRollout:
-    """Responses to this rank's share of the held-out prompts, with their scores."""
-
-    indices: list[int]
-    """Numbers of the prompts."""
-    rollout: Rollout
-    raw: RawScores
-
-
 class WinRate:
     """Compares the policy with the reference on held-out prompts."""
 
@@ -40,6 +28,9 @@ class WinRate:
         """Begin without responses of the reference."""
         self.trainer = trainer
         self._reference: ScoredRollout | None = None
+        state = trainer.state
+        self._indices = list(range(len(trainer.held_out)))[state.rank :: state.world]
+        """Numbers of this rank's share of the prompts."""
 
     def sample_reference(self, flag: StopFlag) -> None:
         """Sample and score the reference's responses, once for the whole run. Collective.
@@ -92,15 +83,15 @@ class WinRate:
         }
 
     def _sample(self, flag: StopFlag, *, from_reference: bool = False) -> ScoredRollout:
-        trainer = self.trainer
-        prompts, state = trainer.held_out, trainer.state
-        indices = list(range(len(prompts)))[state.rank :: state.world]
-        stream_ids = [HELD_OUT_STREAMS + index for index in indices]
-        rollout = sample_responses(
-            trainer, prompts, indices, stream_ids, flag, from_reference=from_reference
+        stream_ids = [HELD_OUT_STREAMS + index for index in self._indices]
+        return sample_responses(
+            self.trainer,
+            self.trainer.held_out,
+            self._indices,
+            stream_ids,
+            flag,
+            from_reference=from_reference,
         )
-        raw = trainer.rewards.raw(prompts.samples(indices, rollout.texts), rollout.ended)
-        return ScoredRollout(indices, rollout, raw)
 
     @torch.no_grad()
     def _kl(self, rollout: Rollout) -> Tensor:
@@ -116,7 +107,7 @@ class WinRate:
         """Write the first few prompts with both models' responses."""
         trainer, reference = self.trainer, self._reference
         assert reference is not None
-        for place, index in enumerate(policy.indices[: trainer.config.samples]):
+        for place, index in enumerate(self._indices[: trainer.config.samples]):
             row: dict[str, Any] = {
                 "step": trainer.state.progress.step,
                 "prompt": trainer.held_out.rows[index].text,
