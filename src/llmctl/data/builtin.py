@@ -263,12 +263,9 @@ def tasks(seed: int = 0, count: int = COUNT, kinds: Sequence[str] = ()) -> tuple
 
 
 def named_tasks(name: str, data: str = TASKS) -> tuple[int, tuple[Task, ...]]:
-    """Make the tasks of `builtin:tasks`, `builtin:tasks:SEED`, `builtin:tasks:SEED:KIND+KIND`.
+    """Make the tasks of `builtin:tasks`, `…:SEED` or `…:SEED:KIND+KIND`; return the seed, too.
 
     A space in the name of a kind is written `-`; `data` is what stands before the seed.
-
-    Returns:
-        The seed, 0 if none is named, and its tasks.
 
     Raises:
         DataError: no such seed or kind.

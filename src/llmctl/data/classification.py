@@ -251,11 +251,7 @@ def _require_apart(split: Split[Example]) -> None:
 def _encode(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int, *, drop: bool
 ) -> tuple[list[tuple[Example, list[int], bool]], int]:
-    """Encode texts.
-
-    Returns:
-        Each example, its tokens, and whether they were cut; and how many were left out instead.
-    """
+    """Encode texts to (example, tokens, whether they were cut); count those left out instead."""
     options: dict[str, Any] = {"split_special_tokens": True, "return_attention_mask": False}
     kept: list[tuple[Example, list[int], bool]] = []
     for start in range(0, len(examples), BATCH):

@@ -202,10 +202,7 @@ class CheckedCorpus:
         ]
 
     def write(self, folder: Path, vocabulary: Vocabulary) -> dict[str, Any]:
-        """Encode every document into shards under `folder`, the index last.
-
-        Returns:
-            Metrics of the corpus.
+        """Encode every document into shards under `folder`, the index last; return its metrics.
 
         Raises:
             DataError: text that cannot be encoded, or that changed since it was first read.

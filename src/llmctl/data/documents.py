@@ -88,10 +88,7 @@ def _text(source: Source) -> Iterator[Piece]:
 
 
 def read_texts(data: Sequence[str], most: int) -> tuple[list[str], list[str], list[dict[str, Any]]]:
-    """Read plain text files, each as one document.
-
-    Returns:
-        Documents, names that are not plain text, and inputs for the manifest.
+    """Read text files as documents; return also the names of others, and the manifest's inputs.
 
     Raises:
         DataError: a file that is missing, not UTF-8, or holds nothing but white space.

@@ -151,14 +151,9 @@ def hold_out(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Split in two: the examples with the smallest hashes validate, near-equal ones together.
 
-    Args:
-        examples: all of them.
-        size: how many validate, a few less where near-equal ones would be parted.
-        fraction: share of them, where `size` is None; by default a tenth, at most `most`, and
-            none where there are few or all say the same.
-        key: examples of the same hash are never parted.
-        most: how many validate at most, where neither size nor fraction is given.
-        noun: what errors call the examples.
+    `size` validate, a few less where near-equal ones would be parted; else a `fraction`, by default
+    a tenth, at most `most`, and none where there are few or all say the same. Errors call them
+    `noun`.
 
     Returns:
         Numbers of those that train and of those that validate, each in order.

@@ -128,10 +128,7 @@ def merge(mergeable: Mergeable, device: str = "cpu") -> Merged:
 
 
 def merge_model(model: "PeftModel") -> tuple[PreTrainedModel, float]:
-    """Merge an adapter into the model under it, which is in float32 and not quantized.
-
-    Returns:
-        The model, its weights changed in place, and the largest difference of its logits.
+    """Merge an adapter in place into its float32 model; return how much logits differ at most, too.
 
     Raises:
         ModelError: more than rounding.

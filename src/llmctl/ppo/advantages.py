@@ -129,14 +129,8 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horiz
     """Coefficient beta after a batch, by proportional control in log space.
 
     e = clip(KL / target - 1, -0.2, 0.2), beta <- beta (1 + K e) (Ziegler et al., 2019,
-    arXiv:1909.08593, section 2.2), with K = episodes / horizon as in their code.
-
-    Args:
-        kl_coef: beta so far.
-        kl: mean KL of a response of the batch, in nats.
-        target: the KL to hold, in nats.
-        episodes: of the batch.
-        horizon: episodes in which a clipped error moves beta by a factor of about e^0.2.
+    arXiv:1909.08593, section 2.2), with K = episodes / horizon as in their code. The KL is a mean
+    over responses, in nats; in `horizon` episodes a clipped error moves beta by about e^0.2.
     """
     error = min(0.2, max(-0.2, kl / target - 1))
     return kl_coef * (1 + error * episodes / horizon)

@@ -46,12 +46,9 @@ class EnergyMeter:
         self.packages = now
 
     def add(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
-        """Add the energy used since the last reading to what the manifest has.
+        """Return the manifest's `energy` (kwh, seconds, method) with that since the last reading.
 
-        The manifest names the device; its `energy` is that of the run up to the last reading.
-
-        Returns:
-            The manifest's new `energy`: kwh, seconds and method.
+        Where the manifest names a GPU as device, that counts, too.
         """
         self.tick()
         earlier = manifest.get("energy") or {"kwh": 0.0, "seconds": 0.0}

@@ -57,14 +57,11 @@ class Tracking:
     working: list[Tracker] = field(default_factory=list)
 
     def start(self, run_id: str, known: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
-        """Open the trackers, where training begins or continues.
+        """Open the trackers where training begins or continues; return what the manifest keeps.
 
         `run_id` names the run to trackers that have not seen it, `known` is what an earlier call
         returned, and `rows` are the metrics that stand, without those after the checkpoint that a
         run resumes from.
-
-        Returns:
-            What the manifest should keep.
         """
         openers = {EVENTS: _tensorboard, "trackio": _trackio, "wandb": _wandb}
         for name in self.names:

@@ -77,8 +77,7 @@ def load_language_model(
 ) -> tuple[Any, list[int]]:
     """Load the model, with a row for every token and an adapter where one is to be trained.
 
-    Returns:
-        The model, and the tokens that end what it writes.
+    Also returns the tokens that end what it writes.
 
     Raises:
         ModelError: the model does not load, or is an adapter.

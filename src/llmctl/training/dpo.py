@@ -354,11 +354,7 @@ def build_dpo(
 def log_probabilities(
     model: Any, token_loss: TokenLoss, batch: Batch
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of each response given its prompt, (2B,) in float64.
-
-    Returns:
-        It, and the balancing loss of a mixture of experts.
-    """
+    """Log-probabilities (2B,) of responses after their prompts, float64, and the balancing loss."""
     rows = {name: value for name, value in batch.items() if name not in PAIRED}
     tokens = token_loss(model, rows)
     count, length = batch["labels"].shape

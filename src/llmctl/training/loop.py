@@ -282,13 +282,10 @@ def update(
     flag: StopFlag,
     name: Callable[[], str],
 ) -> StepOutcome:
-    """Clip the gradients, and update the weights where all numbers are finite. Collective.
+    """Clip the gradients, update where all numbers are finite; say what ranks saw. Collective.
 
     `weights` have their gradients, reduced over processes; `loss` is this rank's share. `name` says
     which examples the step was computed from.
-
-    Returns:
-        What all ranks saw of the step.
 
     Raises:
         DivergedError: loss or gradients are not finite, and the run is to stop at that.

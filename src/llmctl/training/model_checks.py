@@ -23,12 +23,8 @@ def require_isolated(model: Any, rows: "SequenceRows", vocabulary: int) -> float
     """Change the first sequence of a packed row: the logits of the others must stay.
 
     Models differ in how they make their masks, and one that ignores positions would train every
-    sequence on the text of strangers, unseen in the loss.
-
-    Ids below `vocabulary` are the model's.
-
-    Returns:
-        The largest relative change.
+    sequence on the text of strangers, unseen in the loss. Ids below `vocabulary` are the model's.
+    Returns the largest relative change.
 
     Raises:
         ModelError: they change.

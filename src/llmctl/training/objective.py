@@ -58,12 +58,9 @@ class Validation:
 
     @torch.no_grad()
     def sums(self, model: Any, measure: Callable[[Any, Batch], Tensor]) -> Tensor:
-        """Sum a function of the model and a batch over all batches that count. Collective.
+        """Sum a tensor of sums over a batch, always of one shape, over all batches that count.
 
-        `measure` gives a tensor of sums over a batch, always of one shape.
-
-        Returns:
-            Sums over all processes, in float64 on the CPU.
+        In float64 on the CPU, over all processes. Collective.
         """
         where = "cpu" if self.device == "mps" else self.device  # which has no float64
         total: Tensor | None = None

@@ -20,10 +20,7 @@ from llmctl.models.causality import is_encoder
 def prepare_template(
     tokenizer: PreTrainedTokenizerBase, shape: PreTrainedConfig, choice: str | None
 ) -> list[str]:
-    """Set the chosen chat template; an encoder without a choice keeps its own, or none.
-
-    Returns:
-        The special tokens added to it.
+    """Set the chosen chat template, or keep an encoder's without a choice; return the tokens added.
 
     Raises:
         UserError: neither a name nor a file.

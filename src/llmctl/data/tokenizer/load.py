@@ -74,10 +74,7 @@ def vocabulary_of(
 
 
 def load_vocabulary(reference: str) -> tuple[Vocabulary, Callable[[Path], None]]:
-    """Load a tokenizer from a run, a folder or the Hub.
-
-    Returns:
-        The tokenizer, and a function that saves it to another folder.
+    """Load a tokenizer from a run, a folder or the Hub, and a function that saves it elsewhere.
 
     Raises:
         ModelError: there is no tokenizer, or not one that can be used.
