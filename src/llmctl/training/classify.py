@@ -105,16 +105,12 @@ def prepare_classification(
     train = TextRows(data.train, pad)
     val = None if data.val is None else TextRows(data.val, pad)
     objective = Classification(len(data.labels), None)
+
+    def loss(copied: Any, batch: Batch) -> Tensor:
+        return objective.loss(copied, batch).total
+
     return prepare(
-        config,
-        "texts",
-        model,
-        train,
-        val,
-        accelerator,
-        device,
-        loss=lambda copied, batch: objective.loss(copied, batch).total,
-        is_classifier=True,
+        config, "texts", model, train, val, accelerator, device, loss=loss, is_classifier=True
     )
 
 

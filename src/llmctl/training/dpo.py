@@ -287,17 +287,11 @@ def prepare_dpo(
         token_loss = token_loss_of(copied, chunked=config.chunked_loss)
         return log_probabilities(copied, token_loss, batch)[0].sum()
 
+    def check() -> None:
+        require_causal(model, data.embedding_rows)
+
     return prepare(
-        config,
-        "pairs",
-        model,
-        train,
-        val,
-        accelerator,
-        device,
-        loss=loss,
-        check=lambda: require_causal(model, data.embedding_rows),
-        stops=stops,
+        config, "pairs", model, train, val, accelerator, device, loss=loss, check=check, stops=stops
     )
 
 

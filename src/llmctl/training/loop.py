@@ -201,7 +201,9 @@ def fit(trainer: Trainer) -> dict[str, Any]:
     done, meter = state.progress, Meter(state)
     with stop_flag() as flag, ProgressBar(state.run.stage, values.max_steps) as progress_bar:
         progress_bar.start_at(done.step)
-        meter.sample_before()
+        if done.step == 0:  # what the model says before it learns
+            with meter.paused():
+                state.sample(0)
         if not is_over(state):
             batches = micro_batches(trainer, done.step)
             if state.world > 1:

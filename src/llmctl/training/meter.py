@@ -34,12 +34,6 @@ class Meter:
         self._trained += away
         self._since = self._since[0] + away, self._since[1]
 
-    def sample_before(self) -> None:
-        """Have a run that has done no step write down what its model says."""
-        if self.state.progress.step == 0:
-            with self.paused():
-                self.state.sample(0)
-
     def keep_time(self) -> None:
         """Bring the progress's clocks up to now, for a checkpoint or a line."""
         now, done = time.perf_counter(), self.state.progress

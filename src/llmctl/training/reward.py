@@ -146,16 +146,12 @@ def prepare_reward(
     train = ScoredPairRows(data.train, pad, uses_token_types=types)
     val = ScoredPairRows(data.val, pad, uses_token_types=types) if data.val else None
     objective = PairwisePreference(config.center_rewards or 0.0, None)
+
+    def loss(copied: Any, batch: Batch) -> Tensor:
+        return objective.loss(copied, batch).total
+
     return prepare(
-        config,
-        "pairs",
-        model,
-        train,
-        val,
-        accelerator,
-        device,
-        loss=lambda copied, batch: objective.loss(copied, batch).total,
-        is_classifier=True,
+        config, "pairs", model, train, val, accelerator, device, loss=loss, is_classifier=True
     )
 
 

@@ -94,16 +94,7 @@ def prepare_sft(
         return token_loss_of(copied, chunked=config.chunked_loss)(copied, batch).losses.sum()
 
     prepared = prepare(
-        config,
-        "rows",
-        model,
-        train,
-        val,
-        accelerator,
-        device,
-        loss=loss,
-        check=check,
-        stops=stops,
+        config, "rows", model, train, val, accelerator, device, loss=loss, check=check, stops=stops
     )
     if accelerator.is_main_process and config.packing:
         log.info("%s sequences in %s rows", f"{len(data.train):,}", f"{len(train):,}")
@@ -132,17 +123,12 @@ def build_sft(
     objective = SupervisedTokens(token_loss, prepared.validation(accelerator, device))
     prompts = prompts_of(config, data.format, data.train_examples, data.val_examples)
     stops = prepared.stops
+    sampler = TextSampler(config, prompts, data.tokenizer, model, stops, run, accelerator)
+    settings = {
+        "packing": config.packing,
+        "chunked_loss": config.chunked_loss,
+        "load_in": load_in(config),
+    }
     return prepared.assemble(
-        config,
-        data,
-        run,
-        accelerator,
-        device,
-        objective,
-        settings={
-            "packing": config.packing,
-            "chunked_loss": config.chunked_loss,
-            "load_in": load_in(config),
-        },
-        sample=TextSampler(config, prompts, data.tokenizer, model, stops, run, accelerator).write,
+        config, data, run, accelerator, device, objective, settings=settings, sample=sampler.write
     )
