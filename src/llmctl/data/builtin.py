@@ -314,11 +314,7 @@ def _draw_problem(
 
 
 def named_preferences(name: str) -> tuple[dict[str, str], ...]:
-    """Make those of `builtin:preferences`, `builtin:preferences:SEED`, or `…:SEED:KIND+KIND`.
-
-    Raises:
-        DataError: no such seed or kind.
-    """
+    """Make those of `builtin:preferences`, `…:SEED` or `…:SEED:KIND+KIND`; see `named_tasks`."""
     seed, named = named_tasks(name, PREFERENCES)
     return _preferences(named, seed)
 

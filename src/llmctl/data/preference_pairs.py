@@ -66,10 +66,6 @@ class Pairs:
             digest.update(part.tobytes())
         return digest.hexdigest()
 
-    def without_margins(self) -> "Pairs":
-        """Return the same pairs with margins of 0."""
-        return replace(self, margins=np.zeros_like(self.margins))
-
 
 def encode_pairs(
     response_format: ResponseFormat,
@@ -224,7 +220,10 @@ def load_reward_data(config: RewardConfig, clock: str | None = None) -> Preferen
     _require_known_tokens(data.train, preferences.train, data)
     if data.val is not None:
         _require_known_tokens(data.val, preferences.val, data)
-    return data if config.margin else replace(data, train=data.train.without_margins())
+    if config.margin:
+        return data
+    no_margins = np.zeros_like(data.train.margins)
+    return replace(data, train=replace(data.train, margins=no_margins))
 
 
 def load_dpo_data(config: DpoConfig, clock: str | None = None) -> PreferenceData:

@@ -101,11 +101,7 @@ def scan(
 
 
 def plan_split(scanned: Scan, fraction: float | None) -> SplitPlan:
-    """Choose the validation documents: about `fraction` of all, by hash.
-
-    Raises:
-        DataError: one side would be empty.
-    """
+    """Choose about `fraction` of all documents by hash; raise a DataError for an empty side."""
     if fraction is None:
         fraction = min(VAL_FRACTION, VAL_BYTES / scanned.bytes)
     if fraction == 0:

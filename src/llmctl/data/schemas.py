@@ -186,10 +186,8 @@ def check_turns(messages: list[Message], name: str) -> None:
 def parse_hh_rlhf(text: str, name: str) -> list[Message] | None:
     """Parse the messages of a text in the form of hh-rlhf (Bai et al., 2022, arXiv:2204.05862).
 
-    Its turns begin with `Human:` and `Assistant:` after an empty line; None for other texts.
-
-    Raises:
-        DataError: a turn that says nothing.
+    Its turns begin with `Human:` and `Assistant:` after an empty line; None for other texts. Raises
+    a DataError for a turn that says nothing.
     """
     first, *parts = re.split(r"\n\n(Human|Assistant):", text)
     if first or not parts:

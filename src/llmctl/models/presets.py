@@ -157,11 +157,7 @@ def count_parameters(config: PreTrainedConfig) -> int:
 
 
 def meta_model(config: PreTrainedConfig, *, scores: bool = False) -> PreTrainedModel:
-    """Build an untrained model without memory for its weights; with `scores` a reward model.
-
-    Raises:
-        ModelError: transformers has no such model of the configuration.
-    """
+    """Build a model, or a reward model, without memory; raise a ModelError if unknown."""
     kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     try:
         with torch.device("meta"):

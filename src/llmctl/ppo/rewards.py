@@ -88,11 +88,7 @@ class RewardSum:
     missing_eos_penalty: float
 
     def raw(self, samples: Sequence[Sample], ended: Sequence[bool]) -> RawScores:
-        """Score samples with each reward.
-
-        Raises:
-            DataError: a reward that fails, or gives NaN or infinity.
-        """
+        """Score samples by each reward; raise a DataError where one fails, or is not finite."""
         raw = {}
         for source in self.sources:
             scores = source.score(samples, ended).float()
@@ -144,11 +140,7 @@ def rule_reward(name: str, weight: float, rule: Rule) -> RewardSource:
 
 
 def parse_weight(flag: str, text: str) -> tuple[str, float]:
-    """Split `runs/helpful=0.7` into name and weight, by default 1.
-
-    Raises:
-        UserError: a weight of 0, or one that is not finite.
-    """
+    """Split `runs/helpful=0.7` into name and weight, else 1; raise a UserError for 0 or NaN."""
     name, number = split_weight(text)
     weight = float(number.removeprefix("=") or 1)
     if not weight or not math.isfinite(weight):

@@ -36,11 +36,7 @@ Rule = Callable[[Sequence[Sample]], list[float]]
 
 
 def find_rule(name: str) -> Rule:
-    """Find the function of a rule.
-
-    Raises:
-        UserError: no such rule, or an invalid argument.
-    """
+    """Find the function of a rule; raise a UserError for no rule, or an invalid argument."""
     kind, _, argument = name.partition(":")
     if kind == "exact" and not argument:
         return _for_each(exact)

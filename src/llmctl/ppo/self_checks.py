@@ -73,13 +73,16 @@ def run_self_checks(
         temperature=_temperature(models, sequences, mask, precision),
         sampling=magnitude(sampled - log_probs, precision),
     )
-    off_by = f"off by {checks.temperature:.3g} nats"
-    _require(checks.ratio <= bound, f"the ratio is off 1 by {checks.ratio:.3g}", RATIO_HINT)
-    _require(checks.kl <= bound, f"policy and reference differ by {checks.kl:.3g} nats", KL_HINT)
-    _require(checks.padding <= bound, f"padding moves it by {checks.padding:.3g}", PADDING_HINT)
-    _require(checks.temperature <= bound, off_by, TEMPERATURE_HINT)
-    off_by = f"off by {checks.sampling:.3g} nats"
-    _require(checks.sampling <= SAMPLING_BOUND, off_by, SAMPLING_HINT)
+    for difference, most, problem, hint in (
+        (checks.ratio, bound, "the ratio is off 1 by {:.3g}", RATIO_HINT),
+        (checks.kl, bound, "policy and reference differ by {:.3g} nats", KL_HINT),
+        (checks.padding, bound, "padding moves it by {:.3g}", PADDING_HINT),
+        (checks.temperature, bound, "off by {:.3g} nats", TEMPERATURE_HINT),
+        (checks.sampling, SAMPLING_BOUND, "off by {:.3g} nats", SAMPLING_HINT),
+    ):
+        if not difference <= most:
+            what = problem.format(difference)
+            raise ModelError(f"a self-check before training failed: {what}", hint=hint)
     log.info(
         "self-checks: ratio 1 within %.1g, KL 0 within %.1g, padding %.1g, temperature %.1g, "
         "sampler %.1g",
@@ -92,11 +95,6 @@ def magnitude(difference: Tensor, precision: str) -> float:
     """Largest absolute difference in float32, the mean in bf16: see TOLERANCE."""
     absolute = difference.abs()
     return float(absolute.max() if precision == "fp32" else absolute.mean())
-
-
-def _require(holds: bool, problem: str, hint: str) -> None:
-    if not holds:
-        raise ModelError(f"a self-check before training failed: {problem}", hint=hint)
 
 
 def _padding(models: ActorCritic, experience: Experience, eos: set[int], precision: str) -> float:

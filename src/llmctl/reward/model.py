@@ -155,7 +155,12 @@ def load_reward_model(
     pad = _padding(tokenizer, shape, folder)
     shape.get_text_config().pad_token_id = pad
     rows = int(model.get_input_embeddings().weight.shape[0])
-    _check_padding(model, pad, rows)
+    if pad >= rows:
+        raise ModelError(
+            f"the padding token has the id {pad:,}, and the model only {rows:,} embeddings: the "
+            "tokenizer is another model's"
+        )
+    probe_padding(model, pad)
     response_format = ResponseFormat(tokenizer, shape)
     limits = (context_size(shape), learned_positions(model), int(tokenizer.model_max_length))
     room = min(limit for limit in (*limits, 1 << 40) if limit is not None)
@@ -247,12 +252,3 @@ def _padding(tokenizer: PreTrainedTokenizerBase, shape: PreTrainedConfig, folder
             hint="give it a padding token of its own, or train it with llmctl reward",
         )
     return int(pad)
-
-
-def _check_padding(model: Any, pad: int, rows: int) -> None:
-    if pad >= rows:
-        raise ModelError(
-            f"the padding token has the id {pad:,}, and the model only {rows:,} embeddings: the "
-            "tokenizer is another model's"
-        )
-    probe_padding(model, pad)

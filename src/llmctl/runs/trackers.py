@@ -88,11 +88,7 @@ class Tracking:
 
 
 def requested_trackers(config: StageConfig, stage: str, path: Path | None) -> Tracking | None:
-    """Return the trackers that a command reports to, not yet at work; None without any.
-
-    Raises:
-        ResourceError: one is not installed; with what to type.
-    """
+    """Return a command's trackers, not yet at work; raise a ResourceError if one is missing."""
     names: list[str] = dict(config).get("report_to", [])
     for name in names:
         require_extra(name, name, f"--report-to {name}")

@@ -224,11 +224,7 @@ class Windows:
     """Training windows of T + 1 tokens, reshuffled and shifted every epoch."""
 
     def __init__(self, split: "TokenSplit", context: int, seed: int) -> None:
-        """Cut the split into windows that overlap by one token.
-
-        Raises:
-            DataError: the split is shorter than one window.
-        """
+        """Cut windows that overlap by a token; raise a DataError if the split has none."""
         if split.tokens < context + 1:
             raise DataError(
                 f"the corpus has {split.tokens:,} training tokens, fewer than one sequence of "

@@ -65,24 +65,17 @@ def autocast(precision: str, device: str) -> AbstractContextManager[Any]:
 
 def _require_in_force(placement: Placement, accelerator: Accelerator) -> None:
     world = accelerator.num_processes
-    if _launched_as_one():
+    env = os.environ
+    # accelerate's single-process launcher sets an address for several, and no rank
+    if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env and "RANK" not in env:
         raise UserError(
             "`accelerate launch` was asked for several CPU processes and started one",
             hint="use --processes N, or torchrun --nproc-per-node N -m llmctl …",
         )
     if placement.processes is not None and placement.processes != world:
         raise UserError(f"--processes {placement.processes}: the launcher started {world}")
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not is_sharded(accelerator):
+    if env.get("ACCELERATE_USE_FSDP") == "true" and not is_sharded(accelerator):
         raise ResourceError(
             "FSDP was asked for, and Accelerate does not run it on this device",
             hint="use GPUs, or a configuration without FSDP",
         )
-
-
-def _launched_as_one() -> bool:
-    """Accelerate's single-process launcher sets an address for several, and no rank."""
-    return (
-        "ACCELERATE_MIXED_PRECISION" in os.environ
-        and "MASTER_ADDR" in os.environ
-        and "RANK" not in os.environ
-    )

@@ -81,11 +81,7 @@ def restore(model: nn.Module, optimizers: list[Optimizer], content: CheckpointCo
 
 @torch.no_grad()
 def put_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give a model, placed as it trains, the weights of a checkpoint.
-
-    Raises:
-        ModelError: they have other names or shapes than the model's.
-    """
+    """Give a model, placed as it trains, weights; raise a ModelError for other names or shapes."""
     named = _trained(model)
     if unknown := sorted(set(named) ^ set(tensors)):
         raise ModelError(f"the checkpoint is of another model: {unknown[0]}")

@@ -65,8 +65,12 @@ class TokenLoss:
         nothing = logits.float().sum() * 0
         right = torch.zeros((), dtype=torch.long, device=logits.device)
         losses = []
+
+        def project(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+            return _nll(self.head(states), wanted)
+
         for states, some in zip(torch.split(kept[0], size), torch.split(wanted, size), strict=True):
-            loss, correct = checkpoint(_project, self.head, states, some, use_reentrant=False)
+            loss, correct = checkpoint(project, states, some, use_reentrant=False)
             losses.append(loss)
             right = right + correct
         return TokenLosses(torch.cat(losses) + nothing, right, balance)
@@ -109,10 +113,6 @@ def require_chunkable(model: nn.Module, loss: TokenLoss, batch: Mapping[str, Any
             "changes its logits after the output layer",
             hint="drop --chunked-loss",
         )
-
-
-def _project(head: nn.Module, states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    return _nll(head(states), wanted)
 
 
 def _nll(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,11 +85,7 @@ class ChatFormat:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
-        """Encode a conversation up to where the assistant's turn begins.
-
-        Raises:
-            ModelError: the template refuses these messages.
-        """
+        """Encode what precedes an assistant's turn; raise a ModelError if the template refuses."""
         (text,) = self._render(messages, [(len(messages), True)], tools)
         return self._specials.encode([text])[0]
 
