@@ -26,7 +26,7 @@ from llmctl.data.split import (
     find_overlap,
     read_split,
 )
-from llmctl.data.tokenized import resolve_max_length
+from llmctl.data.tokenized import FlatTokens, resolve_max_length
 from llmctl.data.tokenizer.train import PAD
 from llmctl.errors import DataError, ModelError
 from llmctl.models.classifiers import classifier_labels
@@ -89,26 +89,13 @@ def list_labels(names: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class EncodedTexts:
-    """N texts of T tokens in all, and their classes."""
+class EncodedTexts(FlatTokens):
+    """Texts and their classes."""
 
-    tokens: NDArray[np.int32]
-    """(T,) ids, one text after the other."""
-    starts: NDArray[np.int64]
-    """(N + 1,) where each text begins, and where the last one ends."""
     classes: NDArray[np.int64]
     """(N,) label number of each text."""
     cut: int
     """Texts that lost their end."""
-
-    def __len__(self) -> int:
-        """N."""
-        return len(self.classes)
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """(N,) tokens of each text."""
-        return np.diff(self.starts)
 
     def text(self, number: int) -> NDArray[np.int32]:
         """Tokens of one text."""

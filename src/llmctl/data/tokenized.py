@@ -38,21 +38,13 @@ class EncodedSequence(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Tokenized:
-    """N training sequences of T tokens in all."""
+class FlatTokens:
+    """N sequences of T tokens in all."""
 
     tokens: NDArray[np.int32]
     """(T,) ids, one sequence after the other."""
-    trained: NDArray[np.bool_]
-    """(T,) whether a token counts in the loss."""
     starts: NDArray[np.int64]
     """(N + 1,) where each sequence begins, and where the last one ends."""
-    full_lengths: NDArray[np.int64]
-    """(N,) tokens of each before any cut."""
-    ends: NDArray[np.bool_]
-    """(N,) whether its last trained token ended a turn or a text, before any cut."""
-    rows: NDArray[np.int64]
-    """(N,) number of the example that each was made of; several may be made of one."""
 
     def __len__(self) -> int:
         """N."""
@@ -62,6 +54,20 @@ class Tokenized:
     def lengths(self) -> NDArray[np.int64]:
         """(N,) tokens of each sequence."""
         return np.diff(self.starts)
+
+
+@dataclass(frozen=True)
+class Tokenized(FlatTokens):
+    """Sequences to train on."""
+
+    trained: NDArray[np.bool_]
+    """(T,) whether a token counts in the loss."""
+    full_lengths: NDArray[np.int64]
+    """(N,) tokens of each before any cut."""
+    ends: NDArray[np.bool_]
+    """(N,) whether its last trained token ended a turn or a text, before any cut."""
+    rows: NDArray[np.int64]
+    """(N,) number of the example that each was made of; several may be made of one."""
 
     @property
     def cut(self) -> NDArray[np.bool_]:
@@ -100,8 +106,8 @@ class Tokenized:
         places = np.repeat(self.starts[numbers], lengths) + within
         return Tokenized(
             self.tokens[places],
-            self.trained[places],
             starts,
+            self.trained[places],
             self.full_lengths[numbers],
             self.ends[numbers],
             self.rows[numbers],
@@ -134,8 +140,8 @@ def collect(examples: Iterable[Iterable[EncodedSequence]]) -> Tokenized:
     lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)
     return Tokenized(
         np.concatenate([np.zeros(0, np.int32), *tokens]),
-        np.concatenate([np.zeros(0, np.bool_), *trained]),
         np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        np.concatenate([np.zeros(0, np.bool_), *trained]),
         lengths,
         np.array(ends, dtype=np.bool_),
         np.array(rows, dtype=np.int64),

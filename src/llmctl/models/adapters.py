@@ -9,7 +9,8 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,15 +128,22 @@ def save_adapter(
     metadata = {"format": "pt", BASE_SHA256: base_sha256}
     if (precision := loaded_in(model.get_base_model())) != "full":
         metadata[BASE_LOADED_IN] = precision
+    with filled_folder(folder) as staging:
+        config.save_pretrained(str(staging))
+        save_file(state, staging / WEIGHTS, metadata=metadata)
+        _sort_metadata(staging / WEIGHTS)
+        tokenizer.save_pretrained(staging)
+        if generation_config is not None:
+            generation_config.save_pretrained(staging)
+
+
+@contextmanager
+def filled_folder(folder: Path) -> Iterator[Path]:
+    """Have the body fill a sibling of a folder, which then takes its place."""
     staging = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    config.save_pretrained(str(staging))
-    save_file(state, staging / WEIGHTS, metadata=metadata)
-    _sort_metadata(staging / WEIGHTS)
-    tokenizer.save_pretrained(staging)
-    if generation_config is not None:
-        generation_config.save_pretrained(staging)
+    yield staging
     follow_umask(staging)
     replace_folder(staging, folder)
 

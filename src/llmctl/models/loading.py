@@ -1,6 +1,5 @@
 """Load and save models and tokenizers: plain Hugging Face folders, nothing else."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,15 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from llmctl.errors import ModelError
-from llmctl.files import follow_umask, replace_folder
 from llmctl.models import patched_attention
-from llmctl.models.adapters import AdapterInfo, is_adapter, put_adapter, read_adapter, require_base
+from llmctl.models.adapters import (
+    AdapterInfo,
+    filled_folder,
+    is_adapter,
+    put_adapter,
+    read_adapter,
+    require_base,
+)
 from llmctl.models.causality import require_causal_config
 from llmctl.models.hub import download, is_hub_id
 from llmctl.models.quantized import LoadIn, quantization_config, saved_precision
@@ -199,12 +204,9 @@ def write_folder(
     folder: Path,
 ) -> None:
     """Write a model of any kind with its generation config as it is; otherwise as `save_model`."""
-    staging = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging, state_dict=state)
-    tokenizer.save_pretrained(staging)
-    follow_umask(staging)
-    replace_folder(staging, folder)
+    with filled_folder(folder) as staging:
+        model.save_pretrained(staging, state_dict=state)
+        tokenizer.save_pretrained(staging)
 
 
 def parse_dtype(name: str, device: str, folder_dtype: torch.dtype | None = None) -> torch.dtype:

@@ -376,8 +376,8 @@ def _one_after_the_other(first: Tokenized, second: Tokenized) -> Tokenized:
     """The sequences of both."""
     return Tokenized(
         np.concatenate([first.tokens, second.tokens]),
-        np.concatenate([first.trained, second.trained]),
         np.concatenate([first.starts, first.starts[-1] + second.starts[1:]]),
+        np.concatenate([first.trained, second.trained]),
         np.concatenate([first.full_lengths, second.full_lengths]),
         np.concatenate([first.ends, second.ends]),
         np.concatenate([first.rows, second.rows]),

@@ -57,11 +57,7 @@ class SupervisedTokens:
 
 
 def audited(config: SftConfig, data: SftData, *, is_main: bool) -> tuple[SftData, Audit]:
-    """Keep the examples that have something to learn from, and the report on all of them.
-
-    Raises:
-        DataError: they would train a broken model.
-    """
+    """Keep the examples that teach something, and the report; raise a DataError if it is bad."""
     report = audit(data, config, packing=config.packing)
     if is_main:
         log_summary(report)
