@@ -54,7 +54,7 @@ def read_append_log(path: Path, check: Check, prefix: bytes = PREFIX) -> LogCont
         for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), start=1):
             is_open = not line.endswith(b"\n")
             row, problem = _parse(line, check)
-            if problem and is_open and _is_cut(line, row, prefix):
+            if problem and is_open and row is None and line[: len(prefix)] == prefix[: len(line)]:
                 return LogContent(rows, starts, end, False)
             if problem:
                 raise OutputError(problem, file=path, line=number, hint="choose another --out")
@@ -76,11 +76,6 @@ def _parse(line: bytes, check: Check) -> tuple[Row | None, str | None]:
     if not isinstance(row, dict):
         return None, "holds something that is not jsonl of objects"
     return row, check(row)
-
-
-def _is_cut(line: bytes, row: Row | None, prefix: bytes) -> bool:
-    """Whether a last line without newline is the beginning of a row."""
-    return row is None and line[: len(prefix)] == prefix[: len(line)]
 
 
 class AppendLog:

@@ -126,6 +126,9 @@ class ClassificationData:
         """Statistics for the manifest."""
         counts = np.bincount(self.train.classes, minlength=len(self.labels))
         examples = [*self.split.train, *self.split.val]
+        labels = Counter(
+            text for text, _ in {(example.text, example.label) for example in examples}
+        )
         return {
             "rows": len(examples),
             "train_rows": len(self.train),
@@ -136,7 +139,7 @@ class ClassificationData:
             "dropped": self.dropped,
             "skipped": self.split.skipped,
             "duplicates": count_duplicates(examples),
-            "ambiguous": _ambiguous(examples),
+            "ambiguous": sum(count > 1 for count in labels.values()),
             "shared_texts": count_shared_prompts(self.split.train, self.split.val),
         }
 
@@ -286,9 +289,3 @@ def _collect(encoded: list[tuple[Example, list[int], bool]], labels: Sequence[st
         np.array([number[_label(example)] for example, _, _ in encoded], np.int64),
         sum(is_cut for _, _, is_cut in encoded),
     )
-
-
-def _ambiguous(examples: Sequence[Example]) -> int:
-    """Count the texts that have several labels."""
-    pairs = {(example.text, example.label) for example in examples}
-    return sum(count > 1 for count in Counter(text for text, _ in pairs).values())

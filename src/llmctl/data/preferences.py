@@ -82,7 +82,7 @@ def parse_preferences(record: SourceRow, layout: Layout, dropped: Counter[str]) 
         dropped[UNDECIDED] += 1
         return []
     margin = _margin(values.get("margin"), columns.get("margin", ""))
-    unequal = [(chosen, rejected) for chosen, rejected in pairs if not _same(chosen, rejected)]
+    unequal = [(a, b) for a, b in pairs if (a.text, a.messages) != (b.text, b.messages)]
     if not unequal:
         dropped[EQUAL] += 1
     weight = 1 / max(1, len(unequal))
@@ -199,10 +199,6 @@ def _require_prompt(messages: list[Message], prompt: Any, column: str, name: str
     texts = [message["content"].strip() for message in messages]
     if any(message["content"].strip() not in texts for message in prompt_messages):
         raise DataError(f"`{name}` is a whole conversation, and `{column}` is not in it")
-
-
-def _same(chosen: Example, rejected: Example) -> bool:
-    return (chosen.text, chosen.messages) == (rejected.text, rejected.messages)
 
 
 def _shared(chosen: Example, rejected: Example) -> int:

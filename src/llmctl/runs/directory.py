@@ -33,6 +33,7 @@ from llmctl.runs.ownership import (
     METRICS,
     Claim,
     claim,
+    drop_aside,
     is_resumable,
     made_directory,
     parse_object,
@@ -150,7 +151,7 @@ def open_run(stage: str, config: StageConfig) -> Iterator[Run]:
                 _fail(run, error, owned)
             run.end_tracking(error.code if isinstance(error, UserError) else 1)
             raise
-        owned.drop_replaced()
+        drop_aside(run.path)
         run.end_tracking(0)
 
 

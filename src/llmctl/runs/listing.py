@@ -63,12 +63,13 @@ def summarize(path: Path, now: datetime) -> RunSummary:
     stage = _typed(manifest.get("stage"), str)
     last = _last_metrics(path / "metrics.jsonl")
     plan = _typed(manifest.get("plan"), dict) or {}
+    steps = (status.get("step"), last.get("step"))
     updated = _updated(path, status)
     return RunSummary(
         path=str(path),
         stage=stage,
         status=state,
-        step=_latest(status.get("step"), last.get("step")),
+        step=max((step for step in steps if isinstance(step, int)), default=None),
         max_steps=_typed(plan.get("max_steps"), int),
         loss=_number(last.get("loss")),
         val_loss=_number(last.get("val_loss")),
@@ -175,10 +176,6 @@ def _resume_command(path: Path, stage: str, manifest: dict[str, Any]) -> str:
     changed = _typed(resumed.get("changed"), dict)
     allow = ["--resume-allow", ",".join(changed)] if changed else []
     return shlex.join(["llmctl", stage, "-c", recipe, "-o", place, "--resume", *allow])
-
-
-def _latest(*steps: Any) -> int | None:
-    return max((s for s in steps if isinstance(s, int)), default=None)
 
 
 def _number(value: Any) -> float | None:

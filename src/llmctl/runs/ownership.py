@@ -58,10 +58,6 @@ class Claim:
         for path in (*files, *folders, self.path):
             fsync(path)
 
-    def drop_replaced(self) -> None:
-        """Delete what the run replaced, once it has completed."""
-        _drop_aside(self.path)
-
     def has_ended(self) -> bool:
         """Whether the resumed run itself recorded how it ended."""
         state = parse_object(self.earlier.get("status.json", b"")).get("state")
@@ -200,13 +196,13 @@ def _recover(path: Path) -> None:
         return
     here, aside = (is_llmctl_manifest(read_json(p / MANIFEST)) for p in (path, path / ASIDE))
     if here and aside:
-        _drop_aside(path)
+        drop_aside(path)
     elif here or aside:
         _put_back(path)
 
 
-def _drop_aside(path: Path) -> None:
-    """Delete what was replaced, under another name: half of it must never be put back."""
+def drop_aside(path: Path) -> None:
+    """Delete what a run replaced, under another name: half of it must never be put back."""
     if (path / ASIDE).is_dir():
         (path / ASIDE).rename(path / DOOMED)
         shutil.rmtree(path / DOOMED, ignore_errors=True)
