@@ -157,7 +157,7 @@ def count_parameters(config: PreTrainedConfig) -> int:
 
 
 def meta_model(config: PreTrainedConfig, *, scores: bool = False) -> PreTrainedModel:
-    """Build a model, or a reward model, without memory; raise a ModelError if unknown."""
+    """Build a model on the meta device, or a reward model; raise a ModelError if unknown."""
     kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     try:
         with torch.device("meta"):

@@ -111,7 +111,7 @@ class RewardSum:
     def combine(self, raw: RawScores, ended: Sequence[bool]) -> Tensor:
         """Normalize, weight and add the scores; penalize responses that did not end.
 
-        Gives what PPO maximizes, (N,).
+        The sums (N,) are what PPO maximizes.
         The penalty is subtracted, as by TRL; the EOS trick it stands for replaces the score
         (Huang et al., 2024, arXiv:2403.17031, section 7).
         """
@@ -140,7 +140,7 @@ def rule_reward(name: str, weight: float, rule: Rule) -> RewardSource:
 
 
 def parse_weight(flag: str, text: str) -> tuple[str, float]:
-    """Split `runs/helpful=0.7` into name and weight, else 1; raise a UserError for 0 or NaN."""
+    """Split `runs/helpful=0.7` into name and weight, or 1; raise a UserError for 0 or infinity."""
     name, number = split_weight(text)
     weight = float(number.removeprefix("=") or 1)
     if not weight or not math.isfinite(weight):
