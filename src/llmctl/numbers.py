@@ -1,7 +1,19 @@
 """Numbers as people read them: counts, sizes, durations and energy, in log lines and on pages."""
 
+from typing import Any, TypeGuard
+
 MISSING = "\N{EN DASH}"
 NARROW = "\N{NARROW NO-BREAK SPACE}"
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a value is a number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def cell(value: float) -> str:
+    """Format a number for a table in a terminal: all digits of a count, four of others."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def duration(seconds: float) -> str:

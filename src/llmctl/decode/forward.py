@@ -45,14 +45,24 @@ def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Te
     return torch.tensor(padded, device=device), torch.tensor(starts, device=device)
 
 
+def takes(model: PreTrainedModel, argument: str) -> bool:
+    """Whether the forward pass of a model, without its adapter, takes an argument."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return argument in signature(type(inner).forward).parameters
+
+
+def learns_prompt(model: PreTrainedModel) -> bool:
+    """Whether a model has an adapter of prompt tuning or the like."""
+    return hasattr(model, "active_peft_config") and model.active_peft_config.is_prompt_learning
+
+
 def require_cache(model: PreTrainedModel) -> None:
     """Refuse models without a cache of keys and values, such as Mamba and RWKV.
 
     Raises:
         ModelError: naming the architecture.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "past_key_values" not in signature(type(inner).forward).parameters:
+    if not takes(model, "past_key_values"):
         raise ModelError(f"llmctl cannot generate with {model.config.model_type} yet")
 
 
@@ -69,7 +79,7 @@ class HuggingFaceForward:
         self.device = model.device
         require_cache(model)
         self._virtual: Tensor | None = None
-        if hasattr(model, "active_peft_config") and model.active_peft_config.is_prompt_learning:
+        if learns_prompt(model):
             # PEFT puts the learned embeddings before every input, so also before each new token.
             learned = model.get_prompt(batch_size=1)
             if not isinstance(learned, Tensor):

@@ -35,7 +35,7 @@ PARAMETERS = {
         *("input_layernorm", "post_attention_layernorm"),
     )
 } | {f"self_attn.{part}_proj.bias" for part in "qkv"}
-"""Of one block; an adapter, a quantized layer or another bias has names that are not here."""
+"""Names in a block; an adapter, a quantized layer or another bias has names that are not here."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference in logits, relative to the largest logit."""
 
@@ -254,7 +254,7 @@ class LlamaForward:
         return self._turns[(columns - self._starts[:, None]).clamp(min=0)]
 
     def _prompt_mask(self, length: int) -> Tensor | None:
-        """What to add to a prompt's scores, None where plain causal attention will do.
+        """Return the addend of a prompt's scores, None where plain causal attention will do.
 
         Padding sees itself: without any key a query gives NaN on some backends.
         """

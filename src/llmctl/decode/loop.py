@@ -32,9 +32,9 @@ class Prompt:
 
     tokens: Sequence[int]
     stream_id: int
-    """Of the sampling stream: the same (seed, id) and prompt give the same text."""
+    """Id of the sampling stream: the same (seed, id) and prompt give the same text."""
     max_new_tokens: int | None = None
-    """In index of the sampling's."""
+    """In place of the sampling's."""
 
 
 @dataclass
@@ -42,13 +42,13 @@ class Response:
     """A generated text; finished when it is handed out."""
 
     index: int
-    """Of its prompt."""
+    """Place of its prompt."""
     tokens: list[int] = field(default_factory=list)
     """With the stop token, where one ended it."""
     text: str = ""
     finish_reason: FinishReason | None = None
     log_probs: list[float] = field(default_factory=list)
-    """Of each token at the sampling temperature, before any truncation; where asked for."""
+    """One a token, at the sampling temperature and before any truncation; where asked for."""
 
 
 @dataclass
@@ -227,14 +227,7 @@ def best_threads(parameters: int, rows: int, cores: int) -> int:
 def load_for_generation(
     reference: str, config: Loading, shape: PreTrainedConfig, *, device: str, rows: int
 ) -> PreTrainedModel:
-    """Load the model of a run, a folder or a Hub id, and set the threads for its batches.
-
-    Args:
-        reference: names it.
-        config: how to load it.
-        shape: its configuration.
-        device: where to.
-        rows: sequences of a batch at most.
+    """Load the model of a run, a folder or a Hub id, and set the threads for batches of `rows`.
 
     Raises:
         ModelError: it is broken, not trusted, or no language model.

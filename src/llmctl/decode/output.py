@@ -20,7 +20,10 @@ Emit = Callable[[Row], None]
 def open_rows(out: Path | None, *, as_json: bool) -> Iterator[Emit]:
     """Give a function that writes a row; a file appears whole, or as an interrupt left it."""
     if out is None:
-        yield _print_json if as_json else _printer()
+        if as_json:
+            yield lambda row: print(json.dumps(row, ensure_ascii=False), flush=True)
+        else:
+            yield _printer()
         return
     staging = staged(out)
     try:
@@ -78,10 +81,6 @@ def in_order(responses: Iterable[Response], write: Callable[[Response], None]) -
         for index in sorted(waiting):
             write(waiting[index])
         raise
-
-
-def _print_json(row: Row) -> None:
-    print(json.dumps(row, ensure_ascii=False), flush=True)
 
 
 def _printer() -> Emit:

@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from llmctl.data.chat.render import common_prefix
-from llmctl.decode.forward import Forward, HuggingFaceForward, require_cache
+from llmctl.decode.forward import Forward, HuggingFaceForward, learns_prompt, require_cache
 from llmctl.decode.llama import fast_forward
 
 
@@ -68,9 +68,10 @@ def conversation_forward(model: PreTrainedModel, prompt: Sequence[int]) -> Forwa
     if fast := fast_forward(model, prompt):
         return fast
     require_cache(model)
-    if hasattr(model, "active_peft_config") and model.active_peft_config.is_prompt_learning:
-        return HuggingFaceForward(model)
     layers = DynamicCache(config=model.config).layers
-    if all(type(layer) is DynamicLayer for layer in layers):  # a sliding window has forgotten
-        return PrefixForward(model)
-    return HuggingFaceForward(model)
+    keeps_all = all(type(layer) is DynamicLayer for layer in layers)  # unlike a sliding window
+    return (
+        PrefixForward(model)
+        if keeps_all and not learns_prompt(model)
+        else HuggingFaceForward(model)
+    )

@@ -16,6 +16,13 @@ COMMANDS = {
     "/clear": ("", "forget the conversation, but not the system message"),
     "/exit": ("", "leave; so does Ctrl-D"),
 }
+HELP = "\n".join(
+    [
+        *(f"{name} {argument}".ljust(16) + text for name, (argument, text) in COMMANDS.items()),
+        r"A line that ends in \ goes on in the next; a block of lines stands between",
+        f"{QUOTES} and {QUOTES}; // begins a message with /. Ctrl-C stops a reply.",
+    ]
+)
 
 
 def run_slash_command(conversation: Conversation, user_input: UserInput) -> str:
@@ -27,7 +34,7 @@ def run_slash_command(conversation: Conversation, user_input: UserInput) -> str:
     check_command(user_input)
     match user_input.command:
         case "/help":
-            return command_help()
+            return HELP
         case "/undo":
             return f"dropped: {conversation.undo().prompt}"
         case "/clear":
@@ -61,15 +68,3 @@ def check_command(user_input: UserInput) -> None:
         raise UserError(f"{command} takes nothing after it, got `{text}`")
     if not text and argument and not argument.startswith("["):
         raise UserError(f"{command} needs a {argument}", hint=f"{command} {argument}")
-
-
-def command_help() -> str:
-    """The text of `/help`."""
-    lines = [f"{name} {argument}".ljust(16) + what for name, (argument, what) in COMMANDS.items()]
-    return "\n".join(
-        [
-            *lines,
-            r"A line that ends in \ goes on in the next; a block of lines stands between",
-            f"{QUOTES} and {QUOTES}; // begins a message with /. Ctrl-C stops a reply.",
-        ]
-    )

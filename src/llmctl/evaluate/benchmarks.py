@@ -3,8 +3,8 @@
 import difflib
 import io
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, redirect_stderr
 from typing import Any
 
 from transformers import PreTrainedModel, set_seed
@@ -14,6 +14,7 @@ from llmctl.console import is_terminal, log
 from llmctl.errors import DataError, NetworkError, UserError, require_extra
 from llmctl.evaluate.prepare import EvaluatedModel
 from llmctl.evaluate.task import EvaluationTask, Row
+from llmctl.numbers import is_number
 from llmctl.runs.directory import Run
 from llmctl.runs.ownership import SAMPLES
 
@@ -60,33 +61,22 @@ def benchmark_task(
     side: str,
 ) -> EvaluationTask:
     """The task of running one benchmark after the other; their samples go to samples.jsonl."""
-
-    def compute(units: range) -> list[Row]:
-        return [_row(number, config.tasks[number]) for number in units]
-
     before = 0 if side == "model" else len(config.tasks)
 
-    def _row(number: int, task: str) -> Row:
+    def compute(units: range) -> list[Row]:
+        (number,) = units
+        task = config.tasks[number]
         results = _evaluate(config, evaluated, load(), manager, task)
+
         samples = results.get("samples") or {}
         if run is not None:
             for name, task_samples in samples.items():
                 for sample in task_samples:
                     origin = {"step": before + number + 1, "side": side, "task": name}
                     run.log({**origin, **_loggable(sample)}, SAMPLES)
-        return {"task": task, "figures": _figures(results), "values": _values(samples)}
+        return [{"task": task, "figures": _figures(results), "values": _values(samples)}]
 
     return EvaluationTask(len(config.tasks), 1, compute)
-
-
-def task_figures(rows: Sequence[Row]) -> dict[str, float]:
-    """The figures of all tasks: `gsm8k/exact_match`, with a filter's name where there are more."""
-    return {name: value for row in rows for name, value in row["figures"].items()}
-
-
-def task_values(rows: Sequence[Row]) -> dict[str, list[float]]:
-    """The values of each sample, by the name of its figure."""
-    return {name: values for row in rows for name, values in row["values"].items()}
 
 
 def _evaluate(
@@ -107,7 +97,8 @@ def _evaluate(
         max_length=config.context,
     )
     set_seed(config.seed)
-    with _progress_bars():
+    shows_bars = is_terminal() and log.isEnabledFor(logging.INFO)
+    with nullcontext() if shows_bars else redirect_stderr(io.StringIO()):
         results = evaluate(
             lm=lm,
             task_dict=_load_task(config, manager, task),
@@ -146,21 +137,15 @@ def _load_task(config: EvaluateConfig, manager: Any, task: str) -> Any:
     return loaded
 
 
-def _progress_bars() -> AbstractContextManager[object]:
-    """Hide lm-eval's progress bars where stderr is no terminal."""
-    are_shown = is_terminal() and log.isEnabledFor(logging.INFO)
-    return nullcontext() if are_shown else redirect_stderr(io.StringIO())
-
-
 def _figures(results: Mapping[str, Any]) -> dict[str, float]:
-    """Every figure that lm-eval reports, `task/metric`, with the filter where it is a named one."""
+    """Every figure that lm-eval reports: `gsm8k/exact_match`, with the name of a filter if any."""
     figures = {}
     for part in ("results", "groups"):
         for task, values in (results.get(part) or {}).items():
             for key, value in values.items():
                 metric, _, filtered = key.partition(",")
-                is_number = isinstance(value, int | float) and not isinstance(value, bool)
-                if metric not in SKIPPED and not metric.endswith("_stderr") and is_number:
+                is_figure = metric not in SKIPPED and not metric.endswith("_stderr")
+                if is_figure and is_number(value):
                     name = f"{metric}/{filtered}" if filtered not in ("", "none") else metric
                     figures[f"{task}/{name}"] = float(value)
     return figures

@@ -22,13 +22,9 @@ AT_ONCE = 1 << 22
 def differences(
     ours: Sequence[Row], theirs: Sequence[Row], names: Sequence[str], seed: int
 ) -> dict[str, dict[str, float | None]]:
-    """The difference of each quotient between the models, with its interval.
+    """The difference of each named quotient between two models, with its interval.
 
-    Args:
-        ours: rows of the first model.
-        theirs: rows of the second, on the same data in the same order.
-        names: of the quotients.
-        seed: of the bootstrap.
+    The rows of both are on the same data in the same order.
     """
     results = {}
     for name in names:
@@ -46,10 +42,7 @@ def difference(
 ) -> dict[str, float | None]:
     """The difference of two quotients of sums, and its interval where there are rows to draw from.
 
-    Args:
-        ours: (N, 2) numerators and denominators of the first.
-        theirs: (N, 2) of the second, row by row of the same data.
-        seed: of the bootstrap.
+    Both are numerators and denominators (N, 2), row by row of the same data.
     """
     both = np.concatenate([ours, theirs], axis=1)
     whole = _difference(both.sum(0))

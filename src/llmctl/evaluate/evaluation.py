@@ -13,7 +13,7 @@ from llmctl.config.commands import EvaluateConfig
 from llmctl.decode.loop import load_for_generation
 from llmctl.errors import ModelError
 from llmctl.evaluate.aggregate import compute_figures, figure_names, quotient_names
-from llmctl.evaluate.benchmarks import benchmark_task, find_tasks, task_figures, task_values
+from llmctl.evaluate.benchmarks import benchmark_task, find_tasks
 from llmctl.evaluate.classification_task import classification_task, load_evaluated_classifier
 from llmctl.evaluate.compare import difference, differences, pair_rows, win_rate
 from llmctl.evaluate.figures import require_known
@@ -46,7 +46,7 @@ class PreparedEvaluation:
     plan: EvaluationPlan | None
     """None for benchmarks."""
     manager: Any
-    """Of lm-eval's tasks."""
+    """Manager of lm-eval's tasks."""
     models: dict[str, EvaluatedModel]
     """`model`, and `compare` where there are two."""
     device: str
@@ -147,16 +147,20 @@ def _task(
 
 def _names(config: EvaluateConfig, plan: EvaluationPlan) -> list[str]:
     """Names of the figures that gates can be set on."""
-    names = figure_names(plan.metrics)
-    between = (
-        [f"difference/{name}" for name in quotient_names(plan.metrics)] if config.compare else []
-    )
-    wins = ["win_rate"] if config.compare and config.reward_model else []
-    return [*names, *(["cut_share"] if plan.generates else []), *between, *wins]
+    names = [*figure_names(plan.metrics), *(["cut_share"] if plan.generates else [])]
+    if config.compare:
+        names += [f"difference/{name}" for name in quotient_names(plan.metrics)]
+        names += ["win_rate"] if config.reward_model else []
+    return names
 
 
 def _figures(plan: EvaluationPlan | None, rows: list[Row]) -> dict[str, Any]:
-    return task_figures(rows) if plan is None else compute_figures(rows, plan.metrics)
+    return _merged(rows, "figures") if plan is None else compute_figures(rows, plan.metrics)
+
+
+def _merged(rows: list[Row], key: str) -> dict[str, Any]:
+    """The figures of all benchmarks, or the values of their samples, by figure."""
+    return {name: value for row in rows for name, value in row[key].items()}
 
 
 def _comparison(
@@ -164,16 +168,13 @@ def _comparison(
 ) -> dict[str, Any]:
     ours, theirs = sides["model"], sides["compare"]
     if plan is None:
-        our_values, their_values = task_values(ours), task_values(theirs)
-        return {
-            "differences": {
-                name: difference(
-                    _as_quotient(values), _as_quotient(their_values[name]), config.seed
-                )
-                for name, values in our_values.items()
-                if len(values) == len(their_values.get(name, ()))
-            }
+        their_values = _merged(theirs, "values")
+        between = {
+            name: difference(_as_quotient(values), _as_quotient(their_values[name]), config.seed)
+            for name, values in _merged(ours, "values").items()
+            if len(values) == len(their_values.get(name, ()))
         }
+        return {"differences": between}
     names = quotient_names(plan.metrics)
     if "loss" in names and [row["tokens"] for row in ours] != [row["tokens"] for row in theirs]:
         names.remove("loss")  # by the token of different tokenizers: not to be compared

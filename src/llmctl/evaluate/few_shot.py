@@ -44,12 +44,7 @@ def choose_shots(
 ) -> list[FewShotPrompt]:
     """Give each row to evaluate `count` examples, none of which has the same prompt.
 
-    Args:
-        examples: all rows.
-        shots_data: rows to take the examples from; None takes them from `examples`, and out of what
-            is evaluated.
-        count: examples for each row.
-        seed: chooses them.
+    Without `shots_data` they are taken from the rows, and out of what is evaluated.
 
     Raises:
         DataError: too few rows.
@@ -182,12 +177,6 @@ def require_room_to_answer(
 ) -> None:
     """Refuse prompts that leave no room to answer, and examples that do not fit.
 
-    Args:
-        few_shot_format: encodes them.
-        choose: the prompts with so many examples each.
-        shots: examples wanted.
-        new_tokens: that a response may take.
-
     Raises:
         DataError: with the number of examples that do.
     """
@@ -207,30 +196,25 @@ def require_room_to_answer(
             "%s: the context has room for %d new tokens only", longest.name, context - length
         )
         return
+
+    def fits(prompt: FewShotPrompt) -> bool:
+        return len(few_shot_format.encode_prompt(prompt)) + new_tokens <= context
+
     raise DataError(
         f"--shots {shots} do not fit: {length:,} tokens and {new_tokens:,} new ones are more than "
         f"the model's context of {context:,}",
         file=longest.place,
         line=longest.line,
-        hint=_fewer_shots(
-            choose,
-            shots,
-            lambda prompt: len(few_shot_format.encode_prompt(prompt)) + new_tokens <= context,
-            "a smaller --max-new-tokens",
-        ),
+        hint=_fewer_shots(choose, shots, fits, "a smaller --max-new-tokens"),
     )
 
 
 def require_whole_references(
     few_shot_format: FewShotFormat, choose: ChooseShots, shots: int, context: int
 ) -> None:
-    """Refuse examples that would be cut off where references are read after them.
+    """Refuse examples that would be cut off where `context` tokens are read with the reference.
 
-    Args:
-        few_shot_format: encodes them.
-        choose: the prompts with so many examples each.
-        shots: examples wanted.
-        context: tokens that are read at a time.
+
 
     Raises:
         DataError: with the number of examples that fit.

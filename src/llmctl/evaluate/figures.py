@@ -8,6 +8,7 @@ from typing import Any
 from llmctl.config.gates import Gate, split_gate
 from llmctl.console import log
 from llmctl.errors import GateError, UserError
+from llmctl.numbers import cell, is_number
 
 NO_FIGURES = ("stage", "out", "model", "status", "rows", "compare", "differences")
 """Keys of a result that hold something else."""
@@ -28,10 +29,11 @@ def show_table(result: Mapping[str, Any]) -> None:
         table.add_column(head, justify="right", overflow="fold")
     differences: Mapping[str, Any] = result.get("differences") or {}
     for name, value in figures_in(result).items():
-        cells = [_format_number(value)]
+        cells = [cell(value)]
         if other:
-            difference = _format_difference(differences.get(name))
-            cells += [_format_number(other.get(name)), *difference]
+            theirs = other.get(name)
+            cells += ["" if theirs is None else cell(theirs)]
+            cells += _format_difference(differences.get(name))
         table.add_row(name, *cells)
     Console(stderr=True, highlight=False).print(table)
 
@@ -67,8 +69,7 @@ def check_gates(require: Sequence[str], result: Mapping[str, Any]) -> None:
         **figures_in(result),
         **{f"difference/{name}": entry["difference"] for name, entry in differences.items()},
     }
-    numbers = [name for name, value in figures.items() if _is_number(value)]
-    require_known(require, numbers)
+    require_known(require, [name for name, value in figures.items() if is_number(value)])
     broken = [
         f"{gate.figure} is {figures[gate.figure]:.6g}, required {gate.sign} {gate.bound:g}"
         for gate in _gates(require)
@@ -83,19 +84,9 @@ def _gates(require: Sequence[str]) -> list[Gate]:
     return [gate for text in require if (gate := split_gate(text)) is not None]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _format_difference(interval: Mapping[str, Any] | None) -> tuple[str, str]:
     if interval is None:
         return "", ""
     low, high = interval["low"], interval["high"]
     bounds = "" if low is None else f"{low:+.4g} to {high:+.4g}"
     return f"{interval['difference']:+.4g}", bounds
-
-
-def _format_number(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

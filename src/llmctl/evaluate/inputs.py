@@ -88,31 +88,23 @@ def read_data(config: EvaluateConfig) -> EvaluationData:
         prompts = read_prompts(config.data, [], 0, config.skip_bad_rows)
         examples = [_from_prompt(row) for row in prompts.train]
         return EvaluationData(kind, [], examples, prompts.inputs)
-    examples, inputs = read_references(
-        config.data, config, "classify" if kind == "labels" else "chat", with_reference
-    )
+    examples, inputs = read_references(config.data, config, kind, with_reference)
     return EvaluationData(kind, [], examples, inputs)
 
 
 def read_references(
     names: Sequence[str],
     config: EvaluateConfig,
-    task: Literal["chat", "classify"],
+    kind: Kind,
     metrics: Sequence[str] = (),
     role: str = "data",
 ) -> tuple[list[EvaluationExample], list[dict[str, Any]]]:
-    """Read prompts with their references or labels, and the manifest's inputs.
-
-    Args:
-        names: of the data.
-        config: how to read it.
-        task: conversations, or texts with a label.
-        metrics: those that need references.
-        role: of these inputs in the manifest.
+    """Read prompts with their references or labels, and the manifest's inputs, in this role.
 
     Raises:
         DataError: as `read_data`.
     """
+    task: Literal["classify", "chat"] = "classify" if kind == "labels" else "chat"
     sets = read_examples(
         names, columns=config.columns, skip_bad_rows=config.skip_bad_rows, task=task, role=role
     )

@@ -8,7 +8,6 @@ the windows in parts, and writes a row for each.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmctl.config.commands import EvaluateConfig
+from llmctl.decode.forward import takes
 from llmctl.errors import DataError, ModelError
 from llmctl.evaluate.inputs import Document
 from llmctl.evaluate.prepare import EvaluatedModel, EvaluationPlan
@@ -56,12 +56,7 @@ def encode_documents(
 
     A document begins with what the tokenizer puts before every text, such as BOS, or else with
     the EOS that ends the document before it, so that its first word is predicted, too. Text that
-    spells a special token is encoded as text.
-
-    Args:
-        tokenizer: of the model.
-        texts: one a document.
-        end: put EOS after it, which is then predicted as in pretraining.
+    spells a special token is encoded as text. With `end` EOS stands after it, and is predicted.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     batch = list(texts)
@@ -176,7 +171,7 @@ def _forward(model: PreTrainedModel, batch: Sequence[Window]) -> tuple[Tensor, T
     output = model(
         input_ids=torch.tensor(rows, device=model.device),
         use_cache=False,
-        **_logits_to_keep(model, kept),
+        **({"logits_to_keep": kept} if takes(model, "logits_to_keep") else {}),
     )
     first = length - kept
     logits = output.logits[:, -kept:]
@@ -186,13 +181,6 @@ def _forward(model: PreTrainedModel, batch: Sequence[Window]) -> tuple[Tensor, T
     ]
     targets = [token for window in batch for token in window.tokens[window.scored_from :]]
     return torch.cat(scored).float(), torch.tensor(targets, device=model.device)
-
-
-def _logits_to_keep(model: Any, kept: int) -> dict[str, int]:
-    """Have only the last logits computed, where a model can."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    can = "logits_to_keep" in signature(type(inner).forward).parameters
-    return {"logits_to_keep": kept} if can else {}
 
 
 class _Part(NamedTuple):

@@ -5,7 +5,7 @@ No weights are loaded, so that a refusal costs seconds.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -74,7 +74,7 @@ class EvaluatedModel:
     shape: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     labels: tuple[str, ...] | None
-    """Of a classifier; None for a language model."""
+    """Labels of a classifier; None for a language model."""
     virtual_tokens: int
     """Positions that an adapter's learned prompt takes."""
 
@@ -114,9 +114,8 @@ def make_plan(config: EvaluateConfig, clock: str | None) -> EvaluationPlan:
     shots_data: list[EvaluationExample] | None = None
     shots_inputs: list[dict[str, Any]] = []
     if config.shots_data:
-        task: Literal["classify", "chat"] = "classify" if data.kind == "labels" else "chat"
         shots_data, shots_inputs = read_references(
-            config.shots_data, config, task, ["--shots"], "shots"
+            config.shots_data, config, data.kind, ["--shots"], "shots"
         )
 
     def choose(count: int) -> list[FewShotPrompt]:

@@ -6,7 +6,7 @@ In: response and reference. Out: numbers of the row; `aggregate.py` sums them up
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from typing import Any
 
 from llmctl.config.commands import EvaluateConfig
@@ -24,17 +24,6 @@ LIBRARIES = {
 ROUGE = ("rouge1", "rouge2", "rougeL")
 ANSWER_METRICS = ("exact", "accuracy", "f1")
 """Metrics that compare the answer within a response."""
-
-
-def require_libraries(metrics: Sequence[str]) -> None:
-    """Refuse metrics whose libraries are not installed.
-
-    Raises:
-        ResourceError: with the extra to install.
-    """
-    for name in metrics:
-        if name in LIBRARIES:
-            require_extra(LIBRARIES[name], "evaluate", f"--metrics {name}")
 
 
 @dataclass(frozen=True)
@@ -67,12 +56,10 @@ class Scorer:
                     )
                     scores["right"] = float(scores["label"] == scores["reference_label"])
                 case "rouge":
-                    rouge = self._rouge.score(reference, response)
+                    rouge = _library_scorer(name).score(reference, response)
                     scores |= {kind: float(rouge[kind].fmeasure) for kind in ROUGE}
-                case "bleu":
-                    scores["bleu"] = self._bleu.sentence_score(response, [reference]).score
-                case "chrf":
-                    scores["chrf"] = self._chrf.sentence_score(response, [reference]).score
+                case "bleu" | "chrf":
+                    scores[name] = _library_scorer(name).sentence_score(response, [reference]).score
                 case "wer":
                     scores |= word_errors(response, reference)
         return scores
@@ -83,28 +70,19 @@ class Scorer:
 
     def canonical_label(self, label: str) -> str | None:
         """The label as it is listed, whatever its case; None where it is not."""
-        return next(
-            (known for known in self.labels if is_same(known, label)),
-            None,
-        )
+        return next((known for known in self.labels if is_same(known, label)), None)
 
-    @cached_property
-    def _rouge(self) -> Any:
+
+@cache
+def _library_scorer(metric: str) -> Any:
+    """The scorer of single responses for rouge, bleu or chrf."""
+    if metric == "rouge":
         from rouge_score.rouge_scorer import RougeScorer
 
         return RougeScorer(list(ROUGE))
+    from sacrebleu.metrics import BLEU, CHRF
 
-    @cached_property
-    def _bleu(self) -> Any:
-        from sacrebleu.metrics import BLEU
-
-        return BLEU(effective_order=True)
-
-    @cached_property
-    def _chrf(self) -> Any:
-        from sacrebleu.metrics import CHRF
-
-        return CHRF()
+    return BLEU(effective_order=True) if metric == "bleu" else CHRF()
 
 
 def make_scorer(
@@ -116,7 +94,9 @@ def make_scorer(
         DataError: a reference without an answer, or with a label that is not in the list.
         ResourceError: a library that is not installed.
     """
-    require_libraries(metrics)
+    for name in metrics:
+        if name in LIBRARIES:
+            require_extra(LIBRARIES[name], "evaluate", f"--metrics {name}")
     pattern = None if config.answer_regex is None else re.compile(config.answer_regex)
     bare = Scorer(tuple(metrics), pattern, ())
     answers = [bare.answer(example.reference or "") for example in examples]
@@ -158,9 +138,9 @@ def extract(pattern: re.Pattern[str], text: str) -> str | None:
 
 def find_label(text: str, labels: Sequence[str]) -> str | None:
     """The label that a text is, or that stands first in it as a word; the longest of several."""
-    exact = next((label for label in labels if is_same(label, text)), None)
-    if exact is not None:
-        return exact
+    for label in labels:
+        if is_same(label, text):
+            return label
     matches = []
     for label in labels:
         match = re.search(rf"(?<!\w){re.escape(label)}(?!\w)", text, re.IGNORECASE)

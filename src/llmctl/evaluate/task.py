@@ -7,10 +7,10 @@ computes it again and gets the same rows; only those that are missing are append
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from llmctl.console import ProgressBar
-from llmctl.data.append_log import open_append_log
+from llmctl.data.append_log import AppendLog, open_append_log
 from llmctl.runs.directory import Run
 from llmctl.runs.ownership import ROWS
 
@@ -30,26 +30,20 @@ class EvaluationTask:
     """The rows of some units that follow each other."""
 
 
-class RowLog(Protocol):
-    """RowLog in the order in which they were appended."""
-
-    rows: list[Row]
-
-    def append(self, row: Row) -> None:
-        """Append a row; where there is a file, it is on the disk afterwards."""
-        ...
-
-
 class RowsInMemory:
-    """A `RowLog` without a file."""
+    """An `AppendLog` without a file."""
 
     def __init__(self) -> None:
         """Start without rows."""
         self.rows: list[Row] = []
 
     def append(self, row: Row) -> None:
-        """See `RowLog.append`."""
+        """See `AppendLog.append`."""
         self.rows.append(row)
+
+
+RowLog = AppendLog | RowsInMemory
+"""Rows in the order in which they were appended."""
 
 
 @contextmanager
@@ -63,14 +57,7 @@ def open_row_log(run: Run | None) -> Iterator[RowLog]:
 
 
 def run_task(task: EvaluationTask, side: str, rows: RowLog, title: str) -> list[Row]:
-    """Compute the missing rows of a side, and return all of them.
-
-    Args:
-        task: what to compute.
-        side: `model` or `compare`, written into every row.
-        rows: gets them.
-        title: of the progress bar.
-    """
+    """Compute the missing rows of a side (`model` or `compare`), and return all of them."""
     done = sum(row["side"] == side for row in rows.rows)
     with ProgressBar(title, task.units, "row") as progress:
         progress.start_at(done)
