@@ -4,7 +4,7 @@ A message says what is wrong with the offending value, then where, then what to 
 `require_extra` refuses a command whose optional library is missing.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -120,11 +120,9 @@ class ProcessError(UserError):
 
 
 def from_json(error: Mapping[str, Any], code: int) -> UserError:
-    """Rebuild the error that another llmctl process printed with `--json`.
+    """Rebuild the error of an llmctl process from its exit code and what it printed with `--json`.
 
-    Args:
-        error: its `error` object; empty where it printed none.
-        code: its exit code.
+    That is an `error` object, empty where it printed none.
     """
     kinds = [kind for kind in _subclasses(UserError) if kind.code == code]
     named = next((kind for kind in kinds if kind.__name__ == error.get("type")), None)
@@ -139,13 +137,16 @@ def _subclasses(kind: type[UserError]) -> Iterator[type[UserError]]:
         yield from _subclasses(inner)
 
 
-def require_extra(package: str, extra: str, purpose: str) -> None:
-    """Refuse to go on without an optional package.
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message that names the nearest known name, empty where none is near."""
+    from difflib import get_close_matches
 
-    Args:
-        package: as it is imported.
-        extra: of llmctl, that brings it.
-        purpose: what needs it.
+    close = get_close_matches(name, list(known), n=1)
+    return f": did you mean `{close[0]}`?" if close else ""
+
+
+def require_extra(package: str, extra: str, purpose: str) -> None:
+    """Refuse to go on without an optional package, which an extra of llmctl brings.
 
     Raises:
         ResourceError: with the extra to install.

@@ -77,8 +77,7 @@ def _reply(
     def show(piece: str) -> None:
         nonlocal between
         if not as_json:
-            sys.stdout.write(between + reader.visible(piece))
-            sys.stdout.flush()
+            print(between + reader.visible(piece), end="", flush=True)
             between = ""
 
     try:

@@ -2,8 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from llmctl.config.commands import EvaluateConfig
@@ -20,7 +19,10 @@ def run(config: EvaluateConfig) -> dict[str, Any] | None:
     if config.dry_run:
         log.info(_dry_run_line(prepare(config, None)))
         return show_recipes([("evaluate", config)], as_json=config.as_json)
-    with _open_run(config) as run:
+    opened: AbstractContextManager[Run | None] = nullcontext()
+    if config.out is not None:
+        opened = open_run("evaluate", config)
+    with opened as run:
         clock = None if run is None else str(run.manifest.get("clock") or now())
         prepared = prepare(config, clock)
         if run is not None:
@@ -40,16 +42,6 @@ def run(config: EvaluateConfig) -> dict[str, Any] | None:
     for name, value in figures_in(result).items():
         print(name, f"{value:.6g}" if isinstance(value, float) else value)
     return None
-
-
-@contextmanager
-def _open_run(config: EvaluateConfig) -> Iterator[Run | None]:
-    """Open the run of `--out`, if there is one."""
-    if config.out is None:
-        yield None
-        return
-    with open_run("evaluate", config) as opened:
-        yield opened
 
 
 def _finish(config: EvaluateConfig, run: Run | None, result: dict[str, Any]) -> None:

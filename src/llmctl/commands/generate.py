@@ -1,6 +1,5 @@
 """`llmctl generate`: prompts in, text out, as it comes or as rows of jsonl."""
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,11 +37,15 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
         seed=config.seed,
         batch_size=config.batch_size,
         tokenizer=tokenizer,
-        on_text=_print_piece if streams else None,
+        on_text=(lambda _, piece: print(piece, end="", flush=True)) if streams else None,
     )
     with memory_errors():
         if streams:
-            _stream(responses)
+            try:
+                for _ in responses:
+                    pass
+            finally:  # the line ends also when the user stops it
+                print(flush=True)
             return None
         return _write(config, asks, responses, len(prompts))
 
@@ -65,20 +68,6 @@ def _log_plan(config: GenerateConfig, prompts: list[Prompt], device: str) -> Non
         min(lengths),
         max(lengths),
     )
-
-
-def _print_piece(_: int, piece: str) -> None:
-    sys.stdout.write(piece)
-    sys.stdout.flush()
-
-
-def _stream(responses: Iterator[Response]) -> None:
-    """Stream the text; the line ends also when the user stops it."""
-    try:
-        for _ in responses:
-            pass
-    finally:
-        print(flush=True)
 
 
 def _write(

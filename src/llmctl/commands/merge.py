@@ -8,7 +8,7 @@ from llmctl.console import log, show_recipes
 from llmctl.files import sha256_folder
 from llmctl.models.adapters import weights_sha256
 from llmctl.models.hub import model_input
-from llmctl.models.merging import Mergeable, Merged, find_mergeable, merge, save_merged
+from llmctl.models.merging import Merged, find_mergeable, merge, save_merged
 from llmctl.runs.directory import open_run
 
 
@@ -21,7 +21,12 @@ def run(config: MergeConfig) -> dict[str, Any] | None:
         log.info("would merge %s into %s, on %s", mergeable.adapter.folder, mergeable.base, device)
         return show_recipes([("merge", config)], as_json=config.as_json)
     with open_run("merge", config) as run:
-        run.record(threads=threads, inputs=_inputs(config, mergeable))
+        adapter, base = mergeable.adapter, mergeable.base
+        inputs = [
+            model_input("adapter", config.model, sha256_folder(adapter.folder)),
+            model_input("base", config.base or adapter.base, weights_sha256(base)),
+        ]
+        run.record(threads=threads, inputs=inputs)
         with hardware.memory_errors():
             merged = merge(mergeable, device)
         save_merged(merged, run.path / "model")
@@ -35,14 +40,6 @@ def run(config: MergeConfig) -> dict[str, Any] | None:
         }
         run.record(result=result)
     return result
-
-
-def _inputs(config: MergeConfig, mergeable: Mergeable) -> list[dict[str, Any]]:
-    adapter, base = mergeable.adapter, mergeable.base
-    return [
-        model_input("adapter", config.model, sha256_folder(adapter.folder)),
-        model_input("base", config.base or adapter.base, weights_sha256(base)),
-    ]
 
 
 def _log_difference(merged: Merged) -> None:

@@ -36,9 +36,8 @@ def run(config: PlanConfig) -> dict[str, Any] | None:
     else:
         recipe = _read(config.file, config.batch_size)
         _require_used(config, recipe)
-        device = planning_device(
-            recipe.device if config.device == "auto" else config.device, config
-        )
+        wanted = recipe.device if config.device == "auto" else config.device
+        device = planning_device(wanted, config)
         hardware.set_threads(recipe.threads)
         workload, model_config, notes = plan_recipe(recipe, config, device)
     outlook = make_outlook(
@@ -64,18 +63,14 @@ def _require_used(config: PlanConfig, recipe: Recipe) -> None:
     """
     pretrains = isinstance(recipe, PretrainConfig)
     if config.tokens and not pretrains:
-        raise UserError(
-            "--tokens is of pretraining", hint="--rows says how many examples there are"
-        )
+        hint = "--rows says how many examples there are"
+        raise UserError("--tokens is of pretraining", hint=hint)
     if config.rows and pretrains:
-        raise UserError(
-            "--rows is of examples", hint="--tokens says how much there is to pretrain on"
-        )
+        hint = "--tokens says how much there is to pretrain on"
+        raise UserError("--rows is of examples", hint=hint)
     if config.rows and config.shape is None and config.length is None:
-        raise UserError(
-            "--rows: the data is read, and has rows of its own",
-            hint="with --length it is not read",
-        )
+        hint = "with --length it is not read"
+        raise UserError("--rows: the data is read, and has rows of its own", hint=hint)
 
 
 def _read(path: Path, batch_size: int | None) -> Recipe:

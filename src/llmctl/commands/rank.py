@@ -6,6 +6,7 @@ same command goes on.
 
 import signal
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +65,7 @@ def run(config: RankConfig) -> dict[str, Any] | None:
         finally:
             counts = session.counts()
             log.info("%d of %d in %s", counts.settled, counts.total, out)
-    return {
-        "stage": "rank",
-        "out": str(out),
-        "answered": counts.answered,
-        "skipped": counts.skipped,
-        "identical": counts.identical,
-        "remaining": counts.remaining,
-    }
+    return {"stage": "rank", "out": str(out), **asdict(counts)}
 
 
 def _generating_model(config: RankConfig, entries: list[Entry]) -> str | None:

@@ -24,7 +24,12 @@ def run(config: TokenizeConfig) -> dict[str, Any] | None:
         return _dry_run(config)
     with open_run("tokenize", config) as run, open_corpus(config) as corpus:
         vocabulary, save = _vocabulary(config, corpus)
-        run.record(inputs=corpus.inputs() + _tokenizer_input(config))
+        inputs = corpus.inputs()
+        if config.tokenizer is not None:
+            folder = Path(resolve_tokenizer(config.tokenizer))
+            digest = sha256_folder(folder) if folder.is_dir() else None
+            inputs += [model_input("tokenizer", config.tokenizer, digest)]
+        run.record(inputs=inputs)
         save(run.path / "tokenizer")
         metrics = corpus.write(run.path / "tokens", vocabulary)
         run.log(metrics)
@@ -59,14 +64,6 @@ def _vocabulary(
     return vocabulary, lambda folder: save_tokenizer(tokenizer, folder)
 
 
-def _tokenizer_input(config: TokenizeConfig) -> list[dict[str, Any]]:
-    if config.tokenizer is None:
-        return []
-    folder = Path(resolve_tokenizer(config.tokenizer))
-    digest = sha256_folder(folder) if folder.is_dir() else None
-    return [model_input("tokenizer", config.tokenizer, digest)]
-
-
 def _dry_run(config: TokenizeConfig) -> dict[str, Any] | None:
     """Read and check all data, and log the plan."""
     with open_corpus(config) as corpus:
@@ -84,7 +81,6 @@ def _dry_run(config: TokenizeConfig) -> dict[str, Any] | None:
 
 
 def _log_metrics(metrics: dict[str, Any]) -> None:
-    long, brief = metrics["longest_document"], metrics["shortest_document"]
     log.info(
         "%s tokens (%s for validation) of %s documents, %s MB of text",
         f"{metrics['tokens']:,}",
@@ -100,6 +96,7 @@ def _log_metrics(metrics: dict[str, Any]) -> None:
         100 * metrics["vocab_used"],
         f"{metrics['vocab_size']:,}",
     )
-    for name, at in (("longest", long), ("shortest", brief)):
+    for name in ("longest", "shortest"):
+        at = metrics[f"{name}_document"]
         place = f"{at['file']}:{at['line']}" if at["line"] else at["file"]
         log.info("%s document: %s tokens (%s)", name, f"{at['tokens']:,}", place)

@@ -3,7 +3,6 @@
 A recipe is strict YAML: plain values in, with the line of every key.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from llmctl.errors import UserError
+from llmctl.errors import UserError, did_you_mean
 from llmctl.redact import redacted
 
 RECIPE_BYTES = 32_000
@@ -319,8 +318,7 @@ class Config(Fields):
         spelled = key.replace("_", "-")
         if spelled in cls.other_spellings():
             return f": it is called `{cls.other_spellings()[spelled].replace('-', '_')}` here"
-        close = difflib.get_close_matches(key, cls.model_fields, n=1)
-        return f": did you mean `{close[0]}`?" if close else ""
+        return did_you_mean(key, cls.model_fields)
 
     @classmethod
     def _explain(

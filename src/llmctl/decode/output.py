@@ -1,7 +1,6 @@
 """Write responses: rows of jsonl in a file or on stdout, or plain texts with a line between."""
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -89,8 +88,7 @@ def _printer() -> Emit:
 
     def emit(row: Row) -> None:
         nonlocal between
-        sys.stdout.write(f"{between}{row['response']}\n")
-        sys.stdout.flush()
+        print(f"{between}{row['response']}", flush=True)
         between = "\n"
 
     return emit

@@ -4,8 +4,8 @@ Units are computed in chunks. A chunk is always the same units, so a run that wa
 computes it again and gets the same rows; only those that are missing are appended.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,14 +46,11 @@ RowLog = AppendLog | RowsInMemory
 """Rows in the order in which they were appended."""
 
 
-@contextmanager
-def open_row_log(run: Run | None) -> Iterator[RowLog]:
+def open_row_log(run: Run | None) -> AbstractContextManager[RowLog]:
     """Open the rows.jsonl of a run, with the rows that an earlier call wrote; else a list."""
     if run is None:
-        yield RowsInMemory()
-        return
-    with open_append_log(run.path / ROWS, _check_row, BEGINS) as row_log:
-        yield row_log
+        return nullcontext(RowsInMemory())
+    return open_append_log(run.path / ROWS, _check_row, BEGINS)
 
 
 def run_task(task: EvaluationTask, side: str, rows: RowLog, title: str) -> list[Row]:

@@ -36,11 +36,7 @@ WEIGHT, CHECKPOINT = 4, 12
 
 
 def require_capacity(stages: Sequence[Stage], models: Mapping[str, PredictedModel]) -> None:
-    """Refuse a life cycle that cannot fit.
-
-    Args:
-        stages: in order.
-        models: the one that each of them trains, by the stage's name.
+    """Refuse a life cycle that cannot fit; `models` are those that the stages train, by name.
 
     Raises:
         ResourceError: too little memory or disk, with the numbers.

@@ -13,6 +13,9 @@ from importlib import import_module
 from pathlib import Path
 
 from llmctl.config.commands import DpoConfig, PpoConfig, RewardConfig, SftConfig
+from llmctl.data.examples import read_examples
+from llmctl.data.preferences import read_preferences
+from llmctl.data.prompts import read_prompts
 from llmctl.data.sources import find_sources, split_weight
 from llmctl.errors import DataError, UserError
 from llmctl.models.hub import split_revision
@@ -22,11 +25,7 @@ from llmctl.pipeline.references import Stage
 
 
 def check(stages: Sequence[Stage], *, deep: bool) -> None:
-    """Refuse stages that cannot work.
-
-    Args:
-        stages: that may run, in order.
-        deep: read all data as well, and dry-run stages that depend on no other.
+    """Refuse stages that cannot work; `deep` reads all data and dry-runs what depends on no other.
 
     Raises:
         UserError: naming the stage and the line of the recipe.
@@ -57,19 +56,16 @@ def _check_external(stage: Stage) -> None:
             if "data" in kinds[field]:
                 with tempfile.TemporaryDirectory(prefix="llmctl-") as spool:
                     find_sources([stem], Path(spool))
-            elif kinds[field] and not _can_exist(stem, kinds[field]):
+            elif kinds[field] and not Path(stem).expanduser().exists():
+                hub = "" if kinds[field] == ("tokens",) else " or a Hub id"  # which has no shards
+                if hub and _is_hub_id(stem):
+                    continue
                 raise UserError(
                     f"{field}: no stage, run or folder `{stem}`",
                     file=stage.file,
                     line=stage.line,
-                    hint="name a stage before this one, a run, a folder"
-                    + ("" if kinds[field] == ("tokens",) else " or a Hub id"),
+                    hint=f"name a stage before this one, a run, a folder{hub}",
                 )
-
-
-def _can_exist(name: str, kinds: tuple[str, ...]) -> bool:
-    """Whether a name is on this machine, or can be on the Hub, where there are no token shards."""
-    return Path(name).expanduser().exists() or (kinds != ("tokens",) and _is_hub_id(name))
 
 
 def _is_hub_id(name: str) -> bool:
@@ -94,17 +90,13 @@ def _read_data(stage: Stage) -> None:
     Raises:
         DataError: rows that it would refuse, with file and line.
     """
-    from llmctl.data.examples import read_examples
-    from llmctl.data.preferences import read_preferences
-    from llmctl.data.prompts import read_prompts
-
     config = stage.config
     if any(field in stage.needs for field in ("data", "val_data")):
         return
     match config:
         case SftConfig():
             read_examples(
-                [*config.data],
+                config.data,
                 columns=config.columns,
                 skip_bad_rows=config.skip_bad_rows,
                 task=config.task,

@@ -33,10 +33,7 @@ def content_hash(stage: Stage, addresses: Mapping[str, str]) -> str:
     parts = {
         "recipe": recipe,
         "read": {
-            field: [
-                [_spelling(text, stage), _address(text, stage, addresses)]
-                for text in stage.read(field)
-            ]
+            field: [_spelling_and_address(text, stage, addresses) for text in stage.read(field)]
             for field in sorted(read)
         },
         "code": code_hash(),
@@ -72,16 +69,13 @@ def content(text: str) -> str:
     return stem
 
 
-def _address(text: str, stage: Stage, addresses: Mapping[str, str]) -> str:
-    """Return the address of a stage, the content hash of anything else."""
-    stem, _ = split_weight(text)
-    return addresses[stem] if stem in stage.inputs else content(text)
+def _spelling_and_address(text: str, stage: Stage, addresses: Mapping[str, str]) -> list[str]:
+    """Return the part of a reference that counts as it is written, and the content behind it.
 
-
-def _spelling(text: str, stage: Stage) -> str:
-    """Return the part of a reference that counts as it is written: a weight, or a file's name."""
+    Of a stage these are the weight and its address, of anything else the name and a hash.
+    """
     stem, weight = split_weight(text)
-    return weight if stem in stage.inputs else text
+    return [weight, addresses[stem]] if stem in stage.inputs else [text, content(text)]
 
 
 def _module_hash(module: str) -> str | None:

@@ -15,15 +15,9 @@ def run(config: DemoConfig) -> dict[str, Any] | None:
     """Run the recipe, then suggest what to try next."""
     result = run_life_cycle(load(RECIPE), config, "demo")
     if result is not None:
-        _log_next_steps(result)
+        outs = {stage["name"]: stage["out"] for stage in result["stages"]}
+        log.info(
+            "report: %s\ntry next:\n  llmctl chat --model %s\n  llmctl runs %s",
+            *(result["report"], outs["ppo"], result["out"]),
+        )
     return result
-
-
-def _log_next_steps(result: dict[str, Any]) -> None:
-    outs = {stage["name"]: stage["out"] for stage in result["stages"]}
-    log.info(
-        "report: %s\ntry next:\n  llmctl chat --model %s\n  llmctl runs %s",
-        result["report"],
-        outs["ppo"],
-        result["out"],
-    )

@@ -1,6 +1,5 @@
 """Quality gates of a recipe: parse them, refuse those on unknown metrics, check a result."""
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -9,7 +8,8 @@ from typing import Any
 
 from llmctl import metrics
 from llmctl.config.gates import SIGNS, Gate, parse_gate
-from llmctl.errors import GateError, UserError
+from llmctl.errors import GateError, UserError, did_you_mean
+from llmctl.numbers import is_number
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,9 @@ def require_known_metrics(gates: Sequence[Gate], stage: str, file: Path, line: i
     known = metrics.result_names(stage)
     for gate in gates:
         if not any(fnmatchcase(gate.figure, pattern) for pattern in known):
+            close = did_you_mean(gate.figure, known)
             raise UserError(
-                f"gates: `{stage}` gives no figure `{gate.figure}`{_suggestion(gate, known)}",
+                f"gates: `{stage}` gives no figure `{gate.figure}`{close}",
                 file=file,
                 line=line,
                 hint=f"it can give {', '.join(known)}" if known else "it gives no figures",
@@ -75,7 +76,7 @@ def check_gates(gates: Sequence[Gate], result: Mapping[str, Any]) -> tuple[GateR
     values = dict(flatten(result))
     for gate in gates:
         if gate.figure not in values:
-            close = _suggestion(gate, list(values))
+            close = did_you_mean(gate.figure, list(values))
             raise GateError(
                 f"gate `{gate}`: the stage gave no figure of that name{close}",
                 hint=f"it gave {', '.join(list(values)[:12])}",
@@ -88,14 +89,7 @@ def check_gates(gates: Sequence[Gate], result: Mapping[str, Any]) -> tuple[GateR
 def flatten(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     """Yield every number of a result, those of nested objects as `outer.inner`."""
     for key, item in result.items():
-        if isinstance(item, bool):
-            continue
-        if isinstance(item, int | float):
+        if is_number(item):
             yield prefix + key, float(item)
         elif isinstance(item, Mapping):
             yield from flatten(item, f"{prefix}{key}.")
-
-
-def _suggestion(gate: Gate, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(gate.figure, names, n=1)
-    return f": did you mean `{close[0]}`?" if close else ""

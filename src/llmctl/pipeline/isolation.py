@@ -1,7 +1,7 @@
 """Restore the process's state between stages, so that none changes the next.
 
-Stages change numbers of threads, random generators, the type of
-new tensors, the environment, handlers and levels of loggers, filters of warnings.
+Stages change numbers of threads, random generators, the type of new tensors, the environment,
+handlers and levels of loggers, filters of warnings.
 """
 
 import gc
@@ -32,7 +32,10 @@ class ProcessState:
         )
         self.threads = torch.get_num_threads()
         self.settings = dict(_settings())
-        self.loggers = {name: _logger_state(logger) for name, logger in _loggers()}
+        self.loggers = {
+            name: (logger.level, list(logger.handlers), logger.propagate)
+            for name, logger in _loggers()
+        }
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -79,7 +82,3 @@ def _settings() -> list[tuple[Callable[[Any], Any], Any]]:
 def _loggers() -> Iterator[tuple[str, logging.Logger]]:
     known = {"": logging.getLogger(), **logging.Logger.manager.loggerDict}
     return ((n, item) for n, item in list(known.items()) if isinstance(item, logging.Logger))
-
-
-def _logger_state(logger: logging.Logger) -> tuple[int, list[logging.Handler], bool]:
-    return logger.level, list(logger.handlers), logger.propagate

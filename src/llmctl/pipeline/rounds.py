@@ -76,11 +76,8 @@ def _round_before(
         return dict.fromkeys(names)
     if number > 1:
         return {name: f"{name}-{number - 1}" for name in names}
-    return {name: _first_round(block.first.get(name), known) for name in names}
-
-
-def _first_round(value: str | None, known: Mapping[str, str | None]) -> str | None:
-    return value if value is None else known.get(value, value)
+    first = {name: block.first.get(name) for name in names}
+    return {name: known.get(value or "", value) for name, value in first.items()}
 
 
 def _fill_in(value: Any, number: str) -> Any:

@@ -39,7 +39,9 @@ def run_life_cycle(recipe: Recipe, config: Stages, command: str) -> dict[str, An
             "a life cycle is run by one process, and this one was launched with others",
             hint="run it without a launcher; `processes: N` in a stage starts N for that stage",
         )
-    out = config.out or _default_out(recipe)
+    out = config.out or Path("runs") / recipe.file.stem
+    if config.out is None and recipe.out is not None:
+        out = Path(expand_variables(recipe.out, where="out", file=recipe.file, line=None))
     stages = resolve(recipe, out, seed=config.seed, threads=config.threads)
     names = [stage.name for stage in stages]
     for flag, name in (("--from", config.from_stage), ("--only", config.only)):
@@ -54,12 +56,6 @@ def run_life_cycle(recipe: Recipe, config: Stages, command: str) -> dict[str, An
         print_plan(runner, as_json=config.as_json)
         return None
     return runner.run()
-
-
-def _default_out(recipe: Recipe) -> Path:
-    if recipe.out is None:
-        return Path("runs") / recipe.file.stem
-    return Path(expand_variables(recipe.out, where="out", file=recipe.file, line=None))
 
 
 def print_plan(runner: PipelineRunner, *, as_json: bool) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmctl.console import is_terminal, log, progress_to
-from llmctl.numbers import duration
+from llmctl.numbers import cell, duration
 from llmctl.pipeline.gate_checks import GateResult
 from llmctl.pipeline.references import Stage
 
@@ -131,11 +131,10 @@ class StageView:
         title, done, total, text = self.progress
         if not title:
             return Text("starting", style="dim")
-        cell = Table.grid(padding=(0, 1))
-        cell.add_row(
-            ProgressBar(total=total, completed=done, width=20), f"{done:,}/{total:,}", text
-        )
-        return cell
+        grid = Table.grid(padding=(0, 1))
+        bar = ProgressBar(total=total, completed=done, width=20)
+        grid.add_row(bar, f"{done:,}/{total:,}", text)
+        return grid
 
 
 def show_gates(rows: Mapping[str, StageRow]) -> None:
@@ -154,9 +153,5 @@ def _figures(result: Mapping[str, Any], gates: Sequence[GateResult]) -> str:
     gated = {gate.gate.figure for gate in gates}
     named = [name for name in SUMMARY if isinstance(result.get(name), int | float)]
     shown = [name for name in named if name not in gated][:3]
-    figures = [f"{name} {_number(result[name])}" for name in shown]
-    return "  ".join([*(f"{v.gate.figure} {_number(v.value)}" for v in gates), *figures])
-
-
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    figures = [f"{name} {cell(result[name])}" for name in shown]
+    return "  ".join([*(f"{v.gate.figure} {cell(v.value)}" for v in gates), *figures])

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from llmctl import metrics
+from llmctl.numbers import is_number
 from llmctl.reporting.records import RunRecord
 
 TITLES = {
@@ -100,27 +101,19 @@ def _panel(base: str, keys: list[str], records: Sequence[RunRecord], several: bo
     series = []
     for number, record in enumerate(records):
         for key in keys:
-            color = number if several else _color(key, sources)
+            source = key.partition("/")[2]
+            own = sources.index(source) if source else int(key.startswith("val_"))
+            color = number if several else own
             line = _series(record, key, color, several, alone=len(keys) == 1)
             if line is not None:
                 series.append(line)
     values = [y for line in series for _, y in line.points]
-    is_log = base == "lr" and bool(values) and min(values) > 0 and _is_steep(values)
+    is_steep = bool(values) and max(values) > STEEP * statistics.median(values)
+    is_log = base == "lr" and is_steep and min(values) > 0
     title = TITLES.get(base) or metrics.label(base)
     is_policy = base == "loss" and records[0].stage == "ppo"  # of a clipped term, in no unit
     unit = "" if is_policy else metrics.unit_of(base)
     return Panel(base, title, unit, is_log, tuple(series))
-
-
-def _color(key: str, sources: Sequence[str]) -> int:
-    """Return the colour of a lone run's series: by source, or by training and validation."""
-    source = key.partition("/")[2]
-    return sources.index(source) if source else int(key.startswith("val_"))
-
-
-def _is_steep(values: Sequence[float]) -> bool:
-    """Whether most of the values would lie at the bottom of a linear axis."""
-    return max(values) > STEEP * statistics.median(values)
 
 
 def _series(
@@ -199,4 +192,4 @@ def _numbers(row: dict[str, Any]) -> Iterator[str]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return is_number(value) and math.isfinite(value)

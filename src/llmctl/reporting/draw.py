@@ -19,8 +19,6 @@ FEW = 20
 COLORS = 6
 """Colours of the palette; further series are dashed."""
 
-Points = Sequence[tuple[float, float]]
-
 
 @dataclass(frozen=True)
 class Scale:
@@ -106,8 +104,21 @@ def draw(panel: Panel) -> Chart:
         y_ticks=tuple(Tick(y_scale(y), metrics.number(panel.key, y)) for y in y_at),
         lines=lines,
         description=f"{panel.title} by step. At the end: {ends}.",
-        data=_data(panel, x_scale, y_scale),
+        data={
+            "x": [x_low, x_high],
+            "y": [y_low, y_high],
+            "log": panel.is_log,
+            "series": [_shown_values(panel.key, series) for series in panel.series],
+        },
     )
+
+
+def _shown_values(key: str, series: Series) -> dict[str, Any]:
+    return {
+        "label": series.label,
+        "points": [[float(f"{x:.8g}"), float(f"{y:.5g}")] for x, y in series.points],
+        "texts": [metrics.with_unit(key, y) for _, y in series.points],
+    }
 
 
 def spread(low: float, high: float, *, is_log: bool = False) -> tuple[float, float]:
@@ -156,21 +167,5 @@ def _line(key: str, series: Series, x_scale: Scale, y_scale: Scale) -> ChartLine
     )
 
 
-def _path(points: Points) -> str:
+def _path(points: Sequence[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{x:g} {y:g}" for x, y in points) if points else ""
-
-
-def _data(panel: Panel, x_scale: Scale, y_scale: Scale) -> dict[str, Any]:
-    return {
-        "x": [x_scale.low, x_scale.high],
-        "y": [y_scale.low, y_scale.high],
-        "log": panel.is_log,
-        "series": [
-            {
-                "label": series.label,
-                "points": [[float(f"{x:.8g}"), float(f"{y:.5g}")] for x, y in series.points],
-                "texts": [metrics.with_unit(panel.key, y) for _, y in series.points],
-            }
-            for series in panel.series
-        ],
-    }

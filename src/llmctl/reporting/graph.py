@@ -5,7 +5,7 @@ stand in one row, the others beside it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmctl.reporting.records import RunRecord, clean
 from llmctl.reporting.tables import key_figures
@@ -26,15 +26,18 @@ LETTERS = 22
 class Box:
     """One run, or a model from elsewhere."""
 
-    x: int
-    y: int
     stage: str
     name: str
-    figure: str
-    detail: str
-    state: str
-    link: str
+    figure: str = ""
+    detail: str = ""
+    state: str = "elsewhere"
+    link: str = ""
     """Anchor of the run's section; empty where it has none."""
+    parents: tuple[str, ...] = ()
+    model_parents: tuple[str, ...] = ()
+    """Parents whose model it takes."""
+    x: int = 0
+    y: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,20 +48,6 @@ class Graph:
     height: int
     boxes: tuple[Box, ...]
     arrows: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Node:
-    key: str
-    stage: str
-    name: str
-    figure: str
-    detail: str
-    state: str
-    link: str
-    parents: tuple[str, ...]
-    model_parents: tuple[str, ...]
-    """Parents whose model it takes."""
 
 
 def graphs(records: Sequence[RunRecord]) -> tuple[Graph, Graph] | None:
@@ -80,31 +69,30 @@ def edges(records: Sequence[RunRecord]) -> tuple[list[tuple[str, str]], list[tup
     return [(node.stage, node.name) for node in nodes.values()], pairs
 
 
-def _nodes(records: Sequence[RunRecord]) -> dict[str, _Node]:
+def _nodes(records: Sequence[RunRecord]) -> dict[str, Box]:
     """Return every run of the report and of their lineages, and external models, parents first."""
     shown = {str(record.path.resolve()): record for record in records}
-    nodes: dict[str, _Node] = {}
+    nodes: dict[str, Box] = {}
     for record in records:
         for step in lineage_of(record.path, record.manifest):
             key = str(step.path.resolve())
             if key not in nodes:
-                nodes |= {node.key: node for node in _external(step) if node.key not in nodes}
-                nodes[key] = _node(key, step, shown.get(key))
+                nodes |= {k: box for k, box in _external(step).items() if k not in nodes}
+                nodes[key] = _box(step, shown.get(key))
     return nodes
 
 
-def _node(key: str, step: LineageStep, record: RunRecord | None) -> _Node:
+def _box(step: LineageStep, record: RunRecord | None) -> Box:
     roles = {_key(item): item.role for item in step.inputs if item.run or not item.is_data}
     data = [item.path for item in step.inputs if item.run is None and item.is_data]
     more = f" +{len(data) - 1}" if len(data) > 1 else ""
-    return _Node(
-        key,
+    return Box(
         stage=clean(str(step.manifest.get("stage"))),
         name=record.name if record else clean(step.path.absolute().name),
         figure=_figure(record) if record else "",
         detail=clean(portable(data[0]).rpartition("/")[2]) + more if data else "",
         state=record.state if record else "elsewhere",
-        link=anchor(record) if record else "",
+        link=f"stage-{record.stage}" if record else "",
         parents=tuple(roles),
         model_parents=tuple(key for key, role in roles.items() if role in SPINE),
     )
@@ -124,22 +112,16 @@ def _figure(record: RunRecord) -> str:
     return f"{first.value} {BRIEF.get(first.label, first.label.partition(',')[0].lower())}"
 
 
-def _external(step: LineageStep) -> list[_Node]:
+def _external(step: LineageStep) -> dict[str, Box]:
     """Return the models that no run on this disk made."""
-    models = [item for item in step.inputs if item.run is None and not item.is_data]
-    return [
-        _Node(_key(item), item.role.replace("_", " "), clean(portable(item.path)),
-              "", "", "elsewhere", "", (), ())
-        for item in models
-    ]  # fmt: skip
+    return {
+        _key(item): Box(item.role.replace("_", " "), clean(portable(item.path)))
+        for item in step.inputs
+        if item.run is None and not item.is_data
+    }
 
 
-def anchor(record: RunRecord) -> str:
-    """Return the anchor of a run's section on the page."""
-    return f"stage-{record.stage}"
-
-
-def _places(nodes: dict[str, _Node]) -> dict[str, tuple[int, int]]:
+def _places(nodes: dict[str, Box]) -> dict[str, tuple[int, int]]:
     """Return column and row of every node; the longest line stands in the first row."""
     columns: dict[str, int] = {}
     for key, node in nodes.items():  # parents come first
@@ -159,7 +141,7 @@ def _places(nodes: dict[str, _Node]) -> dict[str, tuple[int, int]]:
     return places
 
 
-def _line_to(last: str, nodes: dict[str, _Node], columns: dict[str, int]) -> list[str]:
+def _line_to(last: str, nodes: dict[str, Box], columns: dict[str, int]) -> list[str]:
     """Return a run, then the one that its model comes from, and so on, by the longest way."""
     line = [last]
     while earlier := [
@@ -171,9 +153,7 @@ def _line_to(last: str, nodes: dict[str, _Node], columns: dict[str, int]) -> lis
     return line
 
 
-def _drawn(
-    nodes: dict[str, _Node], places: dict[str, tuple[int, int]], *, is_upright: bool
-) -> Graph:
+def _drawn(nodes: dict[str, Box], places: dict[str, tuple[int, int]], *, is_upright: bool) -> Graph:
     width, height = BOX
     along, across = (height + GAP[0], width + GAP[1]) if is_upright else (
         width + GAP[0], height + GAP[1])  # fmt: skip
@@ -183,18 +163,12 @@ def _drawn(
         flow, side = EDGE + column * along, EDGE + row * across
         return (side, flow) if is_upright else (flow, side)
 
-    boxes = tuple(
-        Box(
-            *corner(key),
-            n.stage,
-            _fit(n.name, _room(n.stage)),
-            _fit(n.figure),
-            _fit(n.detail),
-            n.state,
-            n.link,
-        )
-        for key, n in nodes.items()
-    )
+    boxes = []
+    for key, node in nodes.items():
+        x, y = corner(key)
+        room = min(16, int((width - 28 - 7.9 * len(node.stage)) / 7))  # beside the stage in bold
+        name, figure, detail = _fit(node.name, room), _fit(node.figure), _fit(node.detail)
+        boxes.append(replace(node, x=x, y=y, name=name, figure=figure, detail=detail))
     arrows = tuple(
         _arrow(corner(parent), corner(key), is_upright)
         for key, node in nodes.items()
@@ -202,7 +176,7 @@ def _drawn(
         if parent in places
     )
     right = max(box.x for box in boxes) + width + EDGE
-    return Graph(right, max(box.y for box in boxes) + height + EDGE, boxes, arrows)
+    return Graph(right, max(box.y for box in boxes) + height + EDGE, tuple(boxes), arrows)
 
 
 def _arrow(start: tuple[int, int], end: tuple[int, int], is_upright: bool) -> str:
@@ -215,11 +189,6 @@ def _arrow(start: tuple[int, int], end: tuple[int, int], is_upright: bool) -> st
     x1, y1, x2, y2 = start[0] + width, start[1] + height // 2, end[0] - 5, end[1] + height // 2
     middle = x2 - GAP[0] / 2
     return f"M{x1} {y1}C{middle:g} {y1} {middle:g} {y2} {x2} {y2}"
-
-
-def _room(stage: str) -> int:
-    """Return how many letters of a name fit beside the stage's in bold."""
-    return min(16, int((BOX[0] - 28 - 7.9 * len(stage)) / 7))
 
 
 def _fit(text: str, most: int = LETTERS) -> str:

@@ -35,23 +35,13 @@ GENERATOR = "llmctl report"
 class RunSection:
     """One run on the page."""
 
-    name: str
-    stage: str
-    state: str
+    record: RunRecord
     color: int
     step: str
-    time: str
-    energy: str
-    error: str
-    exit_code: str
-    resume: str
     command: tuple[str, ...]
-    path: str
-    notes: tuple[str, ...]
     figures: tuple[KeyFigure, ...]
     calibration: CalibrationChart | None
     tables: tuple[Table, ...]
-    folds_tables: bool
 
 
 @dataclass(frozen=True)
@@ -79,9 +69,11 @@ def page(
 ) -> str:
     """Return the page on runs, with the extras of their folders."""
     shown = stage_sections(records)
+    recipe, out = (shlex.quote(f"{records[0].path}{end}") for end in ("/recipe.yaml", "-again"))
     style, script = ((WEB / name).read_text("utf-8") for name in ("report.css", "report.js"))
     drawn = [chart for stage in shown for chart in (*stage.charts, *stage.more_charts)]
     data = {"left": LEFT, "width": WIDTH - LEFT - RIGHT, "charts": [chart.data for chart in drawn]}
+    curves = json.dumps(data, separators=(",", ":"), allow_nan=False)
     environment = Environment(
         loader=FileSystemLoader(WEB),
         autoescape=True,
@@ -99,16 +91,18 @@ def page(
         graphs=graphs(records),
         box=BOX,
         frame=(WIDTH, HEIGHT, LEFT, RIGHT),
+        time_of=origins.time_of,
+        energy_of=origins.energy_of,
         generated=[generated_samples(name, rows) for name, rows in extras.generated],
         gates=tables.gates_table(extras.gates),
         repeats=repeats(shown),
-        again=repeat_command(records[0]),
+        again=("llmctl", records[0].stage, f"-c {recipe}", f"-o {out}"),
         inputs=origins.inputs_table(records),
         machine=origins.machine_table(records),
         has_noise=any(line.smooth for chart in drawn for line in chart.lines),
         style=Markup(style),
         script=Markup(script),
-        data=Markup(_as_script(data)),
+        data=Markup(curves.replace("<", r"\u003c")),  # JSON that cannot end its element
         policy=policy(style, script),
     )
 
@@ -123,28 +117,23 @@ def stage_sections(records: Sequence[RunRecord]) -> list[StageSection]:
 
 def lead(records: Sequence[RunRecord], gates: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """Sum the page up in a sentence, and say how many gates failed."""
+    failed = sum(gate.get("holds") is not True for _, gate in gates)
+    broken = f" Of {len(gates)} gates, {failed} did not hold." if failed else ""
     states = [record.state for record in records]
     time = sum(record.seconds or 0 for record in records)
     spent = f" in {numbers.seconds(time)}" if time else ""
     if len(records) == 1:
-        return f"One run of llmctl {records[0].stage}, {states[0]}{spent}.{_failed_gates(gates)}"
+        return f"One run of llmctl {records[0].stage}, {states[0]}{spent}.{broken}"
     how = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
-    all_done = states.count("completed") == len(states)
-    ended = "all completed" if all_done else how
-    return f"{len(records)} runs, {ended}{spent}.{_failed_gates(gates)}"
-
-
-def _failed_gates(gates: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """Say how many of the gates failed; nothing where none did."""
-    failed = sum(gate.get("holds") is not True for _, gate in gates)
-    return f" Of {len(gates)} gates, {failed} did not hold." if failed else ""
+    ended = "all completed" if set(states) == {"completed"} else how
+    return f"{len(records)} runs, {ended}{spent}.{broken}"
 
 
 def repeats(shown: Sequence[StageSection]) -> list[tuple[tuple[str, ...], list[str]]]:
     """Return every command once, in pieces, with the paths of the runs that it made."""
     paths: dict[tuple[str, ...], list[str]] = {}
     for run in (run for stage in shown for run in stage.runs):
-        paths.setdefault(run.command, []).append(run.path)
+        paths.setdefault(run.command, []).append(str(run.record.path))
     return list(paths.items())
 
 
@@ -160,18 +149,14 @@ def policy(style: str, script: str) -> str:
     )
 
 
-def _as_script(data: dict[str, Any]) -> str:
-    """Return JSON that cannot end the element that it stands in."""
-    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-
-
 def _stage(name: str, records: Sequence[RunRecord]) -> StageSection:
+    config = vars(commands).get(f"{name.capitalize()}Config")
     first, others = panels(records)
-    folded = [tables.figures_table(records), origins.settings_table(records)]
-    folded.append(origins.plan_table(records))
+    settings, plan = origins.settings_table(records), origins.plan_table(records)
+    folded = (tables.figures_table(records), settings, plan)
     return StageSection(
         name=name,
-        description=summary_of(name),
+        description=(config.__doc__ or "").split("\n")[0] if config else "",
         runs=tuple(_run(number, record) for number, record in enumerate(records)),
         compared=tables.compared_table(records) if len(records) > 1 else None,
         samples=tuple(samples_of_all(records)),
@@ -182,40 +167,17 @@ def _stage(name: str, records: Sequence[RunRecord]) -> StageSection:
     )
 
 
-def summary_of(stage: str) -> str:
-    """Return the summary of a stage from its config."""
-    config = vars(commands).get(f"{stage.capitalize()}Config")
-    return ((config.__doc__ if config else None) or "").split("\n")[0]
-
-
 def _run(number: int, record: RunRecord) -> RunSection:
-    status, step = record.status, record.summary.step
-    most = f" of {record.summary.max_steps:,}" if record.summary.max_steps else ""
+    step, most = record.summary.step, record.summary.max_steps
     return RunSection(
-        name=record.name,
-        stage=record.stage,
-        state=record.state,
+        record,
         color=number % 6 + 1,
-        step="" if step is None else f"{step:,}{most}",
-        time=origins.time_of(record),
-        energy=origins.energy_of(record),
-        error=str(status.get("error") or ""),
-        exit_code="" if status.get("exit_code") is None else str(status["exit_code"]),
-        resume=record.summary.resume or "",
+        step="" if step is None else f"{step:,} of {most:,}" if most else f"{step:,}",
         command=tuple(_words(record)),
-        path=str(record.path),
-        notes=record.notes,
         figures=tuple(tables.key_figures(record)),
         calibration=calibration_chart(record),
         tables=tuple(tables.nested_tables(record)),
-        folds_tables=record.stage == "tokenize",
     )
-
-
-def repeat_command(record: RunRecord) -> tuple[str, ...]:
-    """Return the command that repeats a run elsewhere from its resolved recipe, in pieces."""
-    recipe, out = (shlex.quote(f"{record.path}{end}") for end in ("/recipe.yaml", "-again"))
-    return ("llmctl", record.stage, f"-c {recipe}", f"-o {out}")
 
 
 def _words(record: RunRecord) -> Iterator[str]:

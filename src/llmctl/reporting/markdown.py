@@ -30,10 +30,11 @@ def summary(
     parts += _flow(records)
     for stage in stage_sections(records):
         parts.append(f"## {escaped(stage.name)}")
-        mine = [record for record in records if record.stage == stage.name]
+        mine = [run.record for run in stage.runs]
         for run in stage.runs:
-            parts += [f"**{escaped(run.name)}**: {escaped(run.error)}"] if run.error else []
-            parts += [f"> {escaped(run.name)}: {escaped(note)}" for note in run.notes]
+            name, error = escaped(run.record.name), run.record.status.get("error")
+            parts += [f"**{name}**: {escaped(str(error))}"] if error else []
+            parts += [f"> {name}: {escaped(note)}" for note in run.record.notes]
         parts.append(_table(tables.figures_table(mine)))
         if (settings := origins.settings_table(mine)) is not None:
             parts.append(_folded(settings.title, _table(settings)))
@@ -60,16 +61,8 @@ def _overview(records: Sequence[RunRecord]) -> str:
     for record in records:
         key = [f"{figure.label} {figure.value}" for figure in tables.key_figures(record)[:2]]
         state = f"{MARKS.get(record.state, '❌')} {record.state}"
-        rows.append(
-            (
-                record.stage,
-                record.name,
-                state,
-                ", ".join(key),
-                origins.time_of(record),
-                origins.energy_of(record),
-            )
-        )
+        took = (origins.time_of(record), origins.energy_of(record))
+        rows.append((record.stage, record.name, state, ", ".join(key), *took))
     heads = ("stage", "run", "status", "figures", "time", "energy")
     return _table(Table("", heads, tuple(rows), is_text=True))
 

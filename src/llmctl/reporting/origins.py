@@ -3,7 +3,7 @@
 In: records. Out: tables of texts, which a template escapes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from llmctl import metrics, numbers
@@ -23,12 +23,8 @@ def settings_table(records: Sequence[RunRecord]) -> Table | None:
         values = [record.recipe.get(name) for record in records]
         same = all(value == values[0] for value in values)
         if name != "stage" and not (same and values[0] == usual.get(name)):
-            row = (
-                name,
-                format_setting(usual.get(name)),
-                *(format_setting(value) for value in values),
-            )
-            rows.append(row if same else (f"{name} ≠", *row[1:]))
+            cells = map(format_setting, (usual.get(name), *values))
+            rows.append((name if same else f"{name} ≠", *cells))
     heads = ("setting", "default", *(record.name for record in records))
     title = "Settings that are not the default"
     title += "; ≠ marks those that differ" if len(records) > 1 else ""
@@ -85,13 +81,16 @@ def distinct_audits(records: Sequence[RunRecord]) -> Iterator[tuple[str, Table]]
 def inputs_table(records: Iterable[RunRecord]) -> Table | None:
     """Tabulate the inputs of runs, each with its hash or revision."""
     rows = [
-        (record.name, str(item.get("role")), str(item.get("path")), _content_id(item))
+        (
+            *(record.name, str(item.get("role")), str(item.get("path"))),
+            str(item.get("revision") or item.get("sha256") or numbers.MISSING)[:16],
+        )
         for record in records
         for item in record.manifest.get("inputs") or []
         if isinstance(item, dict)
     ]
-    return Table("What went in", ("run", "role", "path", "sha256 or revision"), tuple(rows)) if (
-        rows) else None  # fmt: skip
+    heads = ("run", "role", "path", "sha256 or revision")
+    return Table("What went in", heads, tuple(rows)) if rows else None
 
 
 def machine_table(records: Sequence[RunRecord]) -> tuple[Table | None, list[tuple[str, str]]]:
@@ -144,8 +143,3 @@ def _commit(record: RunRecord) -> str:
     if not isinstance(git.get("commit"), str):
         return numbers.MISSING
     return str(git["commit"])[:12] + (" and changes" if git.get("dirty") else "")
-
-
-def _content_id(item: Mapping[str, Any]) -> str:
-    content_id = item.get("revision") or item.get("sha256")
-    return str(content_id)[:16] if content_id else numbers.MISSING

@@ -57,7 +57,10 @@ def samples_of(record: RunRecord) -> Iterator[SampleGroup]:
         yield _group("Texts before and after", samples)
     pairs = [row for row in record.result.get("samples") or [] if isinstance(row, dict)]
     if pairs:
-        samples = [PromptSamples(_prompt(row), tuple(_before_after(row))) for row in pairs]
+        ends = ("before", "after")
+        both = [[SampleText(e, truncate(str(row[e]))) for e in ends if e in row] for row in pairs]
+        prompts = map(_prompt, pairs)
+        samples = [PromptSamples(p, tuple(texts)) for p, texts in zip(prompts, both, strict=True)]
         yield _group("Texts before and after", samples)
     measured: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in record.rows:
@@ -107,13 +110,12 @@ def _ppo_samples(rows: Sequence[Mapping[str, Any]], last: int | None) -> Iterato
     """Yield samples of ppo, whose rows have the reference's response, too."""
     for row in rows:
         if row.get("step") == last:
-            before = SampleText(
-                "before", truncate(str(row.get("before", ""))), _score(row, "score_before")
+            before, now = (truncate(str(row.get(side, ""))) for side in ("before", "now"))
+            texts = (
+                SampleText("before", before, _score(row, "score_before")),
+                SampleText(f"now, step {last}", now, _score(row, "score")),
             )
-            now = SampleText(
-                f"now, step {last}", truncate(str(row.get("now", ""))), _score(row, "score")
-            )
-            yield PromptSamples(truncate(row["prompt"]), (before, now))
+            yield PromptSamples(truncate(row["prompt"]), texts)
 
 
 def _training_samples(
@@ -144,13 +146,6 @@ def _evaluation_texts(rows: Sequence[Mapping[str, Any]]) -> Iterator[SampleText]
         side = str(row.get("side", "response"))
         ended = row.get("finish_reason") != "length"
         yield SampleText(side, truncate(str(row["response"])), ", ".join(figures), ended)
-
-
-def _before_after(row: Mapping[str, Any]) -> Iterator[SampleText]:
-    """Yield samples of quantize."""
-    yield from (
-        SampleText(side, truncate(str(row[side]))) for side in ("before", "after") if side in row
-    )
 
 
 def _prompt(row: Mapping[str, Any]) -> str:
