@@ -60,7 +60,7 @@ def test_commands_options_and_values_complete(monkeypatch, capfd, shell, line, e
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_of_every_command_completes(monkeypatch, capfd, command):
     told = names(asked(monkeypatch, capfd, f"llmctl {command} --", "fish"), "fish")
-    config = getattr(commands, COMMANDS[command][0])
+    config = commands.config_of(command)
     flags = {config.flag(name) for name in config.model_fields}
     assert {flag for flag in flags if flag.startswith("--")} <= set(told)
 

@@ -43,8 +43,7 @@ def test_every_life_cycle_loads(path):
 @pytest.mark.parametrize("path", sorted({*RECIPES} - {*LIVES}), ids=lambda p: p.name)
 def test_every_recipe_loads(path):
     values, _ = read_recipe(path)
-    config, _ = COMMANDS[values["stage"]]
-    loaded = getattr(commands, config).load(values["stage"], path, {})
+    loaded = commands.config_of(values["stage"]).load(values["stage"], path, {})
     assert loaded.given() >= set(values) - {"stage"}, "a recipe holds only what differs"
 
 
@@ -99,7 +98,7 @@ def test_every_command_shown_is_one_and_its_flags_exist(path):
     for line in re.findall(r"^\s*llmctl (.+)$", path.read_text(), re.MULTILINE):
         command, *words = shlex.split(line, comments=True)
         assert command in COMMANDS or command.startswith("--"), line
-        config = getattr(commands, COMMANDS[command][0])
+        config = commands.config_of(command)
         known = {config.flag(name) for name in config.model_fields} | {
             "--config",
             "--help",

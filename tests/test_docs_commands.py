@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from llmctl.cli import COMMANDS
 from llmctl.config import commands
 from llmctl.config.base import read_recipe
 from tests.conftest import sentences
@@ -94,7 +93,7 @@ def world(cli, tokens, tmp_path_factory):
 
 def can_be_dry(command):
     """Whether the command has a dry run."""
-    return "dry_run" in getattr(commands, COMMANDS[command][0]).model_fields
+    return "dry_run" in commands.config_of(command).model_fields
 
 
 def names_the_hub(words, root):

@@ -15,43 +15,33 @@ from typer.main import get_command
 from llmctl import console
 from llmctl.errors import UserError
 from llmctl.redact import redact, redacted
-from llmctl.signals import exiting_on_signals, raising_on_signals, signal_error
+from llmctl.signals import exit_now, handled_by, raising_on_signals, signal_error
 
 if TYPE_CHECKING:
     from llmctl.config.sections import Reporting
 
 COMMANDS = {
-    "demo": ("DemoConfig", "Take a small model through its whole life, on what is built in."),
-    "run": (
-        "RunConfig",
-        "Run a life cycle: the stages of a recipe, each on the results of those before it.",
-    ),
-    "tokenize": ("TokenizeConfig", "Train a tokenizer and turn a corpus into token shards."),
-    "pretrain": ("PretrainConfig", "Train a causal language model from scratch, or continue one."),
-    "audit": ("AuditConfig", "Check examples as `sft` would see them."),
-    "sft": ("SftConfig", "Fine-tune a model on examples, in full or with adapters."),
-    "rank": ("RankConfig", "Collect rankings of responses from a person."),
-    "ppo": ("PpoConfig", "Align a model with rewards by proximal policy optimisation."),
-    "reward": ("RewardConfig", "Train a reward model on preferences, or score texts with one."),
-    "dpo": ("DpoConfig", "Align a model with preferences directly, without a reward model."),
-    "merge": ("MergeConfig", "Merge an adapter into its base model."),
-    "plan": (
-        "PlanConfig",
-        "Tell what a run takes before it runs: memory, FLOPs, time, tokens, devices.",
-    ),
+    "demo": "Take a small model through its whole life, on what is built in.",
+    "run": "Run a life cycle: the stages of a recipe, each on the results of those before it.",
+    "tokenize": "Train a tokenizer and turn a corpus into token shards.",
+    "pretrain": "Train a causal language model from scratch, or continue one.",
+    "audit": "Check examples as `sft` would see them.",
+    "sft": "Fine-tune a model on examples, in full or with adapters.",
+    "rank": "Collect rankings of responses from a person.",
+    "ppo": "Align a model with rewards by proximal policy optimisation.",
+    "reward": "Train a reward model on preferences, or score texts with one.",
+    "dpo": "Align a model with preferences directly, without a reward model.",
+    "merge": "Merge an adapter into its base model.",
+    "plan": "Tell what a run takes before it runs: memory, FLOPs, time, tokens, devices.",
     "evaluate": (
-        "EvaluateConfig",
-        "Measure a model on texts, on questions with answers or on benchmarks; compare two.",
+        "Measure a model on texts, on questions with answers or on benchmarks; compare two."
     ),
-    "quantize": ("QuantizeConfig", "Make a model smaller, and measure what that costs."),
-    "generate": ("GenerateConfig", "Generate text from a model."),
-    "chat": ("ChatConfig", "Talk with a model in the terminal."),
-    "report": (
-        "ReportConfig",
-        "Write a page on runs: curves, figures, samples, how to repeat them.",
-    ),
-    "runs": ("RunsConfig", "List runs: how they went, how far they are, how to resume them."),
-    "doctor": ("DoctorConfig", "Check the installation and the machine, with a fix for each flaw."),
+    "quantize": "Make a model smaller, and measure what that costs.",
+    "generate": "Generate text from a model.",
+    "chat": "Talk with a model in the terminal.",
+    "report": "Write a page on runs: curves, figures, samples, how to repeat them.",
+    "runs": "List runs: how they went, how far they are, how to resume them.",
+    "doctor": "Check the installation and the machine, with a fix for each flaw.",
 }
 EXAMPLES = {
     "demo": "llmctl demo",
@@ -89,7 +79,7 @@ def build_app(chosen: str | None) -> typer.Typer:
         help="Train, align, shrink and run language models.",
         epilog=EXIT_CODES,
         pretty_exceptions_enable=False,
-        rich_markup_mode=None if _is_piped() else "rich",
+        rich_markup_mode="rich" if sys.stdout.isatty() else None,
         context_settings=HELP,
     )
 
@@ -105,9 +95,9 @@ def build_app(chosen: str | None) -> typer.Typer:
     ) -> None:
         pass
 
-    for name, (config, summary) in COMMANDS.items():
+    for name, summary in COMMANDS.items():
         if name == chosen:
-            _add_command(app, name, config, summary)
+            _add_command(app, name)
         else:
             app.command(name, help=summary)(_stub)
     return app
@@ -117,13 +107,15 @@ def _stub() -> None:
     raise AssertionError("only the chosen command is built")
 
 
-def _add_command(app: typer.Typer, name: str, config: str, summary: str) -> None:
+def _add_command(app: typer.Typer, name: str) -> None:
+    from llmctl.config.commands import config_of
     from llmctl.options import command, token_normalizer  # pydantic: only once a command is chosen
 
-    config_class = getattr(import_module("llmctl.config.commands"), config)
+    config_class = config_of(name)
+    assert config_class is not None
     app.command(
         name,
-        help=f"{summary}\n\nExample: {EXAMPLES[name]}",
+        help=f"{COMMANDS[name]}\n\nExample: {EXAMPLES[name]}",
         epilog=EXIT_CODES,
         context_settings={**HELP, "token_normalize_func": token_normalizer(config_class)},
     )(command(name, config_class, lambda config: _run(name, config)))
@@ -182,17 +174,13 @@ def _print_versions(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _is_piped() -> bool:
-    return not sys.stdout.isatty()
-
-
 def main() -> None:
     """Entry point: errors of the user become one to three lines and their exit code."""
     arguments = sys.argv[1:]
     words = _words_to_complete() or arguments
     chosen = next((word for word in words if not word.startswith("-")), None)
     sys.excepthook = _print_bug
-    with exiting_on_signals():
+    with handled_by(exit_now):
         code = _guarded(build_app(chosen), arguments or ["--help"])
     sys.exit(code)
 
@@ -214,16 +202,12 @@ def _guarded(app: typer.Typer, arguments: list[str]) -> int:
             print(redact(traceback.format_exc()), end="", file=sys.stderr)
         return _report(error, arguments)
     except typer.TyperException as error:
-        usage = UserError(error.format_message().rstrip("."), hint=_help_hint(arguments))
-        return _report(usage, arguments)
+        command = next((f"{word} " for word in arguments if word in COMMANDS), "")
+        hint = f"see: llmctl {command}--help"
+        return _report(UserError(error.format_message().rstrip("."), hint=hint), arguments)
     except (KeyboardInterrupt, typer.Abort):
         return 130
     return result if isinstance(result, int) else 0
-
-
-def _help_hint(arguments: list[str]) -> str:
-    command = next((a for a in arguments if a in COMMANDS), None)
-    return f"see: llmctl {command + ' ' if command else ''}--help"
 
 
 def _report(error: UserError, arguments: list[str]) -> int:

@@ -4,10 +4,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from llmctl.numbers import duration
@@ -93,12 +92,7 @@ class ProgressBar:
             self._rich.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Leave the last state on the screen."""
         if self._rich is not None:
             self._rich.stop()
@@ -148,6 +142,10 @@ def _rich_progress(unit: str) -> "RichProgress":
 class HasRecipe(Protocol):
     """A config that can show itself as a recipe."""
 
+    @property
+    def as_json(self) -> bool:
+        """Whether the result is to be an object."""
+
     def recipe(self, stage: str) -> dict[str, Any]:
         """Return the recipe's keys and values."""
 
@@ -155,19 +153,10 @@ class HasRecipe(Protocol):
         """Return the recipe as YAML."""
 
 
-def show_recipes(
-    recipes: Sequence[tuple[str, HasRecipe]], plan: Any = None, *, as_json: bool
-) -> dict[str, Any] | None:
-    """Print recipes as YAML; or return one object, which is the result with `--json`.
-
-    Args:
-        recipes: each command's name and its config.
-        plan: what a run would take, as JSON.
-        as_json: whether an object is wanted.
-    """
-    if as_json:
-        shown = [config.recipe(stage) for stage, config in recipes]
-        return {"recipe": shown[0] if len(shown) == 1 else shown, "plan": plan}
+def show_recipe(stage: str, config: HasRecipe, plan: Any = None) -> dict[str, Any] | None:
+    """Print a command's recipe as YAML; with `--json` return it and the plan, which is JSON."""
+    if config.as_json:
+        return {"recipe": config.recipe(stage), "plan": plan}
     if rank() == 0:
-        print("---\n".join(config.to_yaml(stage) for stage, config in recipes), end="")
+        print(config.to_yaml(stage), end="")
     return None

@@ -112,12 +112,8 @@ def sha256_folder(folder: Path) -> str:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Replace a JSON file atomically, without secrets and non-finite numbers."""
     shown = finite(redacted(value))
-    text = json.dumps(shown, indent=2, default=_as_text, allow_nan=False)
+    text = json.dumps(shown, indent=2, default=lambda item: redact(str(item)), allow_nan=False)
     replace_file(path, f"{text}\n".encode())
-
-
-def _as_text(value: object) -> str:
-    return redact(str(value))
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -30,8 +30,7 @@ def command(
     """
 
     def call(recipe: Path | None = None, **flags: Any) -> int:
-        given = {k: v for k, v in flags.items() if v is not None and v != [] and v is not False}
-        given |= {k: False for k, v in flags.items() if v is False}
+        given = {k: v for k, v in flags.items() if v is not None and v != []}
         return run(config_class.load(stage, recipe, given))
 
     has_recipe = any(field.exclude is not True for field in config_class.model_fields.values())

@@ -38,13 +38,6 @@ def exit_on_signals() -> None:
 
 
 @contextmanager
-def exiting_on_signals() -> Iterator[None]:
-    """End the process at once on any signal while the body runs."""
-    with handled_by(exit_now):
-        yield
-
-
-@contextmanager
 def raising_on_signals() -> Iterator[None]:
     """Raise the error of the first signal while the body runs; a second one ends the process.
 

@@ -7,7 +7,7 @@ from llmctl.config import commands
 from llmctl.config.commands import GenerateConfig, PretrainConfig, TokenizeConfig
 from llmctl.errors import UserError
 
-CLASSES = {name: getattr(commands, config) for name, (config, _) in COMMANDS.items()}
+CLASSES = {name: commands.config_of(name) for name in COMMANDS}
 
 
 def load(tmp_path, text, flags=None, cls=PretrainConfig, stage="pretrain"):
@@ -37,7 +37,7 @@ def test_every_field_has_help_that_ends_in_a_full_stop(name):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_summary_is_the_docstring(name):
-    assert CLASSES[name].__doc__ == COMMANDS[name][1]
+    assert CLASSES[name].__doc__ == COMMANDS[name]
 
 
 @pytest.mark.parametrize(

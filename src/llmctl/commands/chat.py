@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from llmctl.config.commands import ChatConfig
-from llmctl.console import log, show_recipes
+from llmctl.console import log, show_recipe
 from llmctl.decode.conversation import Conversation, chat_window
 from llmctl.decode.loop import load_for_generation
 from llmctl.decode.prefix import conversation_forward
@@ -31,7 +31,7 @@ def run(config: ChatConfig) -> dict[str, Any] | None:
     window = chat_window(tokenizer, shape, config.context, config.system, config.max_new_tokens)
     if config.dry_run:
         log.info("would talk on %s in a context of %s tokens", device, f"{window.context:,}")
-        return show_recipes([("chat", config)], as_json=config.as_json)
+        return show_recipe("chat", config)
     model = load_for_generation(config.model, config, shape, device=device, rows=1)
     with memory_errors(batch_size=1):
         forward = conversation_forward(model, window.encode(config.system, [], "Hi"))

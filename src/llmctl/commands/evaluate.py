@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from llmctl.config.commands import EvaluateConfig
-from llmctl.console import is_terminal, log, show_recipes
+from llmctl.console import is_terminal, log, show_recipe
 from llmctl.errors import GateError
 from llmctl.evaluate.evaluation import PreparedEvaluation, evaluate, prepare, require_same_identity
 from llmctl.evaluate.figures import check_gates, figures_in, show_table
@@ -18,7 +18,7 @@ def run(config: EvaluateConfig) -> dict[str, Any] | None:
     """Evaluate, and return every figure; without `--out` they are the only output."""
     if config.dry_run:
         log.info(_dry_run_line(prepare(config, None)))
-        return show_recipes([("evaluate", config)], as_json=config.as_json)
+        return show_recipe("evaluate", config)
     opened: AbstractContextManager[Run | None] = nullcontext()
     if config.out is not None:
         opened = open_run("evaluate", config)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llmctl.config.commands import GenerateConfig
-from llmctl.console import log, show_recipes
+from llmctl.console import log, show_recipe
 from llmctl.data.prompts import PromptExample, read_prompt_file
 from llmctl.decode.loop import Prompt, Response, decode, load_for_generation
 from llmctl.decode.output import Row, open_rows, write_rows
@@ -25,7 +25,7 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
     prompts = build_prompts(asks, encoder, shape, config.max_new_tokens, config.num_samples)
     if config.dry_run:
         _log_plan(config, prompts, device)
-        return show_recipes([("generate", config)], as_json=config.as_json)
+        return show_recipe("generate", config)
     rows = min(len(prompts), config.batch_size)
     model = load_for_generation(config.model, config, shape, device=device, rows=rows)
     streams = len(prompts) == 1 and not config.as_json and config.out is None

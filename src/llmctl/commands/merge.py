@@ -4,7 +4,7 @@ from typing import Any
 
 from llmctl import hardware
 from llmctl.config.commands import MergeConfig
-from llmctl.console import log, show_recipes
+from llmctl.console import log, show_recipe
 from llmctl.files import sha256_folder
 from llmctl.models.adapters import weights_sha256
 from llmctl.models.hub import model_input
@@ -19,7 +19,7 @@ def run(config: MergeConfig) -> dict[str, Any] | None:
     mergeable = find_mergeable(config.model, config.base)
     if config.dry_run:
         log.info("would merge %s into %s, on %s", mergeable.adapter.folder, mergeable.base, device)
-        return show_recipes([("merge", config)], as_json=config.as_json)
+        return show_recipe("merge", config)
     with open_run("merge", config) as run:
         adapter, base = mergeable.adapter, mergeable.base
         inputs = [

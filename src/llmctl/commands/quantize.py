@@ -4,7 +4,7 @@ from typing import Any
 
 from llmctl import hardware
 from llmctl.config.commands import QuantizeConfig
-from llmctl.console import show_recipes
+from llmctl.console import show_recipe
 from llmctl.quantize.convert import convert_to_folder, convert_to_gguf
 from llmctl.quantize.job import announce, prepare
 from llmctl.quantize.methods import check_method
@@ -19,7 +19,7 @@ def run(config: QuantizeConfig) -> dict[str, Any] | None:
     job = prepare(config, device)
     if config.dry_run:
         announce(job, config)
-        return show_recipes([("quantize", config)], as_json=config.as_json)
+        return show_recipe("quantize", config)
     with open_run("quantize", config) as run:
         run.record(threads=threads, device=hardware.device_name(device), inputs=job.inputs())
         with hardware.memory_errors():

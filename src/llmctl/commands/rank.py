@@ -12,7 +12,7 @@ from typing import Any
 
 from llmctl.config.commands import RankConfig
 from llmctl.config.sections import Sampling
-from llmctl.console import log, show_recipes
+from llmctl.console import log, show_recipe
 from llmctl.errors import UserError
 from llmctl.feedback.answers import open_answers, open_responses, read_answers, read_responses
 from llmctl.feedback.question_queue import QuestionQueue, generating_ahead
@@ -39,7 +39,7 @@ def run(config: RankConfig) -> dict[str, Any] | None:
     model = _generating_model(config, entries)
     if config.dry_run:
         _log_plan(config, out, entries, model, annotator, settings)
-        return show_recipes([("rank", config)], as_json=config.as_json)
+        return show_recipe("rank", config)
     with ExitStack() as stack:
         listening = None if config.terminal else stack.enter_context(listen(config.port))
         answers = stack.enter_context(open_answers(out, annotator))

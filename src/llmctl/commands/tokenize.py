@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.config.commands import TokenizeConfig
-from llmctl.console import log, show_recipes
+from llmctl.console import log, show_recipe
 from llmctl.data.corpus import CheckedCorpus, open_corpus
 from llmctl.data.tokenizer.load import Vocabulary, load_vocabulary, vocabulary_of
 from llmctl.data.tokenizer.train import BOS, EOS, UNKNOWN, save_tokenizer, train_tokenizer
@@ -77,7 +77,7 @@ def _dry_run(config: TokenizeConfig) -> dict[str, Any] | None:
             config.out or "--out",
         )
         plan = {"documents": corpus.scan.documents, "bytes": corpus.bytes}
-    return show_recipes([("tokenize", config)], plan, as_json=config.as_json)
+    return show_recipe("tokenize", config, plan)
 
 
 def _log_metrics(metrics: dict[str, Any]) -> None:

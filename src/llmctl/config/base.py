@@ -5,7 +5,7 @@ A recipe is strict YAML: plain values in, with the line of every key.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -137,26 +137,26 @@ def to_yaml(values: Mapping[str, Any]) -> str:
     return str(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
 
 
-@dataclass(frozen=True)
-class Also:
-    """Other spellings of a flag, accepted but not shown in `--help`."""
-
-    names: tuple[str, ...]
+class _Named:
+    """Names in the annotation of a field."""
 
     def __init__(self, *names: str) -> None:
-        """Names in kebab-case, without dashes in front."""
-        object.__setattr__(self, "names", names)
+        self.names = names
 
 
-@dataclass(frozen=True)
-class Flag:
-    """The flag's own spellings, where they are not the field's name in kebab-case."""
+class Also(_Named):
+    """Other spellings of a flag, in kebab-case and without dashes; `--help` does not show them."""
 
-    names: tuple[str, ...]
 
-    def __init__(self, *names: str) -> None:
-        """Names with their dashes, the long one first."""
-        object.__setattr__(self, "names", names)
+class Flag(_Named):
+    """The flag's own spellings, with their dashes and the long one first; else the field's name."""
+
+
+class Input(_Named):
+    """Marks a field that names an input; a life cycle may name a stage's result there.
+
+    The names are kinds of results that it takes (see `Config.makes`), none for what no stage makes.
+    """
 
 
 @dataclass(frozen=True)
@@ -165,18 +165,6 @@ class Argument:
 
     name: str
     """Its name in `--help`."""
-
-
-@dataclass(frozen=True)
-class Input:
-    """Marks a field that names an input; a life cycle may name a stage's result there."""
-
-    kinds: tuple[str, ...]
-    """Kinds of results that it takes (see `Config.makes`); empty for what no stage makes."""
-
-    def __init__(self, *kinds: str) -> None:
-        """Kinds as in `Config.makes`."""
-        object.__setattr__(self, "kinds", kinds)
 
 
 def parse_count(value: Any) -> Any:
@@ -208,6 +196,53 @@ class Fields(BaseModel):
         use_attribute_docstrings=True,
         allow_inf_nan=False,
     )
+
+    def given(self) -> set[str]:
+        """Return names of the fields that differ from their defaults."""
+        return {
+            name
+            for name, field in type(self).model_fields.items()
+            if getattr(self, name) != field.default
+        }
+
+    @classmethod
+    def flag(cls, name: str) -> str:
+        """Return the flag that sets a field, as a user would type it."""
+        for item in cls.model_fields[name].metadata:
+            if isinstance(item, Flag):
+                return item.names[0]
+            if isinstance(item, Argument):
+                return item.name
+        return "--" + name.replace("_", "-")
+
+    def require_field(self, name: str, kinds: str) -> None:
+        """Refuse to do without a field.
+
+        Raises:
+            ValueError: it is empty; names what it takes.
+        """
+        if not getattr(self, name):
+            raise ValueError(f"{self.flag(name)} is required: {kinds}")
+
+    def at_most_one(self, *names: str) -> None:
+        """Refuse several fields that say the same.
+
+        Raises:
+            ValueError: naming two that are given.
+        """
+        given = [self.flag(name) for name in names if name in self.given()]
+        if len(given) > 1:
+            raise ValueError(f"give {given[0]} or {given[1]}, not both")
+
+    def refuse(self, names: Iterable[str], reason: str) -> None:
+        """Refuse fields that would not be used.
+
+        Raises:
+            ValueError: the reason, in which `{}` is the first flag of them that is given.
+        """
+        given = [self.flag(name) for name in names if name in self.given()]
+        if given:
+            raise ValueError(reason.format(given[0]))
 
 
 class Config(Fields):
@@ -245,13 +280,7 @@ class Config(Fields):
         recipe: Path | None,
         lines: Mapping[str, int],
     ) -> Self:
-        """Build the config of a recipe's values and of flags, which win.
-
-        Args:
-            values: by field name.
-            flags: by field name.
-            recipe: the file that the values stand in.
-            lines: 1-based line of each value.
+        """Build the config of a recipe's values (with their 1-based lines) and of flags, which win.
 
         Raises:
             UserError: an unknown key, a value that does not fit, or a field that is missing.
@@ -274,29 +303,11 @@ class Config(Fields):
         """Return the resolved config as a recipe that `load` reads back."""
         return to_yaml(self.recipe(stage))
 
-    def given(self) -> set[str]:
-        """Return names of the fields that differ from their defaults."""
-        return {
-            name
-            for name, field in type(self).model_fields.items()
-            if getattr(self, name) != field.default
-        }
-
-    @classmethod
-    def flag(cls, name: str) -> str:
-        """Return the flag that sets a field, as a user would type it."""
-        for item in cls.model_fields[name].metadata:
-            if isinstance(item, Flag):
-                return item.names[0]
-            if isinstance(item, Argument):
-                return item.name
-        return "--" + name.replace("_", "-")
-
     @classmethod
     def inputs(cls) -> dict[str, tuple[str, ...]]:
         """Return the fields that name inputs, each with the kinds of results that it takes."""
         return {
-            name: item.kinds
+            name: item.names
             for name, field in cls.model_fields.items()
             for item in field.metadata
             if isinstance(item, Input)

@@ -51,12 +51,7 @@ class Examples(Fields):
 
     @model_validator(mode="after")
     def _check_examples(self) -> Self:
-        ways = ("val_size", "val_fraction", "val_data")
-        given = [name for name in ways if getattr(self, name) not in (None, [])]
-        if len(given) > 1:
-            raise ValueError(
-                f"give --{given[0].replace('_', '-')} or --{given[1].replace('_', '-')}, not both"
-            )
+        self.at_most_one("val_size", "val_fraction", "val_data")
         return self
 
 
@@ -124,12 +119,9 @@ class LowRank(Fields):
 
     @model_validator(mode="after")
     def _check_low_rank(self) -> Self:
-        fields = type(self).model_fields
-        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "rslora"):
-            if not self.is_low_rank and getattr(self, name) != fields[name].default:
-                raise ValueError(f"--{name.replace('_', '-')} goes with --lora")
-        if self.merge and not self.is_low_rank:
-            raise ValueError("--merge goes with --lora")
+        if not self.is_low_rank:
+            names = ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "merge")
+            self.refuse(names, "{} goes with --lora")
         return self
 
 
@@ -150,8 +142,7 @@ class Quantized(LowRank):
 
     @model_validator(mode="after")
     def _check_quantized(self) -> Self:
-        if self.load_in_4bit and self.load_in_8bit:
-            raise ValueError("give --load-in-4bit or --load-in-8bit, not both")
+        self.at_most_one("load_in_4bit", "load_in_8bit")
         if self.is_quantized and not self.is_low_rank:
             flag = "--load-in-4bit" if self.load_in_4bit else "--load-in-8bit"
             raise ValueError(f"{flag} freezes the weights: add --lora to train beside them")
@@ -223,10 +214,6 @@ class Tuning(LowRank, Length, Batch, Optimizer, Memory, Evaluation, Placement, C
 
     @model_validator(mode="after")
     def _check_tuning(self) -> Self:
-        if self.max_steps and self.epochs:
-            raise ValueError("give --max-steps or --epochs, not both")
-        if "decay" in self.given() and self.schedule != "wsd":
-            raise ValueError("--decay goes with --schedule wsd")
-        if "min_lr" in self.given() and self.schedule == "constant":
-            raise ValueError("--min-lr does not go with --schedule constant")
+        self.at_most_one("max_steps", "epochs")
+        self.check_schedule()
         return self

@@ -145,10 +145,20 @@ class Optimizer(Fields):
 
     @model_validator(mode="after")
     def _check_nan(self) -> Self:
-        default = type(self).model_fields["max_nan_skips"].default
-        if self.on_nan == "stop" and self.max_nan_skips != default:
-            raise ValueError("--max-nan-skips goes with --on-nan skip")
+        if self.on_nan == "stop":
+            self.refuse(["max_nan_skips"], "{} goes with --on-nan skip")
         return self
+
+    def check_schedule(self) -> None:
+        """Refuse fields that the schedule does not read.
+
+        Raises:
+            ValueError: such a field.
+        """
+        if self.schedule != "wsd":
+            self.refuse(["decay"], "{} goes with --schedule wsd")
+        if self.schedule == "constant":
+            self.refuse(["min_lr"], "{} does not go with --schedule constant")
 
 
 class Batch(Fields):
@@ -277,8 +287,7 @@ class Loading(Fields):
 
     @model_validator(mode="after")
     def _check_loading(self) -> Self:
-        if self.load_in_8bit and self.load_in_4bit:
-            raise ValueError("give --load-in-8bit or --load-in-4bit, not both")
+        self.at_most_one("load_in_8bit", "load_in_4bit")
         return self
 
 

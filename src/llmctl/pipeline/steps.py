@@ -3,7 +3,6 @@
 Nothing but the file is read. See `references.py` for what names mean.
 """
 
-import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 
 from llmctl.config import commands
 from llmctl.config.base import Place, read_nested
+from llmctl.config.commands import config_of
 from llmctl.config.sections import StageConfig
-from llmctl.errors import UserError
+from llmctl.errors import UserError, did_you_mean
 from llmctl.pipeline.rounds import Block, Scope, unroll
 
 TOP_KEYS = ("stages", "defaults", "out")
@@ -59,7 +59,7 @@ def load(file: Path) -> Recipe:
         values, lines = _as_one_stage(values, lines)
     if unknown := [key for key in values if key not in TOP_KEYS]:
         raise UserError(
-            f"unknown key `{unknown[0]}`{_suggestion(unknown[0], TOP_KEYS)}",
+            f"unknown key `{unknown[0]}`{did_you_mean(unknown[0], TOP_KEYS)}",
             file=file,
             line=lines.get((unknown[0],)),
             hint="a life cycle has `stages`, and may have `defaults` and `out`",
@@ -77,9 +77,8 @@ def load(file: Path) -> Recipe:
 
 def config_class_of(stage: str) -> type[StageConfig] | None:
     """Return the config of a command that can be a stage of a life cycle; None for any other."""
-    config = vars(commands).get(f"{stage.title()}Config") if stage.islower() else None
-    usable = isinstance(config, type) and issubclass(config, StageConfig)
-    return config if usable and stage not in INTERACTIVE else None
+    config = config_of(stage) if stage.islower() and stage not in INTERACTIVE else None
+    return config if config is not None and issubclass(config, StageConfig) else None
 
 
 def stage_names() -> list[str]:
@@ -151,7 +150,7 @@ def _blocks(entries: Any, file: Path, lines: Mapping[Place, int]) -> Iterator[Bl
             continue
         if unknown := [key for key in entry if key not in BLOCK_KEYS]:
             raise UserError(
-                f"unknown key `{unknown[0]}` beside `rounds`{_suggestion(unknown[0], BLOCK_KEYS)}",
+                f"unknown key `{unknown[0]}` beside `rounds`{did_you_mean(unknown[0], BLOCK_KEYS)}",
                 file=file,
                 line=lines.get((*place, unknown[0])),
                 hint="a block has `rounds`, `stages` and, for its first round, `first`",
@@ -189,7 +188,7 @@ def _entry(
     if not isinstance(stage, str) or config_class_of(stage) is None:
         known = stage_names()
         what = "no `stage`" if stage is None else f"no stage `{stage}`"
-        close = _suggestion(str(stage), known) if stage is not None else ""
+        close = did_you_mean(str(stage), known) if stage is not None else ""
         raise UserError(
             what + close,
             file=file,
@@ -219,7 +218,7 @@ def _check_defaults(
     for key in defaults:
         if key not in known:
             raise UserError(
-                f"defaults: no stage here has a field `{key}`{_suggestion(key, known)}",
+                f"defaults: no stage here has a field `{key}`{did_you_mean(key, known)}",
                 file=file,
                 line=lines.get(("defaults", key)),
             )
@@ -235,8 +234,3 @@ def _mapping(value: Any, place: Place, file: Path, lines: Mapping[Place, int]) -
             line=lines.get(place),
         )
     return {str(key): item for key, item in value.items()}
-
-
-def _suggestion(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f": did you mean `{close[0]}`?" if close else ""

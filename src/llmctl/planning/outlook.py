@@ -10,7 +10,7 @@ import torch
 
 from llmctl import hardware
 from llmctl.config.sections import Resumable
-from llmctl.console import log, rank, show_recipes
+from llmctl.console import log, rank, show_recipe
 from llmctl.numbers import byte_size, duration, short_number
 from llmctl.planning import compute
 from llmctl.planning.compute import PF_DAY, Rate, expected_rate, flops_per_step, flops_per_token
@@ -215,7 +215,7 @@ def show_dry_run(stage: str, config: Resumable, outlook: Outlook) -> dict[str, A
     """Print the recipe on stdout, the block on stderr; with --json return both in one object."""
     if log.isEnabledFor(logging.INFO) and rank() == 0:
         print_lines(outlook_lines(outlook), sys.stderr)
-    return show_recipes([(stage, config)], outlook.as_json(), as_json=config.as_json)
+    return show_recipe(stage, config, outlook.as_json())
 
 
 def _parameters(outlook: Outlook) -> list[tuple[str, str]]:

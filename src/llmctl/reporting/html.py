@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from llmctl import __version__, numbers
-from llmctl.config import commands
+from llmctl.config.commands import config_of
 from llmctl.reporting import origins, tables
 from llmctl.reporting.calibration import CalibrationChart, calibration_chart
 from llmctl.reporting.curves import panels
@@ -150,7 +150,7 @@ def policy(style: str, script: str) -> str:
 
 
 def _stage(name: str, records: Sequence[RunRecord]) -> StageSection:
-    config = vars(commands).get(f"{name.capitalize()}Config")
+    config = config_of(name)
     first, others = panels(records)
     settings, plan = origins.settings_table(records), origins.plan_table(records)
     folded = (tables.figures_table(records), settings, plan)

@@ -7,15 +7,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from llmctl import metrics, numbers
-from llmctl.config import commands
 from llmctl.config.base import Config
+from llmctl.config.commands import config_of
 from llmctl.reporting.records import RunRecord, as_mapping
 from llmctl.reporting.tables import Table, format_setting
 
 
 def settings_table(records: Sequence[RunRecord]) -> Table | None:
     """Tabulate settings that differ from the defaults or between the runs."""
-    config = vars(commands).get(f"{records[0].stage.capitalize()}Config")
+    config = config_of(records[0].stage)
     if config is None:
         return None
     usual, rows = defaults(config), []

@@ -12,7 +12,7 @@ from typing import Any
 
 from llmctl import hardware
 from llmctl.config.commands import RewardConfig
-from llmctl.console import ProgressBar, show_recipes
+from llmctl.console import ProgressBar, show_recipe
 from llmctl.data.preferences import parse_sides
 from llmctl.data.rows import SourceRow, checked_text, quote_names, read_rows
 from llmctl.data.schemas import PAIR_LAYOUTS, Message, conversation, from_json, match_layout
@@ -46,7 +46,7 @@ def score_file(config: RewardConfig) -> dict[str, Any] | None:
     model = load_reward_model(config.model, device=hardware.pick_device(config.device))
     encoded = [_encode(model, record) for record in records]
     if config.dry_run:
-        return show_recipes([("reward", config)], {"rows": len(records)}, as_json=config.as_json)
+        return show_recipe("reward", config, {"rows": len(records)})
     total = 0.0
     with (
         open_rows(config.out, as_json=True) as emit,

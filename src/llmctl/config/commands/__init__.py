@@ -1,5 +1,6 @@
 """One config class per command."""
 
+from llmctl.config.base import Config
 from llmctl.config.commands.audit import AuditConfig
 from llmctl.config.commands.chat import ChatConfig
 from llmctl.config.commands.demo import DemoConfig
@@ -42,3 +43,9 @@ __all__ = [
     "SftConfig",
     "TokenizeConfig",
 ]
+
+
+def config_of(stage: str) -> type[Config] | None:
+    """Return the config class of a command, None where there is no such command."""
+    config: type[Config] | None = globals().get(f"{stage.capitalize()}Config")
+    return config

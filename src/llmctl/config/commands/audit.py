@@ -23,8 +23,5 @@ class AuditConfig(Supervised, Config, Reporting):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.data:
-            raise ValueError(
-                "DATA is required: jsonl, json, csv, parquet, a Hub id or builtin:tasks"
-            )
+        self.require_field("data", "jsonl, json, csv, parquet, a Hub id or builtin:tasks")
         return self

@@ -43,10 +43,7 @@ class DpoConfig(Preferred, Adapter, Tuning, Samples):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.data:
-            raise ValueError(
-                "--data is required: jsonl, json, csv, parquet, a Hub id or builtin:preferences"
-            )
+        self.require_field("data", "jsonl, json, csv, parquet, a Hub id or builtin:preferences")
         if self.label_smoothing and self.loss != "sigmoid":
             raise ValueError("--label-smoothing goes with --loss sigmoid")
         if self.prompt_tuning:

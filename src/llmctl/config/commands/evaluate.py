@@ -164,8 +164,8 @@ class EvaluateConfig(
             *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
             *("greedy", "stop", "text_column", "stride", "end", "skip_bad_rows"),
         )
-        if self.tasks and (given := [name for name in clash if name in self.given()]):
-            raise ValueError(f"{self.flag(given[0])} goes with --data")
+        if self.tasks:
+            self.refuse(clash, "{} goes with --data")
         if self.stride and self.context and self.stride > self.context:
             raise ValueError(f"--stride {self.stride}: more than --context {self.context}")
         return self

@@ -40,8 +40,7 @@ class GenerateConfig(Loading, Sampling, StageConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.prompt and self.prompts_file:
-            raise ValueError("give --prompt or --prompts-file, not both")
+        self.at_most_one("prompt", "prompts_file")
         require_utf8(*self.prompt, self.system or "")
         if self.system is not None and not self.chat:
             raise ValueError("--system goes with --chat")

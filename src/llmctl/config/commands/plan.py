@@ -54,9 +54,7 @@ class PlanConfig(Config, Reporting):
     def _check(self) -> Self:
         if self.file is None and self.shape is None:
             raise ValueError("RECIPE or --shape is required: what is to be planned?")
-        speeds = [n for n in ("tflops", "tokens_per_second", "measure") if getattr(self, n)]
-        if len(speeds) > 1:
-            raise ValueError(f"give {self.flag(speeds[0])} or {self.flag(speeds[1])}, not both")
+        self.at_most_one("tflops", "tokens_per_second", "measure")
         if self.rows and self.file is None:
             raise ValueError("--rows goes with a recipe")
         return self

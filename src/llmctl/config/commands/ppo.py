@@ -198,17 +198,13 @@ class PpoConfig(
     @model_validator(mode="after")
     def _check(self) -> Self:
         given = self.given()
-        if not self.data:
-            raise ValueError("--data is required: prompts in jsonl or txt, or builtin:tasks")
+        self.require_field("data", "prompts in jsonl or txt, or builtin:tasks")
         if not (self.reward_model or self.reward_rule):
             raise ValueError("--reward-model or --reward-rule is required: what is rewarded?")
-        lengths = [name for name in Episodes.model_fields if getattr(self, name) is not None]
-        if len(lengths) > 1:
-            raise ValueError(f"give {self.flag(lengths[0])} or {self.flag(lengths[1])}, not both")
+        self.at_most_one(*Episodes.model_fields)
         if self.plain and self.chat_template:
             raise ValueError("give --plain or --chat-template, not both")
-        if self.val_data and self.val_size is not None:
-            raise ValueError("give --val-size or --val-data, not both")
+        self.at_most_one("val_size", "val_data")
         if self.lora_dropout:
             raise ValueError("--lora-dropout: the ratio of the policies would not be 1; drop it")
         if self.precision == "pure-bf16" and self.has_adapter:
@@ -227,12 +223,9 @@ class PpoConfig(
             raise ValueError("--kl-target adapts --kl-coef, which must be above 0")
         if self.missing_eos_penalty and self.ignore_eos:
             raise ValueError("--missing-eos-penalty does not go with --ignore-eos")
-        if not self.reward_model and (clash := {"score_normalization", "clip_score"} & given):
-            raise ValueError(f"{self.flag(min(clash))} goes with --reward-model")
+        if not self.reward_model:
+            self.refuse(("clip_score", "score_normalization"), "{} goes with --reward-model")
         if self.clip_score and "clip_score" in given and self.score_normalization == "none":
             raise ValueError("--clip-score goes with normalised scores")
-        if "decay" in given and self.schedule != "wsd":
-            raise ValueError("--decay goes with --schedule wsd")
-        if "min_lr" in given and self.schedule == "constant":
-            raise ValueError("--min-lr does not go with --schedule constant")
+        self.check_schedule()
         return self

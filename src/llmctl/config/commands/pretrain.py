@@ -106,27 +106,20 @@ class PretrainConfig(
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        given = self.given()
         if bool(self.tokens) == bool(self.data):
             raise ValueError("give --tokens (a tokenize run) or --data (with --tokenizer)")
         if self.data and not (self.tokenizer or self.model):
             raise ValueError("--data needs --tokenizer: a tokenize run, folder or Hub id")
-        if self.tokens and (
-            clash := sorted({*Corpus.model_fields, "tokenizer"} & given - {"data"})
-        ):
-            raise ValueError(f"{self.flag(clash[0])} goes with --data, not with --tokens")
-        dials = {"size", "arch", "layers", "hidden", "heads", "kv_heads"}
-        if self.model and (clash := sorted({*dials, "config_from"} & given)):
-            raise ValueError(f"--model has its shape already: drop {self.flag(clash[0])}")
-        if self.config_from and (clash := sorted(dials & given)):
-            raise ValueError(f"--config-from has its shape already: drop {self.flag(clash[0])}")
-        lengths = [name for name in TokenLength.model_fields if getattr(self, name) is not None]
-        if len(lengths) > 1:
-            raise ValueError(f"give {self.flag(lengths[0])} or {self.flag(lengths[1])}, not both")
-        if self.grad_accum and self.batch_tokens:
-            raise ValueError("give --grad-accum or --batch-tokens, not both")
-        if "decay" in given and self.schedule != "wsd":
-            raise ValueError("--decay goes with --schedule wsd")
-        if "min_lr" in given and self.schedule == "constant":
-            raise ValueError("--min-lr does not go with --schedule constant")
+        if self.tokens:
+            unused = sorted({*Corpus.model_fields, "tokenizer"} - {"data"})
+            self.refuse(unused, "{} goes with --data, not with --tokens")
+        dials = ("arch", "heads", "hidden", "kv_heads", "layers", "size")
+        if self.model:
+            unused = sorted([*dials, "config_from"])
+            self.refuse(unused, "--model has its shape already: drop {}")
+        if self.config_from:
+            self.refuse(dials, "--config-from has its shape already: drop {}")
+        self.at_most_one(*TokenLength.model_fields)
+        self.at_most_one("grad_accum", "batch_tokens")
+        self.check_schedule()
         return self

@@ -79,26 +79,18 @@ class QuantizeConfig(StageConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        given = self.given()
         if self.bits not in (None, 4, 8):
             raise ValueError(f"--bits: expected 4 or 8, got {self.bits}")
         if self.library is None and self.gguf is None and self.dtype == "auto":
             raise ValueError(f"say how small: {WAYS}")
         if self.gguf is not None:
-            _refuse(self, ("bits", "method", "dtype"), given, "--gguf")
+            self.refuse(("bits", "method", "dtype"), "{} does not go with --gguf")
         if self.library != "bnb" or self.width != 4:
-            unused = [name for name in ("quant_type", "double_quant") if name in given]
-            if unused:
-                raise ValueError(f"{self.flag(unused[0])} goes with 4 bits of --method bnb")
+            self.refuse(("quant_type", "double_quant"), "{} goes with 4 bits of --method bnb")
         if self.dynamic and (self.library != "torchao" or self.width != 8):
             raise ValueError("--dynamic goes with --method torchao and 8 bits")
         if self.gguf in ("f16", "bf16"):
-            _refuse(self, ("keep",), given, f"--gguf {self.gguf}, which has no blocks")
+            self.refuse(["keep"], f"{{}} does not go with --gguf {self.gguf}, which has no blocks")
         if self.library is None and self.gguf is None:
-            _refuse(self, ("keep",), given, "a plain cast")
+            self.refuse(["keep"], "{} does not go with a plain cast")
         return self
-
-
-def _refuse(config: QuantizeConfig, names: tuple[str, ...], given: set[str], other: str) -> None:
-    if clash := [name for name in names if name in given]:
-        raise ValueError(f"{config.flag(clash[0])} does not go with {other}")

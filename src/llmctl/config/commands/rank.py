@@ -53,9 +53,8 @@ class RankConfig(Loading, Sampling, StageConfig):
             raise ValueError("answers of people are not replaced: choose another --out")
         if self.annotator is not None and not is_name(self.annotator):
             raise ValueError(f"--annotator: expected a name, got {self.annotator!r}")
-        web = [name for name in ("port", "browser") if name in self.given()]
-        if self.terminal and web:
-            raise ValueError(f"{self.flag(web[0])} does not go with --terminal")
+        if self.terminal:
+            self.refuse(("port", "browser"), "{} does not go with --terminal")
         return self
 
 

@@ -43,13 +43,9 @@ class RewardConfig(Preferred, Tuning):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.score is None and not self.data:
-            raise ValueError(
-                "--data is required: jsonl, json, csv, parquet, a Hub id or builtin:preferences"
-            )
-        if self.score is not None:
-            defaults = type(self).model_fields
-            given = [name for name, value in self if value != defaults[name].default]
-            if clash := [name for name in given if name not in SCORING]:
-                raise ValueError(f"{self.flag(clash[0])} does not go with --score")
+        if self.score is None:
+            self.require_field("data", "jsonl, json, csv, parquet, a Hub id or builtin:preferences")
+        else:
+            unused = [name for name in type(self).model_fields if name not in SCORING]
+            self.refuse(unused, "{} does not go with --score")
         return self

@@ -31,25 +31,13 @@ class SftConfig(Supervised, Adapter, Tuning, Samples):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.data:
-            raise ValueError(
-                "--data is required: jsonl, json, csv, parquet, a Hub id or builtin:tasks"
-            )
+        self.require_field("data", "jsonl, json, csv, parquet, a Hub id or builtin:tasks")
         if self.task == "classify":
             unused = (
-                "chat_template",
-                "train_on",
-                "packing",
-                "chunked_loss",
-                "prompt_tuning",
-                "load_in_4bit",
-                "load_in_8bit",
-                "samples",
-                "sample_prompt",
-                "sample_tokens",
+                *("chat_template", "train_on", "packing", "chunked_loss", "prompt_tuning"),
+                *("load_in_4bit", "load_in_8bit", *Samples.model_fields),
             )
-            if clash := [name for name in unused if name in self.given()]:
-                raise ValueError(f"{self.flag(clash[0])} does not go with --task classify")
+            self.refuse(unused, "{} does not go with --task classify")
         if self.packing and (self.prompt_tuning or self.group_by_length):
             other = "--prompt-tuning" if self.prompt_tuning else "--group-by-length"
             raise ValueError(f"--packing does not go with {other}")

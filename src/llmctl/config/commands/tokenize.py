@@ -36,17 +36,13 @@ class TokenizeConfig(Corpus, StageConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.data:
-            raise ValueError(
-                "--data is required: a file, folder, glob, Hub id or builtin:python-docs"
-            )
-        trained = {"algorithm", "vocab_size", "special_token", "min_frequency", "train_bytes"}
-        if self.tokenizer and (clash := sorted(trained & self.given())):
-            raise ValueError(f"--tokenizer reuses a tokenizer: drop {self.flag(clash[0])}")
+        self.require_field("data", "a file, folder, glob, Hub id or builtin:python-docs")
+        if self.tokenizer:
+            trained = ("algorithm", "min_frequency", "special_token", "train_bytes", "vocab_size")
+            self.refuse(trained, "--tokenizer reuses a tokenizer: drop {}")
         if self.algorithm == "byte" and self.vocab_size is not None:
             raise ValueError("--vocab-size does not go with --algorithm byte: it has 256 bytes")
         if "min_frequency" in self.given() and self.algorithm in ("byte", "char"):
             raise ValueError(f"--min-frequency does not go with --algorithm {self.algorithm}")
-        if self.val_data and self.val_fraction is not None:
-            raise ValueError("give --val-data or --val-fraction, not both")
+        self.at_most_one("val_data", "val_fraction")
         return self
