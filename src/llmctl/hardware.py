@@ -124,10 +124,7 @@ def memory_errors(
 ) -> Iterator[None]:
     """Turn running out of memory into an error that says what to change.
 
-    Args:
-        batch_size: of the training that the body does, if it trains.
-        grad_accum: its accumulation.
-        hint: what to change, where that is not the batch.
+    That is the batch of the training that the body does, unless a hint says otherwise.
 
     Raises:
         ResourceError: the device or the machine has no memory left.

@@ -21,12 +21,9 @@ CONTROL_PANEL = "Output"
 def command(
     stage: str, config_class: type[Config], run: Callable[[Any], int]
 ) -> Callable[..., int]:
-    """Return a function whose signature Typer reads as one flag per field.
+    """Return a function whose signature Typer reads as one flag per field, and which runs a config.
 
-    Args:
-        stage: name of the command, checked against the recipe's `stage` key.
-        config_class: the fields.
-        run: is given the loaded config.
+    The recipe's `stage` key must be the command's name.
     """
 
     def call(recipe: Path | None = None, **flags: Any) -> int:

@@ -17,4 +17,4 @@ class CheckResult:
     """In words, or as a command."""
 
     error: type[UserError] = ResourceError
-    """Of a failure: gives the exit code."""
+    """Kind of a failure, which gives the exit code."""

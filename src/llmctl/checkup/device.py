@@ -29,7 +29,10 @@ def check_devices() -> Iterator[CheckResult]:
         return
     yield check_threads(hardware.usable_cores())
     yield check_memory(hardware.memory_left())
-    yield _cpu(hardware.device_name("cpu"), has_bf16=hardware.has_bf16("cpu"))
+    name = hardware.device_name("cpu")
+    kind = name if name != "cpu" else platform.processor() or platform.machine()
+    bf16 = "in hardware" if hardware.has_bf16("cpu") else "emulated"
+    yield CheckResult("cpu", "ok", f"{kind}, bfloat16 {bf16}")
     if torch.cuda.is_available():
         yield from _gpus()
     elif (unused := _unused_gpu(torch.__version__, torch.version.cuda)) is not None:
@@ -53,8 +56,11 @@ def check_4bit(device: str) -> CheckResult:
     if not error < MAX_ERROR:
         fix = "do not use --load-in-4bit here; pip install --force-reinstall bitsandbytes"
         return CheckResult(name, "failure", text, fix)
-    if device == "cpu" and _spoils_weights():
-        text += "; this CPU's AVX512-BF16 path spoils weights, and llmctl keeps off it"
+    if device == "cpu":
+        from bitsandbytes import functional
+
+        if functional.has_avx512bf16():  # models/quantized.py guards 4-bit layers
+            text += "; this CPU's AVX512-BF16 path spoils weights, and llmctl keeps off it"
     return CheckResult(name, "ok", text)
 
 
@@ -69,18 +75,6 @@ def _round_trip_error(device: str) -> float:
     return float((back - weight).norm() / weight.norm())
 
 
-def _spoils_weights() -> bool:
-    """Whether models/quantized.py has to guard 4-bit layers on this CPU."""
-    from bitsandbytes import functional
-
-    return bool(functional.has_avx512bf16())
-
-
-def _cpu(name: str, *, has_bf16: bool) -> CheckResult:
-    kind = name if name != "cpu" else platform.processor() or platform.machine()
-    return CheckResult("cpu", "ok", f"{kind}, bfloat16 {'in hardware' if has_bf16 else 'emulated'}")
-
-
 def _gpus() -> Iterator[CheckResult]:
     """Check each GPU with a small product."""
     import torch
@@ -93,7 +87,8 @@ def _gpus() -> Iterator[CheckResult]:
             works = bool((ones @ ones == 64).all())
         except RuntimeError as error:
             text = f"does not compute: {str(error).splitlines()[0]}"
-            yield CheckResult(name, "failure", text, f"install a torch for CUDA {_driver_cuda()}")
+            served = f"and driver {_driver()}" if _driver() else "that the driver serves"
+            yield CheckResult(name, "failure", text, f"install a torch for CUDA {served}")
             continue
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         text = (
@@ -130,7 +125,3 @@ def _driver() -> str | None:
     except OSError:
         return None
     return match[1] if match else None
-
-
-def _driver_cuda() -> str:
-    return f"and driver {_driver()}" if _driver() else "that the driver serves"

@@ -41,11 +41,7 @@ def check_threads(usable: int) -> CheckResult:
 
 
 def check_memory(left: int) -> CheckResult:
-    """Check the memory that this process may still take, by its cgroups as well.
-
-    Args:
-        left: bytes.
-    """
+    """Check the bytes of memory that this process may still take, by its cgroups as well."""
     text = f"{byte_size(left)} free of {byte_size(psutil.virtual_memory().total)}"
     fix = "end other programs, raise the container's limit, or take smaller models"
     if left < MIN_MEMORY:

@@ -16,7 +16,8 @@ def check_hub() -> Iterator[CheckResult]:
     from huggingface_hub import constants
 
     if huggingface_hub.is_offline_mode():
-        name = next((n for n in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if _is_on(n)), "")
+        names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+        name = next((n for n in names if os.environ.get(n, "").upper() in OFFLINE), "")
         text = f"switched off by {name or 'the environment'}: only what is cached is found"
         yield CheckResult("hub", "warning", text, f"unset {name or 'HF_HUB_OFFLINE'}, to download")
         return
@@ -56,7 +57,3 @@ def _status(url: str, token: str | None) -> int | str:
         return int(get_session().get(url, headers=headers, timeout=TIMEOUT).status_code)
     except (HTTPError, OSError) as error:
         return type(error).__name__
-
-
-def _is_on(name: str) -> bool:
-    return os.environ.get(name, "").upper() in OFFLINE

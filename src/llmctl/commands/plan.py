@@ -5,27 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from llmctl import hardware
-from llmctl.config.base import Config, read_recipe
-from llmctl.config.commands import (
-    DpoConfig,
-    PlanConfig,
-    PpoConfig,
-    PretrainConfig,
-    RewardConfig,
-    SftConfig,
-)
+from llmctl.config.base import read_recipe
+from llmctl.config.commands import PlanConfig, PretrainConfig, config_of
 from llmctl.errors import UserError
+from llmctl.metrics import TRAINING
 from llmctl.planning.compute import measure_rate
 from llmctl.planning.outlook import make_outlook, outlook_lines, print_lines
 from llmctl.planning.recipe import Recipe, plan_recipe, plan_shape, planning_device
-
-TRAINING: dict[str, type[Config]] = {
-    "pretrain": PretrainConfig,
-    "sft": SftConfig,
-    "reward": RewardConfig,
-    "dpo": DpoConfig,
-    "ppo": PpoConfig,
-}
 
 
 def run(config: PlanConfig) -> dict[str, Any] | None:
@@ -42,7 +28,7 @@ def run(config: PlanConfig) -> dict[str, Any] | None:
         workload, model_config, notes = plan_recipe(recipe, config, device)
     outlook = make_outlook(
         workload,
-        model_config.get_text_config(),
+        model_config,
         capacity=config.device_memory,
         tflops=config.tflops,
         tokens_per_second=config.tokens_per_second,
@@ -97,4 +83,6 @@ def _read(path: Path, batch_size: int | None) -> Recipe:
             hint="add `stage: sft`, or whichever it is of" if not stage else None,
         )
     flags = {} if batch_size is None else {"batch_size": batch_size}
-    return TRAINING[stage].load(stage, path, flags)  # type: ignore[return-value]
+    config_class = config_of(stage)
+    assert config_class is not None
+    return config_class.load(stage, path, flags)  # type: ignore[return-value]

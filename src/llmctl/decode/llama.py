@@ -300,13 +300,10 @@ def fast_forward(
     weights_of: WeightsOf = plain_weights,
     dtype: torch.dtype | None = None,
 ) -> LlamaForward | None:
-    """The fast pass, if it covers this model and gives transformers' logits on this prompt.
+    """The fast pass, if it covers this model (in eval mode) and gives its logits on this prompt.
 
-    Args:
-        model: in eval mode.
-        prompt: tokens to try it on.
-        weights_of: the weights that a block computes with, where an adapter changes them.
-        dtype: to compute in, where autocast has the model compute in another than its weights'.
+    `weights_of` gives the weights that a block computes with where an adapter changes them, and
+    `dtype` is that of autocast where it has the model compute in another than its weights'.
     """
     if not is_covered(model, weights_of, dtype):
         return None

@@ -57,10 +57,7 @@ def generating_ahead(
 ) -> Iterator[None]:
     """Generate missing responses in a thread, in order, while the body runs; then give up.
 
-    Args:
-        queue: to fill.
-        generate: the responses to one entry.
-        file: gets each question's responses before it is asked.
+    They are in the file before their question is in the queue.
     """
     over = threading.Event()
 

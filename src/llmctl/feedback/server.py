@@ -173,7 +173,8 @@ class _Handler(BaseHTTPRequestHandler):
         token = parse_qs(query).get("token", [""])[0]
         if path == "/" and token and self.server.redeem(token):
             log.info("the page is open; its address does not work a second time")
-            self._send_page({"Set-Cookie": self._new_cookie()})
+            cookie = f"{self.server.cookie_name}={self.server.cookie}"
+            self._send_page({"Set-Cookie": f"{cookie}; Path=/; HttpOnly; SameSite=Strict"})
             return
         self._require_cookie()
         if path == "/":
@@ -235,10 +236,6 @@ class _Handler(BaseHTTPRequestHandler):
             "This is not the address that llmctl rank gave, or it was used before: it works once.\n"
             "Start llmctl rank again for a new one; all answers are kept.",
         )
-
-    def _new_cookie(self) -> str:
-        name, value = self.server.cookie_name, self.server.cookie
-        return f"{name}={value}; Path=/; HttpOnly; SameSite=Strict"
 
     def _body(self) -> dict[str, Any]:
         """Return the object that was sent."""
@@ -303,24 +300,17 @@ def rank_on_page(
 ) -> None:
     """Serve the page until the person leaves; its address is printed also when quiet.
 
-    Args:
-        session: with the questions.
-        listening: the socket.
-        texts: of the page besides the questions.
-        browser: whether to open it; None where a person can be expected to see it.
+    A browser is opened as asked; by default where a person can be expected to see it.
 
     Raises:
         UserError: the error that ended generation.
     """
     with serving(listening, session, texts) as url:
         print(f"rank as {session.annotator}: {url}", file=sys.stderr, flush=True)
-        if browser or (browser is None and sys.stderr.isatty() and _has_display()):
+        has_display = sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+        if browser or (browser is None and sys.stderr.isatty() and has_display):
             _open(url)
         session.wait_until_finished()
-
-
-def _has_display() -> bool:
-    return sys.platform == "darwin" or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
 
 
 def _open(url: str) -> None:

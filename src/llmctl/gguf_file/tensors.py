@@ -68,13 +68,10 @@ class GgufTensor:
 
 
 def gguf_tensors(model: PreTrainedModel, kind: Type, keep: Collection[str]) -> Iterator[GgufTensor]:
-    """Yield the tensors of the file, in order.
+    """Yield the tensors of the file, in order; norms and biases stay in float32.
 
-    Args:
-        model: not quantized.
-        kind: type of the matrices; norms and biases stay in float32.
-        keep: modules whose matrices stay in float16. Where rows cannot be divided into blocks they
-            do too; with q4_0 the output layer has eight bits.
+    Matrices of the modules to keep stay in float16, and so do those whose rows cannot be divided
+    into blocks; with q4_0 the output layer has eight bits.
 
     Raises:
         ModelError: a tensor that llama.cpp's architecture lacks.

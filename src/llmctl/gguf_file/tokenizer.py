@@ -66,11 +66,7 @@ class GgufTokenizer:
 
 
 def convert_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int) -> GgufTokenizer:
-    """Convert a tokenizer into llama.cpp's terms.
-
-    Args:
-        tokenizer: of transformers, with a `tokenizers` form.
-        rows: of the model's embedding; those past the last token become unused ones.
+    """Convert a tokenizer into llama.cpp's terms; rows of the embedding past it become unused.
 
     Raises:
         ModelError: llama.cpp has no such tokenizer, or the model has no row for a token.

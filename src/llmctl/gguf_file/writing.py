@@ -67,12 +67,7 @@ def write_gguf(
 ) -> GgufFile:
     """Write a model and its tokenizer to one file, whole or not at all, in place of any before it.
 
-    Args:
-        model: a causal language model whose weights are not quantized.
-        tokenizer: its own.
-        path: of the file.
-        kind: type of the matrices.
-        keep: names of modules to leave in float16.
+    Matrices are of one kind, but for those of the modules to keep, which are in float16.
 
     Raises:
         ModelError: what `check_gguf` refuses, or a weight that its type cannot hold.
@@ -119,10 +114,7 @@ def write_gguf(
 def read_back(path: Path, original: PreTrainedConfig) -> PreTrainedModel:
     """The model of a GGUF file, dequantized to float32, in eval mode.
 
-    Args:
-        path: of the file.
-        original: configuration of the model that it was made of; gives what transformers does not
-            read from the file.
+    The configuration of the original gives what transformers does not read from the file.
     """
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     known = original.to_dict()
@@ -139,9 +131,11 @@ def _describe(writer: "GGUFWriter", model: PreTrainedModel, kind: Kind) -> None:
     from gguf import GGML_QUANT_VERSION, LlamaFileType
 
     writer.add_type("model")
-    if name := _model_name(model.config):
+    folder = Path(model.config.name_or_path)
+    in_run = folder.name in ("model", "adapter")  # which has the name
+    if name := folder.parent.name if in_run else folder.name:
         writer.add_name(name)
-    if licence := license_of(Path(model.config.name_or_path)):
+    if licence := license_of(folder):
         writer.add_license(licence)
     file_type = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
     writer.add_file_type(LlamaFileType[file_type])
@@ -193,9 +187,3 @@ def _add_tokens(
         template = [{"name": name, "template": text} for name, text in template.items()]
     if template is not None:
         writer.add_chat_template(template)
-
-
-def _model_name(config: PreTrainedConfig) -> str:
-    """The model's name: of its folder, or of the run that the folder is in."""
-    folder = Path(config.name_or_path)
-    return folder.parent.name if folder.name in ("model", "adapter") else folder.name

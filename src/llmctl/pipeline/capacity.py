@@ -10,14 +10,7 @@ from pathlib import Path
 from shutil import disk_usage
 
 from llmctl import hardware
-from llmctl.config.commands import (
-    DpoConfig,
-    PlanConfig,
-    PpoConfig,
-    PretrainConfig,
-    RewardConfig,
-    SftConfig,
-)
+from llmctl.config.commands import PlanConfig
 from llmctl.config.finetuning import LowRank
 from llmctl.config.sections import Resumable
 from llmctl.console import log
@@ -29,7 +22,7 @@ from llmctl.pipeline.predicted import PredictedModel
 from llmctl.pipeline.references import Stage
 from llmctl.planning.memory import estimate_memory
 from llmctl.planning.outlook import device_memory
-from llmctl.planning.recipe import plan_recipe
+from llmctl.planning.recipe import Recipe, plan_recipe
 
 WEIGHT, CHECKPOINT = 4, 12
 """Bytes of a parameter in `model/`, and in a checkpoint with AdamW's two moments."""
@@ -64,8 +57,7 @@ def require_capacity(stages: Sequence[Stage], models: Mapping[str, PredictedMode
 def minimum_memory(stage: Stage, model: PredictedModel) -> float:
     """Return the bytes that a stage takes on a device at the least; 0 where nothing is known."""
     config = stage.config
-    trains = PretrainConfig | SftConfig | RewardConfig | DpoConfig | PpoConfig
-    if model.shape is None or not isinstance(config, trains):
+    if model.shape is None or not isinstance(config, Recipe):
         return 0.0
     with tempfile.TemporaryDirectory(prefix="llmctl-") as folder:
         model.shape.save_pretrained(folder)

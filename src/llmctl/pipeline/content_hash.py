@@ -22,12 +22,7 @@ RULE = "python:"
 
 
 def content_hash(stage: Stage, addresses: Mapping[str, str]) -> str:
-    """Return the address of a stage.
-
-    Args:
-        stage: with its config.
-        addresses: of the stages it reads.
-    """
+    """Return the address of a stage, from those of the stages it reads."""
     read = {*stage.needs, *stage.external}
     recipe = {k: v for k, v in stage.config.recipe(stage.stage).items() if k not in read}
     parts = {

@@ -74,12 +74,9 @@ class Stage:
 
 
 def resolve(recipe: Recipe, out: Path, **overrides: Any) -> tuple[Stage, ...]:
-    """Build the config of every stage.
+    """Build the config of every stage, each with a directory of its own in `out`.
 
-    Args:
-        recipe: the life cycle.
-        out: directory of the stages' directories.
-        overrides: fields to set in every stage that has them, unless None.
+    Overrides that are not None are set in every stage that has such a field.
 
     Raises:
         UserError: with the line of the recipe.

@@ -23,12 +23,7 @@ def run(config: RunConfig) -> dict[str, Any] | None:
 
 
 def run_life_cycle(recipe: Recipe, config: Stages, command: str) -> dict[str, Any] | None:
-    """Run a life cycle.
-
-    Args:
-        recipe: its stages.
-        config: which of them, and how.
-        command: name of the command, for the result.
+    """Run those stages of a life cycle that the config asks for; the result names the command.
 
     Raises:
         GateError: a stage's result fails a gate.

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from llmctl.commands import report
@@ -107,7 +106,9 @@ class PipelineRunner:
             UserError: as the first stage that failed raised it.
         """
         read_status(self.out)  # refuses a directory that is one run
-        require_page(self.out)
+        page = self.out / PAGE
+        if page.exists():
+            check_out(page, overwrite=report.is_ours(page))
         with writing(self.out), made_directory(self.out), lock.locked(self.out):
             status = open_status(self.out, self.recipe, self.stages)
             view = StageView(self.stages)
@@ -124,8 +125,8 @@ class PipelineRunner:
                 raise
             status.update(state="completed", exit_code=0)
             show_gates(view.rows)
-            page = write_page(self.out)
-        return {**self._result(status, view), "report": page}
+            written = write_page(self.out)
+        return {**self._result(status, view), "report": written}
 
     def _run_all(self, status: PipelineStatus, view: StageView) -> None:
         process_state = None
@@ -155,7 +156,9 @@ class PipelineRunner:
         """Run a stage, and write its status before and after."""
         view.begin(stage.name, ACTION_TEXTS[action])
         began = time.monotonic()
-        replaces = {} if action == "resume" else {"replaces": _run_id(stage)}
+        replaces = {}
+        if action != "resume":
+            replaces["replaces"] = None if stage.is_file else read_manifest(stage.out).get("run_id")
         address = self.addresses[stage.name]
         status.update_stage(stage, address=address, state="running", error=None, **replaces)
         try:
@@ -205,7 +208,9 @@ class PipelineRunner:
 
 def _run_stage(stage: Stage, action: Action) -> dict[str, Any]:
     """Run a stage in this process or, where it takes several, in others; return its result."""
-    flags = _control_flags(stage, action)
+    flags = {"resume": True} if action == "resume" else {"overwrite": action == "replace"}
+    if stage.stage == "rank":  # answers of people are appended to, never replaced
+        flags = {}
     if stage.processes > 1:
         return launch(stage, flags)
     config = stage.config.model_copy(update=flags)
@@ -213,19 +218,6 @@ def _run_stage(stage: Stage, action: Action) -> dict[str, Any]:
     with contextlib.redirect_stdout(io.StringIO()):
         result = command.run(config)
     return dict(result or {})
-
-
-def _control_flags(stage: Stage, action: Action) -> dict[str, bool]:
-    """Return the flags of one call; answers of people are appended to, never replaced."""
-    if stage.stage == "rank":
-        return {}
-    return {"resume": True} if action == "resume" else {"overwrite": action == "replace"}
-
-
-def _run_id(stage: Stage) -> str | None:
-    """Return the id of the run that is in the stage's directory now."""
-    run_id = None if stage.is_file else read_manifest(stage.out).get("run_id")
-    return None if run_id is None else str(run_id)
 
 
 def _record_failure(status: PipelineStatus, error: BaseException) -> None:
@@ -293,27 +285,12 @@ def _run_command(command: list[str], stdout: int) -> int:
     with subprocess.Popen(
         command, stdout=stdout, stderr=subprocess.PIPE, start_new_session=True, text=True
     ) as process:
-
-        def pass_on(number: int, _: FrameType | None) -> None:
-            process.send_signal(number)
-
         assert process.stderr is not None
-        with handled_by(pass_on):
+        with handled_by(lambda number, _: process.send_signal(number)):
             for line in process.stderr:
                 print(line, end="", file=sys.stderr)
             code = process.wait()
     return code if code >= 0 else 128 - code
-
-
-def require_page(out: Path) -> None:
-    """Refuse a directory where report.html cannot be written.
-
-    Raises:
-        OutputError: a file of that name is there, and no report.
-    """
-    page = out / PAGE
-    if page.exists():
-        check_out(page, overwrite=report.is_ours(page))
 
 
 def write_page(out: Path) -> str:

@@ -86,13 +86,9 @@ def read_status(out: Path) -> PipelineStatus:
 def choose_action(
     stage: Stage, address: str, entry: Mapping[str, Any], *, forced: bool = False
 ) -> Action:
-    """Decide whether a stage runs, and how.
+    """Decide whether a stage runs, and how, by its content hash and its keys in pipeline.json.
 
-    Args:
-        stage: as it is to be.
-        address: its content hash.
-        entry: its keys in pipeline.json.
-        forced: run it also where nothing has changed.
+    A forced one runs also where nothing has changed.
 
     Raises:
         OutputError: its directory holds what no life cycle put there.

@@ -13,7 +13,6 @@ tensor, on models of every kind that is told apart here.
 from dataclasses import dataclass
 
 from llmctl.models.patched_attention import SHORT
-from llmctl.planning.shape import ModelShape
 from llmctl.planning.workload import Workload
 
 FULL, HALF = 4, 2
@@ -22,14 +21,14 @@ FULL, HALF = 4, 2
 CUDA_CONTEXT = 500_000_000
 """Bytes of a CUDA context and its libraries' workspaces, about."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Of a weight: four bits, a byte of scale for 64 of them, and a float for 256 of those (Dettmers et
-al., 2023, arXiv:2305.14314, section 3)."""
+"""Bytes of a weight: four bits, a byte of scale for 64 of them, and a float for 256 of those
+(Dettmers et al., 2023, arXiv:2305.14314, section 3)."""
 
 
 def block_activation_bytes(workload: Workload) -> float:
     """Activations that one block saves for one token."""
-    norms, attention = _norms(workload), _attention(workload)
-    return norms + attention + _feed_forward(workload) + _dropout(workload)
+    masks = 2 * workload.shape.hidden * FULL if workload.shape.dropout else 0.0
+    return _norms(workload) + _attention(workload) + _feed_forward(workload) + masks
 
 
 def activation_bytes(workload: Workload) -> float:
@@ -64,11 +63,6 @@ def block_gradient_bytes(workload: Workload) -> float:
     """
     shape = workload.shape
     return workload.pass_tokens * 2 * (shape.intermediate + shape.hidden) * _size(workload)
-
-
-def forward_bytes_per_token(workload: Workload) -> float:
-    """Largest tensors of a block for one token, in a pass that saves nothing."""
-    return (3 * workload.shape.intermediate + 4 * workload.shape.hidden) * _size(workload)
 
 
 def logit_bytes(workload: Workload) -> float:
@@ -141,18 +135,9 @@ def _feed_forward(workload: Workload) -> float:
     """Tensors of the activation function, the gate's partner, and the second matrix's input."""
     shape = workload.shape
     tensors = shape.activation + (3 if shape.is_gated else 1)
-    low_rank = _adapted_layers(shape) * workload.lora_rank
+    adapted = (2 if shape.has_joint_projection else 4) + (3 if shape.is_gated else 2)
+    low_rank = adapted * workload.lora_rank  # activation of each linear layer's adapter
     return (tensors * shape.intermediate + low_rank) * _size(workload)
-
-
-def _adapted_layers(shape: ModelShape) -> int:
-    """Linear layers of a block, each of which saves its adapter's low-rank activation."""
-    return (2 if shape.has_joint_projection else 4) + (3 if shape.is_gated else 2)
-
-
-def _dropout(workload: Workload) -> float:
-    """Masks of two dropouts."""
-    return 2 * workload.shape.hidden * FULL if workload.shape.dropout else 0.0
 
 
 @dataclass(frozen=True)
@@ -163,7 +148,7 @@ class MemoryEstimate:
     phases: dict[str, float]
     """Most bytes at once of each phase."""
     host: float
-    """Of the machine's memory, where the device has its own."""
+    """Bytes of the machine's memory, where the device has its own."""
 
     @property
     def peak(self) -> float:
@@ -293,5 +278,6 @@ def _evaluation(workload: Workload) -> float:
     if workload.is_chunked or workload.ppo is not None:
         logits = 0
     logit_size = 2 * FULL + (HALF if workload.precision == "bf16" else 0)
-    forward = tokens * forward_bytes_per_token(workload)
+    largest = 3 * shape.intermediate + 4 * shape.hidden  # of a block, where nothing is saved
+    forward = tokens * largest * _size(workload)
     return max(logits * logit_size, forward) + autocast_copy_bytes(workload)

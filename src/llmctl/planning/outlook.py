@@ -96,7 +96,7 @@ class Outlook:
                 "flops_per_token": self.flops_per_token,
                 "flops_per_step": self.flops_per_step,
                 "flops": self.flops,
-                "pf_days": None if self.flops is None else self.flops / compute.PF_DAY,
+                "pf_days": None if self.flops is None else self.flops / PF_DAY,
                 "rate": None if self.rate is None else asdict(self.rate),
                 "tokens_per_second": self.tokens_per_second,
                 "seconds": self.seconds,
@@ -118,30 +118,24 @@ def make_outlook(
     rate: Rate | None = None,
     notes: tuple[str, ...] = (),
 ) -> Outlook:
-    """Make the outlook of a workload.
+    """Make the outlook of a workload, from the configuration of its model.
 
-    Args:
-        workload: of the run.
-        config: of the model.
-        capacity: bytes of a device; by default of this machine's.
-        tflops: that a device reaches, in 10^12 a second.
-        tokens_per_second: over all devices, where that is known instead.
-        rate: measured, if it was.
-        notes: what was assumed.
+    The capacity is in bytes of a device, by default of this machine's. The speed is measured
+    (`rate`), given in 10^12 FLOPs a second of a device (`tflops`), or in tokens over all devices.
     """
+    config = config.get_text_config()
     capacity = capacity or device_memory(workload.device)
     per_step = flops_per_step(workload, config)
     rate = rate or expected_rate(workload, tflops)
-    speed = tokens_per_second
-    if speed is None and rate is not None:
-        speed = rate.flops * workload.world * workload.tokens_per_step / per_step
+    if tokens_per_second is None and rate is not None:
+        tokens_per_second = rate.flops * workload.world * workload.tokens_per_step / per_step
     return Outlook(
         workload,
         estimate_memory(workload),
         flops_per_token(workload, config),
         per_step,
         rate,
-        speed,
+        tokens_per_second,
         capacity,
         sharding_options(workload, workload.world, capacity),
         find_fitting_flags(workload, workload.world, capacity),
@@ -223,18 +217,17 @@ def _parameters(outlook: Outlook) -> list[tuple[str, str]]:
     parts = ", ".join(
         f"{name} {short_number(count)}" for name, count in shape.parts.items() if count
     )
+    devices = (f"{workload.world} x " if workload.world > 1 else "") + workload.device
     train = f"{workload.trained:,} train" if workload.trained != shape.parameters else "all train"
     mixture = f", {shape.active:,} for a token" if shape.active != shape.parameters else ""
     return [
-        ("plan", f"{workload.stage} of {shape.kind}, {workload.precision} on {_devices(outlook)}"),
+        (
+            "plan",
+            f"{workload.stage} of {shape.kind}, {workload.precision} on {devices}",
+        ),
         ("parameters", f"{shape.parameters:,}{mixture}, {train}"),
         ("parameters", parts),
     ]
-
-
-def _devices(outlook: Outlook) -> str:
-    workload = outlook.workload
-    return f"{workload.world} x {workload.device}" if workload.world > 1 else workload.device
 
 
 def _memory(outlook: Outlook) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ from llmctl.planning.workload import Workload
 MARGIN = 0.9
 """Share of a device's memory that a run may take; fragmentation and communication need some."""
 LORA_RANK = 16
+LAUNCH = "(accelerate launch --config_file recipes/accelerate/fsdp2.yaml)"
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,7 @@ class ShardingOption:
 
 
 def sharding_options(workload: Workload, devices: int, capacity: float) -> list[ShardingOption]:
-    """List the ways to use a number of devices, the simplest first.
-
-    Args:
-        workload: on this many devices.
-        devices: their number.
-        capacity: bytes of each.
-    """
+    """List the ways to use a number of devices with so many bytes each, the simplest first."""
     options = [("none" if devices == 1 else "DDP", estimate_memory(workload).peak)]
     if devices > 1 and workload.can_shard:
         options.append(("FSDP2", sharded_bytes(workload, estimate_memory(workload), devices)))
@@ -68,23 +63,13 @@ class FittingFlags:
 
 def find_fitting_flags(workload: Workload, devices: int, capacity: float) -> FittingFlags | None:
     """Find the least change with which a run fits, None where nothing helps."""
-    for changed, flags in _variants(workload):
-        for option in sharding_options(changed, devices, capacity):
-            if option.fits:
-                return FittingFlags(_with_launch(flags, option), option.bytes)
-    return None
-
-
-def _with_launch(flags: str, option: ShardingOption) -> str:
-    launch = "accelerate launch --config_file recipes/accelerate/fsdp2.yaml"
-    return f"{flags} ({launch})".strip() if option.name == "FSDP2" else flags
-
-
-def _variants(workload: Workload) -> Iterator[tuple[Workload, str]]:
-    """The workload as it is, with smaller batches, and with flags that save memory, in order."""
     for changed, flags in _memory_flags(workload):
         for smaller, more in _smaller_batches(changed):
-            yield smaller, " ".join(part for part in (more, flags) if part)
+            for option in sharding_options(smaller, devices, capacity):
+                if option.fits:
+                    parts = (more, flags, LAUNCH if option.name == "FSDP2" else "")
+                    return FittingFlags(" ".join(filter(None, parts)), option.bytes)
+    return None
 
 
 def _memory_flags(workload: Workload) -> Iterator[tuple[Workload, str]]:

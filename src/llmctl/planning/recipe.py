@@ -63,7 +63,7 @@ LENGTH = 2048
 PROMPT_LENGTH = 512
 """Tokens of a prompt likewise."""
 BYTES_PER_TOKEN = 4
-"""Of text, about."""
+"""About, in text."""
 
 Recipe = PretrainConfig | FinetuningConfig | PpoConfig
 Notes = tuple[str, ...]
@@ -320,22 +320,13 @@ def _reward_parameters(recipe: PpoConfig, policy: int, options: PlanConfig) -> i
 
 def pretrain_outlook(values: Hyperparameters, architecture: Any, device: str) -> Outlook:
     """Outlook of pretraining on tokens."""
-    workload = pretrain_workload(values, shape_of(architecture), device)
-    return make_outlook(workload, architecture.get_text_config())
+    return make_outlook(pretrain_workload(values, shape_of(architecture), device), architecture)
 
 
 def corpus_outlook(
     recipe: PretrainConfig, vocabulary: int, text_bytes: int, world: int, device: str
 ) -> Outlook:
-    """Outlook of pretraining on text that is not tokenized yet.
-
-    Args:
-        recipe: the command's fields.
-        vocabulary: tokens of its tokenizer.
-        text_bytes: size of the text.
-        world: processes.
-        device: type of device.
-    """
+    """Outlook of pretraining in `world` processes on text that is not tokenized yet."""
     tokens = text_bytes // BYTES_PER_TOKEN
     if recipe.model:
         model_config = load_config(recipe.model)
@@ -344,7 +335,7 @@ def corpus_outlook(
     options = PlanConfig(shape="corpus", devices=world)
     workload, _ = _plan_unread_tokens(recipe, options, model_config, device, train_tokens=tokens)
     note = f"{BYTES_PER_TOKEN} bytes of text are taken for a token"
-    return make_outlook(workload, model_config.get_text_config(), notes=(note,))
+    return make_outlook(workload, model_config, notes=(note,))
 
 
 def finetuning_outlook(
@@ -365,7 +356,7 @@ def finetuning_outlook(
         device=device,
         logit_share=logit_share,
     )
-    return make_outlook(workload, model_config.get_text_config())
+    return make_outlook(workload, model_config)
 
 
 def ppo_outlook(config: PpoConfig, prepared: PreparedPpo, device: str) -> Outlook:
@@ -381,4 +372,4 @@ def ppo_outlook(config: PpoConfig, prepared: PreparedPpo, device: str) -> Outloo
         sum(parameter_count(reward_model.model) for reward_model in unshared),
         device=device,
     )
-    return make_outlook(workload, model_config.get_text_config())
+    return make_outlook(workload, model_config)

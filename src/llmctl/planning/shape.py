@@ -6,11 +6,9 @@ computed. `KNOWN` names shapes with published parameter counts.
 
 import difflib
 from collections import Counter
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel
@@ -74,7 +72,7 @@ class ModelShape:
     matrices: int
     """Elements of the linear layers of all blocks, experts included."""
     quantizable: int
-    """Of those, elements of layers that NF4 can hold."""
+    """Those of layers that NF4 can hold."""
     head_matrix: int
     """Elements of the output layer, tied or not."""
     muon: int
@@ -111,16 +109,17 @@ def shape_of(config: PreTrainedConfig, *, labels: int = 0) -> ModelShape:
     heads = text.num_attention_heads
     fields = text.to_dict()
     head_size = fields.get("head_dim") or text.hidden_size // heads
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not model.get_output_embeddings()
-    }
-    modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     output = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not output]
+    modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    width = fields.get("intermediate_size") or fields.get("n_inner") or 4 * text.hidden_size
     function = fields.get("hidden_act") or fields.get("activation_function") or "gelu"
     muon_stack, muon_gram = _largest_stack(model)
-    experts = _experts(model)
+    experts = sum(  # those that are one tensor for all, and no linear layers
+        weight.numel()
+        for name, weight in model.named_parameters()
+        if ".experts." in name and weight.ndim == 3
+    )
     return ModelShape(
         kind=text.model_type,
         parts=_parts(model),
@@ -130,7 +129,7 @@ def shape_of(config: PreTrainedConfig, *, labels: int = 0) -> ModelShape:
         query=heads * head_size,
         key_value=(fields.get("num_key_value_heads") or heads) * head_size,
         heads=heads,
-        intermediate=_intermediate(text, fields),
+        intermediate=int(width) * int(fields.get("num_experts_per_tok") or 1),
         vocabulary=text.vocab_size,
         context=context_size(config),
         is_gated=bool(experts) or "gate_proj" in modules or "gate_up_proj" in modules,
@@ -145,8 +144,8 @@ def shape_of(config: PreTrainedConfig, *, labels: int = 0) -> ModelShape:
             or fields.get("attention_probs_dropout_prob")
             or 0.0
         ),
-        matrices=sum(m.weight.numel() for m in linear.values()) + experts,
-        quantizable=sum(m.weight.numel() for m in linear.values() if not input_width(m) % BLOCK),
+        matrices=sum(m.weight.numel() for m in linear) + experts,
+        quantizable=sum(m.weight.numel() for m in linear if not input_width(m) % BLOCK),
         head_matrix=0 if output is None else output.weight.numel(),
         muon=sum(weight.numel() for weight in block_matrices(model)),
         muon_stack=muon_stack,
@@ -165,7 +164,9 @@ def _parts(model: PreTrainedModel) -> dict[str, int]:
     """Parameters by part, tied ones with the first."""
     parts = dict.fromkeys(PARTS, 0)
     output = model.get_output_embeddings()
-    for path, module, numel in _own_parameters(model):
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        own = {id(weight): weight.numel() for weight in module.parameters(recurse=False)}
         if isinstance(module, nn.Embedding):
             part = "embedding"
         elif module is output or path.rpartition(".")[2] in ("score", "classifier"):
@@ -178,32 +179,9 @@ def _parts(model: PreTrainedModel) -> dict[str, int]:
             part = "mlp"
         else:
             part = "other"
-        parts[part] += numel
+        parts[part] += sum(size for key, size in own.items() if key not in seen)
+        seen |= own.keys()
     return parts
-
-
-def _own_parameters(model: nn.Module) -> Iterator[tuple[str, Any, int]]:
-    """Path, module and size of each parameter, tied ones once."""
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        for weight in module.parameters(recurse=False):
-            if id(weight) not in seen:
-                seen.add(id(weight))
-                yield path, module, weight.numel()
-
-
-def _experts(model: nn.Module) -> int:
-    """Elements of a mixture's experts that are one tensor for all and no linear layers."""
-    return sum(
-        weight.numel()
-        for name, weight in model.named_parameters()
-        if ".experts." in name and weight.ndim == 3
-    )
-
-
-def _intermediate(text: PreTrainedConfig, fields: dict[str, Any]) -> int:
-    width = fields.get("intermediate_size") or fields.get("n_inner") or 4 * text.hidden_size
-    return int(width) * int(fields.get("num_experts_per_tok") or 1)
 
 
 def _largest_stack(model: nn.Module) -> tuple[int, int]:

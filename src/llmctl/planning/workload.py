@@ -21,22 +21,22 @@ FinetuningConfig = SftConfig | RewardConfig | DpoConfig
 
 @dataclass(frozen=True)
 class PpoWorkload:
-    """What PPO does beside training: sampling, and forward passes of other models."""
+    """Work of PPO beside training: sampling, and forward passes of other models."""
 
     episodes: int
-    """Of a step on one device."""
+    """Episodes of a step on one device."""
     prompt_tokens: int
-    """Of the longest prompt."""
+    """Tokens of the longest prompt."""
     response_tokens: int
-    """Of a response at most."""
+    """Most tokens of a response."""
     rollout_batch_size: int
     """Most sequences that are sampled at once."""
     epochs: int
     """Passes over the episodes of a step."""
     reward_parameters: int
-    """Of reward models with weights of their own."""
+    """Parameters of reward models with weights of their own."""
     max_logits: int
-    """Of a forward and backward pass."""
+    """Most logits of a forward and backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +83,19 @@ class Workload:
 
     @property
     def pass_tokens(self) -> int:
-        """Of a forward pass, padding included."""
+        """Tokens of a forward pass, padding included."""
         return self.batch_size * self.length
 
     @property
     def tokens_per_step(self) -> float:
-        """Over all devices, without padding."""
+        """Tokens of a step over all devices, without padding."""
         if self.ppo is not None:
             return self.ppo.episodes * self.world * self.mean_length
         return self.batch_size * self.grad_accum * self.world * self.mean_length
 
     @property
     def tokens(self) -> float | None:
-        """Of the whole run."""
+        """Tokens of the whole run."""
         return None if self.steps is None else self.steps * self.tokens_per_step
 
 
@@ -134,15 +134,8 @@ def finetuning_workload(
 ) -> Workload:
     """Workload of sft, reward or dpo.
 
-    Args:
-        config: the command's fields.
-        values: hyperparameters of the run.
-        shape: of the model without an adapter.
-        lengths: tokens of the rows, of pairs their longer side.
-        trained: parameters that train.
-        device: type of device.
-        logit_share: share of positions that are trained on.
-        knows_steps: whether the rows are those of the run.
+    The shape is that of the model without an adapter, lengths are tokens of the rows (of pairs,
+    their longer side), and steps are known where the rows are those of the run.
     """
     method = method_of(config)
     has_logits = not is_classifier(config)
@@ -182,15 +175,8 @@ def ppo_workload(
 ) -> Workload:
     """Workload of PPO.
 
-    Args:
-        config: the command's fields.
-        values: hyperparameters of the run.
-        shape: of the policy without an adapter.
-        prompt_lengths: tokens of each prompt.
-        trained: parameters of the policy that train.
-        reward_parameters: of reward models with weights of their own.
-        device: type of device.
-        knows_steps: whether the prompts are those of the run.
+    The shape is that of the policy without an adapter, lengths are in tokens, reward models count
+    that have weights of their own, and steps are known where the prompts are those of the run.
     """
     ppo = values.ppo
     assert ppo is not None

@@ -43,11 +43,6 @@ def convert_to_folder(
 
     The folder is read back, and must give exactly the logits that were measured.
 
-    Args:
-        job: the model and its layers.
-        config: the method.
-        folder: where to.
-
     Raises:
         GateError: it lost more than it may; nothing was written.
         ModelError: the method fails on this model, or the folder is not the measured model.
@@ -81,11 +76,6 @@ def convert_to_gguf(
     job: QuantizationJob, config: QuantizeConfig, folder: Path
 ) -> tuple[QuantizationReport, Path]:
     """Write a file for llama.cpp, and measure the model that transformers reads back from it.
-
-    Args:
-        job: the model and its layers.
-        config: the type of the file, and layers to keep.
-        folder: where to.
 
     Raises:
         GateError: it lost more than it may; nothing was kept.
@@ -127,15 +117,7 @@ def _measure(
     layers: Layers,
     timed: dict[str, PreTrainedModel],
 ) -> tuple[QuantizationReport, Sequence[Window]]:
-    """Measure both models, and check the gate.
-
-    Args:
-        job: gives the text.
-        config: gives the gate.
-        after: the quantized model.
-        layers: of it.
-        timed: models to generate with; the first is the one before.
-    """
+    """Measure the model before, the first of `timed`, and the one after, and check the gate."""
     before = next(iter(timed.values()))
     windows = measurement_windows(job.text.documents, before)
     prompts, count = job.text.prompts, config.sample_tokens

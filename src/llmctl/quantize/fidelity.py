@@ -136,12 +136,8 @@ def time_generation(
 ) -> dict[str, float]:
     """Measure tokens a second of each model, one sequence at a time.
 
-    The models take turns, so that other load of the machine falls on all of them.
-
-    Args:
-        models: by name.
-        prompts: the first is continued.
-        tokens: how many to generate each time.
+    The models take turns, so that other load of the machine falls on all of them, in continuing
+    the first prompt by so many tokens.
     """
     first = next(iter(models.values()))
     prompt = _fit_prompts(prompts, first, tokens)[0]

@@ -39,7 +39,7 @@ class HeldOut:
     documents: list[list[int]]
     prompts: list[list[int]]
     name: str
-    """What the text is, for messages."""
+    """Description of the text for messages."""
     inputs: list[dict[str, Any]]
     """For the manifest."""
 
@@ -51,10 +51,6 @@ class HeldOut:
 
 def find_held_out(config: QuantizeConfig, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
     """Read `--data`, else the validation data of the run or of the nearest one before it.
-
-    Args:
-        config: names the data, and how many tokens of them.
-        tokenizer: of the model.
 
     Raises:
         DataError: there is none, or it has changed since the run was trained.

@@ -40,11 +40,7 @@ class Layers:
 
 
 def choose_layers(model: Any, config: QuantizeConfig) -> Layers:
-    """Choose among all linear layers of a model.
-
-    Args:
-        model: with weights, or on the device meta.
-        config: the method, and layers to keep.
+    """Choose among all linear layers of a model, which may be on the device meta.
 
     Raises:
         ModelError: every layer would be kept.

@@ -56,19 +56,16 @@ def kept_dtype(config: QuantizeConfig, model: PreTrainedModel) -> torch.dtype:
 def quantize_model(
     model: PreTrainedModel, config: QuantizeConfig, layers: Layers
 ) -> PreTrainedModel:
-    """Make a quantized copy of a model, in eval mode.
-
-    Args:
-        model: on its device; it is not changed.
-        config: the method.
-        layers: to quantize.
+    """Make a quantized copy of a model on its device, in eval mode.
 
     Raises:
         ModelError: the method fails, or weights are too large for the type.
     """
     dtype = kept_dtype(config, model)
-    make_config = {"bnb": _bitsandbytes_config, "torchao": _torchao_config, None: _cast_only}
-    quantization_config = make_config[config.library](config, layers, dtype)
+    quantization_config = None  # for a plain cast
+    if config.library is not None:
+        make_config = {"bnb": _bitsandbytes_config, "torchao": _torchao_config}[config.library]
+        quantization_config = make_config(config, layers, dtype)
     try:
         quantized = copy_model(model, dtype, quantization_config)
     except (*BROKEN, ImportError) as error:
@@ -84,13 +81,7 @@ def quantize_model(
 def copy_model(
     model: PreTrainedModel, dtype: torch.dtype, quantization_config: Any = None
 ) -> PreTrainedModel:
-    """Copy a model in another type or quantized; its buffers stay exact.
-
-    Args:
-        model: on its device.
-        dtype: of the weights that are not quantized.
-        quantization_config: of transformers.
-    """
+    """Copy a model in another type or quantized, on its device; its buffers stay exact."""
     kind: Any = type(model)
     copy: PreTrainedModel = kind.from_pretrained(
         None,
@@ -110,10 +101,6 @@ def quantized_layers(quantized: nn.Module, layers: Layers) -> Layers:
     left = [name for name in layers.taken if not is_quantized(modules[name])]
     taken = tuple(name for name in layers.taken if name not in left)
     return Layers(taken, {**layers.kept, **dict.fromkeys(left, "left by the library")})
-
-
-def _cast_only(config: QuantizeConfig, layers: Layers, dtype: torch.dtype) -> None:
-    """No configuration: a plain cast."""
 
 
 def _bitsandbytes_config(config: QuantizeConfig, layers: Layers, dtype: torch.dtype) -> Any:

@@ -20,7 +20,7 @@ class WeightBytes:
     """Bytes of a model."""
 
     disk: int | None
-    """Of its weights' files; None where nothing was written."""
+    """Bytes of its weights' files; None where nothing was written."""
     memory: int
 
 
@@ -101,22 +101,17 @@ class QuantizationReport:
             log.info("  %-20s %12s %12s  %s", *row)
         log.info("  %-20s %12s  nats a token", "mean KL", f"{fidelity.kl:.2g}")
         log.info("  %-20s %12s  of the most likely tokens", "agreement", f"{fidelity.top1:.2%}")
-        self._show_slower()
+        for name in self.slower():
+            log.warning(
+                "generation is slower here than with weights in %s: %.1f tokens/s, not %.1f",
+                *(name, after, speeds[name]),
+            )
         for line in self.layers.summary():
             log.info("  kept: %s", line)
         for sample in self.samples:
             log.info("  prompt:  %s", _short(sample.prompt))
             log.info("  before:  %s", _short(sample.before))
             log.info("  after:   %s", _short(sample.after))
-
-    def _show_slower(self) -> None:
-        for name in self.slower():
-            log.warning(
-                "generation is slower here than with weights in %s: %.1f tokens/s, not %.1f",
-                name,
-                self.speeds["after"],
-                self.speeds[name],
-            )
 
     def check_gate(self, limit: float | None) -> None:
         """Refuse a model that lost more than it may.
