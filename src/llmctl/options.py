@@ -95,7 +95,7 @@ def _flags(config_class: type[Config]) -> Iterator[inspect.Parameter]:
 def _option(config_class: type[Config], name: str, field: FieldInfo, panel: str) -> Any:
     for item in field.metadata:
         if isinstance(item, Argument):
-            return typer.Argument(metavar=item.name, help=help_text(field))
+            return typer.Argument(metavar=item.names[0], help=help_text(field))
     given = next((item.names for item in field.metadata if isinstance(item, Flag)), None)
     names = list(given or [config_class.flag(name)])
     kind = _cli_type(field.annotation)

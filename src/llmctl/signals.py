@@ -127,9 +127,9 @@ class StopFlag:
     @staticmethod
     def error(number: int, step: int) -> Interrupted | Terminated:
         """Return the error to raise once the step is saved."""
-        kind = Interrupted if number == signal.SIGINT else Terminated
-        word = "interrupted" if kind is Interrupted else "terminated"
-        return kind(f"{word} after step {step:,}: saved", hint="continue with --resume")
+        error = _error(number)
+        text = f"{error.message} after step {step:,}: saved"
+        return type(error)(text, hint="continue with --resume")
 
 
 @contextmanager

@@ -6,7 +6,6 @@ A recipe is strict YAML: plain values in, with the line of every key.
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -152,19 +151,15 @@ class Flag(_Named):
     """The flag's own spellings, with their dashes and the long one first; else the field's name."""
 
 
+class Argument(_Named):
+    """Marks a field that is given by its place, not by a flag; its name in `--help`."""
+
+
 class Input(_Named):
     """Marks a field that names an input; a life cycle may name a stage's result there.
 
     The names are kinds of results that it takes (see `Config.makes`), none for what no stage makes.
     """
-
-
-@dataclass(frozen=True)
-class Argument:
-    """Marks a field that is given by its place, not by a flag."""
-
-    name: str
-    """Its name in `--help`."""
 
 
 def parse_count(value: Any) -> Any:
@@ -209,10 +204,8 @@ class Fields(BaseModel):
     def flag(cls, name: str) -> str:
         """Return the flag that sets a field, as a user would type it."""
         for item in cls.model_fields[name].metadata:
-            if isinstance(item, Flag):
+            if isinstance(item, Flag | Argument):
                 return item.names[0]
-            if isinstance(item, Argument):
-                return item.name
         return "--" + name.replace("_", "-")
 
     def require_field(self, name: str, kinds: str) -> None:

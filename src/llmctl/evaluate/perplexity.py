@@ -8,7 +8,8 @@ the windows in parts, and writes a row for each.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -216,7 +217,14 @@ def perplexity_task(
         chosen = [parts[number] for number in units]
         nats = iter(window_nats(load(), [window for part in chosen for window in part.windows]))
         return [
-            _row(documents[part.document], part, [next(nats) for _ in part.windows])
+            {
+                "document": part.document,
+                "place": documents[part.document].place,
+                "line": documents[part.document].line,
+                "nats": sum(islice(nats, len(part.windows))),
+                "tokens": sum(window.scored for window in part.windows),
+                "bytes": part.bytes,
+            }
             for part in chosen
         ]
 
@@ -236,14 +244,3 @@ def _parts(number: int, document: Document, windows: list[Window]) -> list[_Part
         bytes_done += share
         parts.append(_Part(number, chosen, share))
     return parts
-
-
-def _row(document: Document, part: _Part, nats: list[float]) -> dict[str, Any]:
-    return {
-        "document": part.document,
-        "place": document.place,
-        "line": document.line,
-        "nats": sum(nats),
-        "tokens": sum(window.scored for window in part.windows),
-        "bytes": part.bytes,
-    }

@@ -40,6 +40,30 @@ class Step:
 
 
 @dataclass(frozen=True)
+class _Source:
+    """A recipe's file, and the 1-based line of everything in it."""
+
+    file: Path
+    lines: Mapping[Place, int]
+
+    def error(self, message: str, place: Place, hint: str | None = None) -> UserError:
+        """Return an error at a place, or at the entry that lacks it."""
+        line = self.lines.get(place, self.lines.get(place[:-1]))
+        return UserError(message, file=self.file, line=line, hint=hint)
+
+    def mapping(self, value: Any, place: Place) -> dict[str, Any]:
+        """Return a mapping, empty for None.
+
+        Raises:
+            UserError: it is something else.
+        """
+        if value is not None and not isinstance(value, dict):
+            text = f"`{place[-1]}` is a mapping of names to values, got {value!r}"
+            raise self.error(text, place)
+        return {str(key): item for key, item in (value or {}).items()}
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A life cycle."""
 
@@ -57,21 +81,22 @@ def load(file: Path) -> Recipe:
     values, lines = read_nested(file)
     if "stage" in values and "stages" not in values:
         values, lines = _as_one_stage(values, lines)
+    source = _Source(file, lines)
     if unknown := [key for key in values if key not in TOP_KEYS]:
-        raise UserError(
+        raise source.error(
             f"unknown key `{unknown[0]}`{did_you_mean(unknown[0], TOP_KEYS)}",
-            file=file,
-            line=lines.get((unknown[0],)),
-            hint="a life cycle has `stages`, and may have `defaults` and `out`",
+            (unknown[0],),
+            "a life cycle has `stages`, and may have `defaults` and `out`",
         )
-    defaults = _mapping(values.get("defaults"), ("defaults",), file, lines)
-    steps = tuple(_steps(values.get("stages"), defaults, file, lines))
-    _check_defaults(defaults, steps, file, lines)
+    defaults = source.mapping(values.get("defaults"), ("defaults",))
+    steps = tuple(_steps(values.get("stages"), defaults, source))
+    known = sorted({name for step in steps for name in step.config_class.model_fields})
+    if odd := [key for key in defaults if key not in known]:
+        text = f"defaults: no stage here has a field `{odd[0]}`{did_you_mean(odd[0], known)}"
+        raise source.error(text, ("defaults", odd[0]))
     out = values.get("out")
     if out is not None and not isinstance(out, str):
-        raise UserError(
-            f"out: expected a directory, got {out!r}", file=file, line=lines.get(("out",))
-        )
+        raise source.error(f"out: expected a directory, got {out!r}", ("out",))
     return Recipe(file, steps, out)
 
 
@@ -98,139 +123,81 @@ def _as_one_stage(
     return {"stages": [step], **out}, moved
 
 
-def _steps(
-    entries: Any, defaults: Mapping[str, Any], file: Path, lines: Mapping[Place, int]
-) -> Iterator[Step]:
+def _steps(entries: Any, defaults: Mapping[str, Any], source: _Source) -> Iterator[Step]:
     """Yield every step in order, blocks repeated."""
-    blocks = list(_blocks(entries, file, lines))
-    taken: dict[str, int | None] = {}
-    for part in unroll(blocks, file):
-        line = lines.get(part.place)
+    taken: set[str] = set()
+    for part in unroll(list(_blocks(entries, source)), source.file):
         if part.name in taken:
-            raise UserError(
-                f"two stages are called `{part.name}`",
-                file=file,
-                line=line,
-                hint="give one of them another `name`",
-            )
-        taken[part.name] = line
-        kind = part.entry["stage"]
-        config_class = config_class_of(kind)
+            text = f"two stages are called `{part.name}`"
+            raise source.error(text, part.place, "give one of them another `name`")
+        taken.add(part.name)
+        config_class = config_class_of(part.entry["stage"])
         assert config_class is not None
         own = {key: value for key, value in part.entry.items() if key not in STEP_KEYS}
         general = {k: v for k, v in defaults.items() if k in config_class.model_fields}
-        at = {str(p[-1]): line for p, line in lines.items() if p[:-1] == part.place}
-        shared = {str(p[-1]): line for p, line in lines.items() if p[:-1] == ("defaults",)}
-        gates = _mapping(part.entry.get("gates"), (*part.place, "gates"), file, lines)
+        lines = source.lines.items()
+        at = {str(p[-1]): line for p, line in lines if p[:-1] == part.place}
+        shared = {str(p[-1]): line for p, line in lines if p[:-1] == ("defaults",)}
         yield Step(
             part.name,
-            kind,
+            part.entry["stage"],
             config_class,
             {**general, **own},
-            gates,
+            source.mapping(part.entry.get("gates"), (*part.place, "gates")),
             part.scope,
             {**shared, **at},
-            line,
+            source.lines.get(part.place),
         )
 
 
-def _blocks(entries: Any, file: Path, lines: Mapping[Place, int]) -> Iterator[Block]:
+def _blocks(entries: Any, source: _Source) -> Iterator[Block]:
     """Yield the entries under `stages`: single steps, and blocks of `rounds`."""
     if not isinstance(entries, list) or not entries:
-        raise UserError(
-            "`stages` is a list of stages, each with its `stage`",
-            file=file,
-            line=lines.get(("stages",)),
-            hint="such as: - {name: tok, stage: tokenize, data: [corpus.txt]}",
-        )
+        text = "`stages` is a list of stages, each with its `stage`"
+        hint = "such as: - {name: tok, stage: tokenize, data: [corpus.txt]}"
+        raise source.error(text, ("stages",), hint)
     for number, entry in enumerate(entries):
         place: Place = ("stages", number)
         if not (isinstance(entry, dict) and "rounds" in entry):
-            yield Block(None, {}, (_entry(entry, place, file, lines),))
+            yield Block(None, {}, (_entry(entry, place, source),))
             continue
         if unknown := [key for key in entry if key not in BLOCK_KEYS]:
-            raise UserError(
+            raise source.error(
                 f"unknown key `{unknown[0]}` beside `rounds`{did_you_mean(unknown[0], BLOCK_KEYS)}",
-                file=file,
-                line=lines.get((*place, unknown[0])),
-                hint="a block has `rounds`, `stages` and, for its first round, `first`",
+                (*place, unknown[0]),
+                "a block has `rounds`, `stages` and, for its first round, `first`",
             )
         rounds, inner = entry["rounds"], entry.get("stages")
         if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
-            raise UserError(
-                f"rounds: expected a number from 1 on, got {rounds!r}",
-                file=file,
-                line=lines.get((*place, "rounds")),
-            )
+            text = f"rounds: expected a number from 1 on, got {rounds!r}"
+            raise source.error(text, (*place, "rounds"))
         if not isinstance(inner, list) or not inner:
-            raise UserError(
-                "`rounds` repeats a list of `stages`, and there is none",
-                file=file,
-                line=lines.get(place),
-            )
-        first = _mapping(entry.get("first"), (*place, "first"), file, lines)
-        within = tuple(
-            _entry(step, (*place, "stages", index), file, lines) for index, step in enumerate(inner)
-        )
-        yield Block(rounds, {name: str(value) for name, value in first.items()}, within)
+            raise source.error("`rounds` repeats a list of `stages`, and there is none", place)
+        first = source.mapping(entry.get("first"), (*place, "first"))
+        within = [_entry(e, (*place, "stages", index), source) for index, e in enumerate(inner)]
+        yield Block(rounds, {name: str(value) for name, value in first.items()}, tuple(within))
 
 
-def _entry(
-    entry: Any, place: Place, file: Path, lines: Mapping[Place, int]
-) -> tuple[Place, str, dict[str, Any]]:
+def _entry(entry: Any, place: Place, source: _Source) -> tuple[Place, str, dict[str, Any]]:
     """Return a step's place, name and keys, once its stage is known to exist."""
-    line = lines.get(place)
     if not isinstance(entry, dict):
-        raise UserError("a stage is a mapping of keys to values", file=file, line=line)
+        raise source.error("a stage is a mapping of keys to values", place)
     if "rounds" in entry:
-        raise UserError("a block of `rounds` holds stages, no other block", file=file, line=line)
+        raise source.error("a block of `rounds` holds stages, no other block", place)
     stage = entry.get("stage")
     if not isinstance(stage, str) or config_class_of(stage) is None:
         known = stage_names()
-        what = "no `stage`" if stage is None else f"no stage `{stage}`"
-        close = did_you_mean(str(stage), known) if stage is not None else ""
-        raise UserError(
-            what + close,
-            file=file,
-            line=lines.get((*place, "stage"), line),
-            hint=f"stages are {', '.join(known)}",
-        )
+        text = "no `stage`"
+        if stage is not None:
+            text = f"no stage `{stage}`{did_you_mean(str(stage), known)}"
+        raise source.error(text, (*place, "stage"), f"stages are {', '.join(known)}")
     name = entry.get("name", stage)
     if not isinstance(name, str) or not _is_name(name):
-        raise UserError(
-            f"name: expected letters, digits, `-`, `_` and `.`, got {name!r}",
-            file=file,
-            line=lines.get((*place, "name"), line),
-            hint="it is the name of the stage's directory, too",
-        )
+        text = f"name: expected letters, digits, `-`, `_` and `.`, got {name!r}"
+        raise source.error(text, (*place, "name"), "it is the name of the stage's directory, too")
     return place, name, entry
 
 
 def _is_name(name: str) -> bool:
     plain = name.replace("-", "").replace("_", "").replace(".", "")
     return plain.isalnum() and plain.isascii() and name[0] not in "-." and len(name) <= 64
-
-
-def _check_defaults(
-    defaults: Mapping[str, Any], steps: tuple[Step, ...], file: Path, lines: Mapping[Place, int]
-) -> None:
-    known = sorted({name for step in steps for name in step.config_class.model_fields})
-    for key in defaults:
-        if key not in known:
-            raise UserError(
-                f"defaults: no stage here has a field `{key}`{did_you_mean(key, known)}",
-                file=file,
-                line=lines.get(("defaults", key)),
-            )
-
-
-def _mapping(value: Any, place: Place, file: Path, lines: Mapping[Place, int]) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise UserError(
-            f"`{place[-1]}` is a mapping of names to values, got {value!r}",
-            file=file,
-            line=lines.get(place),
-        )
-    return {str(key): item for key, item in value.items()}

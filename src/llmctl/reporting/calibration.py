@@ -4,7 +4,6 @@ In: `report` of its manifest. Out: places in a frame, for the template.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from llmctl import metrics, numbers
@@ -17,42 +16,11 @@ BARS = (400, 108)
 RADIUS = (3.0, 11.0)
 
 
-@dataclass(frozen=True)
-class CalibrationBin:
-    """The pairs of one confidence bin."""
+def calibration_chart(record: RunRecord) -> dict[str, Any] | None:
+    """Build the charts of a run with such a report, None for others.
 
-    x: float
-    y: float
-    radius: float
-    description: str
-
-
-@dataclass(frozen=True)
-class ScoreDistribution:
-    """Quantiles of one side's scores: 5, 25, 50, 75 and 95 %."""
-
-    label: str
-    style: str
-    places: tuple[float, ...]
-    description: str
-
-
-@dataclass(frozen=True)
-class CalibrationChart:
-    """Everything drawn of a reward model."""
-
-    dots: tuple[CalibrationBin, ...]
-    ends: tuple[float, float, float, float]
-    """Of the diagonal, on which confidence is right."""
-    ticks: tuple[Tick, ...]
-    y_ticks: tuple[Tick, ...]
-    distributions: tuple[ScoreDistribution, ...]
-    score_ticks: tuple[Tick, ...]
-    error: str
-
-
-def calibration_chart(record: RunRecord) -> CalibrationChart | None:
-    """Build the charts of a run with such a report, None for others."""
+    Dots are bins of confidence, `ends` are of the diagonal, on which confidence is right.
+    """
     report = record.manifest.get("report")
     if not isinstance(report, dict) or not isinstance(report.get("reliability"), list):
         return None
@@ -60,54 +28,54 @@ def calibration_chart(record: RunRecord) -> CalibrationChart | None:
     y_scale = Scale(0.0, 1.0, SIZE - BOTTOM, TOP)
     marks = [0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
     distributions, score_ticks = _distributions(report)
-    return CalibrationChart(
-        dots=tuple(_bins(report["reliability"], x_scale, y_scale)),
-        ends=(x_scale(0.5), y_scale(0.5), x_scale(1.0), y_scale(1.0)),
-        ticks=tuple(Tick(x_scale(at), f"{100 * at:.0f}") for at in marks),
-        y_ticks=tuple(Tick(y_scale(at), f"{100 * at:.0f}") for at in (0, 0.25, 0.5, 0.75, 1)),
-        distributions=distributions,
-        score_ticks=score_ticks,
-        error=metrics.value("calibration_error", report.get("calibration_error")),
-    )
+    return {
+        "dots": _bins(report["reliability"], x_scale, y_scale),
+        "ends": (x_scale(0.5), y_scale(0.5), x_scale(1.0), y_scale(1.0)),
+        "ticks": [Tick(x_scale(at), f"{100 * at:.0f}") for at in marks],
+        "y_ticks": [Tick(y_scale(at), f"{100 * at:.0f}") for at in (0, 0.25, 0.5, 0.75, 1)],
+        "distributions": distributions,
+        "score_ticks": score_ticks,
+        "error": metrics.value("calibration_error", report.get("calibration_error")),
+    }
 
 
-def _bins(bins: list[Any], x_scale: Scale, y_scale: Scale) -> list[CalibrationBin]:
+def _bins(bins: list[Any], x_scale: Scale, y_scale: Scale) -> list[dict[str, Any]]:
+    """Place the bins, each with an area by its number of pairs."""
     filled = [b for b in bins if isinstance(b, dict) and {"accuracy", "confidence"} <= b.keys()]
     most = max((b.get("weight", 0) for b in filled), default=0) or 1
     low, high = RADIUS
     return [
-        CalibrationBin(
-            x_scale(b["confidence"]),
-            y_scale(b["accuracy"]),
-            round(low + (high - low) * (b.get("weight", 0) / most) ** 0.5, 1),
-            f"{b.get('weight', 0):g} pairs: {100 * b['confidence']:.1f} % sure, "
+        {
+            "x": x_scale(b["confidence"]),
+            "y": y_scale(b["accuracy"]),
+            "radius": round(low + (high - low) * (b.get("weight", 0) / most) ** 0.5, 1),
+            "description": f"{b.get('weight', 0):g} pairs: {100 * b['confidence']:.1f} % sure, "
             f"{100 * b['accuracy']:.1f} % right",
-        )
+        }
         for b in filled
     ]
 
 
-def _distributions(
-    report: Mapping[str, Any],
-) -> tuple[tuple[ScoreDistribution, ...], tuple[Tick, ...]]:
+def _distributions(report: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[Tick]]:
+    """Place the quantiles of each side's scores; also the marks of their axis."""
     names = ("q5", "q25", "q50", "q75", "q95")
     sides = {side: report.get(side) for side in ("chosen", "rejected")}
     known = {s: f for s, f in sides.items() if isinstance(f, dict) and set(names) <= f.keys()}
     values = [quantiles[name] for quantiles in known.values() for name in names]
     if not values:
-        return (), ()
+        return [], []
     low, high = spread(min(values), max(values))
     scale = Scale(min(low, min(values)), high, 76, BARS[0] - RIGHT)
-    drawn = tuple(
-        ScoreDistribution(
-            side,
-            "c1" if side == "chosen" else "c2",
-            tuple(scale(quantiles[name]) for name in names),
-            f"{side}: median {quantiles['q50']:.3g}, half of them between {quantiles['q25']:.3g} "
-            f"and {quantiles['q75']:.3g}, nine of ten between {quantiles['q5']:.3g} and "
-            f"{quantiles['q95']:.3g}",
-        )
+    drawn = [
+        {
+            "label": side,
+            "style": "c1" if side == "chosen" else "c2",
+            "places": [scale(quantiles[name]) for name in names],
+            "description": f"{side}: median {quantiles['q50']:.3g}, half of them between "
+            f"{quantiles['q25']:.3g} and {quantiles['q75']:.3g}, nine of ten between "
+            f"{quantiles['q5']:.3g} and {quantiles['q95']:.3g}",
+        }
         for side, quantiles in known.items()
-    )
-    marks = tuple(Tick(scale(at), numbers.compact(at)) for at in ticks(scale.low, scale.high, 5))
+    ]
+    marks = [Tick(scale(at), numbers.compact(at)) for at in ticks(scale.low, scale.high, 5)]
     return drawn, marks

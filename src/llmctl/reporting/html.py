@@ -18,7 +18,7 @@ from markupsafe import Markup
 from llmctl import __version__, numbers
 from llmctl.config.commands import config_of
 from llmctl.reporting import origins, tables
-from llmctl.reporting.calibration import CalibrationChart, calibration_chart
+from llmctl.reporting.calibration import calibration_chart
 from llmctl.reporting.curves import panels
 from llmctl.reporting.draw import HEIGHT, LEFT, RIGHT, WIDTH, Chart, draw
 from llmctl.reporting.graph import BOX, graphs
@@ -40,7 +40,7 @@ class RunSection:
     step: str
     command: tuple[str, ...]
     figures: tuple[KeyFigure, ...]
-    calibration: CalibrationChart | None
+    calibration: dict[str, Any] | None
     tables: tuple[Table, ...]
 
 
