@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any, Literal
 
-from llmctl.numbers import MISSING, NARROW, compact, energy, scaled, seconds
+from llmctl.numbers import MISSING, NARROW, compact, energy, is_number, scaled, seconds
 
 Commands = tuple[str, ...]
 TRAINING: Commands = ("pretrain", "sft", "reward", "dpo", "ppo")
@@ -477,8 +477,7 @@ def figures(result: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """
     if "val_win_rate" in result:
         result = {key: item for key, item in result.items() if key != "val_loss"}
-    plain = {k: v for k, v in result.items() if isinstance(v, int | float) or _is_interval(v)}
-    return [(key, item) for key, item in plain.items() if not isinstance(item, bool)]
+    return [(k, v) for k, v in result.items() if is_number(v) or _is_interval(v)]
 
 
 def _is_interval(item: Any) -> bool:

@@ -1,8 +1,8 @@
 """`llmctl doctor`: the state of machine and packages, each problem with its fix, on stdout."""
 
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from llmctl.checkup import CheckResult
@@ -25,7 +25,8 @@ def run(config: DoctorConfig) -> dict[str, Any] | None:
         UserError: at least one is a failure; with the exit code of the first.
     """
     results = []
-    for check in _checks():
+    packages = chain([check_python()], check_packages(), check_extras())
+    for check in chain(packages, check_devices(), check_disks(), check_hub()):
         shown = replace(check, text=redact(check.text))
         results.append(shown)
         if not config.as_json:
@@ -40,15 +41,6 @@ def run(config: DoctorConfig) -> dict[str, Any] | None:
         error.report = result
         raise error
     return result if config.as_json else None
-
-
-def _checks() -> Iterator[CheckResult]:
-    yield check_python()
-    yield from check_packages()
-    yield from check_extras()
-    yield from check_devices()
-    yield from check_disks()
-    yield from check_hub()
 
 
 def _print(check: CheckResult) -> None:

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from llmctl import hardware
 from llmctl.config.commands import DpoConfig
-from llmctl.data.preference_pairs import PreferenceData, load_dpo_data, log_dpo_data
+from llmctl.data.preference_pairs import load_dpo_data, log_dpo_data
 from llmctl.planning.outlook import show_dry_run
 from llmctl.planning.recipe import finetuning_outlook, trained_share
 from llmctl.runs.directory import Run
@@ -25,18 +25,19 @@ def run(config: DpoConfig) -> dict[str, Any] | None:
 
 def _show(config: DpoConfig, accelerator: Accelerator, device: str) -> dict[str, Any] | None:
     """Show a dry run: recipe and outlook."""
-    data = _pairs(config, accelerator)
+    data = load_dpo_data(config, None)
+    log_dpo_data(data)
     prepared = prepare_dpo(config, data, accelerator, device)
     share = trained_share(data.train.chosen, data.train.rejected)
-    outlook = finetuning_outlook(config, prepared, device, share)
-    return show_dry_run("dpo", config, outlook)
+    return show_dry_run("dpo", config, finetuning_outlook(config, prepared, device, share))
 
 
 def _align(config: DpoConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:
     """Load, prepare, train, export; return the result."""
     clock = clock_of(config, run)
     with together(accelerator):
-        data = _pairs(config, accelerator, clock)
+        data = load_dpo_data(config, clock)
+    log_dpo_data(data)
     with together(accelerator):
         prepared = prepare_dpo(config, data, accelerator, device)
     audit = data.statistics()
@@ -45,11 +46,3 @@ def _align(config: DpoConfig, run: Run, accelerator: Accelerator, device: str) -
         trainer = build_dpo(config, data, prepared, run, accelerator, device)
         metrics = train(trainer, config)
     return {**export(config, trainer, prepared, data.tokenizer), **prepared.sizes, **metrics}
-
-
-def _pairs(config: DpoConfig, accelerator: Accelerator, clock: str | None = None) -> PreferenceData:
-    """Load the pairs, and log their statistics."""
-    data = load_dpo_data(config, clock)
-    if accelerator.is_main_process:
-        log_dpo_data(data)
-    return data

@@ -8,7 +8,7 @@ from typing import Any
 from llmctl.config.commands import EvaluateConfig
 from llmctl.console import is_terminal, log, show_recipe
 from llmctl.errors import GateError
-from llmctl.evaluate.evaluation import PreparedEvaluation, evaluate, prepare, require_same_identity
+from llmctl.evaluate.evaluation import evaluate, prepare, require_same_identity
 from llmctl.evaluate.figures import check_gates, figures_in, show_table
 from llmctl.evaluate.task import open_row_log
 from llmctl.runs.directory import Run, now, open_run
@@ -17,7 +17,15 @@ from llmctl.runs.directory import Run, now, open_run
 def run(config: EvaluateConfig) -> dict[str, Any] | None:
     """Evaluate, and return every figure; without `--out` they are the only output."""
     if config.dry_run:
-        log.info(_dry_run_line(prepare(config, None)))
+        planned = prepare(config, None)
+        if planned.plan is None:
+            log.info("would run %s on %s", ", ".join(config.tasks), planned.device)
+        else:
+            data, metrics = planned.plan.data, ", ".join(planned.plan.metrics)
+            what = (
+                f"{metrics} on {len(planned.plan.prompts or data.documents[: config.limit]):,} rows"
+            )
+            log.info("would measure %s (%s), on %s", what, data.kind, planned.device)
         return show_recipe("evaluate", config)
     opened: AbstractContextManager[Run | None] = nullcontext()
     if config.out is not None:
@@ -32,11 +40,12 @@ def run(config: EvaluateConfig) -> dict[str, Any] | None:
             if run is not None:
                 run.drop_metrics_after(len(rows.rows))
             figures = evaluate(prepared, rows, run)
-        result = {"stage": "evaluate", "out": str(config.out), "model": config.model}
+        out = {} if config.out is None else {"out": str(config.out)}
+        result = {"stage": "evaluate", **out, "model": config.model}
         result |= {"status": "completed", **figures}
         _finish(config, run, result)
     if config.out is not None or config.as_json:
-        return result if config.out is not None else _without(result, "out")
+        return result
     if is_terminal() and sys.stdout.isatty() and log.isEnabledFor(logging.INFO):
         return None  # the table is in sight
     for name, value in figures_in(result).items():
@@ -56,23 +65,9 @@ def _finish(config: EvaluateConfig, run: Run | None, result: dict[str, Any]) -> 
     try:
         check_gates(config.require, result)
     except GateError as error:
-        failed = {**result, "status": "failed"}
-        error.report = failed if run is not None else _without(failed, "out")
+        error.report = {**result, "status": "failed"}
         if run is not None:
-            run.record(result=failed)
+            run.record(result=error.report)
         raise
     if run is not None:
         run.record(result=result)
-
-
-def _dry_run_line(prepared: PreparedEvaluation) -> str:
-    plan = prepared.plan
-    if plan is None:
-        return f"would run {', '.join(prepared.config.tasks)} on {prepared.device}"
-    rows = len(plan.data.documents[: prepared.config.limit] or plan.prompts)
-    metrics = ", ".join(plan.metrics)
-    return f"would measure {metrics} on {rows:,} rows ({plan.data.kind}), on {prepared.device}"
-
-
-def _without(result: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in result.items() if key != name}

@@ -17,7 +17,12 @@ from llmctl.models.loading import load_config, load_tokenizer, stop_tokens
 def run(config: GenerateConfig) -> dict[str, Any] | None:
     """Generate from every prompt; a single text streams to stdout."""
     check_out(config.out, overwrite=config.overwrite)
-    asks = _read(config)
+    if config.prompts_file:
+        asks = read_prompt_file(config.prompts_file)
+    elif config.prompt:
+        asks = [PromptExample(text, f"prompt {i}") for i, text in enumerate(config.prompt, start=1)]
+    else:
+        asks = [read_stdin()]
     shots = read_shots(config.shots) if config.shots else []
     device = pick_device(config.device)
     shape, tokenizer = load_config(config.model), load_tokenizer(config.model)
@@ -48,14 +53,6 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
                 print(flush=True)
             return None
         return _write(config, asks, responses, len(prompts))
-
-
-def _read(config: GenerateConfig) -> list[PromptExample]:
-    if config.prompts_file:
-        return read_prompt_file(config.prompts_file)
-    if config.prompt:
-        return [PromptExample(text, f"prompt {i}") for i, text in enumerate(config.prompt, start=1)]
-    return [read_stdin()]
 
 
 def _log_plan(config: GenerateConfig, prompts: list[Prompt], device: str) -> None:

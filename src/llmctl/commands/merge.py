@@ -8,7 +8,7 @@ from llmctl.console import log, show_recipe
 from llmctl.files import sha256_folder
 from llmctl.models.adapters import weights_sha256
 from llmctl.models.hub import model_input
-from llmctl.models.merging import Merged, find_mergeable, merge, save_merged
+from llmctl.models.merging import find_mergeable, merge, save_merged
 from llmctl.runs.directory import open_run
 
 
@@ -30,7 +30,13 @@ def run(config: MergeConfig) -> dict[str, Any] | None:
         with hardware.memory_errors():
             merged = merge(mergeable, device)
         save_merged(merged, run.path / "model")
-        _log_difference(merged)
+        log.info("logits differ from the adapter's by at most %.2g", merged.difference)
+        if merged.quantized_difference is not None:
+            log.info(
+                "the base is dequantized from %s, in which the adapter was trained; logits differ "
+                "from the adapter's on those by at most %.2g",
+                *(merged.trained_in.replace("bit", " bits"), merged.quantized_difference),
+            )
         result = {
             "stage": "merge",
             "out": str(run.path),
@@ -40,14 +46,3 @@ def run(config: MergeConfig) -> dict[str, Any] | None:
         }
         run.record(result=result)
     return result
-
-
-def _log_difference(merged: Merged) -> None:
-    log.info("logits differ from the adapter's by at most %.2g", merged.difference)
-    if merged.quantized_difference is not None:
-        log.info(
-            "the base is dequantized from %s, in which the adapter was trained; logits differ from "
-            "the adapter's on those by at most %.2g",
-            merged.trained_in.replace("bit", " bits"),
-            merged.quantized_difference,
-        )

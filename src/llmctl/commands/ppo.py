@@ -27,8 +27,7 @@ def run(config: PpoConfig) -> dict[str, Any] | None:
 def _show(config: PpoConfig, accelerator: Accelerator, device: str) -> dict[str, Any] | None:
     """Show a dry run: recipe and outlook."""
     prepared = prepare_ppo(config, accelerator, device)
-    outlook = ppo_outlook(config, prepared, device)
-    return show_dry_run("ppo", config, outlook)
+    return show_dry_run("ppo", config, ppo_outlook(config, prepared, device))
 
 
 def _align(config: PpoConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:

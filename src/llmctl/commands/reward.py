@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from llmctl import hardware
 from llmctl.config.commands import RewardConfig
-from llmctl.data.preference_pairs import PreferenceData, load_reward_data, log_reward_data
+from llmctl.data.preference_pairs import load_reward_data, log_reward_data
 from llmctl.planning.outlook import show_dry_run
 from llmctl.planning.recipe import finetuning_outlook
 from llmctl.reward.score_file import score_file
@@ -28,17 +28,18 @@ def run(config: RewardConfig) -> dict[str, Any] | None:
 
 def _show(config: RewardConfig, accelerator: Accelerator, device: str) -> dict[str, Any] | None:
     """Show a dry run: recipe and outlook."""
-    data = _pairs(config, accelerator)
+    data = load_reward_data(config, None)
+    log_reward_data(data)
     prepared = prepare_reward(config, data, accelerator, device)
-    outlook = finetuning_outlook(config, prepared, device)
-    return show_dry_run("reward", config, outlook)
+    return show_dry_run("reward", config, finetuning_outlook(config, prepared, device))
 
 
 def _train(config: RewardConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:
     """Load, prepare, train, export; return the result."""
     clock = clock_of(config, run)
     with together(accelerator):
-        data = _pairs(config, accelerator, clock)
+        data = load_reward_data(config, clock)
+    log_reward_data(data)
     with together(accelerator):
         prepared = prepare_reward(config, data, accelerator, device)
     audit = data.statistics()
@@ -49,13 +50,3 @@ def _train(config: RewardConfig, run: Run, accelerator: Accelerator, device: str
     check = check_of(prepared, run, device)
     written = export(config, trainer, prepared, data.tokenizer, check)
     return {**metrics, **prepared.sizes, **written}
-
-
-def _pairs(
-    config: RewardConfig, accelerator: Accelerator, clock: str | None = None
-) -> PreferenceData:
-    """Load the pairs, and log their statistics."""
-    data = load_reward_data(config, clock)
-    if accelerator.is_main_process:
-        log_reward_data(data)
-    return data

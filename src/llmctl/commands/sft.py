@@ -67,19 +67,16 @@ def _show_classification(
 ) -> dict[str, Any] | None:
     """Show a dry run with `--task classify`."""
     data = load_classification_data(config)
-    if accelerator.is_main_process:
-        log_classification_data(data)
+    log_classification_data(data)
     prepared = prepare_classification(config, data, accelerator, device)
-    outlook = finetuning_outlook(config, prepared, device)
-    return show_dry_run("sft", config, outlook)
+    return show_dry_run("sft", config, finetuning_outlook(config, prepared, device))
 
 
 def _classify(config: SftConfig, run: Run, accelerator: Accelerator, device: str) -> dict[str, Any]:
     """Load, prepare, train, export a classifier; return the result."""
     with together(accelerator):
         data = load_classification_data(config)
-        if accelerator.is_main_process:
-            log_classification_data(data)
+    log_classification_data(data)
     with together(accelerator):
         prepared = prepare_classification(config, data, accelerator, device)
     run.record(

@@ -280,9 +280,10 @@ class Config(Fields):
         """
         for key in values:
             if key not in cls.model_fields:
-                raise UserError(
-                    f"unknown key `{key}`" + cls._suggest(key), file=recipe, line=lines.get(key)
-                )
+                here = cls.other_spellings().get(key.replace("_", "-"), "").replace("-", "_")
+                close = f": it is called `{here}` here" if here else ""
+                close = close or did_you_mean(key, cls.model_fields)
+                raise UserError(f"unknown key `{key}`{close}", file=recipe, line=lines.get(key))
         try:
             return cls.model_validate({**values, **flags})
         except ValidationError as error:
@@ -316,13 +317,6 @@ class Config(Fields):
             if isinstance(item, Also)
             for other in item.names
         }
-
-    @classmethod
-    def _suggest(cls, key: str) -> str:
-        spelled = key.replace("_", "-")
-        if spelled in cls.other_spellings():
-            return f": it is called `{cls.other_spellings()[spelled].replace('-', '_')}` here"
-        return did_you_mean(key, cls.model_fields)
 
     @classmethod
     def _explain(

@@ -62,25 +62,18 @@ def compute_figures(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, An
         figures["tokens"] = sum(row["tokens"] for row in rows)
         figures["bytes"] = sum(row["bytes"] for row in rows)
     if "bleu" in metrics or "chrf" in metrics:
-        figures |= _corpus_scores(rows, metrics)
+        from sacrebleu.metrics import BLEU, CHRF  # Papineni et al., 2002; Popović, 2015
+
+        responses, references = ([row[key] for row in rows] for key in ("response", "reference"))
+        for name, kind in (("bleu", BLEU), ("chrf", CHRF)):
+            if name in metrics:
+                score = kind().corpus_score(responses, [references]).score
+                figures[name] = float(score)  # over all rows
     if "f1" in metrics:
         figures["f1"] = macro_f1(rows)
     if rows and "finish_reason" in rows[0]:
         figures["cut_share"] = sum(row["finish_reason"] == "length" for row in rows) / len(rows)
     return figures
-
-
-def _corpus_scores(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, float]:
-    """BLEU (Papineni et al., 2002) and chrF (Popović, 2015) over all rows, by sacrebleu."""
-    from sacrebleu.metrics import BLEU, CHRF
-
-    responses, references = ([row[key] for row in rows] for key in ("response", "reference"))
-    kinds = {"bleu": BLEU(), "chrf": CHRF()}
-    return {
-        name: float(kinds[name].corpus_score(responses, [references]).score)
-        for name in ("bleu", "chrf")
-        if name in metrics
-    }
 
 
 def macro_f1(rows: Sequence[Row]) -> float:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -71,17 +72,16 @@ def choose_shots(
 def _first_others(
     shuffled: Sequence[EvaluationExample], row: EvaluationExample, count: int
 ) -> tuple[EvaluationExample, ...]:
-    own_hash, shots = conversation_hash(row.messages), list[EvaluationExample]()
-    for shot in shuffled:
-        if len(shots) < count and conversation_hash(shot.messages) != own_hash:
-            shots.append(shot)
+    own_hash = conversation_hash(row.messages)
+    others = (shot for shot in shuffled if conversation_hash(shot.messages) != own_hash)
+    shots = tuple(islice(others, count))
     if len(shots) < count:
         raise DataError(
             f"--shots {count}: --shots-data has only {len(shots):,} rows other than this one",
             file=row.place,
             line=row.line,
         )
-    return tuple(shots)
+    return shots
 
 
 @dataclass(frozen=True)

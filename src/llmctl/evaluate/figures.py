@@ -33,7 +33,10 @@ def show_table(result: Mapping[str, Any]) -> None:
         if other:
             theirs = other.get(name)
             cells += ["" if theirs is None else cell(theirs)]
-            cells += _format_difference(differences.get(name))
+            interval = differences.get(name) or {}
+            cells.append(f"{interval['difference']:+.4g}" if interval else "")
+            low, high = interval.get("low"), interval.get("high")
+            cells.append("" if low is None else f"{low:+.4g} to {high:+.4g}")
         table.add_row(name, *cells)
     Console(stderr=True, highlight=False).print(table)
 
@@ -82,11 +85,3 @@ def check_gates(require: Sequence[str], result: Mapping[str, Any]) -> None:
 def _gates(require: Sequence[str]) -> list[Gate]:
     """Gates of texts that the config has found to be some."""
     return [gate for text in require if (gate := split_gate(text)) is not None]
-
-
-def _format_difference(interval: Mapping[str, Any] | None) -> tuple[str, str]:
-    if interval is None:
-        return "", ""
-    low, high = interval["low"], interval["high"]
-    bounds = "" if low is None else f"{low:+.4g} to {high:+.4g}"
-    return f"{interval['difference']:+.4g}", bounds

@@ -79,8 +79,24 @@ def _reference_nats(
     prompts: Sequence[FewShotPrompt],
     context: int,
 ) -> list[Row]:
-    """Nats, tokens and bytes of each reference after its prompt, with the token that ends it."""
-    windows = [_reference_window(few_shot_format, prompt, context) for prompt in prompts]
+    """Nats, tokens and bytes of each reference after its prompt, with the token that ends it.
+
+    The prompt loses its beginning where both are too long.
+
+    Raises:
+        DataError: a reference does not fit by itself.
+    """
+    windows = []
+    for prompt in prompts:
+        encoded = few_shot_format.encode_with_reference(prompt)
+        truncated = few_shot_format.truncate(encoded, context + 1)
+        if truncated is None:
+            raise DataError(
+                f"the reference has more tokens than the context of {context:,}",
+                file=prompt.example.place,
+                line=prompt.example.line,
+            )
+        windows.append(Window(tuple(truncated.tokens), truncated.trained.index(True)))
     return [
         {
             "nats": nats,
@@ -89,25 +105,6 @@ def _reference_nats(
         }
         for prompt, window, nats in zip(prompts, windows, window_nats(model, windows), strict=True)
     ]
-
-
-def _reference_window(
-    few_shot_format: FewShotFormat, prompt: FewShotPrompt, context: int
-) -> Window:
-    """The reference after its prompt, which loses its beginning where both are too long.
-
-    Raises:
-        DataError: the reference does not fit by itself.
-    """
-    encoded = few_shot_format.encode_with_reference(prompt)
-    truncated = few_shot_format.truncate(encoded, context + 1)
-    if truncated is None:
-        raise DataError(
-            f"the reference has more tokens than the context of {context:,}",
-            file=prompt.example.place,
-            line=prompt.example.line,
-        )
-    return Window(tuple(truncated.tokens), truncated.trained.index(True))
 
 
 def _add_rewards(

@@ -8,7 +8,6 @@ for a cookie that no script and no other site can use.
 import json
 import os
 import secrets
-import shlex
 import socket
 import subprocess
 import sys
@@ -42,13 +41,7 @@ class PageTexts:
     out: str
     """The file of answers."""
     command: str
-    """Command to run next."""
-
-
-def next_command(out: Path, model: str | None) -> str:
-    """Return the command that trains on the answers, starting from the model that wrote them."""
-    start = shlex.quote(model) if model else "MODEL"
-    return f"llmctl reward --model {start} --data {shlex.quote(str(out))} -o runs/reward"
+    """Command to run next: it trains on the answers, from the model that wrote them."""
 
 
 def state(session: Session, texts: PageTexts) -> dict[str, Any]:
@@ -309,16 +302,11 @@ def rank_on_page(
         print(f"rank as {session.annotator}: {url}", file=sys.stderr, flush=True)
         has_display = sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
         if browser or (browser is None and sys.stderr.isatty() and has_display):
-            _open(url)
+            subprocess.Popen(  # a process of its own: browsers write to stdout, the result's
+                [sys.executable, "-m", "webbrowser", url],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         session.wait_until_finished()
-
-
-def _open(url: str) -> None:
-    """Open it from a process of its own: browsers write to stdout, which is the result's."""
-    subprocess.Popen(
-        [sys.executable, "-m", "webbrowser", url],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )

@@ -23,13 +23,13 @@ RULE = "python:"
 
 def content_hash(stage: Stage, addresses: Mapping[str, str]) -> str:
     """Return the address of a stage, from those of the stages it reads."""
-    read = {*stage.needs, *stage.external}
-    recipe = {k: v for k, v in stage.config.recipe(stage.stage).items() if k not in read}
+    values = stage.config.recipe(stage.stage)
+    recipe = {k: v for k, v in values.items() if k not in stage.references}
     parts = {
         "recipe": recipe,
         "read": {
-            field: [_spelling_and_address(text, stage, addresses) for text in stage.read(field)]
-            for field in sorted(read)
+            field: [_spelling_and_address(text, stage, addresses) for text in texts]
+            for field, texts in stage.references.items()
         },
         "code": code_hash(),
     }

@@ -56,10 +56,6 @@ class Stage:
         """Names of the stages that it reads, each once."""
         return tuple(dict.fromkeys(name for names in self.needs.values() for name in names))
 
-    def read(self, field: str) -> tuple[str, ...]:
-        """Return the inputs of a field."""
-        return self.references.get(field, ())
-
     @property
     def processes(self) -> int:
         """Number of processes that it runs in."""
@@ -169,7 +165,9 @@ class _ReferenceResolver:
         text = expand_variables(value, where=key, file=self.file, line=line)
         stem, weight = split_weight(text)
         if not kinds or stem not in self.step.scope:
-            self._warn_of_typo(stem)
+            close = difflib.get_close_matches(stem, list(self.step.scope), n=1)
+            if close and "/" not in stem and not Path(stem).exists():  # it is looked for on the Hub
+                log.warning("`%s` is no stage: did you mean `%s`?", stem, close[0])
             return self._external(key, text)
         name = self.step.scope[stem]
         if name is None:
@@ -184,7 +182,9 @@ class _ReferenceResolver:
             return self._external(key, name + weight)
         stage = self.before[name]
         self._require_kind(key, stage, kinds, line)
-        self._warn_of_file(stem, stage)
+        path = Path(stem)
+        if path.exists() and not (stage.out.exists() and path.samefile(stage.out)):
+            log.warning("`%s` means the stage, not the file here: write ./%s for that", stem, stem)
         self.needs.setdefault(key, []).append(name)
         self.references.setdefault(key, []).append(name + weight)
         return str(stage.out) + weight
@@ -206,17 +206,6 @@ class _ReferenceResolver:
                 file=self.file,
                 line=line,
             )
-
-    def _warn_of_typo(self, name: str) -> None:
-        """Warn of a name that is nearly a stage's, and would be looked for on the Hub."""
-        close = difflib.get_close_matches(name, list(self.step.scope), n=1)
-        if close and "/" not in name and not Path(name).exists():
-            log.warning("`%s` is no stage: did you mean `%s`?", name, close[0])
-
-    def _warn_of_file(self, name: str, stage: Stage) -> None:
-        path = Path(name)
-        if path.exists() and not (stage.out.exists() and path.samefile(stage.out)):
-            log.warning("`%s` means the stage, not the file here: write ./%s for that", name, name)
 
 
 KIND_NAMES = {

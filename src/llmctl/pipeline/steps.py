@@ -108,8 +108,9 @@ def config_class_of(stage: str) -> type[StageConfig] | None:
 
 def stage_names() -> list[str]:
     """Return every command that can be a stage."""
-    names = [name.removesuffix("Config").lower() for name in commands.__all__]
-    return [name for name in names if config_class_of(name)]
+    names = [name for name in vars(commands) if name.endswith("Config")]
+    stages = [name.removesuffix("Config").lower() for name in names]
+    return [stage for stage in stages if config_class_of(stage)]
 
 
 def _as_one_stage(

@@ -4,7 +4,6 @@ No weights are loaded. Where model or data are not at hand, assumptions stand in
 outlook of a dry run follows from what its command has prepared.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -269,7 +268,12 @@ def _plan_ppo(recipe: PpoConfig, options: PlanConfig, device: str) -> Planned:
     model_config = _model_config(recipe, options)
     shape = shape_of(model_config)
     if options.shape is None and options.length is None:
-        lengths = _read_prompt_lengths(recipe, model_config)
+        rows = read_prompts(recipe.data, recipe.val_data, recipe.val_size, recipe.skip_bad_rows)
+        prompt_format = PromptFormat(load_tokenizer(recipe.model), recipe, None)
+        prompts = encode_prompts(rows.train, prompt_format, model_config, recipe)
+        if not len(prompts):
+            raise UserError("no prompt is left to train on", file=recipe.data[0])
+        lengths = [len(tokens) for tokens in prompts.tokens]
     else:
         lengths = [options.length or PROMPT_LENGTH] * (options.rows or ROWS)
         notes = (f"the data is not read: every prompt has {lengths[0]:,} tokens",)
@@ -294,16 +298,6 @@ def _plan_ppo(recipe: PpoConfig, options: PlanConfig, device: str) -> Planned:
         knows_steps=options.shape is None or bool(options.rows or recipe.max_steps),
     )
     return workload, model_config, notes
-
-
-def _read_prompt_lengths(recipe: PpoConfig, model_config: PreTrainedConfig) -> Sequence[int]:
-    """Tokens of each prompt."""
-    rows = read_prompts(recipe.data, recipe.val_data, recipe.val_size, recipe.skip_bad_rows)
-    prompt_format = PromptFormat(load_tokenizer(recipe.model), recipe, None)
-    prompts = encode_prompts(rows.train, prompt_format, model_config, recipe)
-    if not len(prompts):
-        raise UserError("no prompt is left to train on", file=recipe.data[0])
-    return [len(tokens) for tokens in prompts.tokens]
 
 
 def _reward_parameters(recipe: PpoConfig, policy: int, options: PlanConfig) -> int:

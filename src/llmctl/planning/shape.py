@@ -26,11 +26,13 @@ COMPOSED = {"gelu_new": 4, "gelu_fast": 4, "quick_gelu": 3}
 """Tensors that an activation function of several operations saves for its backward pass; a single
 operation saves its input."""
 
-KNOWN = {
-    "gpt2-124m": lambda: _gpt2(12, 768, 12),
-    "gpt2-355m": lambda: _gpt2(24, 1024, 16),
-    "gpt2-774m": lambda: _gpt2(36, 1280, 20),
-    "gpt2-1.5b": lambda: _gpt2(48, 1600, 25),
+KNOWN = {  # layers and width: Radford et al., 2019, table 2; heads as released
+    "gpt2-124m": lambda: GPT2Config(n_layer=12, n_embd=768, n_head=12),
+    "gpt2-355m": lambda: GPT2Config(n_layer=24, n_embd=1024, n_head=16),
+    "gpt2-774m": lambda: GPT2Config(n_layer=36, n_embd=1280, n_head=20),
+    "gpt2-1.5b": lambda: GPT2Config(n_layer=48, n_embd=1600, n_head=25),
+    # widths, heads, layers: Touvron et al., 2023, arXiv:2302.13971, table 2; context and grouped
+    # queries: arXiv:2307.09288, table 1; the rest as released
     "llama-7b": lambda: _llama(32, 4096, 32, 11_008, context=2048),
     "llama-2-7b": lambda: _llama(32, 4096, 32, 11_008, context=4096),
     "llama-2-13b": lambda: _llama(40, 5120, 40, 13_824, context=4096),
@@ -195,19 +197,9 @@ def _largest_stack(model: nn.Module) -> tuple[int, int]:
     return largest, gram
 
 
-def _gpt2(layers: int, hidden: int, heads: int) -> PreTrainedConfig:
-    """Layers and width of Radford et al., 2019, table 2; heads as released."""
-    return GPT2Config(n_layer=layers, n_embd=hidden, n_head=heads)
-
-
 def _llama(
     layers: int, hidden: int, heads: int, intermediate: int, *, context: int, kv_heads: int = 0
 ) -> PreTrainedConfig:
-    """Widths, heads and layers of Touvron et al., 2023, arXiv:2302.13971, table 2.
-
-    Context and grouped queries of Llama 2 are those of arXiv:2307.09288, table 1; the rest is as
-    released.
-    """
     return LlamaConfig(
         vocab_size=32_000,
         hidden_size=hidden,

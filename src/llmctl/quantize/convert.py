@@ -18,7 +18,7 @@ from llmctl.errors import ModelError
 from llmctl.evaluate.perplexity import Window, window_logits
 from llmctl.files import replace_folder
 from llmctl.gguf_file import read_back, write_gguf
-from llmctl.models.loading import load_causal_lm, save_model
+from llmctl.models.loading import load_causal_lm, local_folder, save_model
 from llmctl.models.quantized import memory_bytes_of
 from llmctl.quantize.fidelity import (
     generate_samples,
@@ -30,6 +30,7 @@ from llmctl.quantize.job import QuantizationJob, baselines, quantized_share, wei
 from llmctl.quantize.layers import Layers, kept_by_flag, matrix_modules
 from llmctl.quantize.methods import describe, kept_dtype, quantize_model, quantized_layers
 from llmctl.quantize.results import QuantizationReport, WeightBytes
+from llmctl.runs.directory import resolve_model
 
 NO_LAYERS = Layers((), {})
 """For a model that is only cast."""
@@ -121,12 +122,15 @@ def _measure(
     before = next(iter(timed.values()))
     windows = measurement_windows(job.text.documents, before)
     prompts, count = job.text.prompts, config.sample_tokens
+    disk = None  # a merged model has no files
+    if job.adapter is None:
+        disk = weights_size(local_folder(resolve_model(job.reference)))
     report = QuantizationReport(
         method=describe(config),
         text=job.text.name,
         layers=layers,
         share=quantized_share(before, layers),
-        before=WeightBytes(job.disk_before(), memory_bytes_of(before)),
+        before=WeightBytes(disk, memory_bytes_of(before)),
         after=WeightBytes(None, memory_bytes_of(after)),
         fidelity=measure_fidelity(before, after, windows),
         speeds=time_generation(timed, prompts, count),

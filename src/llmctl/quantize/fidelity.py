@@ -42,15 +42,6 @@ class Fidelity:
         return self.perplexity_after / self.perplexity_before - 1
 
 
-@dataclass(frozen=True)
-class SamplePair:
-    """Greedy continuations of a prompt by both models."""
-
-    prompt: str
-    before: str
-    after: str
-
-
 def measurement_windows(documents: Sequence[Sequence[int]], model: PreTrainedModel) -> list[Window]:
     """Cut documents into windows that do not overlap, as in pretraining's validation.
 
@@ -115,8 +106,8 @@ def generate_samples(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     tokens: int,
-) -> list[SamplePair]:
-    """Continue the prompts greedily with both models."""
+) -> list[dict[str, str]]:
+    """Continue the prompts greedily with both models: texts `prompt`, `before` and `after`."""
     encoded = [
         Prompt(prompt, row) for row, prompt in enumerate(_fit_prompts(prompts, before, tokens))
     ]
@@ -128,7 +119,9 @@ def generate_samples(
         ordered = sorted(responses, key=lambda response: response.index)
         continuations.append([response.text for response in ordered])
     prompt_texts = [tokenizer.decode(prompt.tokens) for prompt in encoded]
-    return [SamplePair(*texts) for texts in zip(prompt_texts, *continuations, strict=True)]
+    names = ("prompt", "before", "after")
+    rows = zip(prompt_texts, *continuations, strict=True)
+    return [dict(zip(names, texts, strict=True)) for texts in rows]
 
 
 def time_generation(

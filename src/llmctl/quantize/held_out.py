@@ -60,12 +60,9 @@ def find_held_out(config: QuantizeConfig, tokenizer: PreTrainedTokenizerBase) ->
         return _from_data(config.data, tokenizer, limit)
     runs = list(_ancestor_runs(config.model))
     for run in runs:
-        stage = read_manifest(run).get("stage")
-        held_out = None
-        if stage == "pretrain":
-            held_out = _from_pretrain_run(run, tokenizer, limit)
-        elif stage == "sft":
-            held_out = _from_sft_run(run, tokenizer, limit)
+        readers = {"pretrain": _from_pretrain_run, "sft": _from_sft_run}
+        reader = readers.get(read_manifest(run).get("stage", ""))
+        held_out = None if reader is None else reader(run, tokenizer, limit)
         if held_out is not None and any(len(document) > 1 for document in held_out.documents):
             return held_out
     where = f"none of the runs behind it ({len(runs)})" if runs else "no run of llmctl's behind it"
@@ -110,10 +107,10 @@ def _from_pretrain_run(run: Path, tokenizer: PreTrainedTokenizerBase, limit: int
     """Documents of the validation shards; None where there are none, or the tokenizer differs."""
     token_inputs = [i for i in read_manifest(run).get("inputs", []) if i.get("role") == "tokens"]
     folder = Path(token_inputs[0]["path"]).expanduser() if token_inputs else run
-    if not (folder / "tokens" / "index.json").is_file():
+    index_file = folder / "tokens" / "index.json"
+    if not index_file.is_file():
         log.warning("%s: its tokens are gone from %s", run, folder)
         return None
-    index_file = folder / "tokens" / "index.json"
     if token_inputs and sha256_file(index_file) != token_inputs[0]["sha256"]:
         raise _changed(run, folder)
     index = open_tokens(folder)
@@ -190,15 +187,12 @@ def _truncate(documents: Sequence[list[int]], limit: int) -> list[list[int]]:
 def _opening_prompts(documents: Sequence[list[int]]) -> list[list[int]]:
     """Prompts from the beginnings of three documents, or of three parts of fewer."""
     long = [document for document in documents if len(document) > 1]
-    if not long:
-        return []
     parts = [
         document[len(document) * number // PROMPTS :]
         for number in range(PROMPTS)
         for document in long[:PROMPTS]
     ]
-    chosen = [document[:] for document in long[:PROMPTS]] if len(long) >= PROMPTS else parts
-    return [part[: min(PROMPT_TOKENS, max(1, len(part) // 2))] for part in chosen[:PROMPTS]]
+    return [part[: min(PROMPT_TOKENS, max(1, len(part) // 2))] for part in parts[:PROMPTS]]
 
 
 def _changed(run: Path, what: Path | str) -> DataError:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -85,12 +84,6 @@ class QuantizationJob:
             self.reference, dtype=shape.dtype or torch.float32, device=self.device
         )
 
-    def disk_before(self) -> int | None:
-        """Bytes of the weights' files; None for a merged model, which has none."""
-        if self.adapter is not None:
-            return None
-        return weights_size(local_folder(resolve_model(self.reference)))
-
 
 def prepare(config: QuantizeConfig, device: str) -> QuantizationJob:
     """Find the model, its layers and its text, and check that they fit the method.
@@ -115,11 +108,22 @@ def prepare(config: QuantizeConfig, device: str) -> QuantizationJob:
     shape = load_config(str(folder))
     require_full(shape, config.model, "be quantized again")
     is_headed = is_adapter(folder) and read_object(folder / CONFIG).get("task_type") == "SEQ_CLS"
-    _require_language_model(shape, config.model, is_headed=is_headed)
+    if is_headed or any("Classification" in name for name in shape.architectures or []):
+        raise ModelError(
+            "this model tells labels or scores texts; only language models can be quantized",
+            file=config.model,
+            hint="load it as it is: it is used for scoring, not for generating",
+        )
+    require_causal_config(shape, config.model)
     own = torch.float32 if adapter is not None else shape.dtype
     if config.library is None and config.gguf is None and own == DTYPES[config.dtype]:
         raise UserError(f"--dtype {config.dtype}: the weights are in that type already")
-    layers = choose_layers(_empty_model(shape, config.model), config)
+    try:
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
+    except BROKEN as error:
+        raise ModelError(f"no language model: {first_line(error)}", file=config.model) from None
+    layers = choose_layers(empty, config)
     tokenizer = load_tokenizer(str(folder))
     if config.gguf is not None:
         check_gguf(shape, tokenizer)
@@ -163,22 +167,3 @@ def quantized_share(model: PreTrainedModel, layers: Layers) -> float:
 def weights_size(folder: Path) -> int:
     """Bytes of a folder's weights."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def _require_language_model(shape: PreTrainedConfig, reference: str, *, is_headed: bool) -> None:
-    named = shape.architectures or []
-    if is_headed or any("Classification" in name for name in named):
-        raise ModelError(
-            "this model tells labels or scores texts; only language models can be quantized",
-            file=reference,
-            hint="load it as it is: it is used for scoring, not for generating",
-        )
-    require_causal_config(shape, reference)
-
-
-def _empty_model(shape: PreTrainedConfig, reference: str) -> Any:
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
-    except BROKEN as error:
-        raise ModelError(f"no language model: {first_line(error)}", file=reference) from None

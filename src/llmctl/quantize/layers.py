@@ -75,7 +75,14 @@ def kept_by_flag(model: nn.Module, config: QuantizeConfig) -> frozenset[str]:
         UserError: a name that the model lacks.
     """
     wanted = [part.strip() for text in config.keep for part in text.split(",") if part.strip()]
-    _require_known(wanted, [name for name, _ in model.named_modules() if name])
+    names = [name for name, _ in model.named_modules() if name]
+    for part in wanted:
+        if not any(_is_in(part, name) for name in names):
+            words = {word for name in names for word in (name, name.rpartition(".")[2])}
+            close = difflib.get_close_matches(part, sorted(words), n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else ""
+            hint = hint or f"it has {_first_names(names)}"
+            raise UserError(f"--keep {part}: the model has no such layer", hint=hint)
     modules = matrix_modules(model)
     kept = {id(m.weight) for n, m in modules.items() if any(_is_in(part, n) for part in wanted)}
     return frozenset(name for name, module in modules.items() if id(module.weight) in kept)
@@ -106,17 +113,6 @@ def _misfit(module: Any, config: QuantizeConfig) -> str | None:
 def _is_in(part: str, name: str) -> bool:
     """Whether whole components of a module's name spell `part`."""
     return f".{part}." in f".{name}."
-
-
-def _require_known(wanted: Sequence[str], names: Sequence[str]) -> None:
-    for part in wanted:
-        if not any(_is_in(part, name) for name in names):
-            words = {word for name in names for word in (name, name.rpartition(".")[2])}
-            close = difflib.get_close_matches(part, sorted(words), n=3)
-            hint = (
-                f"did you mean {' or '.join(close)}?" if close else f"it has {_first_names(names)}"
-            )
-            raise UserError(f"--keep {part}: the model has no such layer", hint=hint)
 
 
 def _first_names(names: Sequence[str]) -> str:

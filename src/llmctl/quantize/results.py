@@ -1,12 +1,12 @@
 """The report on a quantized model: a dict for the result, and lines for the log."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from llmctl.console import log
 from llmctl.errors import GateError
 from llmctl.numbers import byte_size
-from llmctl.quantize.fidelity import Fidelity, SamplePair
+from llmctl.quantize.fidelity import Fidelity
 from llmctl.quantize.layers import Layers
 
 SHOWN = 160
@@ -40,7 +40,8 @@ class QuantizationReport:
     speeds: dict[str, float]
     """Tokens a second, by the type of the weights; `after` is the smaller model, where it can be
     timed here."""
-    samples: list[SamplePair]
+    samples: list[dict[str, str]]
+    """Continuations of a `prompt` by the model `before` and `after`."""
 
     def as_dict(self) -> dict[str, Any]:
         """The figures by name, for the result."""
@@ -64,7 +65,7 @@ class QuantizationReport:
             "quantized_layers": len(self.layers.taken),
             "quantized_share": self.share,
             "kept_layers": self.layers.kept,
-            "samples": [asdict(sample) for sample in self.samples],
+            "samples": self.samples,
         }
 
     def slower(self) -> list[str]:
@@ -109,9 +110,8 @@ class QuantizationReport:
         for line in self.layers.summary():
             log.info("  kept: %s", line)
         for sample in self.samples:
-            log.info("  prompt:  %s", _short(sample.prompt))
-            log.info("  before:  %s", _short(sample.before))
-            log.info("  after:   %s", _short(sample.after))
+            for name, text in sample.items():
+                log.info("  %-8s %s", f"{name}:", _short(text))
 
     def check_gate(self, limit: float | None) -> None:
         """Refuse a model that lost more than it may.

@@ -172,13 +172,12 @@ def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return smooth
 
 
-def thinned(
-    points: Sequence[tuple[float, float]], most: int = MOST_POINTS
-) -> list[tuple[float, float]]:
+def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Return the points, of too many the lowest and the highest of each stretch."""
-    if len(points) <= most:
+    if len(points) <= MOST_POINTS:
         return list(points)
-    edges = [round(place * len(points) / (most // 2)) for place in range(most // 2 + 1)]
+    stretches = MOST_POINTS // 2
+    edges = [round(place * len(points) / stretches) for place in range(stretches + 1)]
     kept: list[tuple[float, float]] = []
     for start, end in pairwise(edges):
         part = points[start:end]

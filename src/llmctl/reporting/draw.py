@@ -69,10 +69,7 @@ class ChartLine:
 class Chart:
     """A panel, laid out."""
 
-    key: str
-    title: str
-    unit: str
-    is_log: bool
+    panel: Panel
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
     lines: tuple[ChartLine, ...]
@@ -96,10 +93,7 @@ def draw(panel: Panel) -> Chart:
     lines = tuple(_line(panel.key, series, x_scale, y_scale) for series in panel.series)
     ends = "; ".join(f"{line.label} {line.last}" for line in lines)
     return Chart(
-        key=panel.key.rstrip("/"),
-        title=panel.title,
-        unit=panel.unit,
-        is_log=panel.is_log,
+        panel,
         x_ticks=tuple(Tick(x_scale(x), numbers.compact(x)) for x in x_at),
         y_ticks=tuple(Tick(y_scale(y), metrics.number(panel.key, y)) for y in y_at),
         lines=lines,

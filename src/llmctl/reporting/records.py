@@ -17,9 +17,8 @@ from llmctl.console import CONTROL_CHARACTERS
 from llmctl.errors import DataError, UserError
 from llmctl.redact import redact
 from llmctl.runs.listing import RunSummary, list_runs, summarize
-from llmctl.runs.ownership import METRICS, SAMPLES, parse_object, read_json
+from llmctl.runs.ownership import METRICS, ROWS, SAMPLES, parse_object, read_json
 
-ROWS = "rows.jsonl"
 REPORT = "report.json"
 PIPELINE = "pipeline.json"
 MOST_BYTES = 200_000_000

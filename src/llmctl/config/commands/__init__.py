@@ -1,48 +1,26 @@
 """One config class per command."""
 
 from llmctl.config.base import Config
-from llmctl.config.commands.audit import AuditConfig
-from llmctl.config.commands.chat import ChatConfig
-from llmctl.config.commands.demo import DemoConfig
-from llmctl.config.commands.doctor import DoctorConfig
-from llmctl.config.commands.dpo import DpoConfig
-from llmctl.config.commands.evaluate import EvaluateConfig
-from llmctl.config.commands.generate import GenerateConfig
-from llmctl.config.commands.merge import MergeConfig
-from llmctl.config.commands.plan import PlanConfig
-from llmctl.config.commands.ppo import PpoConfig
-from llmctl.config.commands.pretrain import PRESETS, PretrainConfig
-from llmctl.config.commands.quantize import QuantizeConfig
-from llmctl.config.commands.rank import RankConfig
-from llmctl.config.commands.report import ReportConfig
-from llmctl.config.commands.reward import RewardConfig
-from llmctl.config.commands.run import RunConfig
-from llmctl.config.commands.runs import RunsConfig
-from llmctl.config.commands.sft import SftConfig
-from llmctl.config.commands.tokenize import TokenizeConfig
-
-__all__ = [
-    "PRESETS",
-    "AuditConfig",
-    "ChatConfig",
-    "DemoConfig",
-    "DoctorConfig",
-    "DpoConfig",
-    "EvaluateConfig",
-    "GenerateConfig",
-    "MergeConfig",
-    "PlanConfig",
-    "PpoConfig",
-    "PretrainConfig",
-    "QuantizeConfig",
-    "RankConfig",
-    "ReportConfig",
-    "RewardConfig",
-    "RunConfig",
-    "RunsConfig",
-    "SftConfig",
-    "TokenizeConfig",
-]
+from llmctl.config.commands.audit import AuditConfig as AuditConfig
+from llmctl.config.commands.chat import ChatConfig as ChatConfig
+from llmctl.config.commands.demo import DemoConfig as DemoConfig
+from llmctl.config.commands.doctor import DoctorConfig as DoctorConfig
+from llmctl.config.commands.dpo import DpoConfig as DpoConfig
+from llmctl.config.commands.evaluate import EvaluateConfig as EvaluateConfig
+from llmctl.config.commands.generate import GenerateConfig as GenerateConfig
+from llmctl.config.commands.merge import MergeConfig as MergeConfig
+from llmctl.config.commands.plan import PlanConfig as PlanConfig
+from llmctl.config.commands.ppo import PpoConfig as PpoConfig
+from llmctl.config.commands.pretrain import PRESETS as PRESETS
+from llmctl.config.commands.pretrain import PretrainConfig as PretrainConfig
+from llmctl.config.commands.quantize import QuantizeConfig as QuantizeConfig
+from llmctl.config.commands.rank import RankConfig as RankConfig
+from llmctl.config.commands.report import ReportConfig as ReportConfig
+from llmctl.config.commands.reward import RewardConfig as RewardConfig
+from llmctl.config.commands.run import RunConfig as RunConfig
+from llmctl.config.commands.runs import RunsConfig as RunsConfig
+from llmctl.config.commands.sft import SftConfig as SftConfig
+from llmctl.config.commands.tokenize import TokenizeConfig as TokenizeConfig
 
 
 def config_of(stage: str) -> type[Config] | None:
