@@ -17,11 +17,11 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from llmctl.commands import chat
 from llmctl.config.sections import Sampling
+from llmctl.data.chat.render import ChatFormat
 from llmctl.decode.conversation import ContextWindow, Conversation
 from llmctl.decode.forward import HuggingFaceForward
 from llmctl.decode.loop import Prompt, decode
 from llmctl.decode.prefix import PrefixForward, conversation_forward
-from llmctl.decode.prompts import encode_chat
 from llmctl.decode.terminal import ReplyInterrupt, Terminal, UserInput, read_input
 from llmctl.errors import DataError
 
@@ -141,7 +141,7 @@ def test_the_model_sees_what_was_said_before(say, tokenizer, model, tmp_path) ->
         ("assistant", second["response"]),
     ]
     messages = [{"role": role, "content": content} for role, content in turns[:-1]]
-    prompt = Prompt(encode_chat(tokenizer, messages), 0)
+    prompt = Prompt(ChatFormat(tokenizer).encode_prompt(messages), 0)
     (expected,) = decode(
         LlamaForCausalLM.from_pretrained(model),
         [prompt],
@@ -260,17 +260,16 @@ def test_what_does_not_fit_is_forgotten_but_saved(say, tmp_path) -> None:
 def test_the_oldest_exchanges_go_and_the_system_message_stays(tokenizer, monkeypatch) -> None:
     talk = conversation_of(new_llama(tokenizer), tokenizer, context=100)
     talk.set_system("Kind.")
-    seen = []
+    seen, encode = [], ChatFormat.encode_prompt
     monkeypatch.setattr(
-        "llmctl.decode.conversation.encode_chat",
-        lambda tokenizer, messages: seen.append(messages) or encode_chat(tokenizer, messages),
+        ChatFormat, "encode_prompt", lambda self, rows: seen.append(rows) or encode(self, rows)
     )
     for number in range(6):
         talk.send(f"The cat sees star {number}", lambda _: None)
         roles = [message["role"] for message in seen[-1]]
         assert roles == ["system", *["user", "assistant"] * (len(roles) // 2 - 1), "user"]
         assert seen[-1][-1]["content"] == f"The cat sees star {number}"
-        assert len(encode_chat(tokenizer, seen[-1])) + 8 <= 100
+        assert len(encode(ChatFormat(tokenizer), seen[-1])) + 8 <= 100
     assert 3 <= len(roles) < 12
     assert talk.dropped == (12 - len(roles)) // 2
 

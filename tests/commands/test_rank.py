@@ -23,7 +23,7 @@ from llmctl.feedback import generation, session
 from llmctl.feedback.answers import check_answer_row, open_answers
 from llmctl.feedback.question_queue import QuestionQueue
 from llmctl.feedback.questions import Entry, Question, is_ranking, read_entries
-from llmctl.feedback.server import BODY_BYTES, PageTexts, listen, serving
+from llmctl.feedback.server import BODY_BYTES, listen, serving
 from llmctl.feedback.session import Session
 from llmctl.feedback.terminal_session import parse_order
 
@@ -571,7 +571,7 @@ def served(data, tmp_path):
     out = tmp_path / "out.jsonl"
     with open_answers(out, "Ada") as answers:
         ranking = Session(QuestionQueue(read_entries(data), {}), answers, "Ada", 0)
-        with serving(listen(0), ranking, PageTexts(str(out), "llmctl reward")) as url:
+        with serving(listen(0), ranking, {"out": str(out), "command": "llmctl reward"}) as url:
             yield Client(url, ranking, out)
 
 

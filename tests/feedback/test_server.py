@@ -14,7 +14,7 @@ from llmctl.data.prompts import PromptExample
 from llmctl.feedback.answers import open_answers
 from llmctl.feedback.question_queue import QuestionQueue
 from llmctl.feedback.questions import Entry, Question
-from llmctl.feedback.server import PageTexts, listen, serving
+from llmctl.feedback.server import listen, serving
 from llmctl.feedback.session import Session
 from tests import chromium
 
@@ -295,7 +295,7 @@ def test_the_page_waits_for_the_model(browser, tmp_path):
     supply = QuestionQueue([first, Entry(PromptExample("Second", "p:2"), None)], {})
     with open_answers(tmp_path / "a.jsonl", "Ada") as answers:
         session = Session(supply, answers, "Ada", 0)
-        with serving(listen(0), session, PageTexts("a.jsonl", "llmctl reward")) as url:
+        with serving(listen(0), session, {"out": "a.jsonl", "command": "llmctl reward"}) as url:
             browser.open(url)
             browser.wait(ASKED)
             browser.press("1", "Enter")

@@ -44,11 +44,7 @@ def check_memory(left: int) -> CheckResult:
     """Check the bytes of memory that this process may still take, by its cgroups as well."""
     text = f"{byte_size(left)} free of {byte_size(psutil.virtual_memory().total)}"
     fix = "end other programs, raise the container's limit, or take smaller models"
-    if left < MIN_MEMORY:
-        return CheckResult("memory", "failure", text, fix)
-    if left < LOW_MEMORY:
-        return CheckResult("memory", "warning", text, fix)
-    return CheckResult("memory", "ok", text)
+    return _by_room("memory", left, (MIN_MEMORY, LOW_MEMORY), text, fix)
 
 
 def check_disks() -> Iterator[CheckResult]:
@@ -64,11 +60,14 @@ def _disk(name: str, folder: Path, elsewhere: str) -> CheckResult:
     text = f"{folder}: {byte_size(free)} free"
     if not _can_write(existing):
         return CheckResult(name, "failure", f"{folder}: not to be written", elsewhere, OutputError)
-    if free < MIN_DISK:
-        return CheckResult(name, "failure", text, f"free some space, or {elsewhere}")
-    if free < LOW_DISK:
-        return CheckResult(name, "warning", text, f"free some space, or {elsewhere}")
-    return CheckResult(name, "ok", text)
+    return _by_room(name, free, (MIN_DISK, LOW_DISK), text, f"free some space, or {elsewhere}")
+
+
+def _by_room(name: str, free: int, few: tuple[int, int], text: str, fix: str) -> CheckResult:
+    """Fail below the first of these numbers of bytes, and warn below the second."""
+    if free >= few[1]:
+        return CheckResult(name, "ok", text)
+    return CheckResult(name, "failure" if free < few[0] else "warning", text, fix)
 
 
 def _can_write(folder: Path) -> bool:

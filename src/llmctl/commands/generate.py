@@ -6,7 +6,7 @@ from typing import Any
 from llmctl.config.commands import GenerateConfig
 from llmctl.console import log, show_recipe
 from llmctl.data.prompts import PromptExample, read_prompt_file
-from llmctl.decode.loop import Prompt, Response, decode, load_for_generation
+from llmctl.decode.loop import Response, decode, load_for_generation
 from llmctl.decode.output import Row, open_rows, write_rows
 from llmctl.decode.prompts import PromptEncoder, build_prompts, read_shots, read_stdin
 from llmctl.files import check_out
@@ -29,7 +29,11 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
     encoder = PromptEncoder(tokenizer, config.chat, config.system, shots)
     prompts = build_prompts(asks, encoder, shape, config.max_new_tokens, config.num_samples)
     if config.dry_run:
-        _log_plan(config, prompts, device)
+        lengths = [len(prompt.tokens) for prompt in prompts]
+        log.info(
+            "would write %d responses of at most %d tokens on %s; prompts of %d to %d tokens",
+            *(len(prompts), config.max_new_tokens, device, min(lengths), max(lengths)),
+        )
         return show_recipe("generate", config)
     rows = min(len(prompts), config.batch_size)
     model = load_for_generation(config.model, config, shape, device=device, rows=rows)
@@ -53,18 +57,6 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
                 print(flush=True)
             return None
         return _write(config, asks, responses, len(prompts))
-
-
-def _log_plan(config: GenerateConfig, prompts: list[Prompt], device: str) -> None:
-    lengths = [len(prompt.tokens) for prompt in prompts]
-    log.info(
-        "would write %d responses of at most %d tokens on %s; prompts of %d to %d tokens",
-        len(prompts),
-        config.max_new_tokens,
-        device,
-        min(lengths),
-        max(lengths),
-    )
 
 
 def _write(

@@ -18,7 +18,7 @@ from llmctl.errors import UserError
 from llmctl.feedback.answers import open_answers, open_responses, read_answers, read_responses
 from llmctl.feedback.question_queue import QuestionQueue, generating_ahead
 from llmctl.feedback.questions import Entry, read_entries
-from llmctl.feedback.server import PageTexts, listen, rank_on_page
+from llmctl.feedback.server import listen, rank_on_page
 from llmctl.feedback.session import Session, login_name
 from llmctl.feedback.terminal_session import rank_in_terminal
 from llmctl.files import check_out
@@ -60,7 +60,7 @@ def run(config: RankConfig) -> dict[str, Any] | None:
             else:
                 start = shlex.quote(config.model or "MODEL")
                 command = f"llmctl reward --model {start} --data {shlex.quote(str(out))}"
-                texts = PageTexts(str(out), f"{command} -o runs/reward")
+                texts = {"out": str(out), "command": f"{command} -o runs/reward"}
                 rank_on_page(session, listening, texts, browser=config.browser)
         except Stopped as stopped:
             if stopped.number != signal.SIGINT or session.counts().remaining:

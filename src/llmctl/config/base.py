@@ -22,6 +22,10 @@ Place = tuple[str | int, ...]
 """Keys and numbers of list entries that lead to a value, from the outside in."""
 
 
+def _problem(text: str, mark: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=text, problem_mark=mark)
+
+
 class _StrictLoader(yaml.SafeLoader):
     """YAML without what surprises: no aliases, no duplicate keys, and `1e-4` is a number."""
 
@@ -29,16 +33,10 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
-            raise yaml.MarkedYAMLError(
-                problem="aliases are not allowed in a recipe",
-                problem_mark=self.get_mark(),
-            )
+            raise _problem("aliases are not allowed in a recipe", self.get_mark())
         self.depth += 1
         if self.depth > RECIPE_DEPTH:
-            raise yaml.MarkedYAMLError(
-                problem=f"nested deeper than {RECIPE_DEPTH} levels",
-                problem_mark=self.get_mark(),
-            )
+            raise _problem(f"nested deeper than {RECIPE_DEPTH} levels", self.get_mark())
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -47,9 +45,7 @@ class _StrictLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"duplicate key `{key.value}`", problem_mark=key.start_mark
-                )
+                raise _problem(f"duplicate key `{key.value}`", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -58,9 +54,7 @@ def _construct_int(loader: _StrictLoader, node: Any) -> int:
     """Construct an integer of at most 64 bits: Python may refuse to print longer ones."""
     value = int(loader.construct_yaml_int(node))
     if abs(value) >= 2**63:
-        raise yaml.MarkedYAMLError(
-            problem="a number of more than 64 bits", problem_mark=node.start_mark
-        )
+        raise _problem("a number of more than 64 bits", node.start_mark)
     return value
 
 

@@ -14,10 +14,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from llmctl.config.sections import Sampling
 from llmctl.console import log
+from llmctl.data.chat.render import ChatFormat
 from llmctl.data.schemas import Message
 from llmctl.decode.forward import Forward
 from llmctl.decode.loop import FinishReason, Prompt, check_prompt, decode
-from llmctl.decode.prompts import encode_chat
 from llmctl.decode.terminal import ReplyInterrupt
 from llmctl.errors import DataError, ModelError, OutputError, UserError
 from llmctl.files import replace_file, writing
@@ -48,9 +48,8 @@ class ContextWindow:
 
     def encode(self, system: str | None, turns: list[Reply], text: str) -> list[int]:
         """Tokens of the chat template, up to where the next reply begins."""
-        return encode_chat(
-            self.tokenizer, [*messages(system, turns), {"role": "user", "content": text}]
-        )
+        conversation = [*messages(system, turns), {"role": "user", "content": text}]
+        return ChatFormat(self.tokenizer).encode_prompt(conversation)
 
     def leaves_room(self, tokens: list[int]) -> bool:
         """Whether a whole reply fits after these tokens."""

@@ -117,12 +117,3 @@ def build_prompts(
             log.warning("%s: the context has room for %d new tokens only", example.name, limit)
         prompts += (Prompt(tokens, len(prompts) + i) for i in range(samples))
     return prompts
-
-
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Encode a conversation in the chat template, up to where the assistant's turn begins.
-
-    Raises:
-        ModelError: the tokenizer has no chat template, or it refuses these messages.
-    """
-    return ChatFormat(tokenizer).encode_prompt(messages)

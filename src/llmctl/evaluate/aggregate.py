@@ -44,12 +44,6 @@ def quotient_names(metrics: Sequence[str]) -> list[str]:
     return [name for metric in metrics for name in QUOTIENTS_OF.get(metric, (metric,))]
 
 
-def figure_names(metrics: Sequence[str]) -> list[str]:
-    """Names of all figures of these metrics."""
-    others = [metric for metric in metrics if metric in ("perplexity", "f1")]
-    return list(dict.fromkeys([*others, *quotient_names(metrics)]))
-
-
 def compute_figures(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, Any]:
     """Every figure over these rows."""
     figures: dict[str, Any] = {}

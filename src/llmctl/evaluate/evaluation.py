@@ -12,7 +12,7 @@ from llmctl import hardware
 from llmctl.config.commands import EvaluateConfig
 from llmctl.decode.loop import load_for_generation
 from llmctl.errors import ModelError
-from llmctl.evaluate.aggregate import compute_figures, figure_names, quotient_names
+from llmctl.evaluate.aggregate import compute_figures, quotient_names
 from llmctl.evaluate.benchmarks import benchmark_task, find_tasks
 from llmctl.evaluate.classification_task import classification_task, load_evaluated_classifier
 from llmctl.evaluate.compare import difference, differences, pair_rows, win_rate
@@ -101,11 +101,12 @@ def require_same_identity(began: dict[str, Any] | None, now: dict[str, Any]) -> 
     Raises:
         ModelError: naming what differs.
     """
-    changed = [name for name in now if began is not None and began.get(name) != now[name]]
-    if began is not None and changed:
-        what = ", ".join(f"{name}: {began.get(name)} -> {now[name]}" for name in changed)
+    began = now if began is None else began
+    names = [name for name, value in now.items() if began.get(name) != value]
+    changed = [f"{name}: {began.get(name)} -> {now[name]}" for name in names]
+    if changed:
         raise ModelError(
-            f"the run began with other settings ({what})",
+            f"the run began with other settings ({', '.join(changed)})",
             hint="give those it began with, or choose another --out",
         )
 
@@ -147,7 +148,9 @@ def _task(
 
 def _names(config: EvaluateConfig, plan: EvaluationPlan) -> list[str]:
     """Names of the figures that gates can be set on."""
-    names = [*figure_names(plan.metrics), *(["cut_share"] if plan.generates else [])]
+    others = [metric for metric in plan.metrics if metric in ("perplexity", "f1")]
+    names = list(dict.fromkeys([*others, *quotient_names(plan.metrics)]))
+    names += ["cut_share"] if plan.generates else []
     if config.compare:
         names += [f"difference/{name}" for name in quotient_names(plan.metrics)]
         names += ["win_rate"] if config.reward_model else []

@@ -76,11 +76,8 @@ def _first_others(
     others = (shot for shot in shuffled if conversation_hash(shot.messages) != own_hash)
     shots = tuple(islice(others, count))
     if len(shots) < count:
-        raise DataError(
-            f"--shots {count}: --shots-data has only {len(shots):,} rows other than this one",
-            file=row.place,
-            line=row.line,
-        )
+        text = f"--shots {count}: --shots-data has only {len(shots):,} rows other than this one"
+        raise row.error(text)
     return shots
 
 
@@ -200,12 +197,10 @@ def require_room_to_answer(
     def fits(prompt: FewShotPrompt) -> bool:
         return len(few_shot_format.encode_prompt(prompt)) + new_tokens <= context
 
-    raise DataError(
+    raise longest.error(
         f"--shots {shots} do not fit: {length:,} tokens and {new_tokens:,} new ones are more than "
         f"the model's context of {context:,}",
-        file=longest.place,
-        line=longest.line,
-        hint=_fewer_shots(choose, shots, fits, "a smaller --max-new-tokens"),
+        _fewer_shots(choose, shots, fits, "a smaller --max-new-tokens"),
     )
 
 
@@ -227,14 +222,10 @@ def require_whole_references(
     longest = max(choose(shots), key=length)
     if length(longest) <= context:
         return
-    raise DataError(
+    raise longest.example.error(
         f"--shots {shots} do not fit: with its reference the question takes "
         f"{length(longest):,} tokens, and {context:,} are read at a time",
-        file=longest.example.place,
-        line=longest.example.line,
-        hint=_fewer_shots(
-            choose, shots, lambda prompt: length(prompt) <= context, "a larger --context"
-        ),
+        _fewer_shots(choose, shots, lambda p: length(p) <= context, "a larger --context"),
     )
 
 

@@ -7,7 +7,6 @@ from transformers import PreTrainedModel
 
 from llmctl.config.commands import EvaluateConfig
 from llmctl.decode.loop import Prompt, Response, decode
-from llmctl.errors import DataError
 from llmctl.evaluate.few_shot import SEPARATOR, FewShotFormat, FewShotPrompt
 from llmctl.evaluate.perplexity import Window, window_nats
 from llmctl.evaluate.prepare import EvaluatedModel, EvaluationPlan
@@ -91,11 +90,8 @@ def _reference_nats(
         encoded = few_shot_format.encode_with_reference(prompt)
         truncated = few_shot_format.truncate(encoded, context + 1)
         if truncated is None:
-            raise DataError(
-                f"the reference has more tokens than the context of {context:,}",
-                file=prompt.example.place,
-                line=prompt.example.line,
-            )
+            text = f"the reference has more tokens than the context of {context:,}"
+            raise prompt.example.error(text)
         windows.append(Window(tuple(truncated.tokens), truncated.trained.index(True)))
     return [
         {

@@ -45,6 +45,10 @@ class EvaluationExample:
         """Place and line for messages."""
         return self.place if self.line is None else f"{self.place}:{self.line}"
 
+    def error(self, message: str, hint: str | None = None) -> DataError:
+        """An error of this row."""
+        return DataError(message, file=self.place, line=self.line, hint=hint)
+
     @property
     def text(self) -> str:
         """The last message."""

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from llmctl.config.commands import EvaluateConfig
 from llmctl.config.commands.evaluate import GENERATED
 from llmctl.data.classification import list_labels
-from llmctl.errors import DataError, ModelError, UserError
+from llmctl.errors import ModelError, UserError
 from llmctl.evaluate.few_shot import (
     ChooseShots,
     FewShotFormat,
@@ -219,9 +219,8 @@ def model_inputs(config: EvaluateConfig, run_identity: dict[str, Any]) -> list[d
 
 
 def _models(config: EvaluateConfig) -> list[tuple[str, str]]:
-    names = ("model", "compare", "reward_model")
-    references = (config.model, config.compare, config.reward_model)
-    return [(name, ref) for name, ref in zip(names, references, strict=True) if ref is not None]
+    fields = ("model", "compare", "reward_model")
+    return [(name, ref) for name in fields if (ref := getattr(config, name)) is not None]
 
 
 def _labels(
@@ -267,10 +266,7 @@ def _require_classifier(evaluated: EvaluatedModel, plan: EvaluationPlan | None) 
             hint="pass rows of `text` and `label`, with --metrics accuracy,f1",
         )
     for prompt in plan.prompts:
-        row = prompt.example
-        if row.reference not in labels:
-            raise DataError(
-                f"label `{row.reference}` is none of the model's: {list_labels(labels)}",
-                file=row.place,
-                line=row.line,
-            )
+        label = prompt.example.reference
+        if label not in labels:
+            text = f"label `{label}` is none of the model's: {list_labels(labels)}"
+            raise prompt.example.error(text)

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 from llmctl.config.commands import EvaluateConfig
-from llmctl.errors import DataError, require_extra
+from llmctl.errors import require_extra
 from llmctl.evaluate.inputs import EvaluationExample
 from llmctl.ppo.rules import normalize_answer
 
@@ -103,22 +103,16 @@ def make_scorer(
     needs_answer = any(name in ANSWER_METRICS for name in metrics)
     for example, answer in zip(examples, answers, strict=True):
         if needs_answer and answer is None:
-            raise DataError(
-                f"--answer-regex finds no answer in the reference {example.reference!r:.60}",
-                file=example.place,
-                line=example.line,
-            )
+            text = f"--answer-regex finds no answer in the reference {example.reference!r:.60}"
+            raise example.error(text)
     if not {"accuracy", "f1"} & set(metrics):
         return bare
     known = dict.fromkeys(config.labels or [answer.strip() for answer in answers if answer])
     scorer = Scorer(tuple(metrics), pattern, tuple(known))
     for example, answer in zip(examples, answers, strict=True):
         if scorer.canonical_label(answer or "") is None:
-            raise DataError(
-                f"the label `{answer}` is none of --labels {','.join(config.labels)}",
-                file=example.place,
-                line=example.line,
-            )
+            text = f"the label `{answer}` is none of --labels {','.join(config.labels)}"
+            raise example.error(text)
     return scorer
 
 

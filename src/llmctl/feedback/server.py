@@ -12,9 +12,9 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -30,28 +30,20 @@ WEB = Path(__file__).with_name("web")
 HOST = "127.0.0.1"
 HOSTS = {HOST, "localhost"}
 """Names under which the page may be asked for; another one is a site that points here."""
+Texts = Mapping[str, str]
+"""`out`, the file of answers, and `command`, which trains on them, for the page."""
 BODY_BYTES = 4096
 """More than the ranks of a question need."""
 
 
-@dataclass(frozen=True)
-class PageTexts:
-    """Texts of the page besides the questions."""
-
-    out: str
-    """The file of answers."""
-    command: str
-    """Command to run next: it trains on the answers, from the model that wrote them."""
-
-
-def state(session: Session, texts: PageTexts) -> dict[str, Any]:
+def state(session: Session, texts: Texts) -> dict[str, Any]:
     """Return the state that the page shows, as JSON."""
     question, counts = session.current(), session.counts()
     shown: dict[str, Any] = {
         "phase": "ask" if question else "wait" if counts.remaining else "done",
         "annotator": session.annotator,
         "can_undo": session.can_undo(),
-        **asdict(texts),
+        **texts,
         **asdict(counts),
         "settled": counts.settled,
         "total": counts.total,
@@ -89,7 +81,7 @@ def listen(port: int) -> socket.socket:
 class _Server(ThreadingHTTPServer):
     """Serves one session to the first browser that has the token."""
 
-    def __init__(self, listening: socket.socket, session: Session, texts: PageTexts) -> None:
+    def __init__(self, listening: socket.socket, session: Session, texts: Texts) -> None:
         address = listening.getsockname()
         super().__init__(address, _Handler, bind_and_activate=False)
         self.socket.close()
@@ -116,7 +108,7 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(listening: socket.socket, session: Session, texts: PageTexts) -> Iterator[str]:
+def serving(listening: socket.socket, session: Session, texts: Texts) -> Iterator[str]:
     """Serve while the body runs; yield the address to open."""
     with _Server(listening, session, texts) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.1,), name="llmctl-page")
@@ -289,7 +281,7 @@ def _equal(one: str, other: str) -> bool:
 
 
 def rank_on_page(
-    session: Session, listening: socket.socket, texts: PageTexts, *, browser: bool | None
+    session: Session, listening: socket.socket, texts: Texts, *, browser: bool | None
 ) -> None:
     """Serve the page until the person leaves; its address is printed also when quiet.
 

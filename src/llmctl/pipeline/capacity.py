@@ -40,14 +40,9 @@ def require_capacity(stages: Sequence[Stage], models: Mapping[str, PredictedMode
         left = hardware.memory_left() if on_cpu else device_memory("cuda")
         log.debug("stage %s: at least %s of memory", stage.name, byte_size(needed))
         if needed > left:
-            raise stage.named_in(
-                ResourceError(
-                    f"{byte_size(needed)} of memory needed at the least, {byte_size(left)} there",
-                    file=stage.file,
-                    line=stage.line,
-                    hint="a smaller model, or lora with load_in_4bit; see llmctl plan",
-                )
-            )
+            text = f"{byte_size(needed)} of memory needed at the least, {byte_size(left)} there"
+            hint = "a smaller model, or lora with load_in_4bit; see llmctl plan"
+            raise stage.named_in(stage.error(ResourceError, text, hint))
     needed_bytes = sum(disk_space(stage, models[stage.name]) for stage in stages)
     there = next((p for s in stages for p in s.out.absolute().parents if p.exists()), Path("/"))
     if needed_bytes > disk_usage(there).free:

@@ -60,12 +60,9 @@ def _check_external(stage: Stage) -> None:
                 hub = "" if kinds[field] == ("tokens",) else " or a Hub id"  # which has no shards
                 if hub and _is_hub_id(stem):
                     continue
-                raise UserError(
-                    f"{field}: no stage, run or folder `{stem}`",
-                    file=stage.file,
-                    line=stage.line,
-                    hint=f"name a stage before this one, a run, a folder{hub}",
-                )
+                text = f"{field}: no stage, run or folder `{stem}`"
+                hint = f"name a stage before this one, a run, a folder{hub}"
+                raise stage.error(UserError, text, hint)
 
 
 def _is_hub_id(name: str) -> bool:

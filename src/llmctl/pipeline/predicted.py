@@ -79,27 +79,17 @@ def require_fitting(stage: Stage, known: Mapping[str, PredictedModel]) -> None:
         if wanted is not None and most is not None and wanted + reserved > most:
             if name == "max_new_tokens" and "max_new_tokens" not in config.given():
                 continue  # commands bound their default themselves
-            raise UserError(
-                f"{config.flag(name)} {wanted:,}: `{values['model']}` has {most:,} positions",
-                file=stage.file,
-                line=stage.line,
-            )
+            text = f"{config.flag(name)} {wanted:,}: `{values['model']}` has {most:,} positions"
+            raise stage.error(UserError, text)
     if isinstance(config, GenerateConfig) and config.chat and base.has_template is False:
-        raise ModelError(
-            f"`{values['model']}` will have no chat template",
-            file=stage.file,
-            line=stage.line,
-            hint="fine-tune it with a stage `sft` first, or drop what needs conversations",
-        )
+        hint = "fine-tune it with a stage `sft` first, or drop what needs conversations"
+        raise stage.error(ModelError, f"`{values['model']}` will have no chat template", hint)
     if isinstance(config, PretrainConfig) and config.model and config.tokens:
         tokens = _model_of(stage, "tokens", known)
         if None not in (tokens.tokenizer, base.tokenizer) and tokens.tokenizer != base.tokenizer:
-            raise DataError(
-                "these tokens are of another tokenizer than the model's",
-                file=stage.file,
-                line=stage.line,
-                hint="give the stage that makes them `tokenizer`: the one of the model",
-            )
+            text = "these tokens are of another tokenizer than the model's"
+            hint = "give the stage that makes them `tokenizer`: the one of the model"
+            raise stage.error(DataError, text, hint)
 
 
 def _new_model(

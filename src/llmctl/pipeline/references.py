@@ -61,6 +61,10 @@ class Stage:
         """Number of processes that it runs in."""
         return int(dict(self.config).get("processes") or 1)
 
+    def error(self, kind: type[UserError], message: str, hint: str | None = None) -> UserError:
+        """Return an error at the stage's line of the recipe."""
+        return kind(message, file=self.file, line=self.line, hint=hint)
+
     def named_in(self, error: UserError) -> UserError:
         """Put the stage's name before the error's message."""
         error.message = f"stage `{self.name}`: {error.message}"

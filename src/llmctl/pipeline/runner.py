@@ -246,12 +246,9 @@ def _require_gates(stage: Stage, gates: tuple[GateResult, ...]) -> None:
     """Refuse a result that fails a gate."""
     if broken := [gate for gate in gates if not gate.holds]:
         first = broken[0]
-        raise GateError(
-            f"stage `{stage.name}`: gate {first.gate} does not hold: it is {first.value:.4g}",
-            file=stage.file,
-            line=stage.line,
-            hint="the stage is complete and stays; those after it were not begun",
-        )
+        text = f"stage `{stage.name}`: gate {first.gate} does not hold: it is {first.value:.4g}"
+        hint = "the stage is complete and stays; those after it were not begun"
+        raise stage.error(GateError, text, hint)
 
 
 def launch(stage: Stage, flags: dict[str, bool]) -> dict[str, Any]:

@@ -65,7 +65,8 @@ def panels(records: Sequence[RunRecord]) -> tuple[list[Panel], list[Panel]]:
 
     A lone point of a finished run is no curve.
     """
-    keys = {key for record in records for row in record.metrics for key in _numbers(row)}
+    rows = [row for record in records for row in record.metrics]
+    keys = {key for row in rows for key, value in row.items() if _is_number(value)}
     if records[0].stage == "ppo":  # minus the objective, which is no loss of the policy's
         keys.discard("val_loss")
     groups: dict[str, list[str]] = {}
@@ -184,10 +185,6 @@ def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
         ends = {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
         kept += sorted(ends)
     return sorted({points[0], *kept, points[-1]})
-
-
-def _numbers(row: dict[str, Any]) -> Iterator[str]:
-    return (key for key, value in row.items() if _is_number(value))
 
 
 def _is_number(value: Any) -> bool:

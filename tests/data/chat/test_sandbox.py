@@ -12,8 +12,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llmctl.data.chat import sandbox, sandbox_process
+from llmctl.data.chat.render import ChatFormat
 from llmctl.data.chat.sandbox import CHATML_TEMPLATE, render_cuts
-from llmctl.decode.prompts import encode_chat
 from llmctl.errors import ModelError
 
 CHATML = (
@@ -74,7 +74,7 @@ def test_a_foreign_template_is_rendered_outside(tokenizer, monkeypatch) -> None:
     expected = tokenizer.apply_chat_template(HI, add_generation_prompt=True)["input_ids"]
     inside: list[object] = []
     monkeypatch.setattr(type(tokenizer), "apply_chat_template", lambda *a, **k: inside.append(a))
-    assert encode_chat(tokenizer, HI) == expected
+    assert ChatFormat(tokenizer).encode_prompt(HI) == expected
     assert not inside
 
 
@@ -135,7 +135,7 @@ def test_the_bound_on_text_counts_all_cuts_and_what_they_were_given() -> None:
 def test_a_refusal_names_its_reason(tokenizer, template, message) -> None:
     tokenizer.chat_template = template
     with pytest.raises(ModelError) as refused:
-        encode_chat(tokenizer, [*HI, *HI])
+        ChatFormat(tokenizer).encode_prompt([*HI, *HI])
     assert message in str(refused.value)
     assert (refused.value.code, "\x1b" in str(refused.value)) == (4, False)
 
