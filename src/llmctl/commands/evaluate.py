@@ -22,10 +22,9 @@ def run(config: EvaluateConfig) -> dict[str, Any] | None:
             log.info("would run %s on %s", ", ".join(config.tasks), planned.device)
         else:
             data, metrics = planned.plan.data, ", ".join(planned.plan.metrics)
-            what = (
-                f"{metrics} on {len(planned.plan.prompts or data.documents[: config.limit]):,} rows"
-            )
-            log.info("would measure %s (%s), on %s", what, data.kind, planned.device)
+            count = len(planned.plan.prompts or data.documents[: config.limit])
+            what = f"{metrics} on {count:,} rows ({data.kind})"
+            log.info("would measure %s, on %s", what, planned.device)
         return show_recipe("evaluate", config)
     opened: AbstractContextManager[Run | None] = nullcontext()
     if config.out is not None:

@@ -221,10 +221,7 @@ def _parameters(outlook: Outlook) -> list[tuple[str, str]]:
     train = f"{workload.trained:,} train" if workload.trained != shape.parameters else "all train"
     mixture = f", {shape.active:,} for a token" if shape.active != shape.parameters else ""
     return [
-        (
-            "plan",
-            f"{workload.stage} of {shape.kind}, {workload.precision} on {devices}",
-        ),
+        ("plan", f"{workload.stage} of {shape.kind}, {workload.precision} on {devices}"),
         ("parameters", f"{shape.parameters:,}{mixture}, {train}"),
         ("parameters", parts),
     ]

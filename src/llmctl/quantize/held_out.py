@@ -59,8 +59,8 @@ def find_held_out(config: QuantizeConfig, tokenizer: PreTrainedTokenizerBase) ->
     if config.data:
         return _from_data(config.data, tokenizer, limit)
     runs = list(_ancestor_runs(config.model))
+    readers = {"pretrain": _from_pretrain_run, "sft": _from_sft_run}
     for run in runs:
-        readers = {"pretrain": _from_pretrain_run, "sft": _from_sft_run}
         reader = readers.get(read_manifest(run).get("stage", ""))
         held_out = None if reader is None else reader(run, tokenizer, limit)
         if held_out is not None and any(len(document) > 1 for document in held_out.documents):
