@@ -3,7 +3,7 @@
     python benchmarks/time_to_loss.py NANOGPT_CHECKOUT SHAKESPEARE.TXT
 
 nanoGPT runs its documented CPU recipe (README: 4 layers, 4 heads, width 128, context 64, batch 12,
-2,000 iterations, no dropout). llmctl runs recipes/pretrain-shakespeare-char.yaml: the same context,
+2,000 iterations, no dropout). llmctl runs recipes/pretrain/shakespeare-char.yaml: the same context,
 no more parameters. Both are timed as whole processes, imports and evaluation included; preparing
 the data is in neither. Our validation loss is over the whole split.
 """
@@ -23,7 +23,7 @@ import numpy as np
 from common import ENVIRONMENT, alternate, machine, ratio, seconds, show, table, timed
 
 TARGET = 1.886
-RECIPE = Path(__file__).parents[1] / "recipes" / "pretrain-shakespeare-char.yaml"
+RECIPE = Path(__file__).parents[1] / "recipes" / "pretrain" / "shakespeare-char.yaml"
 NANOGPT = [
     "config/train_shakespeare_char.py",
     "--device=cpu",

@@ -61,5 +61,5 @@ def test_the_sdist_has_examples_recipes_and_the_tested_set(tmp_path):
     with tarfile.open(archive) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
         script = opened.getmember(next(n for n in opened.getnames() if n.endswith("/life.sh")))
-    assert {"examples/ci/life.sh", "recipes/sft.yaml", "constraints.txt", "mkdocs.yml"} <= names
+    assert {"examples/ci/life.sh", "recipes/sft/sft.yaml", "constraints.txt", "mkdocs.yml"} <= names
     assert script.mode & 0o111, "it can be run"

@@ -45,7 +45,7 @@ COMMANDS = {
 }
 EXAMPLES = {
     "demo": "llmctl demo",
-    "run": "llmctl run recipes/life.yaml -o runs/life",
+    "run": "llmctl run recipes/lifecycle/life.yaml -o runs/life",
     "tokenize": "llmctl tokenize --data corpus.txt -o runs/tok",
     "pretrain": "llmctl pretrain --tokens runs/tok -o runs/base",
     "audit": "llmctl audit examples.jsonl --model runs/base",
@@ -55,7 +55,7 @@ EXAMPLES = {
     "reward": "llmctl reward --model runs/sft --data preferences.jsonl -o runs/reward",
     "dpo": "llmctl dpo --model runs/sft --data preferences.jsonl --lora -o runs/dpo",
     "merge": "llmctl merge --model runs/sft -o runs/merged",
-    "plan": "llmctl plan recipes/sft-lora.yaml --shape llama-2-7b --device-memory 80GB",
+    "plan": "llmctl plan recipes/sft/lora.yaml --shape llama-2-7b --device-memory 80GB",
     "evaluate": "llmctl evaluate --model runs/sft --data test.jsonl --metrics rouge -o runs/eval",
     "quantize": "llmctl quantize --model runs/sft --bits 4 -o runs/small",
     "generate": 'llmctl generate --model runs/base --prompt "Once upon a time"',

@@ -8,7 +8,7 @@ import yaml
 
 from llmctl.pipeline.demo import RECIPE
 
-ROOT = Path(__file__).parents[2]
+LIVES = sorted((Path(__file__).parents[2] / "recipes/lifecycle").glob("*.yaml"))
 PROMPTS = [{"prompt": f"Say {word}."} for word in ("one", "two", "three", "four", "five", "six")]
 EXAMPLES = [{**row, "response": row["prompt"][4:-1]} for row in PROMPTS]
 PREFERENCES = [{**row, "chosen": "yes, gladly", "rejected": "no"} for row in PROMPTS]
@@ -29,10 +29,13 @@ def data(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("DATA", str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["life", "rlhf-two-rewards", "rlhf-iterative"])
-def test_a_dry_run_of_a_recipe_finds_nothing_wrong(name, cli, roomy, data, tmp_path, monkeypatch):
+def test_there_are_lives():
+    assert {path.stem for path in LIVES} >= {"life", "rlhf-two-rewards", "rlhf-iterative"}
+
+
+@pytest.mark.parametrize("recipe", LIVES, ids=lambda path: path.stem)
+def test_a_dry_run_of_a_recipe_finds_nothing_wrong(recipe, cli, roomy, data, tmp_path, monkeypatch):
     monkeypatch.setenv("BASE_MODEL", str(roomy))
-    recipe = ROOT / "recipes" / f"{name}.yaml"
     result = cli("run", recipe, "-o", tmp_path / "out", "--dry-run", "--json")
     assert result.code == 0, result.err
     written = yaml.safe_load(recipe.read_text())["stages"]
