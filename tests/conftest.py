@@ -84,13 +84,11 @@ def sentences(count: int, seed: int = 0) -> list[str]:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A jsonl of 400 small documents, each of six sentences."""
-    import json
+    from tests.run_files import write_rows
 
     lines = sentences(2400)
     rows = [{"text": " ".join(lines[i : i + 6])} for i in range(0, 2400, 6)]
-    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_rows(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", rows)
 
 
 @pytest.fixture(scope="session")

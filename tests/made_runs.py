@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from tests.run_files import write_rows
+
 VERSIONS = {"llmctl": "0.1.0", "python": "3.11.7", "torch": "2.13.0"}
 
 
@@ -42,7 +44,7 @@ def make_run(
     (path / "status.json").write_text(json.dumps(said))
     rows = [row if isinstance(row, str) else json.dumps(row) for row in metrics]
     (path / "metrics.jsonl").write_text("".join(f"{row}\n" for row in rows))
-    (path / "samples.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in samples))
+    write_rows(path / "samples.jsonl", samples)
     values = {"stage": stage, **(recipe or {})}
     (path / "recipe.yaml").write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in values.items()))
     return path

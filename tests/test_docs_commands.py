@@ -2,7 +2,6 @@
 files and runs that it speaks of.
 """
 
-import json
 import re
 import shlex
 import shutil
@@ -13,6 +12,7 @@ import pytest
 from llmctl.config import commands
 from llmctl.config.base import read_recipe
 from tests.conftest import sentences
+from tests.run_files import write_rows
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -57,7 +57,7 @@ def world(cli, tokens, tmp_path_factory):
     for folder in (root, root / "data"):
         folder.mkdir(exist_ok=True)
         for name, found in rows.items():
-            (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in found))
+            write_rows(folder / f"{name}.jsonl", found)
     (root / "data/text").mkdir()
     for name in ("held-out.txt", "notes.txt", "data/text/a.txt"):
         (root / name).write_text("\n".join(sentences(400)))

@@ -22,6 +22,7 @@ from transformers import (
 from llmctl.decode.prompts import PromptEncoder
 from llmctl.training.sft import SupervisedTokens
 from llmctl.training.token_loss import TokenLoss
+from tests.run_files import edit_json, logged, read_rows, rows_in, write_rows
 
 WHO = ["cat", "dog", "friend", "teacher", "bird", "old man"]
 PLACES = ["the river", "a red ball", "the house", "many stars", "a song", "the garden"]
@@ -39,11 +40,6 @@ def pair(number, yes=None):
     return {"prompt": f"What does the {who} see? {said}{more}", "response": said}
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 @pytest.fixture(scope="session")
 def base(roomy):
     return roomy
@@ -51,7 +47,9 @@ def base(roomy):
 
 @pytest.fixture(scope="session")
 def chats(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("chats") / "chats.jsonl", [pair(n) for n in range(144)])
+    return write_rows(
+        tmp_path_factory.mktemp("chats") / "chats.jsonl", [pair(n) for n in range(144)]
+    )
 
 
 @pytest.fixture
@@ -95,8 +93,7 @@ def copied(base, tmp_path):
             tensors(found)
             save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
         if config is not None:
-            found = json.loads((folder / "config.json").read_text())
-            (folder / "config.json").write_text(json.dumps(found | config))
+            edit_json(folder / "config.json", **config)
         return folder
 
     return copy
@@ -107,11 +104,6 @@ def refused(result, code, *messages):
     for message in messages:
         assert message in result.err
     assert "Traceback" not in result.err
-
-
-def metrics(run, key):
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row[key] for row in rows if key in row]
 
 
 def template(tmp_path, text):
@@ -131,7 +123,7 @@ def test_a_padding_token_that_is_eos_is_trained_on_where_it_ends(
     end = "<|im_end|>" if kind == "chat" else "<|eos|>"
     model = copied(lambda tokenizer: setattr(tokenizer, "pad_token", end))
     rows = [pair(n) if kind == "chat" else {"text": pair(n)["prompt"]} for n in range(16)]
-    data = write(tmp_path / "few.jsonl", rows)
+    data = write_rows(tmp_path / "few.jsonl", rows)
     more = ("--val-size", 0, "--max-steps", 1, "--batch-size", 16, "--max-length", 128)
     assert sft(model, data, *more, *way, "-o", tmp_path / "one").code == 0
     count = json.loads((tmp_path / "one/manifest.json").read_text())["rows"]
@@ -186,7 +178,7 @@ def test_cut_ends_are_counted_and_many_are_refused(cli, sft, base, tmp_path, com
     def rows(long):
         some = [pair(n % 36) for n in range(100)]
         said = [row | {"response": 20 * row["response"]} for row in some[:long]]
-        return write(tmp_path / f"{long}.jsonl", [*said, *some[long:]])
+        return write_rows(tmp_path / f"{long}.jsonl", [*said, *some[long:]])
 
     def look(data, *more):
         if command == "sft":
@@ -219,7 +211,7 @@ def test_texts_that_were_rendered_before_are_refused(sft, cli, base, tmp_path, w
     }[where]
     plain = [{"text": pair(n)["prompt"]} if where == "text" else pair(n) for n in range(60)]
     for count, code in ((1, 0), (9, 3)):
-        data = write(tmp_path / "few.jsonl", plain[count:] + [changed] * count)
+        data = write_rows(tmp_path / "few.jsonl", plain[count:] + [changed] * count)
         result = sft(base, data, "--val-size", 0, "-o", tmp_path / str(count))
         refused(result, code, f"begin or end texts: {count} of 60 rows")
         assert code == 0 or f"few.jsonl:{61 - count}" in result.err
@@ -230,14 +222,14 @@ def test_texts_that_were_rendered_before_are_refused(sft, cli, base, tmp_path, w
 def test_bos_stands_once_in_training_and_in_use(sft, cli, base, seen, monkeypatch, tmp_path):
     """4: a template that writes BOS, and a tokenizer that puts another before it."""
     own = template(tmp_path, "{{ bos_token }}" + TURNS.replace("END", "<|im_end|>"))
-    data = write(tmp_path / "few.jsonl", [pair(n) for n in range(12)])
+    data = write_rows(tmp_path / "few.jsonl", [pair(n) for n in range(12)])
     assert sft(base, data, "--chat-template", own, "--val-size", 0).code == 0
     for batch in seen:
         assert ((batch["input_ids"] == 0).sum(-1) == 1).all()
         assert (batch["input_ids"][:, 0] == 0).all()
     prompts = asked(cli, tmp_path / "run", [pair(0)["prompt"]], monkeypatch)
     assert [ids.count(0) for ids in prompts] == [1]
-    text = write(tmp_path / "text.jsonl", [{"text": pair(n)["prompt"]} for n in range(12)])
+    text = write_rows(tmp_path / "text.jsonl", [{"text": pair(n)["prompt"]} for n in range(12)])
     seen.clear()
     assert sft(base, text, "--val-size", 0, "-o", tmp_path / "text").code == 0
     assert all(((batch["input_ids"] == 0).sum(-1) == 1).all() for batch in seen)
@@ -265,14 +257,14 @@ def asked(cli, model, prompts, monkeypatch, *more):
 @pytest.mark.parametrize("more", [(), ("--lora",), ("--packing", "--max-length", 100)], ids=str)
 def test_the_step_at_the_end_of_the_data_weighs_as_much(sft, base, tmp_path, more):
     """5: the last window of accumulation, which is not full, gets a fraction of its gradient."""
-    data = write(tmp_path / "ten.jsonl", [pair(n, 3 * (n % 3)) for n in range(10)])
+    data = write_rows(tmp_path / "ten.jsonl", [pair(n, 3 * (n % 3)) for n in range(10)])
     found = {}
     for size, passes in ((4, 1), (2, 2), (1, 4)):
         out = tmp_path / f"{size}x{passes}"
         shape = ("--batch-size", size, "--grad-accum", passes, "--max-steps", 6)
         result = sft(base, data, "--val-size", 0, "--weight-decay", 0.1, *shape, *more, "-o", out)
         assert result.code == 0, result.err
-        found[size] = [metrics(out, key) for key in ("loss", "grad_norm", "lr", "tokens")]
+        found[size] = [logged(out, key) for key in ("loss", "grad_norm", "lr", "tokens")]
     for numbers in (found[2], found[1]):
         for ours, theirs in zip(numbers, found[4], strict=True):
             assert len(ours) == 6
@@ -321,7 +313,7 @@ TASKS = {"full": (), "lora": ("--lora",), "classify": ("--task", "classify")}
 
 def labelled(tmp_path, count=24):
     rows = [{"text": pair(n)["prompt"], "label": WHO[n % 2]} for n in range(count)]
-    return write(tmp_path / "labelled.jsonl", rows)
+    return write_rows(tmp_path / "labelled.jsonl", rows)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -403,7 +395,7 @@ def test_what_is_asked_in_use_is_what_was_trained(
     trained = [
         [int(i) for i in ids] for batch in seen for ids in batch["input_ids"] if len(ids) > 1
     ]
-    rows = [json.loads(line) for line in chats.read_text().splitlines()]
+    rows = read_rows(chats)
     for folder in ("model", "adapter")[: 2 if more else 1]:
         made = tmp_path / "run" / folder
         tokenizer = AutoTokenizer.from_pretrained(made)
@@ -431,7 +423,7 @@ def test_a_misspelled_role_is_refused(cli, sft, base, tmp_path, role, command):
     """16: an answer under a role that nobody has is context, and never trained on."""
     ask, say = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
     rows = [{"messages": [ask, say]}] * 6 + [{"messages": [ask, say | {"role": role}]}]
-    data = write(tmp_path / "few.jsonl", rows)
+    data = write_rows(tmp_path / "few.jsonl", rows)
     result = sft(base, data) if command == "sft" else cli("audit", data, "--model", base)
     refused(result, 3, "few.jsonl:7", f"`messages[1]` is `{role}`")
 
@@ -449,7 +441,7 @@ def test_the_tokenizer_of_another_model_is_refused(cli, copied, tmp_path, task):
         for n in range(9)
     ]
     keep = ("text", "label") if task == "classify" else ("prompt", "response")
-    data = write(tmp_path / "few.jsonl", [{key: row[key] for key in keep} for row in rows])
+    data = write_rows(tmp_path / "few.jsonl", [{key: row[key] for key in keep} for row in rows])
     arguments = ("--max-steps", 1, "--threads", 1, "-o", tmp_path / "run", *TASKS[task])
     result = cli("sft", "--model", model, "--data", data, *arguments)
     refused(result, 3, "the model has only 320 embeddings: the tokenizer is another model's")
@@ -550,7 +542,7 @@ def test_answers_in_a_batch_are_those_alone(cli, sft, base, chats, copied, tmp_p
         lambda tokenizer: setattr(tokenizer, "padding_side", side), source=tmp_path / "tuned/model"
     )
     prompts = [{"prompt": pair(n * 7, n)["prompt"]} for n in range(12)]
-    many = write(tmp_path / "prompts.jsonl", prompts)
+    many = write_rows(tmp_path / "prompts.jsonl", prompts)
     how = ("generate", "--model", model, "--chat", "--prompts-file", many, "--max-new-tokens", 48)
     found = {}
     for name, more in (
@@ -560,7 +552,7 @@ def test_answers_in_a_batch_are_those_alone(cli, sft, base, chats, copied, tmp_p
         for size in (1, 64):
             result = cli(*how, *more, "--batch-size", size, "--json")
             assert result.code == 0, result.err
-            rows = [json.loads(line) for line in result.out.splitlines()]
+            rows = rows_in(result.out)
             found[name, size] = [row["response"] for row in rows]
         assert found[name, 1] == found[name, 64]
     assert len(set(found["sampled", 1])) == 12
@@ -596,7 +588,10 @@ def test_validation_on_what_is_trained_is_refused(cli, base, tmp_path, task):
         more = ("--task", "classify")
     key = "text" if task == "classify" else "prompt"
     again = [rows[4] | {key: rows[4][key].upper() + " "}]
-    data, val = write(tmp_path / "train.jsonl", rows), write(tmp_path / "val.jsonl", again)
+    data, val = (
+        write_rows(tmp_path / "train.jsonl", rows),
+        write_rows(tmp_path / "val.jsonl", again),
+    )
     how = ("--max-steps", 1, "--threads", 1, "-o", tmp_path / "run", *more)
     result = cli("sft", "--model", base, "--data", data, "--val-data", val, *how)
     refused(result, 3, "train.jsonl:5", "also validates")
@@ -609,7 +604,7 @@ def test_copies_of_an_example_are_on_one_side(cli, base, tmp_path, task):
     more = ("--task", "classify") if task == "classify" else ("--samples", 0)
     if task == "classify":
         rows = [{"text": row["prompt"], "label": n % 2} for n, row in enumerate(rows)]
-    data = write(tmp_path / "many.jsonl", rows * 5)
+    data = write_rows(tmp_path / "many.jsonl", rows * 5)
     how = ("--val-size", 15, "--max-steps", 1, "--threads", 1, *more, "-o", tmp_path / "run")
     result = cli("sft", "--model", base, "--data", data, *how)
     assert result.code == 0, result.err
@@ -682,7 +677,7 @@ def test_nothing_to_train_on_is_refused(sft, base, tmp_path, name):
 def test_a_step_without_a_label_cannot_come(sft, base, seen, tmp_path):
     """23: batches in which every label is masked train on nothing."""
     long = {"prompt": "Yes. " * 60, "response": "No."}
-    data = write(tmp_path / "few.jsonl", [pair(n) for n in range(30)] + [long] * 2)
+    data = write_rows(tmp_path / "few.jsonl", [pair(n) for n in range(30)] + [long] * 2)
     more = ("--val-size", 0, "--batch-size", 1, "--grad-accum", 1, "--max-steps", 30)
     result = sft(base, data, *more, "--eval-every", 30, "--save-every", 30)
     assert "no token to train on in 2 of 32 rows: they are left out" in result.err

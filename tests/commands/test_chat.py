@@ -1,7 +1,6 @@
 """`llmctl chat`: its replies, its commands, what it forgets, and how it behaves at a terminal."""
 
 import io
-import json
 import os
 import pty
 import select
@@ -24,6 +23,7 @@ from llmctl.decode.loop import Prompt, decode
 from llmctl.decode.prefix import PrefixForward, conversation_forward
 from llmctl.decode.terminal import ReplyInterrupt, Terminal, UserInput, read_input
 from llmctl.errors import DataError
+from tests.run_files import rows_in
 
 SHORT = ("--max-new-tokens", 8)
 
@@ -88,17 +88,13 @@ def say(cli, model, monkeypatch):
     return run
 
 
-def rows_of(text: str) -> list[dict]:
-    return [json.loads(line) for line in text.splitlines()]
-
-
 def replies_of(result) -> list[str]:
-    return [row["response"] for row in rows_of(result.out)]
+    return [row["response"] for row in rows_in(result.out)]
 
 
 def saved(path: Path) -> list[tuple[str, str]]:
     """Role and content of each message of a saved conversation, which is one row."""
-    (row,) = rows_of(path.read_text())
+    (row,) = rows_in(path.read_text())
     return [(message["role"], message["content"]) for message in row["messages"]]
 
 
@@ -120,7 +116,7 @@ def test_a_reply_is_what_generate_gives(say, cli, model) -> None:
 
 
 def test_replies_through_a_pipe_have_a_blank_line_between(say) -> None:
-    rows = rows_of(say("The cat", "A dog", options=JSON).out)
+    rows = rows_in(say("The cat", "A dog", options=JSON).out)
     result = say("The cat", "", "A dog")
     assert result.out == f"{rows[0]['response']}\n\n{rows[1]['response']}\n"
     assert "\x1b" not in result.out + result.err
@@ -132,7 +128,7 @@ def test_replies_through_a_pipe_have_a_blank_line_between(say) -> None:
 def test_the_model_sees_what_was_said_before(say, tokenizer, model, tmp_path) -> None:
     file = tmp_path / "talk.jsonl"
     options = ("--temperature", 0, *JSON, "-o", file)
-    first, second = rows_of(say("The cat", "A dog", options=options).out)
+    first, second = rows_in(say("The cat", "A dog", options=options).out)
     turns = saved(file)
     assert turns == [
         ("user", "The cat"),
@@ -155,7 +151,7 @@ def test_the_model_sees_what_was_said_before(say, tokenizer, model, tmp_path) ->
 
 def test_messages_of_many_lines(say) -> None:
     lines = ("one\\", "two", '"""', "/three", "", 'four"""', "//five", '""" six """', "seven\\")
-    rows = rows_of(say(*lines, options=JSON).out)
+    rows = rows_in(say(*lines, options=JSON).out)
     texts = ["one\ntwo", "/three\n\nfour", "/five", " six ", "seven"]
     assert [row["prompt"] for row in rows] == texts
 
@@ -164,7 +160,7 @@ def test_a_block_without_an_end_is_an_error(say) -> None:
     result = say("The cat", '"""', "A dog", options=JSON)
     assert result.code == 3
     assert "does not end" in result.err
-    assert len(rows_of(result.out)) == 2
+    assert len(rows_in(result.out)) == 2
 
 
 def test_bytes_that_are_no_text(cli, model, monkeypatch) -> None:
@@ -192,7 +188,7 @@ def test_retry_gives_another_reply_and_always_the_same(say, tmp_path) -> None:
     result = say(*lines, options=JSON)
     texts = replies_of(result)
     assert len(set(texts)) == 4
-    assert [row["prompt"] for row in rows_of(result.out)][1:] == ["A dog"] * 3
+    assert [row["prompt"] for row in rows_in(result.out)][1:] == ["A dog"] * 3
     assert [content for _, content in saved(file)] == ["The cat", texts[0], "A dog", texts[3]]
     file.unlink()
     assert replies_of(say(*lines, options=JSON)) == texts
@@ -209,7 +205,7 @@ def test_the_system_message(say, tmp_path) -> None:
     turns = saved(file)
     assert turns[0] == ("system", "Be kind.\nAnd short.")
     assert "system message: none" in result.err.splitlines()[-1]
-    assert len(rows_of(result.out)) == 4
+    assert len(rows_in(result.out)) == 4
     greedy = (*JSON, "--temperature", 0)
     plain, kind, again = replies_of(
         say("Hi", "/clear", "/system Be kind.", "Hi", "/clear", "/system off", "Hi", options=greedy)
@@ -234,7 +230,7 @@ def test_save_never_replaces_a_file(say, tmp_path) -> None:
 
 def test_an_unknown_command_is_no_message(say) -> None:
     result = say("/udno", "/xyzzy", "/help", "Hi", "/exit", "Hi", options=JSON)
-    error, other, reply = rows_of(result.out)
+    error, other, reply = rows_in(result.out)
     assert (error["error"]["message"], reply["prompt"]) == ("no command /udno", "Hi")
     assert "did you mean /undo?" in error["error"]["hint"]
     assert "/help lists them" in other["error"]["hint"]
@@ -250,7 +246,7 @@ def test_what_does_not_fit_is_forgotten_but_saved(say, tmp_path) -> None:
     lines = [f"The cat sees star {i}" for i in range(7)]
     options = ("--system", "Kind.", "--context", 120, *JSON, "-o", file, "--temperature", 0)
     result = say(*lines, options=options)
-    assert len(rows_of(result.out)) == 7
+    assert len(rows_in(result.out)) == 7
     assert result.err.count("the context is full") == 1
     assert len(saved(file)) == 15
     cleared = say(lines[0], *lines[:5], "/clear", lines[0], options=options[:-4] + options[-2:])
@@ -277,7 +273,7 @@ def test_the_oldest_exchanges_go_and_the_system_message_stays(tokenizer, monkeyp
 def test_a_message_too_long_is_an_error_and_the_talk_goes_on(say, tmp_path) -> None:
     file = tmp_path / "talk.jsonl"
     result = say("Hi", "The cat sees " * 200, "Ho", options=(*JSON, "-o", file))
-    first, error, second = rows_of(result.out)
+    first, error, second = rows_in(result.out)
     assert result.code == 0
     assert "the context has 200" in error["error"]["message"]
     assert error["error"]["code"] == 3
@@ -286,7 +282,7 @@ def test_a_message_too_long_is_an_error_and_the_talk_goes_on(say, tmp_path) -> N
 
 
 def test_a_reply_ends_where_the_context_does(say) -> None:
-    (row,) = rows_of(say("Hi", options=("--context", 40, "--json", "--seed", 3)).out)
+    (row,) = rows_in(say("Hi", options=("--context", 40, "--json", "--seed", 3)).out)
     assert row["finish_reason"] == "length"
     assert 0 < len(row["response"]) < 200
 

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import random
-import shutil
 import subprocess
 import sys
 
@@ -34,6 +33,7 @@ from llmctl.files import sha256_file
 from llmctl.training import dpo
 from llmctl.training.dpo import ComparedPairRows, DpoLoss, is_displaced, log_probabilities
 from llmctl.training.token_loss import token_loss_of
+from tests.run_files import cut_off, logged, metrics, read_rows, write_rows
 
 TEMPLATE_TOKENS = ["[PAD]", "[UNK]", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
@@ -100,15 +100,10 @@ def base(bases):
     return bases / "llama"
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory):
     """Polite and curt answers."""
-    return write(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", preferences(0)[:96])
+    return write_rows(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", preferences(0)[:96])
 
 
 @pytest.fixture(scope="session")
@@ -119,15 +114,7 @@ def ranked(tmp_path_factory):
         answers = [one["chosen"], one["rejected"], two["rejected"]]
         ranks = [1, 2, draw.choice((2, 3))]
         rows.append({"prompt": one["prompt"], "responses": answers, "ranks": ranks})
-    return write(tmp_path_factory.mktemp("ranked") / "ranked.jsonl", rows)
-
-
-def metrics(run, name="metrics.jsonl"):
-    return [json.loads(line) for line in (run / name).read_text().splitlines()]
-
-
-def values(run, *keys):
-    return [row[key] for key in keys for row in metrics(run) if key in row]
+    return write_rows(tmp_path_factory.mktemp("ranked") / "ranked.jsonl", rows)
 
 
 def digest(run):
@@ -245,7 +232,7 @@ def test_it_learns_what_is_preferred(learned):
     out, result = learned
     assert result["val_reward_accuracy"] >= 0.95
     assert result["val_loss"] < math.log(2) / 2
-    assert values(out, "val_reward_margin")[-1] > values(out, "val_reward_margin")[0]
+    assert logged(out, "val_reward_margin")[-1] > logged(out, "val_reward_margin")[0]
     keys = {"reward_accuracy", "reward_margin", "chosen_logprob", "rejected_logprob", "lr"}
     assert keys <= {key for row in metrics(out) if "loss" in row for key in row}
     assert metrics(out)[-1]["step"] == result["step"] == 100
@@ -297,7 +284,7 @@ def figures(way, run, base, ranked, loss, beta):
     tokenizer = AutoTokenizer.from_pretrained(base)
     total = weight = 0.0
     rows = []
-    for row in map(json.loads, ranked.read_text().splitlines()):
+    for row in read_rows(ranked):
         ranks = row["ranks"]
         told = [
             [response_log_probability(model, tokenizer, row["prompt"], r) for r in row["responses"]]
@@ -345,7 +332,7 @@ def test_figures_are_those_of_a_separate_reference(cli, base, pairs, ranked, tmp
 @pytest.mark.parametrize("way", ["full", "lora"])
 def test_the_loss_that_trains_is_that_of_a_separate_reference(cli, base, ranked, tmp_path, way):
     """By definition: what a second step of all pairs says is of the model that the first left."""
-    few = write(tmp_path / "few.jsonl", map(json.loads, ranked.read_text().splitlines()[:6]))
+    few = write_rows(tmp_path / "few.jsonl", read_rows(ranked)[:6])
     pairs = len(load_dpo_data(settings(base, few, val_size=0)).train)
     for steps in (1, 2):
         result = cli(
@@ -375,17 +362,13 @@ def test_resume_ends_in_the_same_bits(cli, base, pairs, tmp_path, way):
     whole, again = tmp_path / "whole", tmp_path / "again"
     result = cli(*run, whole)
     assert result.code == 0, result.err
-    shutil.copytree(whole, again, ignore=shutil.ignore_patterns("model", "adapter"))
-    (again / "status.json").write_text('{"state": "running"}')
-    for path in (again / "checkpoints").iterdir():
-        if int(path.name.split("-")[1]) > 3:
-            shutil.rmtree(path)
+    cut_off(whole, again, 3)
     result = cli(*run, again, "--resume")
     assert result.code == 0, result.err
     assert "resuming from" in result.err
     assert digest(again) == digest(whole)
     keys = ("loss", "val_loss", "reward_margin", "val_chosen_gain")
-    assert values(again, *keys) == values(whole, *keys)
+    assert logged(again, *keys) == logged(whole, *keys)
 
 
 def test_resuming_another_run_is_refused_with_the_difference(cli, base, pairs, tmp_path):
@@ -413,7 +396,7 @@ def test_accumulation_equals_a_larger_batch(cli, base, ranked, tmp_path, adapter
         )
         assert result.code == 0, result.err
     for key in ("loss", "grad_norm", "val_loss", "reward_margin", "chosen_logprob"):
-        ours, theirs = (values(tmp_path / name, key) for name in ("one", "four"))
+        ours, theirs = (logged(tmp_path / name, key) for name in ("one", "four"))
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), key
 
 
@@ -435,7 +418,7 @@ def test_two_processes_train_the_same_model_as_one_with_twice_the_batch(
     )
     assert ran.returncode == 0, ran.stderr
     for key in ("loss", "val_loss", "lr", "tokens", "reward_margin", "grad_norm"):
-        ours, theirs = (values(tmp_path / name, key) for name in ("one", "two"))
+        ours, theirs = (logged(tmp_path / name, key) for name in ("one", "two"))
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), key
 
 
@@ -448,7 +431,7 @@ def test_memory_savers_change_nothing(cli, base, pairs, tmp_path):
                 "dpo", "--model", base, "--data", pairs, *QUICK, *adapter, *more, "-o", out
             )
             assert result.code == 0, result.err
-            found.append(values(out, "loss", "grad_norm", "val_loss"))
+            found.append(logged(out, "loss", "grad_norm", "val_loss"))
         assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
@@ -504,7 +487,7 @@ def test_new_tokens_of_a_template_are_learned_beside_an_adapter(cli, base, pairs
 
 def test_plain_texts_need_no_template(cli, base, tmp_path):
     rows = [{"chosen": row["chosen"], "rejected": row["rejected"]} for row in preferences(0)[:40]]
-    data = write(tmp_path / "texts.jsonl", rows)
+    data = write_rows(tmp_path / "texts.jsonl", rows)
     result = cli("dpo", "--model", base, "--data", data, *QUICK, "-o", tmp_path / "run")
     assert result.code == 0, result.err
 
@@ -524,7 +507,7 @@ def test_a_displacement_is_said_once(cli, base, tmp_path):
     for row in preferences(0)[:64]:
         answer = " ".join(draw.choice(row["chosen"].split()) for _ in range(12))
         rows.append({"prompt": row["prompt"], "chosen": answer, "rejected": answer + " !"})
-    data = write(tmp_path / "alike.jsonl", rows)
+    data = write_rows(tmp_path / "alike.jsonl", rows)
     result = cli(
         *("dpo", "--model", base, "--data", data, *RUN, "--max-steps", 40, "--lr", 2e-2),
         *("--beta", 0.01, "--eval-every", 2, "--val-size", 8, "-o", tmp_path / "run"),
@@ -538,7 +521,7 @@ def test_odd_data_is_said(cli, base, tmp_path):
     rows.append({**rows[0], "chosen": rows[0]["rejected"], "rejected": rows[0]["chosen"]})
     rows.append({**rows[1], "chosen": rows[1]["rejected"]})
     rows.append({**rows[2], "chosen": rows[2]["rejected"] + " "})
-    data = write(tmp_path / "odd.jsonl", rows)
+    data = write_rows(tmp_path / "odd.jsonl", rows)
     result = cli("dpo", "--model", base, "--data", data, *QUICK, "--val-size", 0, "--dry-run")
     assert result.code == 0, result.err
     assert "32 pairs have a margin, which this loss has no place for: not used" in result.err
@@ -588,12 +571,12 @@ def test_bad_input(cli, bases, base, pairs, tmp_path, name):
 def test_rows_that_are_no_preferences_are_refused_with_their_line(cli, base, tmp_path):
     rows = [*preferences(0)[:30], {"prompt": "Hi", "chosen": "Hello."}]
     run = ("dpo", "--model", base, *QUICK, "-o", tmp_path / "run")
-    result = cli(*run, "--data", write(tmp_path / "a.jsonl", rows))
+    result = cli(*run, "--data", write_rows(tmp_path / "a.jsonl", rows))
     assert result.code == 3
     assert "a.jsonl:31" in result.err
     assert "no column `rejected`" in result.err
     chats = [{"messages": [{"role": "user", "content": "Hi"}]}]
-    result = cli(*run, "--data", write(tmp_path / "b.jsonl", chats))
+    result = cli(*run, "--data", write_rows(tmp_path / "b.jsonl", chats))
     assert (result.code, "no example in these columns" in result.err) == (3, True)
 
 

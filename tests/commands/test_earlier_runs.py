@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from llmctl.files import sha256_file
+from tests.run_files import edit_json, metrics
 
 RUNS = Path(__file__).parents[1] / "fixtures" / "runs-50552fc"
 EXPECTED = json.loads((RUNS / "expected.json").read_text())
@@ -41,10 +42,8 @@ def runs(tmp_path, monkeypatch):
     """A copy of the runs, as working directory: their paths are relative to it."""
     copy = tmp_path / "runs"
     shutil.copytree(RUNS, copy)
-    config = copy / "sft-lora" / "adapter" / "adapter_config.json"
-    adapter = json.loads(config.read_text())
-    adapter["base_model_name_or_path"] = str(copy / "pretrain" / "model")
-    config.write_text(json.dumps(adapter))
+    adapter = copy / "sft-lora" / "adapter" / "adapter_config.json"
+    edit_json(adapter, base_model_name_or_path=str(copy / "pretrain" / "model"))
     monkeypatch.chdir(copy)
     return copy
 
@@ -52,10 +51,6 @@ def runs(tmp_path, monkeypatch):
 def steps_of(rows, names):
     """Figures of these names of each line of metrics."""
     return [{name: row[name] for name in names if name in row} for row in rows]
-
-
-def lines_of(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_runs_lists_all_of_them(cli, runs):
@@ -124,7 +119,7 @@ def test_a_recipe_repeated_learns_the_same(cli, runs, name):
     result = cli(FINISHED[name], "-c", f"{name}/recipe.yaml", "-o", "again")
     assert result.code == 0, result.err
     names = ("step", "tokens", "loss", "lr", "grad_norm", "val_loss", "accuracy", "token_accuracy")
-    then, now = (steps_of(lines_of(runs / run), names) for run in (name, "again"))
+    then, now = (steps_of(metrics(runs / run), names) for run in (name, "again"))
     assert len(then) == len(now)
     for before, after in zip(then, now, strict=True):
         assert after == pytest.approx(before, rel=1e-4)
@@ -136,7 +131,7 @@ def test_an_unfinished_pretraining_ends_in_the_recorded_bits(cli, runs):
     assert result.code == 0, result.err
     assert "resuming from" in result.err
     names = [*known["metrics"][0], "val_loss", "val_perplexity", "val_bits_per_byte"]
-    lines = steps_of(lines_of(runs / "pretrain-cut"), names)
+    lines = steps_of(metrics(runs / "pretrain-cut"), names)
     made_with = EXPECTED["versions"]
     if all(version(package) == made_with[package] for package in DECIDING):
         for file, digest in known["sha256"].items():
@@ -166,4 +161,4 @@ def test_what_is_refused_starts_anew(cli, runs, name):
     anew = ["--overwrite" if word == "--resume" else word for word in command[1:]]
     result = cli(*anew)
     assert result.code == 0, result.err
-    assert max(row["step"] for row in lines_of(runs / name)) == 12
+    assert max(row["step"] for row in metrics(runs / name)) == 12

@@ -26,6 +26,7 @@ from llmctl.evaluate.task import EvaluationTask, RowsInMemory, run_task
 from llmctl.models.loading import load_causal_lm, load_config, load_tokenizer
 from llmctl.runs.ownership import ROWS
 from llmctl.training.classify import class_counts, macro_f1
+from tests.run_files import metrics, write_rows
 
 TEXTS = ["The cat sees the river.", "A dog likes many stars. My friend finds a song.", "The house"]
 PAIRS = [
@@ -39,23 +40,14 @@ PAIRS = [
 SHORT = ("--max-new-tokens", 8, "--threads", 1)
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def rows_of(run):
-    return [json.loads(line) for line in (run / ROWS).read_text().splitlines()]
-
-
 @pytest.fixture
 def texts(tmp_path):
-    return write(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
+    return write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
 
 
 @pytest.fixture
 def pairs(tmp_path):
-    return write(tmp_path / "pairs.jsonl", [{"prompt": p, "response": r} for p, r in PAIRS])
+    return write_rows(tmp_path / "pairs.jsonl", [{"prompt": p, "response": r} for p, r in PAIRS])
 
 
 @pytest.fixture
@@ -97,7 +89,7 @@ def test_perplexity_is_the_exponential_of_the_mean_loss(figures, roomy, texts, t
     assert found["loss"] == pytest.approx(nats / tokens, rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
-    rows = rows_of(tmp_path / "run")
+    rows = metrics(tmp_path / "run", ROWS)
     assert [row["line"] for row in rows] == [1, 2, 3]
     assert sum(row["nats"] for row in rows) == pytest.approx(nats, rel=1e-5)
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
@@ -181,7 +173,7 @@ def test_perplexity_of_answers_is_that_of_their_tokens(figures, roomy, pairs):
 def test_answers_are_scored_against_their_references(figures, roomy, pairs, tmp_path):
     every = ("--metrics", "rouge,bleu,chrf", "--metrics", "wer,exact,perplexity")
     first = figures(roomy, "--data", pairs, *every, *SHORT, "-o", tmp_path / "first")
-    rows = rows_of(tmp_path / "first")
+    rows = metrics(tmp_path / "first", ROWS)
     assert [row["prompt"] for row in rows] == [prompt for prompt, _ in PAIRS]
     assert first["exact"] == sum(row["exact"] for row in rows) / len(rows)
     assert first["rougeL"] == pytest.approx(sum(row["rougeL"] for row in rows) / len(rows))
@@ -193,7 +185,7 @@ def test_answers_are_scored_against_their_references(figures, roomy, pairs, tmp_
     said = [{"prompt": row["prompt"], "response": row["response"].strip() or "."} for row in rows]
     said[2]["response"] = "something else"
     right = figures(
-        roomy, "--data", write(tmp_path / "said.jsonl", said), "--metrics", "exact", *SHORT
+        roomy, "--data", write_rows(tmp_path / "said.jsonl", said), "--metrics", "exact", *SHORT
     )
     assert right["exact"] == pytest.approx(5 / 6)
 
@@ -202,17 +194,19 @@ def test_rows_are_the_same_twice_whatever_the_batch(figures, roomy, pairs, tmp_p
     hot = ("--metrics", "exact", "--temperature", 1.0, "--seed", 5, *SHORT)
     for name, size in (("a", 16), ("b", 16), ("c", 1)):
         figures(roomy, "--data", pairs, *hot, "--batch-size", size, "-o", tmp_path / name)
-    first, again, alone = (rows_of(tmp_path / name) for name in "abc")
+    first, again, alone = (metrics(tmp_path / name, ROWS) for name in "abc")
     assert first == again == alone
     figures(roomy, "--data", pairs, *hot, "--seed", 6, "-o", tmp_path / "d")
-    assert rows_of(tmp_path / "d") != first
+    assert metrics(tmp_path / "d", ROWS) != first
 
 
 def test_columns_and_limit(figures, roomy, tmp_path):
-    data = write(tmp_path / "qa.jsonl", [{"q": p, "a": r, "n": 1} for p, r in PAIRS])
+    data = write_rows(tmp_path / "qa.jsonl", [{"q": p, "a": r, "n": 1} for p, r in PAIRS])
     columns = ("--columns", "prompt=q,response=a", "--metrics", "exact", "--limit", 2)
     figures(roomy, "--data", data, *columns, *SHORT, "-o", tmp_path / "run")
-    assert [row["reference"] for row in rows_of(tmp_path / "run")] == [r for _, r in PAIRS[:2]]
+    assert [row["reference"] for row in metrics(tmp_path / "run", ROWS)] == [
+        r for _, r in PAIRS[:2]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -347,7 +341,7 @@ def test_examples_stand_before_the_question(roomy):
 
 
 def test_examples_that_do_not_fit_are_refused_with_how_many_do(cli, roomy, pairs, tmp_path):
-    more = write(
+    more = write_rows(
         tmp_path / "shots.jsonl",
         [{"prompt": f"{p} {k}", "response": r} for k in range(4) for p, r in PAIRS],
     )
@@ -387,7 +381,7 @@ def labelled(tmp_path_factory):
         for who in ("The cat", "A dog")
         for what in ("sees the river.", "likes a song.", "finds many stars.", "paints.", "follows.")
     ]
-    return write(tmp_path_factory.mktemp("labels") / "labels.jsonl", rows)
+    return write_rows(tmp_path_factory.mktemp("labels") / "labels.jsonl", rows)
 
 
 @pytest.fixture(scope="module", params=[(), ("--lora",)], ids=["full", "adapter"])
@@ -414,7 +408,7 @@ def test_a_classifier_is_judged_as_used(figures, classifier, labelled, tmp_path)
     if options:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     right = 0
-    for row in rows_of(tmp_path / "run"):
+    for row in metrics(tmp_path / "run", ROWS):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([tokenizer(row["prompt"])["input_ids"]])).logits
         label = ("cat", "dog")[int(logits.argmax())]
@@ -428,7 +422,7 @@ def test_a_classifier_is_judged_as_used(figures, classifier, labelled, tmp_path)
 
 def test_a_writer_is_judged_by_the_labels_that_it_names(figures, roomy, labelled, tmp_path):
     found = figures(roomy, "--data", labelled, *SHORT, "--shots", 2, "-o", tmp_path / "run")
-    rows = rows_of(tmp_path / "run")
+    rows = metrics(tmp_path / "run", ROWS)
     assert len(rows) == 8
     assert found["accuracy"] == sum(row["label"] == row["reference"] for row in rows) / 8
     for row in rows:
@@ -450,7 +444,9 @@ def test_two_models_on_the_same_texts(figures, roomy, base, texts, tmp_path):
         apart = found["differences"][name]
         assert apart["difference"] == pytest.approx(one[name] - other[name])
         assert apart["low"] <= apart["difference"] <= apart["high"]
-    assert [row["side"] for row in rows_of(tmp_path / "run")] == ["model"] * 3 + ["compare"] * 3
+    assert [row["side"] for row in metrics(tmp_path / "run", ROWS)] == ["model"] * 3 + [
+        "compare"
+    ] * 3
     assert figures(roomy, "--data", texts, *both)["differences"] == found["differences"]
 
 
@@ -505,11 +501,11 @@ def test_a_reward_model_judges(cli, figures, roomy, base, pairs, tmp_path):
         *("-o", tmp_path / "judge"),
     )
     assert trained.code == 0, trained.err
-    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": p} for p, _ in PAIRS])
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": p} for p, _ in PAIRS])
     judged = ("--reward-model", tmp_path / "judge", "--plain", *SHORT)
     found = figures(roomy, "--data", prompts, *judged, "--compare", base, "-o", tmp_path / "run")
     sides = [
-        [r["reward"] for r in rows_of(tmp_path / "run") if r["side"] == side]
+        [r["reward"] for r in metrics(tmp_path / "run", ROWS) if r["side"] == side]
         for side in ("model", "compare")
     ]
     wins = sum((a > b) + 0.5 * (a == b) for a, b in zip(*sides, strict=True))
@@ -533,7 +529,7 @@ def benchmark(tmp_path):
     folder = tmp_path / "tasks"
     folder.mkdir()
     rows = [{"q": p, "choices": [r, "xyzzy qux."], "gold": 0} for p, r in PAIRS]
-    data = write(tmp_path / "choices.jsonl", rows)
+    data = write_rows(tmp_path / "choices.jsonl", rows)
     common = (
         f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {data}\n"
         "test_split: test\ndoc_to_text: '{{q}}'\n"
@@ -568,7 +564,7 @@ def test_tasks_are_those_of_lm_eval(cli, figures, roomy, benchmark, tmp_path, mo
     assert found["pick/acc"] == right / 6 > 0.5
     assert "say/exact_match" in found
     assert found["differences"]["pick/acc"]["difference"] == 0.0
-    samples = [json.loads(x) for x in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    samples = metrics(tmp_path / "run", "samples.jsonl")
     assert {sample["task"] for sample in samples} == {"pick", "say"}
     assert len(samples) == 24
     append = AppendLog.append
@@ -635,7 +631,7 @@ def test_a_run_that_was_stopped_ends_the_same(
     assert stopped.code == 130
     status = json.loads((tmp_path / "part/status.json").read_text())
     assert (status["state"], status["resumable"]) == ("preempted", True)
-    assert len(rows_of(tmp_path / "part")) == after
+    assert len(metrics(tmp_path / "part", ROWS)) == after
     with (tmp_path / "part" / ROWS).open("a") as file:
         file.write('{"side": "mod')  # a kill in the middle of a row
     again = figures(roomy, *run, "-o", tmp_path / "part", "--resume")

@@ -20,6 +20,7 @@ from llmctl.data.prompts import PromptExample
 from llmctl.decode import loop
 from llmctl.decode.prompts import PromptEncoder
 from llmctl.errors import ModelError
+from tests.run_files import rows_in
 
 TEXT = "Hü 東京!"
 """What the model says; no byte comes twice."""
@@ -82,10 +83,6 @@ def spell(lm: LlamaForCausalLM, tokens: list[int]) -> None:
         lm.lm_head.weight[after, before] = 1.0
 
 
-def rows_of(text: str) -> list[dict]:
-    return [json.loads(line) for line in text.splitlines()]
-
-
 # Texts
 
 
@@ -104,7 +101,7 @@ def test_many_texts_have_a_line_between(cli, model) -> None:
 def test_json_gives_rows_in_order(cli, model) -> None:
     arguments = ("--prompt", "GH", "--prompt", "ab\n", "--max-new-tokens", 7, "--seed", 3)
     result = cli("generate", "--model", model, *arguments, "--json")
-    assert rows_of(result.out) == [
+    assert rows_in(result.out) == [
         {"prompt": "GH", "response": "ü 東", "finish_reason": "length", "seed": 3},
         {"prompt": "ab\n", "response": "ab\nab\na", "finish_reason": "length", "seed": 3},
     ]
@@ -113,16 +110,16 @@ def test_json_gives_rows_in_order(cli, model) -> None:
 def test_samples_differ_and_repeat(cli, model, tmp_path) -> None:
     arguments = ("generate", "--model", model, "--prompt", "x", "--num-samples", 3)
     hot = (*arguments, "--temperature", 30, "--max-new-tokens", 8, "--json")
-    first = rows_of(cli(*hot).out)
+    first = rows_in(cli(*hot).out)
     assert len({row["response"] for row in first}) == 3
-    assert rows_of(cli(*hot, "--batch-size", 2).out) == first
-    assert rows_of(cli(*hot, "--seed", 1).out) != first
+    assert rows_in(cli(*hot, "--batch-size", 2).out) == first
+    assert rows_in(cli(*hot, "--seed", 1).out) != first
 
 
 def test_a_stop_string_is_not_in_the_text(cli, model) -> None:
     result = cli("generate", "--model", model, "--prompt", "", "--stop", "京", "--json")
-    assert rows_of(result.out)[0]["response"] == TEXT[: TEXT.index("京")]
-    assert rows_of(result.out)[0]["finish_reason"] == "stop"
+    assert rows_in(result.out)[0]["response"] == TEXT[: TEXT.index("京")]
+    assert rows_in(result.out)[0]["finish_reason"] == "stop"
 
 
 def test_rows_go_to_a_file_at_once(cli, model, tmp_path) -> None:
@@ -131,7 +128,7 @@ def test_rows_go_to_a_file_at_once(cli, model, tmp_path) -> None:
     arguments = ("generate", "--model", model, "--prompts-file", prompts_file, "-o", out)
     result = cli(*arguments)
     assert (result.code, result.out) == (0, f"{out}\n")
-    rows = rows_of(out.read_text())
+    rows = rows_in(out.read_text())
     assert [row["prompt"] for row in rows] == ["H", "!", "H"]
     assert [row["response"] for row in rows] == [TEXT[1:], "", TEXT[1:]]
     refused = cli(*arguments)
@@ -151,7 +148,7 @@ def test_stdin_is_one_prompt(cli, model, monkeypatch) -> None:
 def test_the_context_bounds_a_response(cli, model) -> None:
     arguments = ("generate", "--model", model, "--prompt", "ab\n" * 660, "--max-new-tokens", 90)
     result = cli(*arguments, "--json")
-    assert len(rows_of(result.out)[0]["response"]) == 2000 - 660 * 3 - 1
+    assert len(rows_in(result.out)[0]["response"]) == 2000 - 660 * 3 - 1
     assert "room for 19 new tokens only" in result.err
 
 
@@ -209,7 +206,7 @@ def test_chat_and_messages_from_a_file(cli, model, tmp_path) -> None:
     messages = [{"role": "user", "content": "hi"}]
     file.write_text(json.dumps({"messages": messages}) + "\n" + json.dumps({"prompt": "H"}) + "\n")
     arguments = ("generate", "--model", model, "--prompts-file", file, "--greedy", "--json")
-    rows = rows_of(cli(*arguments, "--max-new-tokens", 2).out)
+    rows = rows_in(cli(*arguments, "--max-new-tokens", 2).out)
     assert [row["prompt"] for row in rows] == [messages, "H"]
     assert rows[0]["response"] == "ab"  # after the newline that opens the assistant's turn
 
@@ -303,7 +300,7 @@ def test_an_interrupt_keeps_finished_rows(cli, model, tmp_path, monkeypatch) -> 
     asked = ("--prompt", "zzab\n", "--prompt", "H", "--prompt", "zH", "-o", out)
     result = cli("generate", "--model", model, *asked, "--max-new-tokens", 50)
     assert result.code == 130
-    assert [row["prompt"] for row in rows_of(out.read_text())] == ["H", "zH"]
+    assert [row["prompt"] for row in rows_in(out.read_text())] == ["H", "zH"]
     assert "2 of 3 responses" in result.err
 
 

@@ -6,6 +6,8 @@ import os
 import pytest
 import yaml
 
+from tests.run_files import write_rows
+
 SHAPE = ("plan", "--shape", "gpt2-124m", "--json")
 QUICK = ("--max-steps", 4, "--threads", 1)
 
@@ -24,7 +26,7 @@ def files(tmp_path_factory):
         ],
     }
     for name, found in rows.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+        write_rows(folder / f"{name}.jsonl", found)
     return folder
 
 

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from tests.run_files import metrics, policy_steps, write_rows
+
 RULES = '''
 def letter(prompts, completions, answers):
     """The share of letters that are `a`: dense, so that every step has something to learn."""
@@ -51,7 +53,7 @@ def world(tmp_path, monkeypatch):
     (tmp_path / "ppo_rules.py").write_text(RULES)
     more = [f"{text} {word}" for text in PROMPTS for word in ("here", "there", "now", "then", "so")]
     rows = [{"prompt": text, "answer": "the river"} for text in more]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "prompts.jsonl", rows)
     (tmp_path / "ppo_bad.py").write_text("def rule(:\n")
     monkeypatch.delitem(sys.modules, "ppo_rules", raising=False)
     return tmp_path
@@ -63,17 +65,9 @@ def ppo(cli, base, *arguments, rule="python:ppo_rules.letter", quick=QUICK):
     return cli("ppo", "--model", base, *prompts, *rewards, *quick, *arguments)
 
 
-def metrics(run):
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-
-
-def steps(run):
-    return [line for line in metrics(run) if "kl" in line]
-
-
 def gain(run):
     """Mean score of the last quarter of the steps by that of the first: one step is noisy."""
-    scores = [line["score"] for line in steps(run)]
+    scores = [line["score"] for line in policy_steps(run)]
     quarter = max(2, len(scores) // 4)
     return sum(scores[-quarter:]) / sum(scores[:quarter])
 
@@ -95,7 +89,7 @@ def test_a_policy_learns_what_is_paid_for(cli, base, world):
     result = ppo(cli, base, "--max-steps", 20, "--batch-size", 16, "--json", "-o", "run")
     assert result.code == 0, result.err
     summary = json.loads(result.out)
-    first, *_, last = steps("run")
+    first, *_, last = policy_steps("run")
     assert first["kl"] == 0
     assert gain("run") > 1.5
     assert summary["score"] == last["score"]
@@ -103,7 +97,7 @@ def test_a_policy_learns_what_is_paid_for(cli, base, world):
     low, high = summary["val_win_rate_low"], summary["val_win_rate_high"]
     assert 0 <= low <= summary["val_win_rate"] <= high <= 1
     assert summary["val_win_rate"] > 0.5
-    samples = [json.loads(line) for line in Path("run/samples.jsonl").read_text().splitlines()]
+    samples = metrics("run", "samples.jsonl")
     assert {"step", "prompt", "before", "now", "score", "score_before"} == set(samples[0])
     for name in ("clip_fraction", "entropy", "eos_share", "explained_variance", "alarms", "length"):
         assert name in last
@@ -235,7 +229,7 @@ def test_a_signal_in_a_rollout_is_obeyed_and_the_run_resumes_to_the_bit(cli, bas
     command += ["-o", "cut"]
     process = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 120
-    while not (Path("cut/metrics.jsonl").exists() and len(steps("cut")) > 2):
+    while not (Path("cut/metrics.jsonl").exists() and len(policy_steps("cut")) > 2):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < until
         time.sleep(0.02)
@@ -292,22 +286,22 @@ def test_passes_of_any_size_give_the_same_model(cli, base, world):
 def test_adaptive_penalty_and_early_stop(cli, base, world):
     options = ("--max-steps", 4, "--val-size", 0, "--kl-target", 1e-3, "--kl-horizon", 16)
     assert ppo(cli, base, *options, "--stop-kl", 1e-9, "-o", "run").code == 0
-    lines = steps("run")
+    lines = policy_steps("run")
     assert lines[-1]["kl_coef"] > lines[1]["kl_coef"]
     assert lines[1]["updates"] < 4
 
 
 def test_every_response_has_the_same_length_where_eos_is_ignored(cli, base, world):
     assert ppo(cli, base, "--ignore-eos", "--max-steps", 2, "--val-size", 0, "-o", "run").code == 0
-    assert [line["length"] for line in steps("run")] == [8, 8]
-    assert steps("run")[0]["eos_share"] == 0
+    assert [line["length"] for line in policy_steps("run")] == [8, 8]
+    assert policy_steps("run")[0]["eos_share"] == 0
 
 
 def test_weights_and_rules_add_up(cli, base, world):
     options = ("--reward-rule", "repetition", "--reward-rule", "length:4=2", "--max-steps", 1)
     result = ppo(cli, base, *options, "--val-size", 0, "-o", "run", rule="regex:a=0.5")
     assert result.code == 0, result.err
-    (line,) = steps("run")
+    (line,) = policy_steps("run")
     parts = {name: line[f"score/{name}"] for name in ("regex:a", "repetition", "length:4")}
     total = 0.5 * parts["regex:a"] + parts["repetition"] + 2 * parts["length:4"]
     assert line["score"] == pytest.approx(total)
@@ -317,7 +311,7 @@ def test_missing_eos_is_penalised(cli, base, world):
     options = ("--max-steps", 1, "--val-size", 0, "--max-new-tokens", 2)
     assert ppo(cli, base, *options, "-o", "plain").code == 0
     assert ppo(cli, base, *options, "--missing-eos-penalty", 3, "-o", "paid").code == 0
-    (plain,), (paid,) = steps("plain"), steps("paid")
+    (plain,), (paid,) = policy_steps("plain"), policy_steps("paid")
     assert paid["score"] == pytest.approx(plain["score"] - 3 * (1 - plain["eos_share"]))
 
 

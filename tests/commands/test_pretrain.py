@@ -14,19 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from llmctl.data.shards import open_tokens
-from llmctl.files import sha256_file
 from llmctl.models.loading import load_tokenizer
 from tests.conftest import SMALL
+from tests.run_files import cut_off, digest, metrics
 
 STEPS = ("--max-steps", 12, "--save-every", 4, "--eval-every", 6, "--threads", 1)
-
-
-def digest(run):
-    return sha256_file(run / "model" / "model.safetensors")
-
-
-def metrics(run, name="metrics.jsonl"):
-    return [json.loads(line) for line in (run / name).read_text().splitlines()]
 
 
 def spawn(*arguments, launcher=("-m", "llmctl"), **options):
@@ -225,12 +217,7 @@ def test_resume_from_every_checkpoint_ends_in_the_same_bits(cli, tokens, tmp_pat
     whole, again = tmp_path / "whole", tmp_path / "again"
     assert cli(*run, whole).code == 0
     for step in (0, 4, 6, 8):
-        shutil.rmtree(again, ignore_errors=True)
-        shutil.copytree(whole, again)
-        (again / "status.json").write_text('{"state": "running"}')
-        for path in (again / "checkpoints").iterdir():
-            if int(path.name.split("-")[1]) > step:
-                shutil.rmtree(path)
+        cut_off(whole, again, step)
         assert cli(*run, again, "--resume").code == 0
         assert digest(again) == digest(whole)
         assert [r["step"] for r in metrics(again)] == [r["step"] for r in metrics(whole)]

@@ -23,6 +23,7 @@ from llmctl.quantize.layers import Layers, choose_layers, kept_by_flag
 from llmctl.quantize.results import QuantizationReport, WeightBytes
 from tests.conftest import sentences
 from tests.models.test_adapters import make_base, make_tokenizer
+from tests.run_files import write_rows
 
 torch.set_num_threads(1)
 
@@ -356,10 +357,8 @@ def test_transposed_layers(cli, tmp_path):
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory):
-    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
     rows = [{"prompt": f"{i}? {s}", "response": s} for i, s in enumerate(sentences(60, 3))]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", rows)
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from llmctl.feedback.questions import Entry, Question, is_ranking, read_entries
 from llmctl.feedback.server import BODY_BYTES, listen, serving
 from llmctl.feedback.session import Session
 from llmctl.feedback.terminal_session import parse_order
+from tests.run_files import read_rows, rows_in, write_rows
 
 ROWS = [
     {"prompt": "Name a fruit.", "responses": ["apple", "stone", "pear", "chair"]},
@@ -37,12 +38,7 @@ SAMPLED = ("--max-new-tokens", 8, "--threads", 1, "--seed", 5)
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    return write(tmp_path / "data.jsonl", *ROWS)
-
-
-def write(path: Path, *rows: dict) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_rows(tmp_path / "data.jsonl", ROWS)
 
 
 @pytest.fixture
@@ -58,10 +54,6 @@ def rank(cli, monkeypatch, tmp_path):
     return run
 
 
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def shown_in(err: str) -> list[list[str]]:
     """The responses of each question that was shown, in order (of one line each)."""
     return [re.findall(r"^\[\d\]\n(.*)$", part, re.M) for part in err.split("\n--- ")[1:]]
@@ -74,7 +66,7 @@ def test_ranks_are_those_of_the_texts_picked(rank, data, tmp_path):
     result = rank(data, "2 1=3 4", "3", "1=2")
     assert result.code == 0, result.err
     assert result.out == f"{tmp_path / 'out.jsonl'}\n"
-    found = rows_of(tmp_path / "out.jsonl")
+    found = read_rows(tmp_path / "out.jsonl")
     orders = shown_in(result.err)[:3]
     for row, order, ranks in zip(found, orders, [[2, 1, 2, 3], [2, 2, 1], [1, 1]], strict=True):
         assert sorted(order) == sorted(row["responses"])
@@ -98,11 +90,11 @@ def test_the_result_counts(rank, data):
 
 def test_starting_again_goes_on(rank, data, tmp_path):
     rank(data, "1 2", "q", "2")
-    assert len(rows_of(tmp_path / "out.jsonl")) == 1
+    assert len(read_rows(tmp_path / "out.jsonl")) == 1
     second = rank(data, "s")
     assert "Name a fruit." not in second.err
     assert "2 of 3" in second.err
-    assert rows_of(tmp_path / "out.jsonl")[1]["ranks"] is None
+    assert read_rows(tmp_path / "out.jsonl")[1]["ranks"] is None
     third = rank(data, "2")
     assert shown_in(third.err) == [sorted(ROWS[2]["responses"], key=shown_in(third.err)[0].index)]
     assert "2+2?" not in third.err, "what was skipped does not come again"
@@ -111,7 +103,7 @@ def test_starting_again_goes_on(rank, data, tmp_path):
 
 def test_everybody_is_asked_everything_in_an_order_of_their_own(rank, tmp_path):
     rows = [{"prompt": f"{i}", "responses": ["a", "b", "c", "d"]} for i in range(12)]
-    data = write(tmp_path / "many.jsonl", *rows)
+    data = write_rows(tmp_path / "many.jsonl", rows)
     ada, bob = (rank(data, *["1"] * 12, annotator=name) for name in ("Ada", "Bob"))
     again = rank(data, *["1"] * 12, out=tmp_path / "again.jsonl")
     orders = [shown_in(result.err) for result in (ada, bob, again)]
@@ -119,8 +111,8 @@ def test_everybody_is_asked_everything_in_an_order_of_their_own(rank, tmp_path):
     assert orders[0] == orders[2]
     assert sum(a != b for a, b in zip(orders[0], orders[1], strict=True)) > 6
     assert len({tuple(order) for order in orders[0]}) > 6
-    assert {row["annotator"] for row in rows_of(tmp_path / "out.jsonl")} == {"Ada", "Bob"}
-    assert len(rows_of(tmp_path / "out.jsonl")) == 24
+    assert {row["annotator"] for row in read_rows(tmp_path / "out.jsonl")} == {"Ada", "Bob"}
+    assert len(read_rows(tmp_path / "out.jsonl")) == 24
 
 
 def test_undo_leaves_the_file_as_it_was(rank, data, tmp_path):
@@ -131,7 +123,7 @@ def test_undo_leaves_the_file_as_it_was(rank, data, tmp_path):
     assert out.read_bytes() == before
     assert result.err.count("2+2?") == 2
     assert "2 of 3" in rank(data, "u", "u", "1", "s").err, "also over a restart"
-    assert [row["ranks"] is None for row in rows_of(out)] == [False, True]
+    assert [row["ranks"] is None for row in read_rows(out)] == [False, True]
 
 
 def test_nobody_takes_back_what_is_not_theirs(rank, data, tmp_path):
@@ -139,7 +131,7 @@ def test_nobody_takes_back_what_is_not_theirs(rank, data, tmp_path):
     rank(data, "1")
     before = out.read_bytes()
     assert "nothing to take back" in rank(data, "u", annotator="Bob").err
-    other = write(tmp_path / "other.jsonl", {"prompt": "?", "responses": ["x", "y"]})
+    other = write_rows(tmp_path / "other.jsonl", [{"prompt": "?", "responses": ["x", "y"]}])
     assert "nothing to take back" in rank(other, "u").err, "nor what is not asked here"
     assert out.read_bytes() == before
 
@@ -147,7 +139,7 @@ def test_nobody_takes_back_what_is_not_theirs(rank, data, tmp_path):
 def test_the_last_answer_can_be_taken_back(rank, data, tmp_path):
     result = rank(data, "1", "1", "1", "u", "2")
     assert result.code == 0
-    assert len(rows_of(tmp_path / "out.jsonl")) == 3
+    assert len(read_rows(tmp_path / "out.jsonl")) == 3
     assert result.err.count("Say hi.") == 2
 
 
@@ -156,10 +148,10 @@ def test_texts_that_look_alike_are_one(rank, tmp_path):
         {"prompt": "all", "responses": ["a", "a ", "\na"]},
         {"prompt": "some", "responses": ["a", "b", " a", "c"]},
     ]
-    data = write(tmp_path / "alike.jsonl", *rows)
+    data = write_rows(tmp_path / "alike.jsonl", rows)
     result = rank(data, "2 1 3", options=["--json"])
     assert json.loads(result.out)["identical"] == 1
-    (row,) = rows_of(tmp_path / "out.jsonl")
+    (row,) = read_rows(tmp_path / "out.jsonl")
     assert len(shown_in(result.err)[0]) == 3
     assert row["ranks"][0] == row["ranks"][2]
     assert sorted({*row["ranks"]}) == [1, 2, 3]
@@ -171,7 +163,7 @@ def test_answers_can_be_asked_again(rank, data, tmp_path):
     out = tmp_path / "out.jsonl"
     result = rank(out, "1", "1", "1", annotator="Bob")
     assert result.code == 0, result.err
-    assert [row["annotator"] for row in rows_of(out)] == ["Ada"] * 3 + ["Bob"] * 3
+    assert [row["annotator"] for row in read_rows(out)] == ["Ada"] * 3 + ["Bob"] * 3
     assert "all is answered" in rank(out, annotator="Bob").err
 
 
@@ -207,16 +199,16 @@ def test_a_wrong_line_is_said_and_asked_again(rank, data, tmp_path):
     result = rank(data, "7", "?", "1")
     assert "there is no response 7" in result.err
     assert "tie" in result.err
-    assert len(rows_of(tmp_path / "out.jsonl")) == 1
+    assert len(read_rows(tmp_path / "out.jsonl")) == 1
 
 
 def test_nothing_that_a_terminal_obeys_is_shown(rank, tmp_path):
     rows = [{"prompt": "\x1b]0;pwned\x07", "responses": ["\x1b[2Jgone", "\x9b31mred"]}]
-    data = write(tmp_path / "hostile.jsonl", *rows)
+    data = write_rows(tmp_path / "hostile.jsonl", rows)
     result = rank(data, "1")
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", result.err)
     assert "gone" in result.err
-    assert rows_of(tmp_path / "out.jsonl")[0]["responses"] == rows[0]["responses"]
+    assert read_rows(tmp_path / "out.jsonl")[0]["responses"] == rows[0]["responses"]
 
 
 # Safe
@@ -253,7 +245,7 @@ def test_a_row_that_was_cut_off_goes(rank, data, tmp_path):
         assert out.read_bytes() == lines[0]
     out.write_bytes(whole[:-1])  # all but the newline
     assert "3 of 3" in rank(data, "1").err
-    assert len(rows_of(out)) == 3
+    assert len(read_rows(out)) == 3
 
 
 def test_a_full_disk_leaves_no_half_row(tmp_path, monkeypatch):
@@ -273,7 +265,7 @@ def test_a_full_disk_leaves_no_half_row(tmp_path, monkeypatch):
         monkeypatch.undo()
         assert path.read_bytes() == before
         answers.add(Question("q", ("a", "b")), [2, 1])
-    assert [row["ranks"] for row in rows_of(path)] == [[1, 2], [2, 1]]
+    assert [row["ranks"] for row in read_rows(path)] == [[1, 2], [2, 1]]
 
 
 @pytest.mark.parametrize("change", ["append", "replace", "remove"])
@@ -330,7 +322,7 @@ def test_a_kill_loses_no_answer_and_a_second_process_is_refused(rank, data, tmp_
         assert f"in use by another run (pid {process.pid} on " in second.err
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert len(rows_of(out)) == 1
+    assert len(read_rows(out)) == 1
     result = rank(data, "1")
     assert result.code == 0
     assert "2 of 3" in result.err
@@ -348,7 +340,7 @@ def test_ctrl_c_keeps_what_was_answered(data, tmp_path):
     assert out == b""
     assert b"1 of 3 in" in err
     assert b"Traceback" not in err
-    assert len(rows_of(tmp_path / "out.jsonl")) == 1
+    assert len(read_rows(tmp_path / "out.jsonl")) == 1
 
 
 # The model's responses
@@ -356,7 +348,9 @@ def test_ctrl_c_keeps_what_was_answered(data, tmp_path):
 
 @pytest.fixture
 def prompts(tmp_path) -> Path:
-    return write(tmp_path / "p.jsonl", {"prompt": "The cat"}, {"prompt": "A dog"}, {"prompt": "My"})
+    return write_rows(
+        tmp_path / "p.jsonl", [{"prompt": "The cat"}, {"prompt": "A dog"}, {"prompt": "My"}]
+    )
 
 
 def test_responses_are_what_generate_writes_and_stay(rank, cli, roomy, prompts, tmp_path):
@@ -367,19 +361,19 @@ def test_responses_are_what_generate_writes_and_stay(rank, cli, roomy, prompts, 
         *("generate", "--model", roomy, "--prompts-file", prompts, "--num-samples", 3, "--chat"),
         *("--json", *SAMPLED),
     )
-    texts = [json.loads(line)["response"] for line in generated.out.splitlines()]
+    texts = [row["response"] for row in rows_in(generated.out)]
     sidecar = tmp_path / "out.responses.jsonl"
-    written = rows_of(sidecar)
+    written = read_rows(sidecar)
     assert [text for row in written for text in row["responses"]] == texts[: 3 * len(written)]
-    found = rows_of(tmp_path / "out.jsonl")
+    found = read_rows(tmp_path / "out.jsonl")
     assert [row["responses"] for row in found] == [texts[:3], texts[3:6]]
     again = rank(prompts, "1", options=options)
     assert again.code == 0
     assert "The cat" not in again.err
     assert "A dog" not in again.err
-    assert rows_of(sidecar)[: len(written)] == written
-    assert rows_of(sidecar)[2]["responses"] == texts[6:]
-    assert rows_of(tmp_path / "out.jsonl")[2]["responses"] == texts[6:]
+    assert read_rows(sidecar)[: len(written)] == written
+    assert read_rows(sidecar)[2]["responses"] == texts[6:]
+    assert read_rows(tmp_path / "out.jsonl")[2]["responses"] == texts[6:]
 
 
 def test_what_was_written_is_not_written_again(rank, roomy, prompts, tmp_path, monkeypatch):
@@ -404,14 +398,14 @@ def test_responses_of_other_settings_are_refused(rank, roomy, prompts, tmp_path)
 
 def test_messages_and_texts_are_put_in_the_template(rank, roomy, tmp_path):
     """Both ask the same, with the noise of the same place; --no-chat asks something else."""
-    data = write(tmp_path / "p.jsonl", {"prompt": "Hi"})
-    messages = write(tmp_path / "m.jsonl", {"messages": [{"role": "user", "content": "Hi"}]})
+    data = write_rows(tmp_path / "p.jsonl", [{"prompt": "Hi"}])
+    messages = write_rows(tmp_path / "m.jsonl", [{"messages": [{"role": "user", "content": "Hi"}]}])
     options = ("--model", roomy, "--responses", 2, *SAMPLED)
     found = []
     for name, file, more in (("a", data, ()), ("b", messages, ()), ("c", data, ["--no-chat"])):
         result = rank(file, "1", options=(*options, *more), out=tmp_path / f"{name}.jsonl")
         assert result.code == 0, result.err
-        found.append(rows_of(tmp_path / f"{name}.responses.jsonl")[0]["responses"])
+        found.append(read_rows(tmp_path / f"{name}.responses.jsonl")[0]["responses"])
     assert found[0] == found[1] != found[2]
 
 
@@ -429,7 +423,7 @@ def test_a_model_that_fails_ends_it_in_order(rank, roomy, prompts, tmp_path, mon
     result = rank(prompts, "1", "1", "1", options=options)
     assert result.code == 5
     assert "out of memory" in result.err
-    assert len(rows_of(tmp_path / "out.jsonl")) == 1
+    assert len(read_rows(tmp_path / "out.jsonl")) == 1
     monkeypatch.undo()
 
 
@@ -451,10 +445,10 @@ def test_what_a_model_wrote_before_it_failed_is_still_asked(data, tmp_path):
 
 def test_a_person_who_leaves_does_not_wait_for_the_model(rank, roomy, tmp_path, monkeypatch):
     rows = [{"prompt": f"The {i}"} for i in range(300)]
-    data = write(tmp_path / "many.jsonl", *rows)
+    data = write_rows(tmp_path / "many.jsonl", rows)
     options = ("--model", roomy, "--responses", 2, *SAMPLED)
     assert rank(data, "1", "q", options=options).code == 0
-    assert 1 <= len(rows_of(tmp_path / "out.responses.jsonl")) < 250
+    assert 1 <= len(read_rows(tmp_path / "out.responses.jsonl")) < 250
 
 
 def test_dry_run_writes_nothing(rank, roomy, prompts, tmp_path):
@@ -489,7 +483,7 @@ def test_asking_about_given_responses_loads_nothing_heavy():
     ],
 )
 def test_rows_that_cannot_be_asked(rank, tmp_path, row, message):
-    result = rank(write(tmp_path / "data.jsonl", row), "1")
+    result = rank(write_rows(tmp_path / "data.jsonl", [row]), "1")
     assert result.code == 3
     assert message in result.err
     assert [p.name for p in tmp_path.iterdir()] == ["data.jsonl"]
@@ -516,7 +510,7 @@ def test_usage_is_checked(cli, rank, data, prompts, roomy, tmp_path):
         assert result.out == ""
     (tmp_path / "empty.txt").write_text("\n\n")
     assert "no prompts" in rank(tmp_path / "empty.txt").err
-    long = write(tmp_path / "long.jsonl", {"prompt": "The cat sees " * 100})
+    long = write_rows(tmp_path / "long.jsonl", [{"prompt": "The cat sees " * 100}])
     result = rank(long, options=("--model", roomy))
     assert result.code == 3
     assert "no room to write" in result.err
@@ -545,7 +539,7 @@ def test_a_file_of_something_else_is_left_alone(rank, data, tmp_path, content):
 
 
 def test_a_sidecar_of_something_else_is_left_alone(rank, prompts, roomy, tmp_path):
-    sidecar = write(tmp_path / "out.responses.jsonl", {"prompt": "mine"})
+    sidecar = write_rows(tmp_path / "out.responses.jsonl", [{"prompt": "mine"}])
     result = rank(prompts, "1", options=("--model", roomy))
     assert result.code == 3
     assert sidecar.read_text() == '{"prompt": "mine"}\n'
@@ -708,7 +702,7 @@ def test_a_page_that_is_late_changes_nothing(served):
     status, _, text = served.ask("POST", "/answer", {"key": key, "ranks": [4, 3, 2, 1]})
     assert status == 409
     assert json.loads(text)["prompt"] == [["user", "2+2?"]], "and it learns what is asked now"
-    assert len(rows_of(served.out)) == 1
+    assert len(read_rows(served.out)) == 1
     assert served.ask("POST", "/undo", {})[0] == 200
     assert served.state()["key"] == key
     assert served.out.read_bytes() == b""

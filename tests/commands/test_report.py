@@ -17,6 +17,7 @@ from llmctl.reporting.graph import edges, graphs
 from llmctl.reporting.records import read_records
 from llmctl.reporting.texts import samples_of
 from tests.made_runs import curve, make_life, make_run
+from tests.run_files import write_rows
 
 DASH = numbers.MISSING
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>{{ 7 * 7 }}"
@@ -268,7 +269,7 @@ def test_results_of_any_shape_become_tables(cli, tmp_path):
                 "differences": {"exact": {"difference": 0.25, "low": 0.1, "high": 0.4}}},
     )  # fmt: skip
     rows = [{"side": "a", "prompt": "2+2?", "response": "4", "reference": "4", "exact": 1.0}]
-    (evaluate / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(evaluate / "rows.jsonl", rows)
     (evaluate / "report.json").write_text('{"by_task": {"x": {"n": 3}, "y": {"n": 5}}, "n": 8}')
     text = text_of(page_of(cli, tmp_path, quantize, evaluate)).replace(
         "\N{MULTIPLICATION SIGN}", "x"

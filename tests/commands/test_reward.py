@@ -36,6 +36,7 @@ from llmctl.training.reward_report import (
     spearman,
 )
 from tests.data.test_preferences import tokenizer
+from tests.run_files import cut_off, manifest, metrics, read_rows, rows_in, write_rows
 
 QUICK = {"batch_size": 8, "threads": 1, "precision": "fp32", "seed": 3, "val_size": 24}
 GOOD, BAD, FILLER = ["Hello", "there"], ["What", "?"], ["Hi", "."]
@@ -81,14 +82,9 @@ def rows(count, seed=0):
     ]
 
 
-def write(path, found):
-    path.write_text("".join(json.dumps(row) + "\n" for row in found))
-    return path
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", rows(200))
+    return write_rows(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", rows(200))
 
 
 @pytest.fixture(scope="module")
@@ -127,14 +123,6 @@ def adapted(cli, llama, data, tmp_path_factory):
     result = cli("reward", *flags({**settings, "lr": 1e-2, "max_steps": 40}), "--json", "-o", out)
     assert result.code == 0, result.err
     return out, json.loads(result.out)
-
-
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def manifest(run):
-    return json.loads((run / "manifest.json").read_text())
 
 
 # --- it learns
@@ -247,7 +235,7 @@ def test_the_best_checkpoint_is_the_result_and_its_figures_are_by_definition(
         for row in rows(120)
     ]
     found = [{**r, "chosen": " ".join(draw.choice(FILLER + GOOD) for _ in range(4))} for r in found]
-    path = write(tmp_path / "noise.jsonl", found)
+    path = write_rows(tmp_path / "noise.jsonl", found)
     out = tmp_path / "run"
     result = train(llama, path, out, max_steps=40, lr=1e-2, val_size=40, eval_every=5, json=True)
     assert result.code == 0, result.err
@@ -311,7 +299,9 @@ def test_a_step_is_the_weighted_mean_of_all_its_pairs(train, llama, tmp_path):
         {"prompt": "Hi there", "chosen": "Hello .", "rejected": "What ?", "margin": 2.0},
         {"prompt": "What ?", "chosen": "there", "rejected": "Hi", "margin": 0.0},
     ]
-    one, other = (write(tmp_path / f"{n}.jsonl", r) for n, r in (("a", [ranked]), ("b", pairs)))
+    one, other = (
+        write_rows(tmp_path / f"{n}.jsonl", r) for n, r in (("a", [ranked]), ("b", pairs))
+    )
     more = {**STILL, "batch_size": 7, "center_rewards": 0.1}
     result = train(llama, [one, other], tmp_path / "run", **more)
     assert result.code == 0, result.err
@@ -385,12 +375,7 @@ def test_resume_ends_in_the_same_bits(train, llama, data, tmp_path, way):
     assert result.code == 0, result.err
     name = "adapter/adapter_model" if way else "model/model"
     for step in (2, 3):
-        shutil.rmtree(again, ignore_errors=True)
-        shutil.copytree(whole, again, ignore=shutil.ignore_patterns("model", "adapter"))
-        (again / "status.json").write_text('{"state": "running"}')
-        for path in (again / "checkpoints").iterdir():
-            if int(path.name.split("-")[1]) > step:
-                shutil.rmtree(path)
+        cut_off(whole, again, step)
         result = train(llama, data, again, **steps, resume=True)
         assert result.code == 0, result.err
         assert f"checkpoint-{step}" in result.err
@@ -503,10 +488,10 @@ def test_a_file_is_scored_row_by_row(cli, adapted, tmp_path):
         {"text": "Hi there"},
         {"prompt": "Hi", "chosen": "Hello .", "rejected": "What ?"},
     ]
-    path = write(tmp_path / "texts.jsonl", given)
+    path = write_rows(tmp_path / "texts.jsonl", given)
     result = cli("reward", "--score", path, "--model", out)
     assert result.code == 0, result.err
-    told = [json.loads(line) for line in result.out.splitlines()]
+    told = rows_in(result.out)
     assert [{k: v for k, v in row.items() if "score" not in k} for row in told] == given
     scorer = load_reward_model(str(out))
     whole, cut, text = scorer.score(
@@ -524,7 +509,7 @@ def test_a_file_is_scored_row_by_row(cli, adapted, tmp_path):
     assert result.code == 0, result.err
     said = json.loads(result.out)
     assert (said["rows"], said["out"]) == (6, str(file))
-    assert [json.loads(line) for line in file.read_text().splitlines()] == told
+    assert read_rows(file) == told
     result = cli("reward", "--score", path, "--model", out, "-o", file)
     assert (result.code, "the output file exists" in result.err) == (3, True)
 
@@ -538,12 +523,12 @@ def test_what_cannot_be_scored_is_refused(cli, adapted, llama, tmp_path):
         ({"messages": [{"role": "user", "content": "Hi"}]}, 3, "does not end with the assistant"),
         ({"prompt": "Hi", "response": "Hi " * 99}, 3, "has more tokens than the 64"),
     ):
-        path = write(tmp_path / "bad.jsonl", [fine, bad])
+        path = write_rows(tmp_path / "bad.jsonl", [fine, bad])
         result = cli("reward", "--score", path, "--model", out)
         assert (result.code, result.out) == (code, ""), result.err
         assert f"{path}:2: " in result.err
         assert said in result.err
-    path = write(tmp_path / "fine.jsonl", [fine])
+    path = write_rows(tmp_path / "fine.jsonl", [fine])
     result = cli("reward", "--score", path, "--model", llama)
     assert (result.code, "LlamaForCausalLM has no head that scores" in result.err) == (4, True)
     result = cli("reward", "--score", path, "--model", out, "--lr", 1)
@@ -561,10 +546,12 @@ def test_bad_data_is_refused_with_its_line(train, llama, tmp_path):
         ({"prompt": "Hi", "chosen": "a"}, "no column `rejected`; there is `prompt`, `chosen`"),
         ({"prompt": "", "chosen": "a", "rejected": "b"}, "`prompt` is empty"),
     ):
-        path = write(tmp_path / "bad.jsonl", [fine, bad])
+        path = write_rows(tmp_path / "bad.jsonl", [fine, bad])
         result = train(llama, path, tmp_path / "run")
         assert (result.code, f"{path}:2: {said}" in result.err) == (3, True), result.err
-    path = write(tmp_path / "r.jsonl", [{"prompt": "Hi", "responses": ["a", "b"], "ranks": [1]}])
+    path = write_rows(
+        tmp_path / "r.jsonl", [{"prompt": "Hi", "responses": ["a", "b"], "ranks": [1]}]
+    )
     result = train(llama, path, tmp_path / "run")
     assert (result.code, f"{path}:1: 2 responses, but 1 ranks" in result.err) == (3, True)
     assert not (tmp_path / "run").exists()

@@ -15,6 +15,7 @@ import pytest
 
 from llmctl.runs.lock import locked
 from tests.conftest import SMALL
+from tests.run_files import write_rows
 
 KEYS = {
     "path",
@@ -42,7 +43,7 @@ def make(path, state="completed", *, age=0, step=None, checkpoint=False, rows=()
         status["step"] = step
     (path / "manifest.json").write_text(json.dumps(manifest))
     (path / "status.json").write_text(json.dumps(status))
-    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path / "metrics.jsonl", rows)
     (path / ".llmctl.lock").touch()
     if checkpoint:
         (path / "checkpoints" / "checkpoint-5").mkdir(parents=True)

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from llmctl.files import sha256_file
+from tests.run_files import cut_off, digest, edit_json, metrics, read_rows, write_rows
 
 PLACES = ["the river", "a red ball", "the house", "many stars", "a song", "the garden"]
 WHO = ["cat", "dog", "friend", "teacher", "bird", "old man"]
@@ -37,11 +38,6 @@ def chat(number):
     }
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 @pytest.fixture(scope="session")
 def base(roomy):
     return roomy
@@ -50,7 +46,9 @@ def base(roomy):
 @pytest.fixture(scope="session")
 def chats(tmp_path_factory):
     """Short conversations; the answer stands in the question."""
-    return write(tmp_path_factory.mktemp("chats") / "chats.jsonl", [chat(n) for n in range(144)])
+    return write_rows(
+        tmp_path_factory.mktemp("chats") / "chats.jsonl", [chat(n) for n in range(144)]
+    )
 
 
 @pytest.fixture(scope="session")
@@ -76,14 +74,6 @@ def adapted(cli, base, chats, tmp_path_factory):
     )
     assert result.code == 0, result.err
     return out, json.loads(result.out)
-
-
-def metrics(run, name="metrics.jsonl"):
-    return [json.loads(line) for line in (run / name).read_text().splitlines()]
-
-
-def digest(run, name="model/model.safetensors"):
-    return sha256_file(run / name)
 
 
 def logits(model, tokens=(1, 5, 9, 30, 31)):
@@ -126,7 +116,7 @@ def test_validation_loss_is_the_mean_over_all_trained_tokens(tuned, chats):
     tokenizer = AutoTokenizer.from_pretrained(tuned / "model")
     model = AutoModelForCausalLM.from_pretrained(tuned / "model")
     held = json.loads((tuned / "manifest.json").read_text())["held_out"]
-    rows = [json.loads(line) for line in chats.read_text().splitlines()]
+    rows = read_rows(chats)
     total = count = 0.0
     for place in held:
         messages = rows[int(place.rsplit(":", 1)[1]) - 1]["messages"]
@@ -214,13 +204,7 @@ def test_resume_ends_in_the_same_bits(cli, base, chats, tmp_path, way):
     result = cli(*run, whole)
     assert result.code == 0, result.err
     for step in (3, 4, 8):
-        shutil.rmtree(again, ignore_errors=True)
-        leave = shutil.ignore_patterns("model", "adapter")
-        shutil.copytree(whole, again, ignore=leave)
-        (again / "status.json").write_text('{"state": "running"}')
-        for path in (again / "checkpoints").iterdir():
-            if int(path.name.split("-")[1]) > step:
-                shutil.rmtree(path)
+        cut_off(whole, again, step)
         result = cli(*run, again, "--resume")
         assert result.code == 0, result.err
         name = "adapter/adapter_model" if way == "lora" else "model/model"
@@ -247,7 +231,7 @@ def test_packing_gives_the_loss_of_padding(cli, base, chats, tmp_path):
     """One step of all examples, at a rate of nearly nothing: the same loss, the same gradient."""
     found = {}
     for name, more in (("padded", ("--batch-size", 16)), ("packed", ("--packing",))):
-        data = write(tmp_path / "few.jsonl", [chat(n) for n in range(16)])
+        data = write_rows(tmp_path / "few.jsonl", [chat(n) for n in range(16)])
         out = tmp_path / name
         result = cli(
             *("sft", "--model", base, "--data", data, *QUICK, "--val-size", 0, "--max-length", 128),
@@ -346,7 +330,7 @@ def test_built_in_tasks_need_nothing(cli, base, tmp_path):
 
 
 def test_weights_mix_and_are_said(cli, base, chats, corpus, tmp_path):
-    few = write(tmp_path / "few.jsonl", [chat(n) for n in range(100, 120)])
+    few = write_rows(tmp_path / "few.jsonl", [chat(n) for n in range(100, 120)])
     result = cli(
         *("sft", "--model", base, "--data", f"{chats}=0.75", "--data", f"{few}=0.25", *QUICK),
         *("--val-size", 0, "-o", tmp_path / "run"),
@@ -385,8 +369,7 @@ def derived(base, to, **changes):
     """A copy of the model's folder with other keys in its JSON files."""
     shutil.copytree(base / "model", to)
     for name, keys in changes.items():
-        file = to / f"{name}.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
+        edit_json(to / f"{name}.json", **keys)
     return to
 
 

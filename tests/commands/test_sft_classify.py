@@ -33,6 +33,7 @@ from llmctl.errors import DataError, ModelError, UserError
 from llmctl.models.classifiers import load_classifier, require_padding_unseen, require_positions
 from llmctl.models.loading import load_tokenizer
 from llmctl.training.classify import class_counts, macro_f1
+from tests.run_files import cut_off, metrics, write_rows
 
 FILLER = ["the", "a", "cat", "dog", "house", "river", "sees", "likes", "and", "very", "often"]
 COLORS = ("red", "blue", "green")
@@ -99,14 +100,9 @@ def texts(count, colors=COLORS[:2], seed=0):
     return rows
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("texts") / "texts.jsonl", texts(240))
+    return write_rows(tmp_path_factory.mktemp("texts") / "texts.jsonl", texts(240))
 
 
 def settings(model, data, **more):
@@ -131,10 +127,6 @@ def sft(cli):
         return cli("sft", *flags(settings(model, data, **more)), "--out", out)
 
     return run
-
-
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def logits(model, tokenizer, batch):
@@ -181,7 +173,7 @@ def test_the_best_checkpoint_is_the_result_and_its_figures_are_by_definition(sft
     """There is nothing in these labels to learn, and so the last checkpoint is not the best."""
     draw = random.Random(1)
     rows = [{**row, "label": draw.choice("xyz")} for row in texts(120)]
-    run, data = tmp_path / "run", write(tmp_path / "noise.jsonl", rows)
+    run, data = tmp_path / "run", write_rows(tmp_path / "noise.jsonl", rows)
     result = sft(bases / "llama", data, run, max_steps=40, lr=1e-2, val_size=48, eval_every=5)
     assert result.code == 0, result.err
     result = json.loads((run / "manifest.json").read_text())["result"]
@@ -302,12 +294,7 @@ def test_resume_ends_in_the_same_bits(sft, bases, data, tmp_path, way):
     assert result.code == 0, result.err
     name = "adapter/adapter_model" if way else "model/model"
     for step in (3, 4):
-        shutil.rmtree(again, ignore_errors=True)
-        shutil.copytree(whole, again, ignore=shutil.ignore_patterns("model", "adapter"))
-        (again / "status.json").write_text('{"state": "running"}')
-        for path in (again / "checkpoints").iterdir():
-            if int(path.name.split("-")[1]) > step:
-                shutil.rmtree(path)
+        cut_off(whole, again, step)
         result = sft(bases / "bert", data, again, **steps, resume=True)
         assert result.code == 0, result.err
         assert f"checkpoint-{step}" in result.err
@@ -323,7 +310,7 @@ def test_resume_ends_in_the_same_bits(sft, bases, data, tmp_path, way):
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_an_adapter_opens_and_gives_the_same_logits(sft, bases, data, tmp_path, kind):
     out = tmp_path / "run"
-    rows = write(tmp_path / "three.jsonl", texts(120, COLORS))
+    rows = write_rows(tmp_path / "three.jsonl", texts(120, COLORS))
     result = sft(bases / kind, rows, out, lora=True, merge=True, max_steps=60, lr=1e-2, json=True)
     assert result.code == 0, result.err
     said = json.loads(result.out)
@@ -362,11 +349,11 @@ def test_an_adapter_keeps_a_layer_that_the_base_lacks(sft, bases, data, tmp_path
 
 
 def test_a_classifier_keeps_its_labels_and_their_numbers(sft, bases, told, tmp_path):
-    again = write(tmp_path / "again.jsonl", texts(40, COLORS[1::-1], seed=4))
+    again = write_rows(tmp_path / "again.jsonl", texts(40, COLORS[1::-1], seed=4))
     result = sft(told, again, tmp_path / "more", val_size=8, json=True)
     assert result.code == 0, result.err
     assert json.loads(result.out)["val_accuracy"] > 0.8
-    other = write(tmp_path / "other.jsonl", texts(40, COLORS))
+    other = write_rows(tmp_path / "other.jsonl", texts(40, COLORS))
     result = sft(told, other, tmp_path / "other")
     assert result.code == 4
     assert "label `is green` (" in result.err
@@ -420,29 +407,31 @@ def loaded(bases, *rows, kind="llama", **more):
 
 
 def test_one_class_is_refused(bases, tmp_path):
-    rows = write(tmp_path / "one.jsonl", texts(30, COLORS[:1]))
+    rows = write_rows(tmp_path / "one.jsonl", texts(30, COLORS[:1]))
     with pytest.raises(DataError, match="every text has the label `is red`"):
         loaded(bases, rows)
 
 
 def test_a_label_that_only_validates_is_refused(bases, tmp_path):
-    val = write(tmp_path / "val.jsonl", texts(5, COLORS[:1], seed=2) + texts(1, ["green"], seed=3))
+    val = write_rows(
+        tmp_path / "val.jsonl", texts(5, COLORS[:1], seed=2) + texts(1, ["green"], seed=3)
+    )
     with pytest.raises(DataError, match="label `is green`") as caught:
-        loaded(bases, write(tmp_path / "train.jsonl", texts(30)), val_data=[str(val)])
+        loaded(bases, write_rows(tmp_path / "train.jsonl", texts(30)), val_data=[str(val)])
     assert (caught.value.file, caught.value.line) == (str(val), 6)
 
 
 def test_overlap_is_refused(bases, tmp_path):
     rows = texts(30)
-    val = write(tmp_path / "val.jsonl", [*texts(4, seed=7), rows[11]])
+    val = write_rows(tmp_path / "val.jsonl", [*texts(4, seed=7), rows[11]])
     with pytest.raises(DataError, match=r"also validates \(.*val.jsonl:5\)") as caught:
-        loaded(bases, write(tmp_path / "train.jsonl", rows), val_data=[str(val)])
+        loaded(bases, write_rows(tmp_path / "train.jsonl", rows), val_data=[str(val)])
     assert caught.value.line == 12
 
 
 def test_whole_numbers_are_in_order_of_their_values(bases, tmp_path):
     rows = [{"text": row["text"], "label": n % 12} for n, row in enumerate(texts(48))]
-    found = loaded(bases, write(tmp_path / "many.jsonl", rows), val_size=0)
+    found = loaded(bases, write_rows(tmp_path / "many.jsonl", rows), val_size=0)
     assert found.labels == tuple(map(str, range(12)))
     assert found.train.classes[:13].tolist() == [*range(12), 0]
 
@@ -467,7 +456,7 @@ def test_long_texts_are_cut_at_the_end_and_counted(sft, bases, data, tmp_path):
 
 def test_a_special_token_in_a_text_is_text(bases, tmp_path):
     rows = [*texts(20), {"text": "red [SEP] [PAD]", "label": "is red"}]
-    found = loaded(bases, write(tmp_path / "odd.jsonl", rows), kind="bert", val_size=0)
+    found = loaded(bases, write_rows(tmp_path / "odd.jsonl", rows), kind="bert", val_size=0)
     tokens = found.train.text(20).tolist()
     assert tokens[0] == SPECIALS.index("[CLS]")
     assert tokens.count(SPECIALS.index("[SEP]")) == 1
@@ -477,7 +466,7 @@ def test_a_special_token_in_a_text_is_text(bases, tmp_path):
 def test_odd_data_is_warned_of(sft, bases, tmp_path):
     rows = [*texts(40, COLORS[:1]), *texts(1, ["blue"], seed=3)]
     rows.append({"text": rows[0]["text"], "label": "is green"})
-    odd = write(tmp_path / "odd.jsonl", rows)
+    odd = write_rows(tmp_path / "odd.jsonl", rows)
     result = sft(bases / "llama", odd, tmp_path / "run", val_size=0)
     assert result.code == 0, result.err
     for said in (

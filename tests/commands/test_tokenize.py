@@ -11,13 +11,9 @@ from tokenizers import Tokenizer
 from llmctl.data import scan as scan_module
 from llmctl.data.shards import open_tokens
 from llmctl.data.tokenizer.train import fingerprint
+from tests.run_files import read_rows, write_texts
 
 PROSE = "The cat sees the river. A dog, they say, follows my friend; isn't it so?\n"
-
-
-def jsonl(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
 
 
 def tokenize(cli, out, data, *arguments):
@@ -40,7 +36,7 @@ def documents(split, index):
 @pytest.mark.parametrize("algorithm", ["bpe", "unigram", "wordpiece", "byte", "char"])
 def test_shards_hold_every_document_between_bos_and_eos(cli, tmp_path, algorithm):
     texts = [PROSE * n + f"Number {n}." for n in range(1, 30)]
-    data = jsonl(tmp_path / "a.jsonl", texts)
+    data = write_texts(tmp_path / "a.jsonl", texts)
     _, index, tokenizer = tokenize(cli, tmp_path / "run", data, "--algorithm", algorithm)
     found = documents(index.train, index) + documents(index.val, index)
     expected = [[*tokenizer.encode(text).ids, index.eos_token_id] for text in texts]
@@ -54,7 +50,7 @@ def test_shards_hold_every_document_between_bos_and_eos(cli, tmp_path, algorithm
 
 def test_the_report_says_what_is_there(cli, tmp_path):
     texts = [PROSE * n for n in (4, 9, 1, 6)]
-    data = jsonl(tmp_path / "a.jsonl", texts)
+    data = write_texts(tmp_path / "a.jsonl", texts)
     result, index, tokenizer = tokenize(
         cli, tmp_path / "run", data, "--algorithm", "byte", "--special-token", "<|x|>"
     )
@@ -75,7 +71,7 @@ def test_the_report_says_what_is_there(cli, tmp_path):
 
 
 def test_the_figures_stand_on_stderr_and_the_path_on_stdout(cli, tmp_path):
-    data = jsonl(tmp_path / "a.jsonl", [PROSE * 3, PROSE * 5])
+    data = write_texts(tmp_path / "a.jsonl", [PROSE * 3, PROSE * 5])
     result = cli("tokenize", "--data", data, "-o", tmp_path / "run")
     assert result.out == f"{tmp_path / 'run'}\n"
     for words in ("bytes per token", "tokens/s", "% unknown", "longest document", f"({data}:2)"):
@@ -83,8 +79,8 @@ def test_the_figures_stand_on_stderr_and_the_path_on_stdout(cli, tmp_path):
 
 
 def test_unknown_tokens_are_counted(cli, tmp_path):
-    train = jsonl(tmp_path / "a.jsonl", ["ab" * 10])
-    other = jsonl(tmp_path / "b.jsonl", ["abcc", "bacc"])
+    train = write_texts(tmp_path / "a.jsonl", ["ab" * 10])
+    other = write_texts(tmp_path / "b.jsonl", ["abcc", "bacc"])
     tokenize(cli, tmp_path / "char", train, "--algorithm", "char", "--val-fraction", 0)
     result, _, _ = tokenize(cli, tmp_path / "run", other, "--tokenizer", tmp_path / "char")
     assert result["unknown_rate"] == 4 / 12
@@ -126,7 +122,7 @@ def test_a_cut_by_position_falls_between_characters(cli, tmp_path):
 def test_equal_documents_are_on_one_side(cli, tmp_path, monkeypatch, small_bytes):
     monkeypatch.setattr(scan_module, "SMALL_BYTES", small_bytes)
     texts = [f"{PROSE}{n % 50}" for n in range(500)]
-    data = jsonl(tmp_path / "a.jsonl", texts)
+    data = write_texts(tmp_path / "a.jsonl", texts)
     _, index, _ = tokenize(cli, tmp_path / "run", data, "--val-fraction", 0.2)
     train = {tuple(ids) for ids in documents(index.train, index)}
     val = {tuple(ids) for ids in documents(index.val, index)}
@@ -142,8 +138,8 @@ def test_the_validation_share_is_exact_in_a_small_corpus(cli, tmp_path, corpus):
 
 def test_the_split_does_not_depend_on_order_or_file(cli, tmp_path):
     texts = [f"{PROSE}{n}" for n in range(40)]
-    jsonl(tmp_path / "a.jsonl", texts)
-    jsonl(tmp_path / "b.jsonl", texts[::-1])
+    write_texts(tmp_path / "a.jsonl", texts)
+    write_texts(tmp_path / "b.jsonl", texts[::-1])
     sides = []
     for name in "ab":
         arguments = ("--algorithm", "byte")
@@ -177,7 +173,7 @@ def test_without_a_validation_share_there_is_no_val_split(cli, tmp_path, corpus)
 
 
 def test_val_data_is_the_validation_split(cli, tmp_path, corpus):
-    val = jsonl(tmp_path / "val.jsonl", ["Quite another text.", "And one more."])
+    val = write_texts(tmp_path / "val.jsonl", ["Quite another text.", "And one more."])
     _, index, tokenizer = tokenize(cli, tmp_path / "run", corpus, "--val-data", val)
     assert [tokenizer.decode(ids) for ids in documents(index.val, index)] == [
         "Quite another text.",
@@ -212,7 +208,7 @@ def test_a_foreign_tokenizer_frames_documents_its_own_way(cli, tmp_path, corpus)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     _, index, saved = tokenize(cli, tmp_path / "run", corpus, "--tokenizer", folder)
-    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    texts = [row["text"] for row in read_rows(corpus)]
     expected = [[*saved.encode(text).ids, 0] for text in texts]
     assert sorted(documents(index.train, index) + documents(index.val, index)) == sorted(expected)
     assert index.eos_token_id == 0
@@ -229,7 +225,7 @@ def test_the_same_call_writes_the_same_bytes(cli, tmp_path, corpus):
 
 def test_a_sample_trains_the_tokenizer_on_the_whole_span(cli, tmp_path):
     texts = [f"{'ab' if n < 100 else 'yz'} " * 200 for n in range(200)]
-    data = jsonl(tmp_path / "a.jsonl", [f"{t}{n}" for n, t in enumerate(texts)])
+    data = write_texts(tmp_path / "a.jsonl", [f"{t}{n}" for n, t in enumerate(texts)])
     _, _, tokenizer = tokenize(cli, tmp_path / "run", data, "--train-bytes", 12_000)
     assert {"ab", "yz"} <= {t.removeprefix("Ġ") for t in tokenizer.get_vocab()}
 
@@ -242,7 +238,7 @@ def test_a_dry_run_reads_all_and_writes_nothing(cli, tmp_path, corpus):
     assert (recipe["stage"], recipe["vocab_size"]) == ("tokenize", 300)
     assert "would encode 400 documents" in result.err
     assert not out.exists()
-    corpus_with_error = jsonl(tmp_path / "a.jsonl", ["fine"])
+    corpus_with_error = write_texts(tmp_path / "a.jsonl", ["fine"])
     corpus_with_error.write_text(corpus_with_error.read_text() + "{\n")
     assert cli("tokenize", "--data", corpus_with_error, "-o", out, "--dry-run").code == 3
 
@@ -375,7 +371,7 @@ def test_a_wrong_fast_encoder_is_found_out_and_not_used(cli, tmp_path, corpus):
     assert "fastokens disagrees with tokenizers" in result.err
     index = open_tokens(tmp_path / "run")
     tokenizer = Tokenizer.from_file(str(tmp_path / "run" / "tokenizer" / "tokenizer.json"))
-    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    texts = [row["text"] for row in read_rows(corpus)]
     expected = sorted([*tokenizer.encode(text).ids, 1] for text in texts)
     assert sorted(documents(index.train, index) + documents(index.val, index)) == expected
     assert not list((tmp_path / "run" / "tokens").glob(".*"))

@@ -13,15 +13,14 @@ from llmctl.data.tokenizer import encode
 from llmctl.data.tokenizer.load import load_vocabulary, vocabulary_of
 from llmctl.data.tokenizer.train import BOS, EOS, fingerprint, save_tokenizer, train_tokenizer
 from llmctl.errors import DataError
+from tests.run_files import write_texts
 
 TEXTS = [f"Number {n} is {'a small one' if n % 3 else 'odd'}.\n" * (n % 7 + 1) for n in range(60)]
 
 
 @pytest.fixture
 def data(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    return path
+    return write_texts(tmp_path / "a.jsonl", TEXTS)
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +61,8 @@ def test_a_sample_is_drawn_evenly_across_the_corpus(data, share):
 
 
 def test_a_sample_prefers_neither_short_nor_long_documents(tmp_path):
-    path = tmp_path / "a.jsonl"
     texts = [f"{n} " * (5 if n % 2 else 100) for n in range(2000)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    path = write_texts(tmp_path / "a.jsonl", texts)
     with open_corpus(Corpus(data=[str(path)])) as corpus:
         sample = list(corpus.sample(corpus.scan.bytes // 10))
     assert len(sample) == pytest.approx(200, rel=0.1)

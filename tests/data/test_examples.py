@@ -10,6 +10,7 @@ from llmctl.data.builtin import tasks
 from llmctl.data.examples import Example, read_examples
 from llmctl.errors import DataError, UserError
 from llmctl.files import sha256_file
+from tests.run_files import write_rows
 
 ASKED = {"role": "user", "content": "Hi"}
 SAID = {"role": "assistant", "content": "Hello."}
@@ -24,7 +25,7 @@ def write(path, *rows):
     elif path.suffix == ".json":
         path.write_text(json.dumps(list(rows), indent=2))
     else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(path, rows)
     return path
 
 

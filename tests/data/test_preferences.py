@@ -1,6 +1,5 @@
 """Preferences: every form of a row, what is refused or held out, and how a model reads them."""
 
-import json
 import random
 
 import pytest
@@ -14,6 +13,7 @@ from llmctl.data.preference_pairs import encode_pairs
 from llmctl.data.preferences import read_preferences
 from llmctl.data.sources import find_sources
 from llmctl.errors import DataError, UserError
+from tests.run_files import write_rows
 
 ASKED = {"role": "user", "content": "Hi"}
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -26,17 +26,12 @@ def preferences(seed):
     return named_preferences(f"builtin:preferences:{seed}")
 
 
-def write(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def read(*data, **how):
     return read_preferences(Preferred(**{"val_size": 0, **how}), [str(name) for name in data], 0)
 
 
 def only(tmp_path, row, **how):
-    (pair,) = read(write(tmp_path / "a.jsonl", row), **how).train
+    (pair,) = read(write_rows(tmp_path / "a.jsonl", [row]), **how).train
     return pair
 
 
@@ -101,7 +96,7 @@ def test_columns_can_be_told(tmp_path):
 def test_a_ranking_becomes_all_pairs_that_weigh_one(tmp_path):
     """By definition: ranks 1 2 2 3 make 5 pairs of different rank, each of weight 1/5."""
     row = {"prompt": "Hi", "responses": ["b", "a", "c", "d"], "ranks": [2, 1, 2, 3]}
-    found = read(write(tmp_path / "a.jsonl", row)).train
+    found = read(write_rows(tmp_path / "a.jsonl", [row])).train
     told = {(p.chosen.messages[1]["content"], p.rejected.messages[1]["content"]) for p in found}
     assert told == {("a", "b"), ("a", "c"), ("a", "d"), ("b", "d"), ("c", "d")}
     assert len(found) == 5
@@ -119,10 +114,10 @@ def test_rows_without_a_verdict_are_left_out_and_counted(tmp_path):
         {**ranked, "ranks": [1, 2]},
         {**ranked, "responses": ["a", "b", "b"], "ranks": [1, 2, 3]},
     ]
-    found = read(write(tmp_path / "a.jsonl", *rows))
+    found = read(write_rows(tmp_path / "a.jsonl", rows))
     assert found.dropped == {"equal": 1, "undecided": 4}
     assert [pair.weight for pair in found.train] == [1, 0.5, 0.5]
-    same = write(tmp_path / "b.jsonl", {"prompt": "Hi", "chosen": "a", "rejected": "a"})
+    same = write_rows(tmp_path / "b.jsonl", [{"prompt": "Hi", "chosen": "a", "rejected": "a"}])
     assert read(tmp_path / "a.jsonl", same).dropped["equal"] == 2
     with pytest.raises(DataError, match="no preference to learn from: 1 rows have equal"):
         read(same)
@@ -158,16 +153,18 @@ def test_what_is_no_preference_is_refused_with_its_line(tmp_path, row, message):
         fine = {"chosen": [ASKED, KIND], "rejected": [ASKED, CURT]}
     if "ranks" in row:
         fine = {"prompt": "Hi", "responses": ["a", "b"], "ranks": [1, 2]}
-    path = write(tmp_path / "a.jsonl", row)
+    path = write_rows(tmp_path / "a.jsonl", [row])
     with pytest.raises(DataError, match=message) as caught:
         read(path)
     assert (caught.value.file, caught.value.line, caught.value.code) == (str(path), 1, 3)
-    path = write(tmp_path / "b.jsonl", fine, row)
+    path = write_rows(tmp_path / "b.jsonl", [fine, row])
     assert len(read(path, skip_bad_rows=1).train) == 1
 
 
 def test_a_missing_column_names_those_there_are(tmp_path):
-    path = write(tmp_path / "a.jsonl", {"prompt": "Hi", **PAIR}, {"prompt": "Hi", "chosen": "a"})
+    path = write_rows(
+        tmp_path / "a.jsonl", [{"prompt": "Hi", **PAIR}, {"prompt": "Hi", "chosen": "a"}]
+    )
     with pytest.raises(DataError, match="no column `rejected`; there is `prompt`, `chosen`") as e:
         read(path)
     assert e.value.line == 2
@@ -184,20 +181,22 @@ def many(count):
 
 def test_no_prompt_is_on_both_sides_and_the_split_is_that_of_the_prompts(tmp_path):
     rows = many(300)
-    found = read(write(tmp_path / "a.jsonl", *rows), val_size=60)
+    found = read(write_rows(tmp_path / "a.jsonl", rows), val_size=60)
     sides = [{pair.prompt[0]["content"] for pair in part} for part in (found.train, found.val)]
     assert not sides[0] & sides[1]
     assert 57 <= len(found.val) <= 60
     assert len(found.train) + len(found.val) == 300
     random.Random(3).shuffle(rows)
-    again = read(write(tmp_path / "b.jsonl", *rows), val_size=60)
+    again = read(write_rows(tmp_path / "b.jsonl", rows), val_size=60)
     assert {pair.prompt[0]["content"] for pair in again.val} == sides[1]
     assert found.statistics()["shared_prompts"] == 0
 
 
 def test_weights_mix_and_pairs_of_a_prompt_go_together(tmp_path):
-    one = write(tmp_path / "a.jsonl", *many(90))
-    other = write(tmp_path / "b.jsonl", *[{**r, "prompt": f"Say {r['prompt']}"} for r in many(90)])
+    one = write_rows(tmp_path / "a.jsonl", many(90))
+    other = write_rows(
+        tmp_path / "b.jsonl", [{**r, "prompt": f"Say {r['prompt']}"} for r in many(90)]
+    )
     found = read(f"{one}=0.25", f"{other}=0.75").train
     names = [pair.name.split(":")[0] for pair in found]
     assert (names.count(str(one)), names.count(str(other))) == (30, 90)
@@ -205,18 +204,20 @@ def test_weights_mix_and_pairs_of_a_prompt_go_together(tmp_path):
 
 def test_a_pair_that_also_validates_is_refused(tmp_path):
     rows = many(30)
-    path = write(tmp_path / "a.jsonl", *rows)
-    val = write(tmp_path / "v.jsonl", rows[7])
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    val = write_rows(tmp_path / "v.jsonl", [rows[7]])
     with pytest.raises(DataError, match="this pair also validates") as caught:
         read(path, val_size=None, val_data=[str(val)])
     assert caught.value.line == 8
-    val = write(tmp_path / "v.jsonl", {**rows[7], "chosen": "Other."})
+    val = write_rows(tmp_path / "v.jsonl", [{**rows[7], "chosen": "Other."}])
     assert read(path, val_size=None, val_data=[str(val)]).statistics()["shared_prompts"] == 1
 
 
 def test_contradictions_are_counted(tmp_path):
     swapped = {"prompt": "Hi", "chosen": "What?", "rejected": "Hello."}
-    path = write(tmp_path / "a.jsonl", {"prompt": "Hi", **PAIR}, swapped, {"prompt": "Hi", **PAIR})
+    path = write_rows(
+        tmp_path / "a.jsonl", [{"prompt": "Hi", **PAIR}, swapped, {"prompt": "Hi", **PAIR}]
+    )
     facts = read(path).statistics()
     assert (facts["contradictions"], facts["duplicates"]) == (1, 1)
 
@@ -327,7 +328,7 @@ def test_prompts_are_cut_from_the_left_and_responses_never(tmp_path, kind):
         {"prompt": "Hi", "chosen": " ".join(["Hello"] * 30), "rejected": "What ?"},
         *({"prompt": "Hi", "chosen": "Hello .", "rejected": "What ?"} for _ in range(6)),
     ]
-    pairs = read(write(tmp_path / "a.jsonl", *rows)).train
+    pairs = read(write_rows(tmp_path / "a.jsonl", rows)).train
     whole = encode_pairs(form, pairs, 512, "drop")
     assert (len(whole), whole.cut, whole.dropped) == (8, 0, 0)
     limit = 20

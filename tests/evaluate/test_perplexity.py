@@ -15,6 +15,7 @@ from llmctl.evaluate.perplexity import (
     window_nats,
 )
 from llmctl.models.loading import load_causal_lm, load_tokenizer
+from tests.run_files import write_texts
 
 
 def measure(model, windows, text):
@@ -134,10 +135,8 @@ def test_a_tokenizer_without_prefix_begins_where_the_last_document_ended(tokeniz
 def test_val_loss_is_that_of_pretrain(cli, tokens, tmp_path):
     """One document, whole: the stream that pretraining validates on is the document itself."""
     text = "The cat sees the river. A dog likes many stars. Our teacher paints a song. " * 4
-    (tmp_path / "val.jsonl").write_text(json.dumps({"text": text}) + "\n")
-    (tmp_path / "train.jsonl").write_text(
-        "".join(json.dumps({"text": f"{i} The cat likes a red ball."}) + "\n" for i in range(60))
-    )
+    write_texts(tmp_path / "val.jsonl", [text])
+    write_texts(tmp_path / "train.jsonl", [f"{i} The cat likes a red ball." for i in range(60)])
     shape = ("--layers", 1, "--hidden", 16, "--heads", 1, "--context", 32, "--batch-size", 2)
     result = cli(
         *("pretrain", "--data", tmp_path / "train.jsonl", "--val-data", tmp_path / "val.jsonl"),

@@ -1,6 +1,5 @@
 """The page of `llmctl rank` in a real browser: keys, mouse, hostile texts, widths and colours."""
 
-import json
 import os
 import re
 import subprocess
@@ -17,6 +16,7 @@ from llmctl.feedback.questions import Entry, Question
 from llmctl.feedback.server import listen, serving
 from llmctl.feedback.session import Session
 from tests import chromium
+from tests.run_files import read_rows, write_rows
 
 STORY = "Once there was a fox who wanted grapes.\n\n1. It jumped.\n2. It fell.\n\n" + "Again. " * 90
 HOSTILE = (
@@ -56,7 +56,7 @@ def browser(tmp_path_factory):
 @pytest.fixture
 def page(browser, tmp_path):
     """A page of `llmctl rank`, open in the browser."""
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    write_rows(tmp_path / "data.jsonl", ROWS)
     found = Page(browser, tmp_path)
     found.start()
     yield found
@@ -87,7 +87,7 @@ class Page:
         self.process.communicate()
 
     def rows(self) -> list[dict]:
-        return [json.loads(line) for line in self.out.read_text().splitlines()]
+        return read_rows(self.out)
 
     def texts(self) -> list[str]:
         return self.browser.js(

@@ -25,6 +25,7 @@ from llmctl.errors import ModelError, UserError
 from llmctl.models.adapters import save_adapter, weights_sha256
 from llmctl.models.loading import grow_embeddings, load_causal_lm, load_config
 from llmctl.training.adapters import adapt, trainable_parameters
+from tests.run_files import edit_json
 
 torch.set_num_threads(1)
 
@@ -332,11 +333,6 @@ def rewrite(adapter, change):
     save_file(tensors, file, metadata=metadata)
 
 
-def about(adapter, **changes):
-    file = adapter / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-
 Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
 ROWS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 DAMAGE = {
@@ -358,7 +354,7 @@ def test_damaged_adapters_are_refused_by_name(pair, name):
 
 def test_another_base_is_refused(pair, tmp_path):
     other = make_base(tmp_path / "other", seed=7)
-    about(pair[1], base_model_name_or_path=str(other))
+    edit_json(pair[1] / "adapter_config.json", base_model_name_or_path=str(other))
     with pytest.raises(ModelError, match="trained on another base") as caught:
         load(pair[1])
     assert str(other) in str(caught.value)
@@ -380,13 +376,16 @@ def test_a_base_that_is_gone_is_named(pair):
 
 def test_rows_that_nobody_has_are_refused(pair):
     """A number of rows that takes all memory is refused before any is taken."""
-    about(pair[1], trainable_token_indices={"model.embed_tokens": [48, 10**12]})
+    edit_json(
+        pair[1] / "adapter_config.json",
+        trainable_token_indices={"model.embed_tokens": [48, 10**12]},
+    )
     with pytest.raises(ModelError, match="no values for row 49"):
         load(pair[1])
 
 
 def test_absurd_sizes_take_no_memory(pair):
-    about(pair[1], r=10**11)
+    edit_json(pair[1] / "adapter_config.json", r=10**11)
     with pytest.raises(ModelError, match="r of 100,000,000,000, and no tensor has"):
         load(pair[1])
 

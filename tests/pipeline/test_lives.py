@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from llmctl.pipeline.demo import RECIPE
+from tests.run_files import write_rows
 
 LIVES = sorted((Path(__file__).parents[2] / "recipes/lifecycle").glob("*.yaml"))
 PROMPTS = [{"prompt": f"Say {word}."} for word in ("one", "two", "three", "four", "five", "six")]
@@ -23,7 +24,7 @@ def data(corpus, tmp_path, monkeypatch):
         **dict.fromkeys(("prompts", "prompts-1", "prompts-2", "prompts-3"), PROMPTS),
     }
     for name, rows in files.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(tmp_path / f"{name}.jsonl", rows)
     (tmp_path / "text").mkdir()
     (tmp_path / "text/a.txt").write_text(corpus.read_text())
     monkeypatch.setenv("DATA", str(tmp_path))

@@ -30,6 +30,7 @@ from llmctl.planning.shape import config_of, shape_of
 from llmctl.planning.workload import PpoWorkload, Workload
 from llmctl.training.adapters import adapt, trainable_parameters
 from tests.conftest import sentences
+from tests.run_files import rows_in, write_texts
 
 TOKENS = (2, 24)
 """Sequences and their length."""
@@ -283,9 +284,8 @@ def measured(tokens, tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(tokens / "tokenizer")
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids = {name: getattr(tokenizer, name) for name in names}
-    rows = folder / "rows.jsonl"
     texts = (" ".join(sentences(80, seed)) for seed in range(12))
-    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    rows = write_texts(folder / "rows.jsonl", texts)
     jobs = []
     for name, (hidden, intermediate, layers, heads, kv_heads) in SIZES.items():
         config = LlamaConfig(
@@ -313,7 +313,7 @@ def measured(tokens, tmp_path_factory):
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    return {found["name"]: found for found in map(json.loads, ran.stdout.splitlines())}
+    return {found["name"]: found for found in rows_in(ran.stdout)}
 
 
 def _job(name, model, rows, lora):

@@ -2,7 +2,6 @@
 
 import json
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from llmctl.ppo.setup import prepare_ppo
 from tests.conftest import OBJECTS, SUBJECTS, VERBS
+from tests.run_files import policy_steps, write_rows
 
 QUICK = ("--batch-size", 8, "--minibatches", 2, "--ppo-epochs", 2, "--max-new-tokens", 12)
 QUICK = (*QUICK, "--threads", 1, "--lr", 1e-3, "--val-size", 8)
@@ -24,12 +24,11 @@ def preferences(path, good, bad):
         prompt = f"{subject} {draw.choice(VERBS)} {draw.choice(OBJECTS)}. {number}"
         chosen, rejected = (f"{subject} {verb} {o}." for o in (good, bad))
         rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_rows(path, rows)
 
 
 @pytest.fixture(scope="module")
-def reward_models(cli, roomy, tmp_path_factory):
+def reward_models(cli, roomy, prompts, tmp_path_factory):
     """Two reward models that want different things, in full and as adapters; and prompts."""
     folder = tmp_path_factory.mktemp("reward_models")
     runs = {}
@@ -44,19 +43,11 @@ def reward_models(cli, roomy, tmp_path_factory):
             result = cli("reward", "--model", roomy, "--data", data, *options)
             assert result.code == 0, result.err
             runs[f"{name}{way}"] = out
-    prompts = folder / "prompts.jsonl"
-    texts = [f"{subject} {verb}" for subject in SUBJECTS for verb in VERBS]
-    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     return {**runs, "prompts": prompts}
 
 
 def ppo(cli, roomy, reward_models, *arguments):
     return cli("ppo", "--model", roomy, "--data", reward_models["prompts"], *QUICK, *arguments)
-
-
-def steps(run):
-    lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
-    return [line for line in map(json.loads, lines) if "kl" in line]
 
 
 def test_adapters_of_the_same_base_share_its_weights(cli, roomy, reward_models, tmp_path):
@@ -141,7 +132,7 @@ def test_weights_move_the_scores_in_their_directions(cli, roomy, reward_models, 
         more = ("--batch-size", 24, "--max-steps", 8, *flags)
         result = ppo(cli, roomy, reward_models, *rewards, *more, "-o", out)
         assert result.code == 0, result.err
-        last = steps(out)[-3:]
+        last = policy_steps(out)[-3:]
         for source in ("ball", "stars"):
             scores[name, source] = sum(line[f"score/{source}{way}"] for line in last)
     assert scores["ball", "ball"] > scores["stars", "ball"]
@@ -158,7 +149,7 @@ def test_the_value_model_starts_at_the_normalised_score(cli, roomy, reward_model
     manifest = json.loads((out / "manifest.json").read_text())
     scale, shift = manifest["value_scale"]
     mean, std = -shift / scale, 1 / scale
-    first = steps(out)[0]
+    first = policy_steps(out)[0]
     assert first["score"] == pytest.approx((first["score/ball"] - mean) / std, abs=0.05)
 
 

@@ -1,17 +1,14 @@
 """Self-checks of PPO: a sound run passes, and each defect is refused by its own check."""
 
-import json
-
 import pytest
 import torch
 
 from llmctl.errors import ModelError, UserError
 from llmctl.ppo.self_checks import run_self_checks
-from tests.conftest import SUBJECTS, VERBS
 
 
 @pytest.fixture
-def checked(cli, roomy, tmp_path, monkeypatch):
+def checked(cli, roomy, prompts, tmp_path, monkeypatch):
     """Models and first experience of a run, caught where they are checked."""
     caught = {}
 
@@ -20,9 +17,6 @@ def checked(cli, roomy, tmp_path, monkeypatch):
         raise UserError("caught")
 
     monkeypatch.setattr("llmctl.ppo.loop.run_self_checks", catch)
-    prompts = tmp_path / "prompts.jsonl"
-    texts = [f"{subject} {verb}" for subject in SUBJECTS for verb in VERBS]
-    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     sizes = ("--batch-size", 8, "--max-new-tokens", 12, "--max-steps", 1, "--threads", 1)
     rewards = ("--reward-rule", "repetition", "--temperature", 0.7)
     cli("ppo", "--model", roomy, "--data", prompts, *sizes, *rewards, "-o", tmp_path / "run")

@@ -22,6 +22,7 @@ from llmctl.errors import DataError, ModelError
 from llmctl.models.loading import load_tokenizer
 from llmctl.reward.model import PromptResponse, load_reward_model
 from tests.data.test_preferences import tokenizer
+from tests.run_files import edit_json
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 ROOM = {"max_position_embeddings": 32, "intermediate_size": 64}
@@ -79,11 +80,6 @@ def scorers(tmp_path_factory):
 def scorer(scorers, tmp_path):
     """A llama's folder to spoil."""
     return shutil.copytree(scorers / "llama", tmp_path / "spoiled")
-
-
-def edit(folder, **change):
-    file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
@@ -195,7 +191,7 @@ def test_an_adapter_scores_as_it_did(scorers, tmp_path):
 
 
 def test_a_language_model_and_a_classifier_are_refused(scorer, scorers, tmp_path):
-    edit(scorer, architectures=["LlamaForCausalLM"])
+    edit_json(scorer / "config.json", architectures=["LlamaForCausalLM"])
     with pytest.raises(ModelError, match="LlamaForCausalLM has no head that scores") as caught:
         load_reward_model(str(scorer))
     assert caught.value.code == 4
@@ -228,26 +224,26 @@ def test_a_missing_head_and_broken_weights_are_refused(scorer):
 
 
 def test_pickles_and_other_architectures_are_refused(scorer):
-    edit(scorer, model_type="mamba")
+    edit_json(scorer / "config.json", model_type="mamba")
     with pytest.raises(ModelError, match="no classifier of the architecture mamba"):
         load_reward_model(str(scorer))
-    edit(scorer, model_type="llama")
+    edit_json(scorer / "config.json", model_type="llama")
     (scorer / "model.safetensors").rename(scorer / "pytorch_model.bin")
     with pytest.raises(ModelError, match="only pickled weights"):
         load_reward_model(str(scorer))
 
 
 def test_padding_that_also_ends_texts_is_refused(scorer):
-    edit(scorer, pad_token_id=2)
+    edit_json(scorer / "config.json", pad_token_id=2)
     with pytest.raises(ModelError, match="the padding token </s> also ends texts"):
         load_reward_model(str(scorer))
-    edit(scorer, pad_token_id=0, eos_token_id=[2, 0])
+    edit_json(scorer / "config.json", pad_token_id=0, eos_token_id=[2, 0])
     with pytest.raises(ModelError, match="also ends texts"):
         load_reward_model(str(scorer))
     tokens = json.loads((scorer / "tokenizer_config.json").read_text())
     del tokens["pad_token"]
     (scorer / "tokenizer_config.json").write_text(json.dumps(tokens))
-    edit(scorer, pad_token_id=None, eos_token_id=2)
+    edit_json(scorer / "config.json", pad_token_id=None, eos_token_id=2)
     with pytest.raises(ModelError, match="no padding token"):
         load_reward_model(str(scorer))
 
@@ -262,7 +258,7 @@ def test_a_tokenizer_of_another_model_is_refused(scorer):
         load_reward_model(str(scorer)).score([PromptResponse("Hi", " unheard")])
     found.add_special_tokens({"pad_token": "[OTHER]"})
     found.save_pretrained(scorer)
-    edit(scorer, pad_token_id=None)
+    edit_json(scorer / "config.json", pad_token_id=None)
     with pytest.raises(ModelError, match="the padding token has the id 15"):
         load_reward_model(str(scorer))
 
@@ -270,7 +266,7 @@ def test_a_tokenizer_of_another_model_is_refused(scorer):
 def test_a_text_that_holds_the_padding_is_refused(scorer):
     found = load_reward_model(str(scorer))
     unknown = found.tokenizer.unk_token_id
-    edit(scorer, pad_token_id=unknown)
+    edit_json(scorer / "config.json", pad_token_id=unknown)
     found = load_reward_model(str(scorer))
     with pytest.raises(DataError, match="has the padding token in it"):
         found.score([PromptResponse("Hi", " unheard of")])

@@ -16,6 +16,7 @@ from llmctl.errors import DataError, DivergedError, ModelError, OutputError
 from llmctl.files import finite, write_json
 from llmctl.runs.directory import finished_already, is_complete, open_run, read_manifest
 from tests.conftest import SMALL
+from tests.run_files import metrics
 
 CHANGES = ("write_bytes", "write_text", "replace", "rename", "unlink")
 
@@ -238,7 +239,7 @@ def test_metrics_that_are_no_lines_are_dropped(tmp_path, monkeypatch):
         run.drop_metrics_after(4)
         assert written[-1] == out / "metrics.jsonl"
         run.log({"step": 5})
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics(out)
     assert rows == [{"step": 1, "loss": 3.0}, {"step": 4}, {"step": 5}]
 
 

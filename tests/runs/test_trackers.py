@@ -14,17 +14,14 @@ from llmctl.config.commands import PpoConfig, PretrainConfig
 from llmctl.errors import UserError
 from llmctl.runs import trackers
 from tests.conftest import SMALL
+from tests.run_files import metrics
 
 TRAINING = (*SMALL, "--max-steps", 6, "--log-every", 1, "--threads", 1)
 
 
-def rows(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def points(run, name):
     """(step, value) of every line that has the figure."""
-    return [(row["step"], row[name]) for row in rows(run) if row.get(name) is not None]
+    return [(row["step"], row[name]) for row in metrics(run) if row.get(name) is not None]
 
 
 @pytest.fixture
@@ -105,7 +102,7 @@ def test_a_resumed_run_goes_on_and_no_step_is_there_twice(cli, tokens, homes):
     out = homes / "run"
     first = interrupted(tokens, out, "tensorboard,trackio,wandb")
     known = json.loads((out / "manifest.json").read_text())["trackers"]
-    assert [row["step"] for row in rows(out) if "loss" in row][-1] == 5
+    assert [row["step"] for row in metrics(out) if "loss" in row][-1] == 5
     ran = cli("pretrain", "--tokens", tokens, *first, "--resume")
     assert ran.code == 0, ran.err
     assert ran.out == f"{out}\n", "trackers say nothing on stdout"

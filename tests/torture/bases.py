@@ -3,10 +3,10 @@
 Each is made once, beside the tokenize run, and the same on every machine.
 """
 
-import json
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+
+from tests.run_files import write_rows
 
 HIDDEN = {"large": 256, "small": 32}
 WHO = ["cat", "dog", "friend", "teacher", "bird"]
@@ -61,7 +61,7 @@ def make_chats(tokens: Path) -> Path:
     for number in range(70):
         turns = [("user", question(number)), ("assistant", answer(number))]
         rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
-    return _write(tokens.with_name("chats.jsonl"), rows)
+    return write_rows(tokens.with_name("chats.jsonl"), rows)
 
 
 @cache
@@ -71,7 +71,7 @@ def make_texts(tokens: Path) -> Path:
         {"text": f"{question(number)} {answer(number)}", "label": WHO[number % 5]}
         for number in range(70)
     )
-    return _write(tokens.with_name("texts.jsonl"), rows)
+    return write_rows(tokens.with_name("texts.jsonl"), rows)
 
 
 @cache
@@ -85,14 +85,14 @@ def make_pairs(tokens: Path) -> Path:
         }
         for number in range(40)
     )
-    return _write(tokens.with_name("pairs.jsonl"), rows)
+    return write_rows(tokens.with_name("pairs.jsonl"), rows)
 
 
 @cache
 def make_prompts(tokens: Path) -> Path:
     """Prompts of unequal length."""
     rows = ({"prompt": question(number)} for number in range(35))
-    return _write(tokens.with_name("prompts.jsonl"), rows)
+    return write_rows(tokens.with_name("prompts.jsonl"), rows)
 
 
 def question(number: int) -> str:
@@ -103,8 +103,3 @@ def question(number: int) -> str:
 def answer(number: int) -> str:
     """What is right."""
     return f"The {WHO[number % 5]} sees {WHAT[number // 5 % 7]}."
-
-
-def _write(file: Path, rows: Iterable[dict[str, object]]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file

@@ -6,7 +6,6 @@ TORTURE=long runs the long form, TORTURE_SEED repeats one.
 import json
 import os
 import random
-import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ import pytest
 
 from llmctl.files import sha256_file
 from llmctl.runs.cards import CARD
+from tests.run_files import RESULTS, cut_off
 from tests.torture import harness
 from tests.torture.subjects import LONG, Subject
 
 SEED = int(os.environ.get("TORTURE_SEED") or random.SystemRandom().randrange(10**6))
 COLUMNS = ("tried", "inside a save", "survived", "bit-identical")
-RESULTS = ("model", "adapter", "value_model")
 LOGS = ("metrics.jsonl", "samples.jsonl")
 CLOCK = (
     *("time", "tokens_per_second", "mfu", "memory_bytes"),
@@ -150,11 +149,6 @@ def copy_of(tmp_path):
     """A copy of a finished run that looks as if it had been cut off."""
 
     def make(finished: Path, name: str = "run") -> Path:
-        out = tmp_path / name
-        shutil.copytree(finished, out)
-        for result in RESULTS:
-            shutil.rmtree(out / result, ignore_errors=True)
-        (out / "status.json").write_text('{"state": "running"}')
-        return out
+        return cut_off(finished, tmp_path / name)
 
     return make

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from llmctl.runs.resume import defect
-from tests.torture.conftest import RESULTS, counts, tally
+from tests.run_files import RESULTS
+from tests.torture.conftest import counts, tally
 from tests.torture.harness import checkpoints, kill_when, saving_step, unfinished, until
 from tests.torture.plants import CRASHED, die_at_call
 from tests.torture.subjects import BRIEF, LONG, LORA, SUBJECTS, cases

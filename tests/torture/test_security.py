@@ -16,6 +16,7 @@ import torch
 
 from llmctl.config.commands import PretrainConfig
 from llmctl.errors import UserError
+from tests.run_files import cut_off, edit_json
 from tests.torture import harness
 
 PICKLES = ("pytorch_model.bin", "optimizer.pt", "training_args.bin", "rng_state.pth")
@@ -34,10 +35,6 @@ def model(base, tmp_path) -> Path:
 def canary(tmp_path) -> Path:
     """What only an attack creates."""
     return tmp_path / "canary"
-
-
-def edit(file: Path, **changes: object) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 # Pickles
@@ -113,14 +110,6 @@ def test_a_pickled_adapter_is_refused(cli, model, tmp_path, canary) -> None:
     assert not canary.exists()
 
 
-def cut_off(finished: Path, out: Path) -> Path:
-    """A copy of a run as a kill would have left it."""
-    shutil.copytree(finished, out)
-    shutil.rmtree(out / "model")
-    (out / "status.json").write_text('{"state": "running"}')
-    return out
-
-
 def test_pickles_in_a_checkpoint_are_never_read(cli, tokens, base, tmp_path, canary) -> None:
     def resume(*flags: object) -> tuple[int, str]:
         shape = ("--layers", 2, "--hidden", 32, "--heads", 2, "--context", 32, "--batch-size", 8)
@@ -158,11 +147,11 @@ def test_code_of_a_model_never_runs_whatever_stdin_says(model, canary, where, fl
     )
     if where in ("model", "both"):
         classes = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
-        edit(model / "config.json", auto_map=classes, model_type="evil")
+        edit_json(model / "config.json", auto_map=classes, model_type="evil")
     if where in ("tokenizer", "both"):
         classes = {"AutoTokenizer": ["evil.Tokens", "evil.Tokens"]}
         config = model / "tokenizer_config.json"
-        edit(config, auto_map=classes, tokenizer_class="EvilTokens")
+        edit_json(config, auto_map=classes, tokenizer_class="EvilTokens")
         (model / "tokenizer.json").unlink()
     answers = model / "yes"
     answers.write_text("y\n" * 100_000)
@@ -239,7 +228,7 @@ def index_to(model: Path, shard: str) -> None:
 
 
 def config(**changes: object) -> Callable[[Path], None]:
-    return lambda model: edit(model / "config.json", **changes)
+    return lambda model: edit_json(model / "config.json", **changes)
 
 
 def header(claimed: int, text: bytes = b"{}") -> Callable[[Path], None]:
@@ -249,7 +238,7 @@ def header(claimed: int, text: bytes = b"{}") -> Callable[[Path], None]:
 
 def other_index(model: Path) -> None:
     shutil.copy(model / "model.safetensors", model.with_name("x"))
-    edit(model / "config.json", transformers_weights="../x.safetensors.index.json")
+    edit_json(model / "config.json", transformers_weights="../x.safetensors.index.json")
 
 
 HUGE = b'{"a":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}'
@@ -268,7 +257,7 @@ HARM: dict[str, tuple[Callable[[Path], object], str]] = {
     "100 MB of config": (config(x="y" * 10**8), "the limit is 10,000,000"),
     "deep config": (lambda m: (m / "config.json").write_text("[" * 10**6), "recursion"),
     "tokenizer config": (
-        lambda m: edit(m / "tokenizer_config.json", x="y" * 10**8),
+        lambda m: edit_json(m / "tokenizer_config.json", x="y" * 10**8),
         "the limit is 10,000,000",
     ),
     "a long template": (

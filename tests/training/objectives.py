@@ -1,7 +1,6 @@
 """Every objective that the loop trains, as a command on tiny inputs; and what compares runs."""
 
 import importlib.util
-import json
 import multiprocessing
 import os
 import random
@@ -15,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.run_files import metrics
 
 CURVES = Path(__file__).parents[1] / "fixtures" / "curves"
 CLOCKED = ("time", "tokens_per_second", "mfu", "memory_bytes")
@@ -144,8 +145,7 @@ def keep_gradients(patch: pytest.MonkeyPatch, kept: list[torch.Tensor]) -> None:
 
 def lines_of(run: Path) -> list[dict[str, Any]]:
     """Metrics of a run without those that a clock decides."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in CLOCKED} for line in lines]
+    return [{k: v for k, v in line.items() if k not in CLOCKED} for line in metrics(run)]
 
 
 def result_of(run: Path) -> Path:

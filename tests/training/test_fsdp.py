@@ -5,7 +5,6 @@ Accelerate refuses FSDP on a CPU. Here it is told that it is in force, with the 
 """
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from llmctl.training import distributed, loop
 from llmctl.training.batches import validation_shares
 from llmctl.training.run_state import Progress
 from llmctl.training.state import capture, put_weights, restore, set_generators
+from tests.run_files import cut_off
 from tests.training.objectives import (
     OBJECTIVES,
     RECORDER,
@@ -117,9 +117,7 @@ def test_a_sharded_run_resumes_in_the_same_bits(inputs, tmp_path):
     flags = ("--batch-size", 4)
     codes, text = run_sharded(SFT.arguments(inputs, undisturbed, *flags), tmp_path / "first")
     assert codes == [0, 0], text
-    shutil.copytree(undisturbed, cut, ignore=shutil.ignore_patterns("model"))
-    shutil.rmtree(cut / "checkpoints" / "checkpoint-4")
-    (cut / "status.json").write_text('{"state": "running"}')
+    cut_off(undisturbed, cut, 2)
     again = SFT.arguments(inputs, cut, *flags, "--resume")
     codes, text = run_sharded(again, tmp_path / "second")
     assert codes == [0, 0], text

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.run_files import write_rows
+
 SOURCE = Path(__file__).parents[2] / "src" / "llmctl"
 FILES = sorted(SOURCE.rglob("*.py"))
 TRAINERS = re.compile(
@@ -96,12 +98,11 @@ def test_nothing_is_imported_by_a_name_made_at_run_time():
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["sft", "dpo"])
 def test_a_dry_run_on_a_cpu_loads_no_trl(roomy, tmp_path, command):
-    data = tmp_path / "rows.jsonl"
     row = {"prompt": "Who sees?", "response": "The cat."}
     if command == "dpo":
         row = {"prompt": "Who sees?", "chosen": "The cat.", "rejected": "A dog."}
     rows = [{**row, "prompt": f"{row['prompt']} {number}"} for number in range(20)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = write_rows(tmp_path / "rows.jsonl", rows)
     program = (
         "import json, sys\n"
         "from llmctl.cli import main\n"

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from llmctl import hardware
 from llmctl.files import sha256_file
 from llmctl.training import loop, probe
+from tests.run_files import cut_off
 from tests.training.objectives import (
     OBJECTIVES,
     RECORDER,
@@ -144,10 +144,7 @@ def test_an_interrupted_run_resumes_in_the_same_bits(train, at_pass, tmp_path, o
 @every_objective
 def test_a_killed_run_resumes_in_the_same_bits(train, whole, tmp_path, objective):
     """From a checkpoint that is older than the last line of metrics."""
-    cut = tmp_path / "cut"
-    shutil.copytree(whole(objective).out, cut, ignore=shutil.ignore_patterns("model", "adapter"))
-    shutil.rmtree(cut / "checkpoints" / "checkpoint-4")
-    (cut / "status.json").write_text('{"state": "running"}')
+    cut = cut_off(whole(objective).out, tmp_path / "cut", 2)
     resumed = train(objective, cut, "--resume")
     assert resumed.code == 0, resumed.err
     assert "checkpoint-2" in resumed.err

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmctl.files import sha256_file
 from tests.conftest import SMALL
+from tests.run_files import cut_off, digest, manifest, metrics
 
 STEPS = ("--max-steps", 12, "--save-every", 4, "--eval-every", 6, "--keep", 9, "--threads", 1)
 
@@ -22,27 +22,6 @@ def train(cli, tokens):
         return cli("pretrain", "--tokens", tokens, *SMALL, *STEPS, "-o", out, *flags)
 
     return run
-
-
-def digest(run):
-    return sha256_file(run / "model" / "model.safetensors")
-
-
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def manifest(run):
-    return json.loads((run / "manifest.json").read_text())
-
-
-def cut(whole, to, after):
-    """A run that was killed after the checkpoint of this step."""
-    shutil.copytree(whole, to, ignore=shutil.ignore_patterns("model"))
-    (to / "status.json").write_text('{"state": "running"}')
-    for path in (to / "checkpoints").iterdir():
-        if int(path.name.split("-")[1]) > after:
-            shutil.rmtree(path)
 
 
 def spoil(monkeypatch, *steps):
@@ -144,7 +123,7 @@ def test_a_resumed_run_keeps_the_batch_it_found(train, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pretrain, "largest_batch", lambda *_: 4)
     assert train(tmp_path / "whole", "--find-batch-size").code == 0
-    cut(tmp_path / "whole", tmp_path / "again", 8)
+    cut_off(tmp_path / "whole", tmp_path / "again", 8)
     monkeypatch.setattr(pretrain, "largest_batch", lambda *_: 1)
     result = train(tmp_path / "again", "--find-batch-size", "--resume")
     assert result.code == 0, result.err
@@ -170,7 +149,7 @@ def test_not_even_one_sequence_fits(train, tmp_path, monkeypatch):
 def test_a_change_is_refused_named_and_allowed(train, tmp_path):
     whole, again = tmp_path / "whole", tmp_path / "again"
     assert train(whole).code == 0
-    cut(whole, again, 4)
+    cut_off(whole, again, 4)
     for flags, named in (
         (("--lr", 0.001), "lr: 0.0"),
         (("--seed", 3), "seed: 0 -> 3"),
@@ -192,7 +171,7 @@ def test_a_change_is_refused_named_and_allowed(train, tmp_path):
 def test_other_data_and_another_tokenizer_are_refused(cli, train, tokens, corpus, tmp_path):
     whole, again = tmp_path / "whole", tmp_path / "again"
     assert train(whole).code == 0
-    cut(whole, again, 4)
+    cut_off(whole, again, 4)
     changed = tmp_path / "changed.jsonl"
     changed.write_text(corpus.read_text().replace("cat", "cow", 1))
     other = tmp_path / "other"
@@ -209,7 +188,7 @@ def test_other_data_and_another_tokenizer_are_refused(cli, train, tokens, corpus
 
 def test_a_checkpoint_beyond_the_last_step_is_refused(train, tmp_path):
     assert train(tmp_path / "whole").code == 0
-    cut(tmp_path / "whole", tmp_path / "again", 8)
+    cut_off(tmp_path / "whole", tmp_path / "again", 8)
     flags = ("--max-steps", 6, "--resume", "--resume-allow", "max_steps")
     result = train(tmp_path / "again", *flags)
     assert result.code == 2
@@ -233,7 +212,7 @@ def test_an_older_checkpoint_of_the_same_run_starts_a_branch(train, tmp_path):
 def test_its_own_newest_goes_before_the_named_one(train, tmp_path):
     """So that a requeued job can be given both flags each time."""
     assert train(tmp_path / "first").code == 0
-    cut(tmp_path / "first", tmp_path / "second", 8)
+    cut_off(tmp_path / "first", tmp_path / "second", 8)
     named = tmp_path / "first" / "checkpoints" / "checkpoint-4"
     result = train(tmp_path / "second", "--resume", "--resume-from", named)
     assert result.code == 0, result.err
@@ -245,10 +224,10 @@ def test_its_own_newest_goes_before_the_named_one(train, tmp_path):
 
 def test_other_surroundings_are_said(train, tmp_path, monkeypatch):
     assert train(tmp_path / "whole").code == 0
-    cut(tmp_path / "whole", tmp_path / "again", 8)
+    cut_off(tmp_path / "whole", tmp_path / "again", 8)
     result = train(tmp_path / "again", "--resume")
     assert "not the same to the last bit" not in result.err
-    cut(tmp_path / "whole", tmp_path / "elsewhere", 8)
+    cut_off(tmp_path / "whole", tmp_path / "elsewhere", 8)
     result = train(tmp_path / "elsewhere", "--resume", "--threads", 2)
     assert result.code == 0
     assert "threads: 1 -> 2: not the same to the last bit" in result.err
@@ -259,7 +238,7 @@ def test_other_surroundings_are_said(train, tmp_path, monkeypatch):
 
 def test_time_and_metrics_go_on_where_they_were(train, tmp_path):
     assert train(tmp_path / "whole").code == 0
-    cut(tmp_path / "whole", tmp_path / "again", 8)
+    cut_off(tmp_path / "whole", tmp_path / "again", 8)
     assert train(tmp_path / "again", "--resume").code == 0
     times = [row["time"] for row in metrics(tmp_path / "again")]
     assert times == sorted(times)
@@ -269,7 +248,7 @@ def test_time_and_metrics_go_on_where_they_were(train, tmp_path):
 def test_resuming_at_the_last_step_reports_what_was_measured(train, tmp_path):
     assert train(tmp_path / "whole").code == 0
     before = manifest(tmp_path / "whole")["result"]
-    cut(tmp_path / "whole", tmp_path / "again", 12)
+    cut_off(tmp_path / "whole", tmp_path / "again", 12)
     result = train(tmp_path / "again", "--resume", "--json")
     found = json.loads(result.out)
     assert found["loss"] == before["loss"]
@@ -321,7 +300,7 @@ def test_weights_that_the_last_update_ruined_are_not_a_result(train, tmp_path):
 def test_finding_a_batch_does_not_hide_that_it_changed(train, tmp_path):
     whole, again = tmp_path / "whole", tmp_path / "again"
     assert train(whole).code == 0
-    cut(whole, again, 4)
+    cut_off(whole, again, 4)
     result = train(again, "--batch-size", 6, "--find-batch-size", "--resume")
     assert result.code == 4
     assert "batch_size: 8 -> 6" in result.err
@@ -330,13 +309,13 @@ def test_finding_a_batch_does_not_hide_that_it_changed(train, tmp_path):
 def test_another_effective_batch_is_said(train, tmp_path):
     whole, again = tmp_path / "whole", tmp_path / "again"
     assert train(whole).code == 0
-    cut(whole, again, 4)
+    cut_off(whole, again, 4)
     flags = ("--resume", "--resume-allow", "batch_size,grad_accum")
     result = train(again, "--batch-size", 4, "--grad-accum", 2, *flags)
     assert result.code == 0, result.err
     assert "another effective batch" not in result.err
     shutil.rmtree(again)
-    cut(whole, again, 4)
+    cut_off(whole, again, 4)
     result = train(again, "--batch-size", 4, *flags)
     assert "another effective batch" in result.err
 

@@ -30,6 +30,7 @@ from llmctl.data.examples import Example
 from llmctl.data.sft import SftData
 from llmctl.data.tokenized import EncodedSequence, collect
 from llmctl.errors import DataError
+from tests.run_files import write_rows
 
 BOS, EOS, UNK, PAD, START, END, OTHER, WORD = range(8)
 NAMES = ("<s>", "</s>", "<unk>", "<pad>", "<|start|>", "<|end|>", "<|other|>", "word")
@@ -400,17 +401,12 @@ def test_a_pipe_gets_plain_aligned_text(look, make, model, monkeypatch):
 # From here on by way of the command line, on a model that was really made.
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 @pytest.fixture
 def chats(tmp_path):
     rows = [
         {"prompt": f"What is {k}?", "completion": f"It is {k}, and not {k + 1}."} for k in range(40)
     ]
-    return write(tmp_path / "chats.jsonl", rows)
+    return write_rows(tmp_path / "chats.jsonl", rows)
 
 
 def test_the_command_prints_a_report(cli, base, chats):
@@ -449,7 +445,7 @@ BAD = {
 def test_a_template_that_would_break_the_model_is_refused(cli, base, tmp_path, what, command):
     (tmp_path / "bad.jinja").write_text(BAD[what])
     rows = [{"prompt": "Hi", "completion": "Yes."}] * 3
-    data = write(tmp_path / "few.jsonl", rows)
+    data = write_rows(tmp_path / "few.jsonl", rows)
     given = (data,) if command == "audit" else ("--data", data, "-o", tmp_path / "run")
     result = cli(command, *given, "--model", base, "--chat-template", tmp_path / "bad.jinja")
     assert result.code == 3, result.err
@@ -459,7 +455,7 @@ def test_a_template_that_would_break_the_model_is_refused(cli, base, tmp_path, w
 
 def test_a_terminal_gets_colour_and_no_orders(base, tmp_path):
     rows = [{"prompt": "Hi \u001b]0;owned\u0007", "completion": "Yes \u001b[2J."}] * 2
-    data = write(tmp_path / "few.jsonl", rows)
+    data = write_rows(tmp_path / "few.jsonl", rows)
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "llmctl", "audit", data, "--model", base]
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200"}

@@ -15,6 +15,7 @@ from llmctl.data.chat import sandbox, sandbox_process
 from llmctl.data.chat.render import ChatFormat
 from llmctl.data.chat.sandbox import CHATML_TEMPLATE, render_cuts
 from llmctl.errors import ModelError
+from tests.run_files import rows_in
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
@@ -181,7 +182,7 @@ def test_bombs_are_refused_in_time_and_memory() -> None:
         capture_output=True,
         text=True,
     )
-    rows = [json.loads(line) for line in ran.stdout.splitlines()]
+    rows = rows_in(ran.stdout)
     assert [row[0] for row in rows] == list(BOMBS), ran.stderr
     for name, refused, seconds, kilobytes in rows:
         print(f"{name:22} {seconds:.2f} s {kilobytes // 1024} MB  {refused.splitlines()[0]}")
