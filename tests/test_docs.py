@@ -28,6 +28,10 @@ def test_the_reference_is_current():
     assert ran.returncode == 0, ran.stderr
 
 
+def test_there_are_recipes():
+    assert len(RECIPES) >= 3
+
+
 def test_every_folder_of_recipes_holds_some_and_the_guide_lists_it():
     guide = (ROOT / "docs/guide.md").read_text()
     listed = set(re.findall(r"^\| \[(\w+)/\]\(\.\./recipes/\1\)", guide, re.MULTILINE))
