@@ -79,6 +79,10 @@ class Browser:
         feature = {"name": "prefers-color-scheme", "value": scheme}
         self.devtools("Emulation.setEmulatedMedia", features=[feature])
 
+    def errors(self) -> list[str]:
+        """What it complained about: a policy violated, a file not found."""
+        return [entry["message"] for entry in self.call("/se/log", {"type": "browser"})]
+
     def shoot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.devtools("Page.captureScreenshot")["data"]))
 

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SUBJECTS = ["The cat", "A dog", "My friend", "The old man", "Our teacher", "A small bird"]
 VERBS = ["sees", "likes", "finds", "follows", "remembers", "paints"]
+WHO = ["cat", "dog", "friend", "teacher", "bird", "old man"]
 OBJECTS = ["the river", "a red ball", "the house", "many stars", "a song", "the garden"]
 
 
@@ -74,11 +76,55 @@ def cli():
     return run
 
 
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A headless Chromium, where there is one."""
+    from tests import chromium
+
+    if not chromium.is_there():
+        pytest.skip("needs chromium and chromedriver")
+    with chromium.chromium(tmp_path_factory.mktemp("profile")) as found:
+        yield found
+
+
+def flags(settings: Mapping[str, object]) -> Iterator[object]:
+    """Settings by the names that recipes give them, as words of a command."""
+    for name, value in settings.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            yield flag
+        elif value is False:
+            yield f"--no-{flag[2:]}"
+        else:
+            for one in value if isinstance(value, list) else [value]:
+                yield from (flag, one)
+
+
+def out_of_memory(*_: object) -> None:
+    """Fail as a GPU does that is full."""
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+def pipe(monkeypatch, *lines: str) -> None:
+    """Let these lines come from a pipe."""
+    piped = io.BytesIO("".join(f"{line}\n" for line in lines).encode())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(piped))
+
+
 def sentences(count: int, seed: int = 0) -> list[str]:
     """Simple English with something to learn in it."""
     draw = random.Random(seed)
     parts = (SUBJECTS, VERBS, OBJECTS)
     return [" ".join(draw.choice(part) for part in parts) + "." for _ in range(count)]
+
+
+def question_row(number: int, yes: int | None = None) -> dict[str, str]:
+    """A question of varied length whose answer stands in it."""
+    said = f"The {WHO[number % 6]} sees {OBJECTS[number // 6 % 6]}."
+    more = " Yes." * (number % 4 if yes is None else yes)
+    return {"prompt": f"What does the {WHO[number % 6]} see? {said}{more}", "response": said}
 
 
 @pytest.fixture(scope="session")
@@ -100,28 +146,34 @@ def tokens(cli, corpus, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def tokenizer(tokens):
+    """The tokenizer of that run; a module may give it another template."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tokens / "tokenizer")
+
+
 SMALL = ("--layers", 2, "--hidden", 32, "--heads", 2, "--context", 32, "--batch-size", 8)
 """A model that trains in a second."""
+
+
+def pretrained(cli, tokens: Path, out: Path, shape: tuple[object, ...], steps: int) -> Path:
+    """Pretrain a model of a shape on the tokens; its run."""
+    flags = (*shape, "--max-steps", steps, "--threads", 1)
+    result = cli("pretrain", "--tokens", tokens, *flags, "-o", out)
+    assert result.code == 0, result.err
+    return out
 
 
 @pytest.fixture(scope="session")
 def base(cli, tokens, tmp_path_factory) -> Path:
     """A pretrained run on the tokens."""
-    out = tmp_path_factory.mktemp("runs") / "base"
-    result = cli(
-        "pretrain", "--tokens", tokens, *SMALL, "--max-steps", 60, "--threads", 1, "-o", out
-    )
-    assert result.code == 0, result.err
-    return out
+    return pretrained(cli, tokens, tmp_path_factory.mktemp("runs") / "base", SMALL, 60)
 
 
 @pytest.fixture(scope="session")
 def roomy(cli, tokens, tmp_path_factory) -> Path:
     """A pretrained run with room for a conversation; its embeddings are tied."""
-    out = tmp_path_factory.mktemp("runs") / "roomy"
     shape = ("--layers", 2, "--hidden", 32, "--heads", 2, "--context", 128, "--batch-size", 4)
-    result = cli(
-        "pretrain", "--tokens", tokens, *shape, "--max-steps", 40, "--threads", 1, "-o", out
-    )
-    assert result.code == 0, result.err
-    return out
+    return pretrained(cli, tokens, tmp_path_factory.mktemp("runs") / "roomy", shape, 40)

@@ -50,6 +50,23 @@ def make_run(
     return path
 
 
+def checkpoint_content(step: int, shape: tuple[int, int], best: int | None = None):
+    """What a checkpoint holds of a model of one weight; the step decides the numbers."""
+    import torch
+
+    from llmctl.runs.checkpoint import CheckpointContent
+
+    torch.manual_seed(step)
+    return CheckpointContent(
+        step=step,
+        model={"weight": torch.randn(*shape)},
+        optimizer={"state.weight.exp_avg": torch.randn(*shape)},
+        rng={"cpu": torch.get_rng_state()},
+        state={"progressed": {"step": step}},
+        best=best,
+    )
+
+
 def curve(steps: int, *, start: float = 5.0, val_every: int = 10) -> list[dict[str, Any]]:
     """Metrics of a run that learns."""
     rows = []

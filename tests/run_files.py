@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +74,19 @@ def cut_off(whole: Path, to: Path, after: int | None = None) -> Path:
 def edit_json(file: Path, **changes: Any) -> None:
     """Change some keys of an object in a file."""
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def edit_tensors(
+    file: Path,
+    change: Callable[[dict[str, Any]], object],
+    whole: Mapping[str, Any] | None = None,
+) -> None:
+    """Change the tensors of a file, or write those of `whole` changed; its header is kept."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file) if whole is None else dict(whole)
+    change(tensors)
+    save_file(tensors, file, metadata=metadata)

@@ -2,16 +2,13 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from tests.hub_server import TOKEN, HubHandler, online, serving
+from tests.processes import run_llmctl
+
 SHA = "0123456789abcdef0123456789abcdef01234567"
-TOKEN = "hf_canarycanarycanarycanarycanary"
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +18,7 @@ def hub(base):
     files["evil.bin"] = b"pickle"
     asked = []
 
-    class Hub(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Hub(HubHandler):
         def do_GET(self):
             asked.append(self.path)
             name = self.path.rsplit("/", 1)[-1]
@@ -45,58 +40,19 @@ def hub(base):
             else:
                 self.reply(b"{}", 404, **{"X-Error-Code": "RepoNotFound"})
 
-        do_HEAD = do_GET
-
         def reply(self, body, status=200, **headers):
-            self.send_response(status)
-            for key, value in {
-                "X-Repo-Commit": SHA,
-                "Content-Length": len(body),
-                **headers,
-            }.items():
-                self.send_header(key, str(value))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
+            self.answer(body, status, {"X-Repo-Commit": SHA, **headers})
 
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
-    server.server_close()
+    with serving(Hub) as address:
+        yield address, asked
 
 
 def generate(model, endpoint, home, **environment):
-    ran = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "llmctl",
-            "generate",
-            "--model",
-            model,
-            "--prompt",
-            "The",
-            "--max-new-tokens",
-            "3",
-            "--greedy",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={
-            **os.environ,
-            "HF_ENDPOINT": endpoint,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HOME": str(home),
-            "HF_TOKEN": TOKEN,
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_DISABLE_XET": "1",
-            **environment,
-        },
+    variables = {**online(endpoint, home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    ran = run_llmctl(
+        *("generate", "--model", model, "--prompt", "The", "--max-new-tokens", 3, "--greedy"),
+        seconds=60,
+        **{**variables, **environment},
     )
     assert TOKEN not in ran.stdout + ran.stderr
     return ran

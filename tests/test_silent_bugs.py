@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -22,22 +22,13 @@ from transformers import (
 from llmctl.decode.prompts import PromptEncoder
 from llmctl.training.sft import SupervisedTokens
 from llmctl.training.token_loss import TokenLoss
-from tests.run_files import edit_json, logged, read_rows, rows_in, write_rows
+from tests.conftest import WHO, question_row
+from tests.run_files import edit_json, edit_tensors, logged, read_rows, rows_in, write_rows
 
-WHO = ["cat", "dog", "friend", "teacher", "bird", "old man"]
-PLACES = ["the river", "a red ball", "the house", "many stars", "a song", "the garden"]
 QUICK = ("--batch-size", 8, "--precision", "fp32", "--threads", 1, "--seed", 3)
 SHORT = (*QUICK, "--max-steps", 2, "--samples", 0)
 NAMED = "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}END\n{% endfor %}" + NAMED
-
-
-def pair(number, yes=None):
-    """A question of varied length whose answer stands in it."""
-    who, what = WHO[number % 6], PLACES[number // 6 % 6]
-    more = " Yes." * (number % 4 if yes is None else yes)
-    said = f"The {who} sees {what}."
-    return {"prompt": f"What does the {who} see? {said}{more}", "response": said}
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +39,7 @@ def base(roomy):
 @pytest.fixture(scope="session")
 def chats(tmp_path_factory):
     return write_rows(
-        tmp_path_factory.mktemp("chats") / "chats.jsonl", [pair(n) for n in range(144)]
+        tmp_path_factory.mktemp("chats") / "chats.jsonl", [question_row(n) for n in range(144)]
     )
 
 
@@ -89,9 +80,7 @@ def copied(base, tmp_path):
             tokenizer(found)
             found.save_pretrained(folder)
         if tensors is not None:
-            found = load_file(folder / "model.safetensors")
-            tensors(found)
-            save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+            edit_tensors(folder / "model.safetensors", tensors)
         if config is not None:
             edit_json(folder / "config.json", **config)
         return folder
@@ -122,7 +111,10 @@ def test_a_padding_token_that_is_eos_is_trained_on_where_it_ends(
     """1: labels masked by the padding token's id lose every EOS."""
     end = "<|im_end|>" if kind == "chat" else "<|eos|>"
     model = copied(lambda tokenizer: setattr(tokenizer, "pad_token", end))
-    rows = [pair(n) if kind == "chat" else {"text": pair(n)["prompt"]} for n in range(16)]
+    rows = [
+        question_row(n) if kind == "chat" else {"text": question_row(n)["prompt"]}
+        for n in range(16)
+    ]
     data = write_rows(tmp_path / "few.jsonl", rows)
     more = ("--val-size", 0, "--max-steps", 1, "--batch-size", 16, "--max-length", 128)
     assert sft(model, data, *more, *way, "-o", tmp_path / "one").code == 0
@@ -176,7 +168,7 @@ def test_cut_ends_are_counted_and_many_are_refused(cli, sft, base, tmp_path, com
     """3: rows that are too long lose their EOS."""
 
     def rows(long):
-        some = [pair(n % 36) for n in range(100)]
+        some = [question_row(n % 36) for n in range(100)]
         said = [row | {"response": 20 * row["response"]} for row in some[:long]]
         return write_rows(tmp_path / f"{long}.jsonl", [*said, *some[long:]])
 
@@ -206,10 +198,14 @@ def test_texts_that_were_rendered_before_are_refused(sft, cli, base, tmp_path, w
     """4: BOS or EOS in the data itself, and once more by the tokenizer or the template."""
     changed = {
         "text": {"text": "<|bos|>The cat sees the river."},
-        "prompt": pair(0) | {"prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"},
-        "response": pair(0) | {"response": "The cat sees the river.<|eos|>\n"},
+        "prompt": question_row(0)
+        | {"prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"},
+        "response": question_row(0) | {"response": "The cat sees the river.<|eos|>\n"},
     }[where]
-    plain = [{"text": pair(n)["prompt"]} if where == "text" else pair(n) for n in range(60)]
+    plain = [
+        {"text": question_row(n)["prompt"]} if where == "text" else question_row(n)
+        for n in range(60)
+    ]
     for count, code in ((1, 0), (9, 3)):
         data = write_rows(tmp_path / "few.jsonl", plain[count:] + [changed] * count)
         result = sft(base, data, "--val-size", 0, "-o", tmp_path / str(count))
@@ -222,14 +218,16 @@ def test_texts_that_were_rendered_before_are_refused(sft, cli, base, tmp_path, w
 def test_bos_stands_once_in_training_and_in_use(sft, cli, base, seen, monkeypatch, tmp_path):
     """4: a template that writes BOS, and a tokenizer that puts another before it."""
     own = template(tmp_path, "{{ bos_token }}" + TURNS.replace("END", "<|im_end|>"))
-    data = write_rows(tmp_path / "few.jsonl", [pair(n) for n in range(12)])
+    data = write_rows(tmp_path / "few.jsonl", [question_row(n) for n in range(12)])
     assert sft(base, data, "--chat-template", own, "--val-size", 0).code == 0
     for batch in seen:
         assert ((batch["input_ids"] == 0).sum(-1) == 1).all()
         assert (batch["input_ids"][:, 0] == 0).all()
-    prompts = asked(cli, tmp_path / "run", [pair(0)["prompt"]], monkeypatch)
+    prompts = asked(cli, tmp_path / "run", [question_row(0)["prompt"]], monkeypatch)
     assert [ids.count(0) for ids in prompts] == [1]
-    text = write_rows(tmp_path / "text.jsonl", [{"text": pair(n)["prompt"]} for n in range(12)])
+    text = write_rows(
+        tmp_path / "text.jsonl", [{"text": question_row(n)["prompt"]} for n in range(12)]
+    )
     seen.clear()
     assert sft(base, text, "--val-size", 0, "-o", tmp_path / "text").code == 0
     assert all(((batch["input_ids"] == 0).sum(-1) == 1).all() for batch in seen)
@@ -257,7 +255,7 @@ def asked(cli, model, prompts, monkeypatch, *more):
 @pytest.mark.parametrize("more", [(), ("--lora",), ("--packing", "--max-length", 100)], ids=str)
 def test_the_step_at_the_end_of_the_data_weighs_as_much(sft, base, tmp_path, more):
     """5: the last window of accumulation, which is not full, gets a fraction of its gradient."""
-    data = write_rows(tmp_path / "ten.jsonl", [pair(n, 3 * (n % 3)) for n in range(10)])
+    data = write_rows(tmp_path / "ten.jsonl", [question_row(n, 3 * (n % 3)) for n in range(10)])
     found = {}
     for size, passes in ((4, 1), (2, 2), (1, 4)):
         out = tmp_path / f"{size}x{passes}"
@@ -312,7 +310,7 @@ TASKS = {"full": (), "lora": ("--lora",), "classify": ("--task", "classify")}
 
 
 def labelled(tmp_path, count=24):
-    rows = [{"text": pair(n)["prompt"], "label": WHO[n % 2]} for n in range(count)]
+    rows = [{"text": question_row(n)["prompt"], "label": WHO[n % 2]} for n in range(count)]
     return write_rows(tmp_path / "labelled.jsonl", rows)
 
 
@@ -541,7 +539,7 @@ def test_answers_in_a_batch_are_those_alone(cli, sft, base, chats, copied, tmp_p
     model = copied(
         lambda tokenizer: setattr(tokenizer, "padding_side", side), source=tmp_path / "tuned/model"
     )
-    prompts = [{"prompt": pair(n * 7, n)["prompt"]} for n in range(12)]
+    prompts = [{"prompt": question_row(n * 7, n)["prompt"]} for n in range(12)]
     many = write_rows(tmp_path / "prompts.jsonl", prompts)
     how = ("generate", "--model", model, "--chat", "--prompts-file", many, "--max-new-tokens", 48)
     found = {}
@@ -581,7 +579,7 @@ def test_a_loss_that_is_nan_ends_the_run(sft, base, chats, monkeypatch, tmp_path
 @pytest.mark.parametrize("task", ["chat", "classify"])
 def test_validation_on_what_is_trained_is_refused(cli, base, tmp_path, task):
     """21: the validation set is in the training set, perhaps in other letters."""
-    rows = [pair(n) for n in range(12)]
+    rows = [question_row(n) for n in range(12)]
     more = ()
     if task == "classify":
         rows = [{"text": row["prompt"], "label": n % 2} for n, row in enumerate(rows)]
@@ -600,7 +598,7 @@ def test_validation_on_what_is_trained_is_refused(cli, base, tmp_path, task):
 @pytest.mark.parametrize("task", ["chat", "classify"])
 def test_copies_of_an_example_are_on_one_side(cli, base, tmp_path, task):
     """21: examples that were repeated, then split."""
-    rows = [pair(n) for n in range(20)]
+    rows = [question_row(n) for n in range(20)]
     more = ("--task", "classify") if task == "classify" else ("--samples", 0)
     if task == "classify":
         rows = [{"text": row["prompt"], "label": n % 2} for n, row in enumerate(rows)]
@@ -615,7 +613,7 @@ def test_copies_of_an_example_are_on_one_side(cli, base, tmp_path, task):
     assert re.search(r"\b80\b.*\b(duplicates|100 rows)|\b80 duplicates", result.err)
 
 
-FINE = json.dumps(pair(0))
+FINE = json.dumps(question_row(0))
 BAD_LINES = {
     "missing column": ('{"prompt": "Hi"}', "no column `response`; there is `prompt`"),
     "null": ('{"prompt": "Hi", "response": null}', "`response` is null, expected text"),
@@ -677,7 +675,7 @@ def test_nothing_to_train_on_is_refused(sft, base, tmp_path, name):
 def test_a_step_without_a_label_cannot_come(sft, base, seen, tmp_path):
     """23: batches in which every label is masked train on nothing."""
     long = {"prompt": "Yes. " * 60, "response": "No."}
-    data = write_rows(tmp_path / "few.jsonl", [pair(n) for n in range(30)] + [long] * 2)
+    data = write_rows(tmp_path / "few.jsonl", [question_row(n) for n in range(30)] + [long] * 2)
     more = ("--val-size", 0, "--batch-size", 1, "--grad-accum", 1, "--max-steps", 30)
     result = sft(base, data, *more, "--eval-every", 30, "--save-every", 30)
     assert "no token to train on in 2 of 32 rows: they are left out" in result.err

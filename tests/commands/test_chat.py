@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from llmctl.commands import chat
 from llmctl.config.sections import Sampling
@@ -23,6 +23,7 @@ from llmctl.decode.loop import Prompt, decode
 from llmctl.decode.prefix import PrefixForward, conversation_forward
 from llmctl.decode.terminal import ReplyInterrupt, Terminal, UserInput, read_input
 from llmctl.errors import DataError
+from tests.conftest import pipe
 from tests.run_files import rows_in
 
 SHORT = ("--max-new-tokens", 8)
@@ -44,11 +45,6 @@ def new_llama(tokenizer, context: int = 200) -> LlamaForCausalLM:
         tie_word_embeddings=False,
     )
     return LlamaForCausalLM(config).eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokens):
-    return AutoTokenizer.from_pretrained(tokens / "tokenizer")
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +77,7 @@ def say(cli, model, monkeypatch):
     """Pipe lines to a conversation."""
 
     def run(*lines: str, options=SHORT, model=model):
-        piped = io.BytesIO("".join(f"{line}\n" for line in lines).encode())
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(piped))
+        pipe(monkeypatch, *lines)
         return cli("chat", "--model", model, "--threads", 1, *options)
 
     return run

@@ -1,20 +1,14 @@
 """`llmctl doctor`: each line true, each flaw with its fix and its exit code."""
 
 import json
-import os
-import pty
 import shutil
-import subprocess
-import sys
-import threading
 from collections import namedtuple
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from llmctl.checkup import device, machine, network, packages
-
-TOKEN = "hf_canarycanarycanarycanarycanary"
+from tests.hub_server import TOKEN, HubHandler, serving
+from tests.processes import shown_on_a_terminal
 
 
 def examined(cli, *arguments):
@@ -40,25 +34,15 @@ def test_what_is_sound_is_said_to_be(cli, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_lines_are_plain_in_a_pipe_and_colored_on_a_terminal(cli):
+def test_lines_are_plain_in_a_pipe_and_colored_on_a_terminal(cli, tmp_path):
     result = cli("doctor")
     first, *_ = result.out.splitlines()
     assert first.startswith("ok       python        3.")
     assert "\x1b" not in result.out
-    ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "llmctl", "doctor"]
-    with subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE) as process:
-        os.close(theirs)
-        seen = b""
-        try:
-            while chunk := os.read(ours, 65536):
-                seen += chunk
-        except OSError:  # the other end is closed
-            pass
-        assert process.wait() == 0
-        assert process.stderr.read() == b"", "a sound stack says nothing else"
-    os.close(ours)
-    assert b"\x1b[32mok" in seen
+    with (tmp_path / "err").open("w") as err:
+        seen = shown_on_a_terminal("doctor", stderr=err)
+    assert (tmp_path / "err").read_text() == "", "a sound stack says nothing else"
+    assert "\x1b[32mok" in seen
 
 
 def test_packages_are_held_to_what_is_asked_and_to_the_tested_set(monkeypatch):
@@ -153,23 +137,14 @@ def test_a_gpu_that_torch_does_not_see_is_told(
 
 @pytest.fixture
 def endpoint():
-    class Hub(BaseHTTPRequestHandler):
+    class Hub(HubHandler):
         def do_GET(self):
             known = self.headers.get("authorization") == f"Bearer {TOKEN}"
-            answer = 401 if "whoami" in self.path and not known else 200
-            self.send_response(500 if "broken" in self.path else answer)
-            self.send_header("Content-Length", "2")
-            self.end_headers()
-            self.wfile.write(b"{}")
+            status = 401 if "whoami" in self.path and not known else 200
+            self.answer(b"{}", 500 if "broken" in self.path else status)
 
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(Hub) as address:
+        yield address
 
 
 @pytest.mark.parametrize(

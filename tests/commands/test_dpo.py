@@ -33,6 +33,7 @@ from llmctl.files import sha256_file
 from llmctl.training import dpo
 from llmctl.training.dpo import ComparedPairRows, DpoLoss, is_displaced, log_probabilities
 from llmctl.training.token_loss import token_loss_of
+from tests.processes import run_llmctl
 from tests.run_files import cut_off, logged, metrics, read_rows, write_rows
 
 TEMPLATE_TOKENS = ["[PAD]", "[UNK]", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -407,15 +408,7 @@ def test_two_processes_train_the_same_model_as_one_with_twice_the_batch(
 ):
     common = ("dpo", "--model", base, "--data", ranked, *QUICK, "--val-size", 8, *adapter)
     assert cli(*common, "-o", tmp_path / "one").code == 0
-    ran = subprocess.run(
-        [
-            *(sys.executable, "-m", "llmctl"),
-            *map(str, (*common, "--batch-size", 4, "--processes", 2, "-o", tmp_path / "two")),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
+    ran = run_llmctl(*common, "--batch-size", 4, "--processes", 2, "-o", tmp_path / "two")
     assert ran.returncode == 0, ran.stderr
     for key in ("loss", "val_loss", "lr", "tokens", "reward_margin", "grad_norm"):
         ours, theirs = (logged(tmp_path / name, key) for name in ("one", "two"))

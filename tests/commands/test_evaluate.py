@@ -1,14 +1,10 @@
 """`llmctl evaluate`: its figures by definition, its rows, comparing, resuming, and refusals."""
 
-import contextlib
 import json
 import math
-import os
-import pty
 import re
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -26,6 +22,7 @@ from llmctl.evaluate.task import EvaluationTask, RowsInMemory, run_task
 from llmctl.models.loading import load_causal_lm, load_config, load_tokenizer
 from llmctl.runs.ownership import ROWS
 from llmctl.training.classify import class_counts, macro_f1
+from tests.processes import shown_on_a_terminal
 from tests.run_files import metrics, write_rows
 
 TEXTS = ["The cat sees the river.", "A dog likes many stars. My friend finds a song.", "The house"]
@@ -131,19 +128,9 @@ def test_stdout_is_the_path_or_the_figures(cli, roomy, texts, tmp_path):
 
 
 def test_a_terminal_shows_the_figures_once(roomy, texts):
-    master, slave = pty.openpty()
-    command = [sys.executable, "-m", "llmctl", "evaluate", "--model", roomy, "--data", texts]
-    child = subprocess.Popen(
-        command, stdout=slave, stderr=slave, env={**os.environ, "TERM": "vt100"}
-    )
-    os.close(slave)
-    shown = b""
-    with contextlib.suppress(OSError):  # the other end is closed
-        while block := os.read(master, 4096):
-            shown += block
-    assert child.wait() == 0
-    os.close(master)
-    assert shown.count(b"bits_per_byte") == 1
+    command = ("evaluate", "--model", roomy, "--data", texts)
+    shown = shown_on_a_terminal(*command, stderr=subprocess.STDOUT, TERM="vt100")
+    assert shown.count("bits_per_byte") == 1
 
 
 def test_perplexity_of_answers_is_that_of_their_tokens(figures, roomy, pairs):

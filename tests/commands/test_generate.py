@@ -20,6 +20,7 @@ from llmctl.data.prompts import PromptExample
 from llmctl.decode import loop
 from llmctl.decode.prompts import PromptEncoder
 from llmctl.errors import ModelError
+from tests.conftest import pipe
 from tests.run_files import rows_in
 
 TEXT = "Hü 東京!"
@@ -138,7 +139,7 @@ def test_rows_go_to_a_file_at_once(cli, model, tmp_path) -> None:
 
 
 def test_stdin_is_one_prompt(cli, model, monkeypatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"y\nH\n")))
+    pipe(monkeypatch, "y", "H")
     assert cli("generate", "--model", model).out == TEXT[1:] + "\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xe9")))
     result = cli("generate", "--model", model)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -15,22 +14,11 @@ from safetensors.torch import load_file
 
 from llmctl.data.shards import open_tokens
 from llmctl.models.loading import load_tokenizer
-from tests.conftest import SMALL
+from tests.conftest import SMALL, out_of_memory
+from tests.processes import spawn, wait_for
 from tests.run_files import cut_off, digest, metrics
 
 STEPS = ("--max-steps", 12, "--save-every", 4, "--eval-every", 6, "--threads", 1)
-
-
-def spawn(*arguments, launcher=("-m", "llmctl"), **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [sys.executable, *launcher, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        **options,
-    )
 
 
 def test_it_learns_and_says_so(base):
@@ -243,14 +231,6 @@ def test_a_signal_saves_and_resume_ends_in_the_same_bits(cli, tokens, tmp_path, 
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
 
 
-def wait_for(path, process, seconds=60):
-    limit = time.monotonic() + seconds
-    while not (path.exists() and path.stat().st_size):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < limit
-        time.sleep(0.02)
-
-
 @pytest.mark.slow
 def test_kill_at_any_time_and_resume_ends_in_the_same_bits(cli, tokens, tmp_path):
     run = (
@@ -319,10 +299,7 @@ def test_training_attends_causally_without_a_mask(base, tokens, tmp_path, monkey
 def test_memory_that_runs_out_is_said_as_such(cli, tokens, tmp_path, monkeypatch):
     from llmctl.training import loop
 
-    def fail(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-
-    monkeypatch.setattr(loop, "accumulate", fail)
+    monkeypatch.setattr(loop, "accumulate", out_of_memory)
     result = cli("pretrain", "--tokens", tokens, *SMALL, *STEPS, "-o", tmp_path / "run")
     assert result.code == 5
     assert "try --batch-size 4 --grad-accum 2" in result.err

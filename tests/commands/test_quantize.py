@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llmctl.config.commands import QuantizeConfig
@@ -21,9 +20,9 @@ from llmctl.quantize import convert, held_out
 from llmctl.quantize.fidelity import Fidelity, measure_fidelity
 from llmctl.quantize.layers import Layers, choose_layers, kept_by_flag
 from llmctl.quantize.results import QuantizationReport, WeightBytes
-from tests.conftest import sentences
+from tests.conftest import pretrained, sentences
 from tests.models.test_adapters import make_base, make_tokenizer
-from tests.run_files import write_rows
+from tests.run_files import edit_json, edit_tensors, write_rows
 
 torch.set_num_threads(1)
 
@@ -42,12 +41,7 @@ SHAPE = ("--layers", 2, "--hidden", 64, "--heads", 2, "--context", 64, "--batch-
 @pytest.fixture(scope="module")
 def wide(cli, tokens, tmp_path_factory):
     """A pretrained run with layers that 4 bits take, and some that they do not."""
-    out = tmp_path_factory.mktemp("runs") / "wide"
-    result = cli(
-        *("pretrain", "--tokens", tokens, *SHAPE, "--max-steps", 60, "--threads", 1, "-o", out)
-    )
-    assert result.code == 0, result.err
-    return out
+    return pretrained(cli, tokens, tmp_path_factory.mktemp("runs") / "wide", SHAPE, 60)
 
 
 @pytest.fixture(scope="module")
@@ -285,10 +279,7 @@ def test_slower_names_only_what_is_faster():
 def test_what_was_written_must_be_what_was_measured(cli, wide, tmp_path, monkeypatch):
     def spoil(model, state, tokenizer, folder):
         save(model, state, tokenizer, folder)
-        file = folder / "model.safetensors"
-        tensors = load_file(file)
-        tensors["model.norm.weight"] *= 1.001
-        save_file(tensors, file, metadata={"format": "pt"})
+        edit_tensors(folder / "model.safetensors", lambda t: t["model.norm.weight"].mul_(1.001))
 
     save = convert.save_model
     monkeypatch.setattr(convert, "save_model", spoil)
@@ -301,10 +292,9 @@ def test_what_was_written_must_be_what_was_measured(cli, wide, tmp_path, monkeyp
 @pytest.mark.parametrize("way", ["nf4", "int8"])
 def test_scales_that_are_not_finite_are_found(small, tmp_path, way):
     folder = shutil.copytree(small[way][0] / "model", tmp_path / "model")
-    tensors = load_file(folder / "model.safetensors")
     layer, ending = "model.layers.0.self_attn.q_proj.", {"nf4": "weight.nested_absmax"}
-    tensors[layer + ending.get(way, "SCB")][0] = math.nan
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    scales = layer + ending.get(way, "SCB")
+    edit_tensors(folder / "model.safetensors", lambda t: t[scales][:1].fill_(math.nan))
     assert first_not_finite(AutoModelForCausalLM.from_pretrained(folder)) == layer + "weight"
     with pytest.raises(ModelError, match="not finite"):
         load_causal_lm(str(folder), dtype=torch.float32)
@@ -520,15 +510,11 @@ def test_usage(cli, wide, tmp_path, flags):
 
 
 def not_a_number(folder):
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"][3] = math.nan
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_tensors(folder / "model.safetensors", lambda t: t["model.norm.weight"][3].fill_(math.nan))
 
 
 def classifier(folder):
-    known = json.loads((folder / "config.json").read_text())
-    known["architectures"] = ["LlamaForSequenceClassification"]
-    (folder / "config.json").write_text(json.dumps(known))
+    edit_json(folder / "config.json", architectures=["LlamaForSequenceClassification"])
 
 
 def nothing(folder):

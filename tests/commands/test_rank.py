@@ -2,7 +2,6 @@
 
 import errno
 import http.client
-import io
 import json
 import os
 import re
@@ -26,6 +25,7 @@ from llmctl.feedback.questions import Entry, Question, is_ranking, read_entries
 from llmctl.feedback.server import BODY_BYTES, listen, serving
 from llmctl.feedback.session import Session
 from llmctl.feedback.terminal_session import parse_order
+from tests.conftest import pipe
 from tests.run_files import read_rows, rows_in, write_rows
 
 ROWS = [
@@ -46,8 +46,7 @@ def rank(cli, monkeypatch, tmp_path):
     """Rank in the terminal, with lines from a pipe; answers go to out.jsonl."""
 
     def run(data: Path, *lines: str, options=(), annotator="Ada", out=tmp_path / "out.jsonl"):
-        piped = io.BytesIO("".join(f"{line}\n" for line in lines).encode())
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(piped))
+        pipe(monkeypatch, *lines)
         named = ("--annotator", annotator) if annotator else ()
         return cli("rank", "--data", data, "-o", out, "--terminal", *named, *options)
 

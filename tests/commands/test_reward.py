@@ -35,23 +35,13 @@ from llmctl.training.reward_report import (
     report,
     spearman,
 )
+from tests.conftest import flags
 from tests.data.test_preferences import tokenizer
+from tests.processes import run_llmctl
 from tests.run_files import cut_off, manifest, metrics, read_rows, rows_in, write_rows
 
 QUICK = {"batch_size": 8, "threads": 1, "precision": "fp32", "seed": 3, "val_size": 24}
 GOOD, BAD, FILLER = ["Hello", "there"], ["What", "?"], ["Hi", "."]
-
-
-def flags(settings):
-    for name, value in settings.items():
-        flag = f"--{name.replace('_', '-')}"
-        if value is True:
-            yield flag
-        elif value is False:
-            yield f"--no-{flag[2:]}"
-        else:
-            for one in value if isinstance(value, list) else [value]:
-                yield from (flag, one)
 
 
 @pytest.fixture
@@ -348,12 +338,7 @@ def test_two_processes_train_the_same_model_as_one_with_twice_the_batch(llama, d
     common = {"model": llama, "data": [data], **QUICK, "max_steps": 3, "lr": 1e-3}
     runs = {"one": {"batch_size": 8}, "two": {"batch_size": 4, "processes": 2}}
     for name, more in runs.items():
-        arguments = [*flags({**common, **more}), "-o", tmp_path / name]
-        ran = subprocess.run(
-            [sys.executable, "-m", "llmctl", "reward", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-        )
+        ran = run_llmctl("reward", *flags({**common, **more}), "-o", tmp_path / name)
         assert ran.returncode == 0, ran.stderr
     one, two = (metrics(tmp_path / name) for name in ("one", "two"))
     for key in ("loss", "grad_norm", "val_loss", "val_accuracy"):

@@ -1,13 +1,11 @@
 """`llmctl run`: what has changed runs, what broke goes on, what cannot work is refused at once."""
 
-import hashlib
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,8 @@ from llmctl import metrics
 from llmctl.config.gates import Gate
 from llmctl.pipeline.gate_checks import flatten, require_known_metrics
 from llmctl.pipeline.steps import stage_names
+from tests.processes import spawn, wait_for
+from tests.run_files import digest
 
 SMALL = "layers: 2, hidden: 32, heads: 2, context: 32, batch_size: 8"
 CHAIN = """
@@ -59,10 +59,6 @@ def out(finished, tmp_path):
     return tmp_path / "out"
 
 
-def weights(run):
-    return hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
-
-
 def states(result):
     return {stage["name"]: stage["state"] for stage in json.loads(result.out)["stages"]}
 
@@ -71,19 +67,6 @@ def run_json(cli, *arguments):
     result = cli("run", *arguments, "--json")
     assert result.code == 0, result.err
     return states(result)
-
-
-def process(*arguments, **options):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
-    command = [sys.executable, "-m", "llmctl", *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
 
 
 def test_the_result_is_a_run_of_each_stage(finished):
@@ -104,10 +87,10 @@ def test_the_result_is_a_run_of_each_stage(finished):
 def test_a_stage_in_a_chain_gives_the_weights_that_it_gives_alone(finished, tmp_path):
     recipe = tmp_path / "base.yaml"
     recipe.write_text((finished / "base/recipe.yaml").read_text())
-    alone = process("pretrain", "-c", recipe, "-o", tmp_path / "alone")
+    alone = spawn("pretrain", "-c", recipe, "-o", tmp_path / "alone")
     _, err = alone.communicate()
     assert alone.returncode == 0, err
-    assert weights(tmp_path / "alone") == weights(finished / "base")
+    assert digest(tmp_path / "alone") == digest(finished / "base")
 
 
 def test_the_same_again_does_nothing(cli, recipe, out):
@@ -123,11 +106,11 @@ def test_the_same_again_does_nothing(cli, recipe, out):
 
 
 def test_a_changed_stage_runs_anew_and_so_do_those_below(cli, recipe, out):
-    before = weights(out / "base")
+    before = digest(out / "base")
     text = CHAIN.replace("max_steps: 20", "max_steps: 21")
     found = run_json(cli, recipe(text), "-o", out)
     assert found == {"tok": "unchanged", "base": "completed", "say": "completed"}
-    assert weights(out / "base") != before
+    assert digest(out / "base") != before
 
 
 def test_what_only_the_last_stage_says_changes_only_that(cli, recipe, out):
@@ -155,11 +138,11 @@ def test_other_code_runs_all_anew(cli, recipe, out, monkeypatch):
 
 
 def test_a_result_that_lost_a_file_is_made_again(cli, recipe, out):
-    before = weights(out / "base")
+    before = digest(out / "base")
     (out / "base/model/model.safetensors").unlink()
     found = run_json(cli, recipe(), "-o", out)
     assert found["base"] == "completed"
-    assert weights(out / "base") == before
+    assert digest(out / "base") == before
 
 
 def test_a_written_file_that_changed_is_made_again(cli, recipe, out):
@@ -257,14 +240,6 @@ def test_the_exit_code_is_that_of_the_stage_that_failed(cli, recipe, out):
     assert run_json(cli, recipe(broken), "-o", out)["base"] == "completed"
 
 
-def wait_for(path, running):
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert running.poll() is None, running.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 LONG = CHAIN.replace("max_steps: 20", "max_steps: 80, save_every: 15")
 
 
@@ -286,7 +261,7 @@ def whole(cli, corpus, tmp_path_factory):
 def test_a_stage_that_was_stopped_goes_on_to_the_same_weights(
     cli, recipe, whole, out, number, code
 ):
-    running = process("run", recipe(LONG), "-o", out)  # replaces a stage that had completed
+    running = spawn("run", recipe(LONG), "-o", out)  # replaces a stage that had completed
     wait_for(out / "base/checkpoints/checkpoint-15", running)
     running.send_signal(number)
     _, err = running.communicate()
@@ -297,7 +272,7 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_weights(
     result = cli("run", recipe(LONG), "-o", out)
     assert result.code == 0, result.err
     assert "base (pretrain): goes on where it was" in result.err
-    assert weights(out / "base") == weights(whole / "base")
+    assert digest(out / "base") == digest(whole / "base")
     assert (out / "say.jsonl").read_bytes() == (whole / "say.jsonl").read_bytes()
 
 
@@ -306,7 +281,7 @@ def test_a_kill_before_a_stage_replaced_the_old_one_does_not_take_the_old_for_th
 ):
     journal = json.loads((out / "pipeline.json").read_text())
     text = CHAIN.replace("max_steps: 20", "max_steps: 25")
-    before = weights(out / "base")
+    before = digest(out / "base")
     planned = cli("run", recipe(text), "-o", out, "--dry-run")
     assert planned.code == 0
     from llmctl.pipeline.content_hash import content_hash
@@ -323,18 +298,18 @@ def test_a_kill_before_a_stage_replaced_the_old_one_does_not_take_the_old_for_th
     }
     (out / "pipeline.json").write_text(json.dumps(journal))
     assert run_json(cli, recipe(text), "-o", out)["base"] == "completed"
-    assert weights(out / "base") != before
+    assert digest(out / "base") != before
 
 
 def test_runs_that_are_not_of_the_life_cycle_are_not_replaced(cli, recipe, base, tmp_path):
     import shutil
 
     shutil.copytree(base, tmp_path / "out/base")
-    before = weights(tmp_path / "out/base")
+    before = digest(tmp_path / "out/base")
     result = cli("run", recipe(), "-o", tmp_path / "out")
     assert result.code == 3
     assert "holds something that this life cycle did not make" in result.err
-    assert weights(tmp_path / "out/base") == before
+    assert digest(tmp_path / "out/base") == before
     result = cli("run", recipe(), "-o", tmp_path / "out/base")
     assert result.code == 3
     assert "this is the directory of one run" in result.err

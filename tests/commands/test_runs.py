@@ -2,7 +2,6 @@
 
 import json
 import os
-import pty
 import re
 import shlex
 import shutil
@@ -15,6 +14,7 @@ import pytest
 
 from llmctl.runs.lock import locked
 from tests.conftest import SMALL
+from tests.processes import shown_on_a_terminal
 from tests.run_files import write_rows
 
 KEYS = {
@@ -204,28 +204,10 @@ def test_in_a_pipe_there_are_aligned_columns(cli, tmp_path):
     assert "\x1b" not in result.out
 
 
-def shown_on_a_terminal(tmp_path, columns):
-    master, slave = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "llmctl", "runs", str(tmp_path)], stdout=slave, env=environment
-    )
-    os.close(slave)
-    seen = b""
-    try:
-        while chunk := os.read(master, 65536):
-            seen += chunk
-    except OSError:  # the terminal's end, as Linux says it
-        pass
-    assert process.wait() == 0
-    os.close(master)
-    return seen.decode()
-
-
 def test_on_a_terminal_there_is_a_table_of_80_columns(tmp_path, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     make(tmp_path / ("long-" * 12), "preempted", age=90, step=12_345, checkpoint=True)
-    text = shown_on_a_terminal(tmp_path, 80)
+    text = shown_on_a_terminal("runs", tmp_path, TERM="xterm", COLUMNS="80")
     assert "\x1b[" in text
     table, commands = text.split("to resume:")
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in table.splitlines()]

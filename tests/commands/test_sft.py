@@ -19,23 +19,18 @@ from transformers import (
 )
 
 from llmctl.files import sha256_file
+from tests.conftest import question_row
+from tests.processes import run_llmctl
 from tests.run_files import cut_off, digest, edit_json, metrics, read_rows, write_rows
 
-PLACES = ["the river", "a red ball", "the house", "many stars", "a song", "the garden"]
-WHO = ["cat", "dog", "friend", "teacher", "bird", "old man"]
 RUN = ("--batch-size", 8, "--precision", "fp32", "--threads", 1, "--seed", 3)
 QUICK = (*RUN, "--max-steps", 4, "--samples", 0)
 
 
 def chat(number):
-    who, what = WHO[number % 6], PLACES[number // 6 % 6]
-    prompt = f"What does the {who} see? The {who} sees {what}." + " Yes." * (number % 4)
-    return {
-        "messages": [
-            {"role": "user", "content": prompt},
-            {"role": "assistant", "content": f"The {who} sees {what}."},
-        ]
-    }
+    row = question_row(number)
+    turns = (("user", row["prompt"]), ("assistant", row["response"]))
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
 @pytest.fixture(scope="session")
@@ -300,15 +295,7 @@ def test_prompt_tuning_trains_only_its_own(cli, base, chats, tmp_path):
 def test_two_processes_train_the_same_model_as_one_with_twice_the_batch(cli, base, chats, tmp_path):
     common = ("sft", "--model", base, "--data", chats, *QUICK)
     assert cli(*common, "-o", tmp_path / "one").code == 0
-    ran = subprocess.run(
-        [
-            *(sys.executable, "-m", "llmctl"),
-            *map(str, (*common, "--batch-size", 4, "--processes", 2, "-o", tmp_path / "two")),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
+    ran = run_llmctl(*common, "--batch-size", 4, "--processes", 2, "-o", tmp_path / "two")
     assert ran.returncode == 0, ran.stderr
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     for key in ("loss", "val_loss", "lr", "tokens", "token_accuracy"):

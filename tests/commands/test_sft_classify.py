@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
@@ -33,7 +33,8 @@ from llmctl.errors import DataError, ModelError, UserError
 from llmctl.models.classifiers import load_classifier, require_padding_unseen, require_positions
 from llmctl.models.loading import load_tokenizer
 from llmctl.training.classify import class_counts, macro_f1
-from tests.run_files import cut_off, metrics, write_rows
+from tests.conftest import flags
+from tests.run_files import cut_off, edit_tensors, metrics, write_rows
 
 FILLER = ["the", "a", "cat", "dog", "house", "river", "sees", "likes", "and", "very", "often"]
 COLORS = ("red", "blue", "green")
@@ -107,18 +108,6 @@ def data(tmp_path_factory):
 
 def settings(model, data, **more):
     return {"model": str(model), "data": [str(data)], "task": "classify", **QUICK, **more}
-
-
-def flags(found):
-    for name, value in found.items():
-        flag = f"--{name.replace('_', '-')}"
-        if value is True:
-            yield flag
-        elif isinstance(value, list):
-            for one in value:
-                yield from (flag, one)
-        else:
-            yield from (flag, value)
 
 
 @pytest.fixture
@@ -366,9 +355,7 @@ def test_only_the_head_may_be_missing(bases, tmp_path):
     whole = load_file(base / "model.safetensors")
 
     def saved(change):
-        tensors = dict(whole)
-        change(tensors)
-        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+        edit_tensors(base / "model.safetensors", change, whole)
         return load_classifier(str(base), ("a", "b"))
 
     assert saved(lambda tensors: tensors.pop("lm_head.weight")).new_modules == {"score"}

@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 
@@ -11,6 +10,8 @@ from tokenizers import Tokenizer
 from llmctl.data import scan as scan_module
 from llmctl.data.shards import open_tokens
 from llmctl.data.tokenizer.train import fingerprint
+from tests.hub_server import online
+from tests.processes import run_llmctl
 from tests.run_files import read_rows, write_texts
 
 PROSE = "The cat sees the river. A dog, they say, follows my friend; isn't it so?\n"
@@ -394,15 +395,9 @@ def wrong_encoder(monkeypatch):
 
 
 def test_a_hub_that_cannot_be_reached_is_told_at_once(tmp_path):
-    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
-    command = ["-m", "llmctl", "tokenize", "--data", "owner/name", "-o", tmp_path / "run"]
-    ran = subprocess.run(
-        [sys.executable, *command],
-        env={**environment, "HF_HOME": str(tmp_path / "home")},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    nowhere = online("http://127.0.0.1:9", tmp_path / "home")
+    command = ("tokenize", "--data", "owner/name", "-o", tmp_path / "run")
+    ran = run_llmctl(*command, seconds=60, **nowhere)
     assert ran.returncode == 6
     assert "the Hub cannot be reached" in ran.stderr
     assert not (tmp_path / "run").exists()

@@ -45,14 +45,6 @@ def test_the_browser_is_there_in_ci():
     assert chromium.is_there(), "CI is set, and chromium or chromedriver is not installed"
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if not chromium.is_there():
-        pytest.skip("needs chromium and chromedriver")
-    with chromium.chromium(tmp_path_factory.mktemp("profile")) as found:
-        yield found
-
-
 @pytest.fixture
 def page(browser, tmp_path):
     """A page of `llmctl rank`, open in the browser."""
@@ -99,10 +91,6 @@ class Page:
 
     def settle(self, count: int) -> None:
         self.browser.wait(f"view.settled === {count} && !busy")
-
-    def errors(self) -> list[str]:
-        """What the browser complained about: a policy violated, a file not found."""
-        return [entry["message"] for entry in self.browser.call("/se/log", {"type": "browser"})]
 
 
 def test_keys_rank_tie_take_back_skip_and_undo(page):
@@ -211,7 +199,7 @@ def test_hostile_texts_are_texts(page):
         )
     time.sleep(0.1)
     assert browser.js("window.hit") is None, "what is not the page's own is not run"
-    assert all("Content Security Policy" in error for error in page.errors())
+    assert all("Content Security Policy" in error for error in browser.errors())
 
 
 def test_the_page_asks_nobody_else_and_breaks_no_rule(page):
@@ -220,7 +208,7 @@ def test_the_page_asks_nobody_else_and_breaks_no_rule(page):
     assert [re.sub(r":\d+", "", url) for url in asked] == ["http://127.0.0.1/state"]
     assert browser.js("location.search") == "", "the token is not left in the address"
     assert browser.js("document.cookie") == "", "and the cookie is out of a script's reach"
-    assert page.errors() == []
+    assert browser.errors() == []
 
 
 def test_the_address_works_once(page):

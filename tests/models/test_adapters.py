@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, get_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
     GenerationConfig,
@@ -25,7 +25,7 @@ from llmctl.errors import ModelError, UserError
 from llmctl.models.adapters import save_adapter, weights_sha256
 from llmctl.models.loading import grow_embeddings, load_causal_lm, load_config
 from llmctl.training.adapters import adapt, trainable_parameters
-from tests.run_files import edit_json
+from tests.run_files import edit_json, edit_tensors
 
 torch.set_num_threads(1)
 
@@ -323,16 +323,6 @@ def pair(tmp_path):
     return base, tmp_path / "adapter"
 
 
-def rewrite(adapter, change):
-    """Change the tensors of an adapter, its header kept."""
-    file = adapter / "adapter_model.safetensors"
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, metadata=metadata)
-
-
 Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
 ROWS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 DAMAGE = {
@@ -347,7 +337,7 @@ DAMAGE = {
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damaged_adapters_are_refused_by_name(pair, name):
     change, message = DAMAGE[name]
-    rewrite(pair[1], change)
+    edit_tensors(pair[1] / "adapter_model.safetensors", change)
     with pytest.raises(ModelError, match=message):
         load(pair[1])
 

@@ -2,12 +2,7 @@
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from tokenizers import Tokenizer
@@ -16,6 +11,8 @@ from llmctl.data.sources import find_sources
 from llmctl.errors import DataError, NetworkError
 from llmctl.models import hub as hub_module
 from llmctl.models.loading import local_folder
+from tests import hub_server
+from tests.processes import run_llmctl
 
 COMMITS = {"main": "a" * 40, "v1.0": "b" * 40, "refs/pr/1": "c" * 40}
 
@@ -24,10 +21,8 @@ FILES = {}
 """Kind and commit -> name -> content."""
 
 
-class Server(BaseHTTPRequestHandler):
+class Server(hub_server.HubHandler):
     """A Hub of the model org/small and the data set org/rows, which differ by commit."""
-
-    protocol_version = "HTTP/1.1"
 
     def do_GET(self):
         path = self.path.split("?")[0].replace("%2F", "/")
@@ -60,19 +55,6 @@ class Server(BaseHTTPRequestHandler):
         missing = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
         return self.answer(b"{}", 404, missing)
 
-    do_HEAD = do_GET
-
-    def answer(self, body, status=200, headers=()):
-        self.send_response(status)
-        for key, value in {"Content-Length": len(body), **dict(headers)}.items():
-            self.send_header(key, str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
 
 @pytest.fixture(scope="module")
 def endpoint(base, roomy):
@@ -84,11 +66,8 @@ def endpoint(base, roomy):
         rows = [{"text": f"Row {n} of {name}.\n"} for n in range(50)]
         content = "".join(json.dumps(row) + "\n" for row in rows).encode()
         FILES[f"datasets {COMMITS[name]}"] = {"data.jsonl": content}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with hub_server.serving(Server) as address:
+        yield address
 
 
 @pytest.fixture
@@ -162,14 +141,7 @@ def test_a_data_set_is_pinned_to_the_commit_of_its_revision(online, tmp_path):
 @pytest.mark.slow
 def test_rows_are_those_of_the_revision(endpoint, tmp_path):
     command = ["tokenize", "--data", "org/rows@v1.0", "--algorithm", "byte", "-o", tmp_path / "run"]
-    here = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
-    ran = subprocess.run(
-        [sys.executable, "-m", "llmctl", *command],
-        env={**os.environ, **here},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    ran = run_llmctl(*command, seconds=120, **hub_server.online(endpoint, tmp_path / "home"))
     assert ran.returncode == 0, ran.stderr
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     expected = {"role": "data", "path": "org/rows@v1.0", "sha256": None}

@@ -3,41 +3,26 @@
 import functools
 import http.server
 import re
-import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests import chromium
+from tests.hub_server import serving
 from tests.made_runs import curve, make_life, make_run
 
 HOSTILE = "</script><script>document.title='pwned'</script><img src=x onerror=\"document.title=1\">"
 WIDTHS = ((320, 640), (390, 844), (768, 1024), (1280, 800))
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if not chromium.is_there():
-        pytest.skip("needs chromium and chromedriver")
-    with chromium.chromium(tmp_path_factory.mktemp("profile")) as found:
-        yield found
-
-
+@dataclass(frozen=True)
 class Served:
     """Pages in a folder, and what was asked of their server."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.asked = folder, []
-        served = self
-
-        class Handler(http.server.SimpleHTTPRequestHandler):
-            def log_request(self, *_: object) -> None:
-                served.asked.append(self.path)
-
-        handler = functools.partial(Handler, directory=str(folder))
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+    folder: Path
+    url: str
+    asked: list[str]
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +59,14 @@ def served(cli, tmp_path_factory):
     ):
         result = cli("report", *runs, "-o", folder / f"{name}.html")
         assert result.code == 0, result.err
-    found = Served(folder)
-    yield found
-    found.server.shutdown()
-    found.server.server_close()
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_request(self, *_: object) -> None:
+            asked.append(self.path)
+
+    with serving(functools.partial(Handler, directory=str(folder))) as url:
+        yield Served(folder, url, asked)
 
 
 @pytest.fixture
@@ -91,10 +80,6 @@ def page(browser, served):
         return browser
 
     return visit
-
-
-def errors(browser):
-    return [entry["message"] for entry in browser.call("/se/log", {"type": "browser"})]
 
 
 @pytest.mark.parametrize("name", ["life", "sides", "hostile"])
@@ -157,11 +142,11 @@ def test_it_asks_for_nothing_and_complains_of_nothing(page, served, name):
     browser = page(name)
     assert browser.js("performance.getEntriesByType('resource').map(e => e.name)") == []
     assert served.asked == [f"/{name}.html"]
-    assert errors(browser) == []
+    assert browser.errors() == []
     browser.js("(() => { const s = document.createElement('script'); s.textContent = "
                "'window.hit = 1'; document.body.append(s) })()")  # fmt: skip
     assert browser.js("window.hit") is None, "no script but the page's own is run"
-    assert len(errors(browser)) == 1
+    assert len(browser.errors()) == 1
 
 
 def test_the_pointer_reads_values(page):

@@ -22,7 +22,7 @@ from llmctl.errors import DataError, ModelError
 from llmctl.models.loading import load_tokenizer
 from llmctl.reward.model import PromptResponse, load_reward_model
 from tests.data.test_preferences import tokenizer
-from tests.run_files import edit_json
+from tests.run_files import edit_json, edit_tensors
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 ROOM = {"max_position_embeddings": 32, "intermediate_size": 64}
@@ -207,9 +207,7 @@ def test_a_missing_head_and_broken_weights_are_refused(scorer):
     whole = load_file(file)
 
     def saved(change):
-        tensors = dict(whole)
-        change(tensors)
-        save_file(tensors, file, metadata={"format": "pt"})
+        edit_tensors(file, change, whole)
         return load_reward_model(str(scorer))
 
     assert saved(lambda tensors: None).max_length == 32

@@ -9,21 +9,15 @@ import torch
 
 from llmctl.errors import ModelError, ResourceError, UserError
 from llmctl.runs import checkpoint, resume
-from llmctl.runs.checkpoint import CheckpointContent, Owner
+from llmctl.runs.checkpoint import Owner
+from tests.made_runs import checkpoint_content
 
 IDENTITY = {"lr": 0.1, "world_size": 1, "seed": 0, "architecture": {"heads": 2, "width": 8}}
 OWNER = Owner("run", IDENTITY)
 
 
 def content(step):
-    torch.manual_seed(step)
-    return CheckpointContent(
-        step=step,
-        model={"weight": torch.randn(4, 3)},
-        optimizer={"state.weight.exp_avg": torch.randn(4, 3)},
-        rng={"cpu": torch.get_rng_state()},
-        state={"progressed": {"step": step}},
-    )
+    return checkpoint_content(step, (4, 3))
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import threading
 import pytest
 from safetensors import SafetensorError
 
-from llmctl.config.commands import PretrainConfig
 from llmctl.errors import (
     DataError,
     DivergedError,
@@ -27,10 +26,7 @@ from llmctl.files import writing
 from llmctl.runs.directory import finished_already, open_run, resolve_model
 from llmctl.runs.lock import LOCK, is_held
 from llmctl.signals import Stopped
-
-
-def config(out, **flags):
-    return PretrainConfig(tokens="t", out=out, **flags)
+from tests.runs.conftest import config
 
 
 def fail(out, folder, error, **flags):

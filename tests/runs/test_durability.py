@@ -10,19 +10,15 @@ from pathlib import Path
 import pytest
 
 from llmctl import files
-from llmctl.config.commands import PretrainConfig
 from llmctl.console import log
 from llmctl.errors import DataError, DivergedError, ModelError, OutputError
 from llmctl.files import finite, write_json
 from llmctl.runs.directory import finished_already, is_complete, open_run, read_manifest
 from tests.conftest import SMALL
 from tests.run_files import metrics
+from tests.runs.conftest import config
 
 CHANGES = ("write_bytes", "write_text", "replace", "rename", "unlink")
-
-
-def config(out, **flags):
-    return PretrainConfig(tokens="t", out=out, **flags)
 
 
 def train(out, *, error=None, **flags):

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from llmctl.signals import exit_on_signals
+from tests.processes import call_llmctl
 
 PRELOADED = "tests.torture.preloaded"
 LIMIT = 120
@@ -150,7 +151,7 @@ def _inside(
         torch.set_num_threads(1)
         if plant is not None:
             plant()
-        code = _call(arguments)
+        code = call_llmctl(arguments)
     except KeyboardInterrupt:
         code = 130
         traceback.print_exc()
@@ -160,17 +161,6 @@ def _inside(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def _call(arguments: list[str]) -> int:
-    from llmctl.cli import main
-
-    sys.argv = ["llmctl", *arguments]
-    try:
-        main()
-    except SystemExit as exit_:
-        return int(exit_.code or 0)
-    return 0
 
 
 def until(

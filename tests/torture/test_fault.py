@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from llmctl.runs import checkpoint, resume
-from llmctl.runs.checkpoint import CheckpointContent, Owner
+from llmctl.runs.checkpoint import Owner
+from tests.made_runs import checkpoint_content
 from tests.torture.conftest import tally
 from tests.torture.harness import checkpoints, unfinished
 from tests.torture.plants import CRASHED, die_at_event, list_events
@@ -28,21 +29,9 @@ class Crash(BaseException):
     """What nothing catches."""
 
 
-def content(step: int, best: int | None) -> CheckpointContent:
-    torch.manual_seed(step)
-    return CheckpointContent(
-        step=step,
-        model={"weight": torch.randn(40, 30)},
-        optimizer={"state.weight.exp_avg": torch.randn(40, 30)},
-        rng={"cpu": torch.get_rng_state()},
-        state={"progressed": {"step": step}},
-        best=best,
-    )
-
-
 def save(root: Path, step: int, best: int | None = None) -> None:
     """As a run that wants to keep a single checkpoint does it."""
-    checkpoint.save(root, content(step, best), OWNER)
+    checkpoint.save(root, checkpoint_content(step, (40, 30), best), OWNER)
     checkpoint.rotate(root, 1, step=step, run_id=OWNER.run_id)
 
 
@@ -157,7 +146,9 @@ def goes_on(root: Path, disk: Disk, known: set[str]) -> None:
     if any(event.startswith("fsync") and event.endswith("/checkpoints") for event in disk.seen):
         assert checkpoint.step_of(found) == 6, f"{after}: a save that was through is lost"
     loaded, step = resume.load(found), checkpoint.step_of(found)
-    assert torch.equal(loaded.model["weight"], content(step, None).model["weight"]), after
+    assert torch.equal(
+        loaded.model["weight"], checkpoint_content(step, (40, 30)).model["weight"]
+    ), after
     checkpoint.clean(root)
     for later in (step + 1, step + 2):
         save(root, later, best=loaded.best)

@@ -7,7 +7,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import psutil
 import pytest
 
 from llmctl.runs.resume import defect
+from tests.processes import free_port
 from tests.torture.conftest import differences, outcome, tally
 from tests.torture.harness import (
     LIMIT,
@@ -43,12 +43,6 @@ class Pair:
     pids: list[int]
     wait: object
     errors: object
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import importlib.util
 import multiprocessing
 import os
 import random
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.processes import free_port
 from tests.run_files import metrics
 
 CURVES = Path(__file__).parents[1] / "fixtures" / "curves"
@@ -219,9 +219,7 @@ def run_ranks(
         Exit code and output of each: the code is what the function returned, if it is a number.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes, logs = [], [folder / f"rank-{rank}.log" for rank in range(world)]
     for rank, log in enumerate(logs):
         environment = {
@@ -240,18 +238,6 @@ def run_ranks(
             pytest.fail("still running:\n" + "\n".join(log.read_text() for log in logs))
     codes = [process.exitcode for process in processes]
     return list(zip(codes, [log.read_text() for log in logs], strict=True))
-
-
-def call_llmctl(arguments: Sequence[str]) -> int:
-    """Run a command in this process; return the exit code."""
-    from llmctl.cli import main
-
-    sys.argv = ["llmctl", *arguments]
-    try:
-        main()
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
 
 
 def _be_a_rank(

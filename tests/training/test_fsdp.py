@@ -21,6 +21,7 @@ from llmctl.training import distributed, loop
 from llmctl.training.batches import validation_shares
 from llmctl.training.run_state import Progress
 from llmctl.training.state import capture, put_weights, restore, set_generators
+from tests.processes import call_llmctl
 from tests.run_files import cut_off
 from tests.training.objectives import (
     OBJECTIVES,
@@ -28,7 +29,6 @@ from tests.training.objectives import (
     SFT,
     assert_close_weights,
     assert_same_metrics,
-    call_llmctl,
     every_objective,
     lines_of,
     run_ranks,

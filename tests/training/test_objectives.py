@@ -4,8 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 
@@ -18,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from llmctl import hardware
 from llmctl.files import sha256_file
 from llmctl.training import loop, probe
+from tests.processes import call_llmctl, run_llmctl
 from tests.run_files import cut_off
 from tests.training.objectives import (
     OBJECTIVES,
@@ -27,7 +26,6 @@ from tests.training.objectives import (
     assert_close_weights,
     assert_same_gradients,
     assert_same_metrics,
-    call_llmctl,
     every_objective,
     keep_gradients,
     lines_of,
@@ -116,9 +114,7 @@ def test_two_processes_are_one_with_twice_the_batch(inputs, whole, tmp_path, obj
 def test_the_launcher_starts_two_processes(cli, inputs, whole, tmp_path):
     """By `--processes 2` alone, as a user types it."""
     arguments = SFT.arguments(inputs, tmp_path / "run", "--processes", 2, "--batch-size", 4)
-    ran = subprocess.run(
-        [sys.executable, "-m", "llmctl", *arguments], capture_output=True, text=True
-    )
+    ran = run_llmctl(*arguments)
     assert ran.returncode == 0, ran.stderr
     assert_same_metrics(lines_of(tmp_path / "run"), whole(SFT).lines, 1e-5)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import SMALL
+from tests.conftest import SMALL, out_of_memory
 from tests.run_files import cut_off, digest, manifest, metrics
 
 STEPS = ("--max-steps", 12, "--save-every", 4, "--eval-every", 6, "--keep", 9, "--threads", 1)
@@ -103,7 +103,7 @@ def test_the_largest_batch_that_fits_keeps_the_step(train, tmp_path, monkeypatch
     def limited(self, model, batch):
         tried.append(len(batch["input_ids"]))
         if tried[-1] > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            out_of_memory()
         return compute(self, model, batch)
 
     monkeypatch.setattr(LanguageModelling, "loss", limited)
@@ -133,10 +133,7 @@ def test_a_resumed_run_keeps_the_batch_it_found(train, tmp_path, monkeypatch):
 def test_not_even_one_sequence_fits(train, tmp_path, monkeypatch):
     from llmctl.training.pretrain import LanguageModelling
 
-    def fail(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-
-    monkeypatch.setattr(LanguageModelling, "loss", fail)
+    monkeypatch.setattr(LanguageModelling, "loss", out_of_memory)
     result = train(tmp_path / "run", "--find-batch-size")
     assert result.code == 5
     assert "out of memory with a single sequence" in result.err

@@ -2,10 +2,7 @@
 
 import io
 import json
-import os
-import pty
 import re
-import subprocess
 import sys
 from dataclasses import asdict, replace
 
@@ -30,6 +27,7 @@ from llmctl.data.examples import Example
 from llmctl.data.sft import SftData
 from llmctl.data.tokenized import EncodedSequence, collect
 from llmctl.errors import DataError
+from tests.processes import shown_on_a_terminal
 from tests.run_files import write_rows
 
 BOS, EOS, UNK, PAD, START, END, OTHER, WORD = range(8)
@@ -453,27 +451,12 @@ def test_a_template_that_would_break_the_model_is_refused(cli, base, tmp_path, w
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_a_terminal_gets_colour_and_no_orders(base, tmp_path):
+def test_a_terminal_gets_colour_and_no_orders(base, tmp_path, monkeypatch):
     rows = [{"prompt": "Hi \u001b]0;owned\u0007", "completion": "Yes \u001b[2J."}] * 2
     data = write_rows(tmp_path / "few.jsonl", rows)
-    master, slave = pty.openpty()
-    command = [sys.executable, "-m", "llmctl", "audit", data, "--model", base]
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200"}
-    environment.pop("NO_COLOR", None)
-    child = subprocess.Popen([*command, "--truncation", "cut"], stdout=slave, env=environment)
-    os.close(slave)
-    shown = b""
-    while True:
-        try:
-            block = os.read(master, 4096)
-        except OSError:  # the other end is closed
-            break
-        if not block:
-            break
-        shown += block
-    assert child.wait() == 0
-    os.close(master)
-    text = shown.decode()
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    command = ("audit", data, "--model", base, "--truncation", "cut")
+    text = shown_on_a_terminal(*command, TERM="xterm-256color", COLUMNS="200")
     assert re.search(r"\x1b\[[0-9;]*4[0-9;]*m", text), "nothing underlined"
     assert "\\x1b]0;owned\\x07" in text
     assert not re.search(r"\x1b(?!\[[0-9;]*m)", text), "an escape that is not a colour"

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llmctl.data.chat import sandbox, sandbox_process
 from llmctl.data.chat.render import ChatFormat
@@ -53,11 +52,6 @@ HI = [{"role": "user", "content": "hi"}]
 def render_prompt(template, messages, variables=None) -> str:
     (text,) = render_cuts(template, messages, [(len(messages), True)], variables or {})
     return text
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokens: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(tokens / "tokenizer")
 
 
 @pytest.mark.parametrize("template", [CHATML_TEMPLATE, CHATML, LLAMA3, MISTRAL, GENERATION])
