@@ -124,6 +124,17 @@ def replace_file(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
+@contextmanager
+def filled_folder(folder: Path) -> Iterator[Path]:
+    """Have the body fill a sibling of a folder, which then takes its place."""
+    staging = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    yield staging
+    follow_umask(staging)
+    replace_folder(staging, folder)
+
+
 def replace_folder(staging: Path, folder: Path) -> None:
     """Rename a filled staging folder once all of it is on the disk."""
     for path in (*staging.rglob("*"), staging):

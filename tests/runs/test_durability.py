@@ -205,7 +205,7 @@ def test_models_are_saved_that_way(base, tmp_path, monkeypatch):
     from llmctl.models import loading
 
     seen = []
-    monkeypatch.setattr(loading, "replace_folder", lambda *paths: seen.append(paths))
+    monkeypatch.setattr(files, "replace_folder", lambda *paths: seen.append(paths))
     model = loading.load_causal_lm(str(base), dtype=loading.DTYPES["fp32"])
     tokenizer = loading.load_tokenizer(str(base))
     loading.save_model(model, model.state_dict(), tokenizer, tmp_path / "model")

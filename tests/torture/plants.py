@@ -25,13 +25,25 @@ def die_at_event(number: int) -> None:
 
 
 def die_at_call(where: str) -> None:
-    """Leave as if killed when this function ("module:function") or method is called."""
-    module, _, path = where.partition(":")
+    """Leave as if killed at a call of this function ("module:function") or method.
+
+    It is the first, or with a number behind it ("module:function:2") that one.
+    """
+    module, path, *number = where.split(":")
     *owners, name = path.split(".")
     owner = import_module(module)
     for attribute in owners:
         owner = getattr(owner, attribute)
-    setattr(owner, name, lambda *_, **__: os._exit(CRASHED))
+    called, left = getattr(owner, name), int(*number or "1")
+
+    def counted(*arguments, **options):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os._exit(CRASHED)
+        return called(*arguments, **options)
+
+    setattr(owner, name, counted)
 
 
 def list_events(log: Path, signal_at: str | None = None) -> None:

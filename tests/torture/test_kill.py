@@ -18,11 +18,11 @@ pytestmark = pytest.mark.slow
 KILLS = 25 * len(SUBJECTS + BRIEF) if LONG else 5 * len(SUBJECTS) + len(BRIEF)
 EXPORTING = {
     "adapter written": ("llmctl.training.export:merge", "adapter"),
-    "model staged": ("llmctl.models.loading:replace_folder", "adapter"),
+    "model staged": ("llmctl.files:replace_folder:2", "adapter"),
     "both written": ("llmctl.runs.ownership:Claim.flush", "model", "adapter"),
     "trained": ("llmctl.training.export:put_best",),
 }
-"""Functions that are never reached, and the results that are there by then."""
+"""Functions whose call ends the process (the second one, with `:2`), and what is there by then."""
 GROUP = "SIGKILL at a random moment"
 
 

@@ -7,10 +7,8 @@ adapter_model.safetensors, and what does not fit is refused by name.
 
 import hashlib
 import json
-import shutil
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmctl.errors import ModelError
-from llmctl.files import follow_umask, replace_folder, sha256_file
+from llmctl.files import filled_folder, sha256_file
 from llmctl.models import hub
 from llmctl.models.quantized import LoadIn, loaded_in
 from llmctl.models.vetting import (
@@ -135,17 +133,6 @@ def save_adapter(
         tokenizer.save_pretrained(staging)
         if generation_config is not None:
             generation_config.save_pretrained(staging)
-
-
-@contextmanager
-def filled_folder(folder: Path) -> Iterator[Path]:
-    """Have the body fill a sibling of a folder, which then takes its place."""
-    staging = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    yield staging
-    follow_umask(staging)
-    replace_folder(staging, folder)
 
 
 def _sort_metadata(file: Path) -> None:

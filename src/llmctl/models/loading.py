@@ -16,10 +16,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from llmctl.errors import ModelError
+from llmctl.files import filled_folder
 from llmctl.models import patched_attention
 from llmctl.models.adapters import (
     AdapterInfo,
-    filled_folder,
     is_adapter,
     put_adapter,
     read_adapter,

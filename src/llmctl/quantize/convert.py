@@ -5,7 +5,6 @@ In: a `QuantizationJob`. Out: a folder that `from_pretrained` opens or a GGUF fi
 """
 
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 from llmctl.config.commands import QuantizeConfig
 from llmctl.errors import ModelError
 from llmctl.evaluate.perplexity import Window, window_logits
-from llmctl.files import replace_folder
+from llmctl.files import filled_folder
 from llmctl.gguf_file import read_back, write_gguf
 from llmctl.models.loading import load_causal_lm, local_folder, save_model
 from llmctl.models.quantized import memory_bytes_of
@@ -83,30 +82,27 @@ def convert_to_gguf(
         ModelError: a model or tokenizer that GGUF cannot hold.
     """
     assert config.gguf is not None
-    staging = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     before = job.load()
-    file = staging / f"model-{config.gguf}.gguf"
-    by_flag = kept_by_flag(before, config)
-    written = write_gguf(before, job.tokenizer, file, config.gguf, by_flag)
-    after = read_back(file, before.config).to(job.device)
-    layers = NO_LAYERS
-    if config.gguf in ("q8_0", "q4_0"):
-        kept = {name: "--keep" if name in by_flag else WIDTH for name in written.kept}
-        modules = matrix_modules(before)
-        held = {id(modules[name].weight) for name in kept}  # a tied one has another name, too
-        layers = Layers(
-            tuple(n for n, module in modules.items() if id(module.weight) not in held), kept
-        )
-    report, _ = _measure(job, config, after, layers, baselines(before, config))
-    kl = report.fidelity.kl
-    if kl > MAX_KL.get(config.gguf, math.inf):
-        raise ModelError(
-            f"what was read back from the file says something else: mean KL {kl:.3g}",
-            hint="this is a fault of llmctl's; please report the model's architecture",
-        )
-    replace_folder(staging, folder)
+    with filled_folder(folder) as staging:
+        file = staging / f"model-{config.gguf}.gguf"
+        by_flag = kept_by_flag(before, config)
+        written = write_gguf(before, job.tokenizer, file, config.gguf, by_flag)
+        after = read_back(file, before.config).to(job.device)
+        layers = NO_LAYERS
+        if config.gguf in ("q8_0", "q4_0"):
+            kept = {name: "--keep" if name in by_flag else WIDTH for name in written.kept}
+            modules = matrix_modules(before)
+            held = {id(modules[name].weight) for name in kept}  # a tied one has another name, too
+            layers = Layers(
+                tuple(n for n, module in modules.items() if id(module.weight) not in held), kept
+            )
+        report, _ = _measure(job, config, after, layers, baselines(before, config))
+        kl = report.fidelity.kl
+        if kl > MAX_KL.get(config.gguf, math.inf):
+            raise ModelError(
+                f"what was read back from the file says something else: mean KL {kl:.3g}",
+                hint="this is a fault of llmctl's; please report the model's architecture",
+            )
     sizes = WeightBytes(written.bytes, written.bytes)  # llama.cpp maps the file, blocks as they are
     return replace(report, after=sizes), folder / file.name
 
