@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test torture quick coverage check docs clean
@@ -12,17 +13,17 @@ demo: $(STAMP)
 
 # the torture tests kill what they start at chosen moments, and get the machine to themselves
 test: $(STAMP)
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal --ignore tests/torture
-	$(BIN)/python -m pytest tests/torture
+	$(PYTEST) --ignore tests/torture
+	$(PYTEST) --dist loadfile tests/torture
 
 torture: $(STAMP)
-	TORTURE=long $(BIN)/python -m pytest tests/torture
+	TORTURE=long $(PYTEST) --dist loadfile tests/torture
 
 quick: $(STAMP)
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not slow"
+	$(PYTEST) -m "not slow"
 
 coverage: $(STAMP)
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not slow" --cov
+	$(PYTEST) -m "not slow" --cov
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -16,6 +16,7 @@ import pytest
 
 from llmctl import console
 from llmctl.cli import COMMANDS
+from llmctl.errors import ModelError
 from llmctl.runs.lock import locked
 from tests.conftest import SMALL
 from tests.torture.harness import mounted
@@ -354,7 +355,7 @@ def test_a_signal_at_any_time_ends_in_order(tokens, tmp_path, number, code, name
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
-@pytest.mark.parametrize("wrap", [False, True])
+@pytest.mark.parametrize("wrap", [None, "chained", RuntimeError, ModelError])
 def test_a_signal_while_tokenizing_leaves_nothing(
     cli, corpus, tmp_path, monkeypatch, heeded, number, code, wrap
 ):
@@ -368,9 +369,11 @@ def test_a_signal_while_tokenizing_leaves_nothing(
         except Exception as error:
             raise AssertionError("what every library swallows") from error
         except KeyboardInterrupt as error:
-            if wrap:
+            if wrap == "chained":
                 raise RuntimeError("a library's own words") from error
-            raise
+            if wrap is None:
+                raise
+        raise wrap("what native code makes of it, without a cause")
 
     monkeypatch.setattr(tokenize.CheckedCorpus, "write", write)
     handlers = [signal.getsignal(number) for number, _ in SIGNALS]

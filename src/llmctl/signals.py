@@ -7,6 +7,7 @@ ends the process at once.
 """
 
 import json
+import math
 import os
 import signal
 import sys
@@ -20,6 +21,10 @@ from llmctl.errors import Interrupted, Terminated, UserError
 CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ECHO = 5.0
 """Seconds in which a launched rank may get the first signal again, from its launcher."""
+
+
+_raised: list[int] = []
+"""Number of the signal that `Stopped` was raised for, while `raising_on_signals` is in force."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -43,14 +48,16 @@ def raising_on_signals() -> Iterator[None]:
 
     A library may turn the exception of a signal into one of its own: that is undone here.
     """
-    received: list[float] = []
+    began = math.inf
 
     def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal began
         now = time.monotonic()
-        if not received:
-            received.append(now)
+        if not _raised:
+            began = now
+            _raised.append(number)
             raise Stopped(number)
-        if "RANK" not in os.environ or now - received[0] > ECHO:
+        if "RANK" not in os.environ or now - began > ECHO:
             exit_now(number, frame)
 
     try:
@@ -60,6 +67,8 @@ def raising_on_signals() -> Iterator[None]:
         if (signalled := signal_error(error)) and signalled is not error:
             raise signalled from None
         raise
+    finally:
+        _raised.clear()
 
 
 def exit_now(number: int, frame: FrameType | None) -> None:
@@ -73,7 +82,11 @@ def exit_now(number: int, frame: FrameType | None) -> None:
 
 
 def signal_error(error: BaseException) -> UserError | None:
-    """Return the error of the signal behind an exception, which a library may have wrapped."""
+    """Return the error of the signal behind an exception, which a library may have wrapped.
+
+    Native code may raise an error of its own instead, without a cause (safetensors does): the
+    first error after a signal is taken for it.
+    """
     if isinstance(error, Interrupted | Terminated):
         return error
     cause: BaseException | None = error
@@ -81,7 +94,7 @@ def signal_error(error: BaseException) -> UserError | None:
         if isinstance(cause, KeyboardInterrupt):
             return _error(cause.number if isinstance(cause, Stopped) else signal.SIGINT)
         cause = cause.__cause__ or cause.__context__
-    return None
+    return _error(_raised[0]) if _raised else None
 
 
 @contextmanager

@@ -20,7 +20,9 @@ from tests.run_files import RESULTS, cut_off
 from tests.torture import harness
 from tests.torture.subjects import LONG, Subject
 
-SEED = int(os.environ.get("TORTURE_SEED") or random.SystemRandom().randrange(10**6))
+os.environ.setdefault("TORTURE_SEED", str(random.SystemRandom().randrange(10**6)))
+SEED = int(os.environ["TORTURE_SEED"])
+"""Of all workers: they inherit the environment."""
 COLUMNS = ("tried", "inside a save", "survived", "bit-identical")
 LOGS = ("metrics.jsonl", "samples.jsonl")
 CLOCK = (
@@ -36,6 +38,18 @@ def tally(group: str, subject: Subject | str, *columns: str) -> None:
     counts.setdefault((group, name), Counter()).update(columns)
 
 
+def pytest_sessionfinish(session) -> None:
+    """Have a worker hand its counts to the process that prints the table."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["torture"] = [[*key, dict(row)] for key, row in counts.items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    for group, subject, row in getattr(node, "workeroutput", {}).get("torture", []):
+        counts.setdefault((group, subject), Counter()).update(row)
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     if not counts:
         return
@@ -45,7 +59,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
     write("")
     write("| what is done to a run | command | " + " | ".join(COLUMNS) + " |")
     write("|---|---|" + "---:|" * len(COLUMNS))
-    for (group, subject), row in counts.items():
+    for (group, subject), row in sorted(counts.items()):
         cells = [str(row[column]) if row[column] else "" for column in COLUMNS]
         write(f"| {group} | {subject} | " + " | ".join(cells) + " |")
 
