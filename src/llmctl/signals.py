@@ -84,8 +84,7 @@ def exit_now(number: int, frame: FrameType | None) -> None:
 def signal_error(error: BaseException) -> UserError | None:
     """Return the error of the signal behind an exception, which a library may have wrapped.
 
-    Native code may raise an error of its own instead, without a cause (safetensors does): the
-    first error after a signal is taken for it.
+    The first error after a signal is its: native code names no cause (safetensors does not).
     """
     if isinstance(error, Interrupted | Terminated):
         return error

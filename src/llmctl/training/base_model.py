@@ -44,7 +44,7 @@ from llmctl.training.batches import Batch, Order, RowBatches, Rows, on_device, v
 from llmctl.training.distributed import autocast, is_sharded
 from llmctl.training.hyperparameters import Hyperparameters, for_finetuning
 from llmctl.training.loop import Trainer, assemble
-from llmctl.training.objective import Objective, Validation
+from llmctl.training.objective import Loss, Objective, Validation
 from llmctl.training.probe import agreed_batch, checkpoint_activations, fitting_batch
 from llmctl.training.state import architecture
 
@@ -291,7 +291,7 @@ def prepare(
     accelerator: Accelerator,
     device: str,
     *,
-    loss: Callable[[Any, Batch], Tensor],
+    loss: Callable[[Any, Batch], Loss],
     check: Callable[[], None] = lambda: None,
     stops: Sequence[int] = (),
     is_classifier: bool = False,
@@ -375,7 +375,7 @@ def _with_largest_batch(
     values: Hyperparameters,
     model: Any,
     train: Rows,
-    loss: Callable[[Any, Batch], Tensor],
+    loss: Callable[[Any, Batch], Loss],
     accelerator: Accelerator,
     device: str,
 ) -> Hyperparameters:
@@ -383,7 +383,7 @@ def _with_largest_batch(
 
     def loss_of(copied: Any, numbers: list[int]) -> Tensor:
         with autocast(values.precision, device):
-            return loss(copied, on_device(train.batch(numbers), device))
+            return loss(copied, on_device(train.batch(numbers), device)).total
 
     return agreed_batch(
         lambda total: fitting_batch(model, loss_of, train.lengths, total, config),

@@ -104,11 +104,7 @@ def prepare_classification(
     pad = int(data.tokenizer.pad_token_id)
     train = TextRows(data.train, pad)
     val = None if data.val is None else TextRows(data.val, pad)
-    objective = Classification(len(data.labels), None)
-
-    def loss(copied: Any, batch: Batch) -> Tensor:
-        return objective.loss(copied, batch).total
-
+    loss = Classification(len(data.labels), None).loss
     return prepare(
         config, "texts", model, train, val, accelerator, device, loss=loss, is_classifier=True
     )

@@ -283,9 +283,9 @@ def prepare_dpo(
     train = ComparedPairRows(data.train, pad)
     val = None if data.val is None else ComparedPairRows(data.val, pad)
 
-    def loss(copied: Any, batch: Batch) -> Tensor:
+    def loss(copied: Any, batch: Batch) -> Loss:  # without a reference, which takes as much memory
         token_loss = token_loss_of(copied, chunked=config.chunked_loss)
-        return log_probabilities(copied, token_loss, batch)[0].sum()
+        return Loss(log_probabilities(copied, token_loss, batch)[0].sum(), batch["weight"])
 
     def check() -> None:
         require_causal(model, data.embedding_rows)

@@ -27,9 +27,8 @@ class Loss(NamedTuple):
     sums: Tensor | None = None
     """(F + 1,) sums of the objective's figures, and of how many they are means."""
     mean: Tensor | None = None
-    """A further term, a mean over the micro-batch such as a router's balancing loss, with
-    gradients. It is weighted by the share of micro-batches, so for it a step cut otherwise gives
-    the same only approximately."""
+    """A mean over the micro-batch to add, with gradients, such as a router's balancing loss. It has
+    the weight of the micro-batch's share: a step split otherwise gives nearly the same."""
 
 
 class Objective(Protocol):

@@ -145,11 +145,7 @@ def prepare_reward(
     types = needs_token_types(model.config, data.response_format)
     train = ScoredPairRows(data.train, pad, uses_token_types=types)
     val = ScoredPairRows(data.val, pad, uses_token_types=types) if data.val else None
-    objective = PairwisePreference(config.center_rewards or 0.0, None)
-
-    def loss(copied: Any, batch: Batch) -> Tensor:
-        return objective.loss(copied, batch).total
-
+    loss = PairwisePreference(config.center_rewards or 0.0, None).loss
     return prepare(
         config, "pairs", model, train, val, accelerator, device, loss=loss, is_classifier=True
     )

@@ -86,8 +86,9 @@ def prepare_sft(
         if config.packing:
             require_isolated(model, train, data.embedding_rows)
 
-    def loss(copied: Any, batch: Batch) -> Tensor:
-        return token_loss_of(copied, chunked=config.chunked_loss)(copied, batch).losses.sum()
+    def loss(copied: Any, batch: Batch) -> Loss:
+        token_loss = token_loss_of(copied, chunked=config.chunked_loss)
+        return SupervisedTokens(token_loss, None).loss(copied, batch)
 
     prepared = prepare(
         config, "rows", model, train, val, accelerator, device, loss=loss, check=check, stops=stops
@@ -118,8 +119,7 @@ def build_sft(
             require_chunkable(model, token_loss, on_device(prepared.train.batch([0]), device))
     objective = SupervisedTokens(token_loss, prepared.validation(accelerator, device))
     prompts = prompts_of(config, data.format, data.train_examples, data.val_examples)
-    stops = prepared.stops
-    sampler = TextSampler(config, prompts, data.tokenizer, model, stops, run, accelerator)
+    sampler = TextSampler(config, prompts, data.tokenizer, model, prepared.stops, run, accelerator)
     settings = {
         "packing": config.packing,
         "chunked_loss": config.chunked_loss,
