@@ -212,10 +212,18 @@ def test_resume_from_every_checkpoint_ends_in_the_same_bits(cli, tokens, tmp_pat
         assert metrics(again, "samples.jsonl") == metrics(whole, "samples.jsonl")
 
 
+@pytest.fixture(scope="module")
+def long_run(cli, tokens, tmp_path_factory):
+    """The command of a run of some seconds, to which its folder is to be added, and its result."""
+    run = ("pretrain", "--tokens", tokens, *SMALL, "--max-steps", 300, "--threads", 1, "-o")
+    whole = tmp_path_factory.mktemp("long") / "whole"
+    assert cli(*run, whole).code == 0
+    return run, digest(whole)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_resume_ends_in_the_same_bits(cli, tokens, tmp_path, number, code):
-    run = ("pretrain", "--tokens", tokens, *SMALL, "--max-steps", 400, "--threads", 1, "-o")
-    assert cli(*run, tmp_path / "whole").code == 0
+def test_a_signal_saves_and_resume_ends_in_the_same_bits(cli, long_run, tmp_path, number, code):
+    run, whole = long_run
     process = spawn(*run, tmp_path / "cut")
     wait_for(tmp_path / "cut" / "metrics.jsonl", process)
     process.send_signal(number)
@@ -228,25 +236,13 @@ def test_a_signal_saves_and_resume_ends_in_the_same_bits(cli, tokens, tmp_path, 
     assert not (tmp_path / "cut" / "model").exists()
     assert cli(*run, tmp_path / "cut").code == 3, "without --resume it is not written over"
     assert cli(*run, tmp_path / "cut", "--resume").code == 0
-    assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+    assert digest(tmp_path / "cut") == whole
 
 
 @pytest.mark.slow
-def test_kill_at_any_time_and_resume_ends_in_the_same_bits(cli, tokens, tmp_path):
-    run = (
-        "pretrain",
-        "--tokens",
-        tokens,
-        *SMALL,
-        "--max-steps",
-        300,
-        "--save-every",
-        2,
-        "--threads",
-        1,
-        "-o",
-    )
-    assert cli(*run, tmp_path / "whole").code == 0
+def test_kill_at_any_time_and_resume_ends_in_the_same_bits(cli, long_run, tmp_path):
+    (*run, flag), whole = long_run
+    run += ["--save-every", 2, flag]
     out = tmp_path / "cut"
     for delay in (0.0, 0.3, 0.9):
         process = spawn(*run, out, "--resume")
@@ -255,7 +251,7 @@ def test_kill_at_any_time_and_resume_ends_in_the_same_bits(cli, tokens, tmp_path
         process.kill()
         process.communicate()
     assert cli(*run, out, "--resume").code == 0
-    assert digest(out) == digest(tmp_path / "whole")
+    assert digest(out) == whole
 
 
 def test_resuming_from_another_runs_checkpoint_ends_where_it_would_have(cli, tokens, tmp_path):
