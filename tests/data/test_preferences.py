@@ -7,6 +7,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from llmctl.config.finetuning import Preferred
+from llmctl.data.audit.rules import RowRules
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.builtin import named_preferences, tasks
 from llmctl.data.chat.responses import ResponseFormat, prepare_template
 from llmctl.data.preference_pairs import encode_pairs
@@ -319,6 +321,10 @@ def test_a_special_token_in_a_response_is_text():
     assert llama.tokenizer.pad_token_id not in tokens
 
 
+def encode(form, *arguments):
+    return encode_pairs(form, *arguments, BadRows(), RowRules(form.tokenizer))
+
+
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_prompts_are_cut_from_the_left_and_responses_never(tmp_path, kind):
     form = written(kind)
@@ -329,10 +335,10 @@ def test_prompts_are_cut_from_the_left_and_responses_never(tmp_path, kind):
         *({"prompt": "Hi", "chosen": "Hello .", "rejected": "What ?"} for _ in range(6)),
     ]
     pairs = read(write_rows(tmp_path / "a.jsonl", rows)).train
-    whole = encode_pairs(form, pairs, 512, "drop")
+    whole = encode(form, pairs, 512, "drop")
     assert (len(whole), whole.cut, whole.dropped) == (8, 0, 0)
     limit = 20
-    found = encode_pairs(form, pairs, limit, "auto")
+    found = encode(form, pairs, limit, "auto")
     assert (len(found), found.cut, found.dropped) == (7, 1, 1)
     assert found.lengths.max() == limit
     assert found.numbers.tolist() == [0, 2, 3, 4, 5, 6, 7]
@@ -345,9 +351,9 @@ def test_prompts_are_cut_from_the_left_and_responses_never(tmp_path, kind):
         assert prompt[1:] == all_tokens[~all_trained].tolist()[-len(prompt) + 1 :]
         prompts.append(prompt)
     assert prompts[0] == prompts[1]
-    assert encode_pairs(form, pairs, limit, "drop").dropped == 2
+    assert encode(form, pairs, limit, "drop").dropped == 2
     with pytest.raises(DataError, match="every pair has more than 20 tokens"):
-        encode_pairs(form, [pairs[1], pairs[1]], limit, "auto")
+        encode(form, [pairs[1], pairs[1]], limit, "auto")
     with pytest.raises(DataError, match="1 of 2 pairs have responses that do not fit"):
-        encode_pairs(form, pairs[:2], limit, "auto")
-    assert len(encode_pairs(form, pairs[:2], limit, "cut")) == 1
+        encode(form, pairs[:2], limit, "auto")
+    assert len(encode(form, pairs[:2], limit, "cut")) == 1

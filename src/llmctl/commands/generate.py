@@ -65,8 +65,10 @@ def _write(
     """Write a row or text for each response; return the result where it went to a file."""
 
     def row_of(response: Response) -> Row:
+        ask = asks[response.index // config.num_samples]
         return {
-            "prompt": asks[response.index // config.num_samples].prompt,
+            "prompt": ask.prompt,
+            **({"tools": ask.tools} if ask.tools else {}),
             "response": response.text,
             "finish_reason": response.finish_reason,
             "seed": config.seed,

@@ -18,6 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from llmctl.config.commands import SftConfig
 from llmctl.console import log
+from llmctl.data.audit.rules import RowRules
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.examples import Example
 from llmctl.data.split import (
     Split,
@@ -121,6 +123,8 @@ class ClassificationData:
     split: Split[Example]
     dropped: int
     """Texts left out for their length."""
+    bad: BadRows
+    """Rows left out for their errors."""
 
     def statistics(self) -> dict[str, Any]:
         """Statistics for the manifest."""
@@ -137,7 +141,7 @@ class ClassificationData:
             "tokens_max": int(self.train.lengths.max()),
             "truncated": self.train.cut / len(self.train),
             "dropped": self.dropped,
-            "skipped": self.split.skipped,
+            "skipped": self.bad.count,
             "duplicates": count_duplicates(examples),
             "ambiguous": sum(count > 1 for count in labels.values()),
             "shared_texts": count_shared_prompts(self.split.train, self.split.val),
@@ -156,11 +160,17 @@ def load_classification_data(config: SftConfig) -> ClassificationData:
     shape, tokenizer = load_config(config.model), load_tokenizer(config.model)
     max_length = resolve_max_length(config.max_length, shape, tokenizer=tokenizer)
     configure_padding(tokenizer, max_length)
-    split = read_split(config, config.data, config.seed, "classify")
+    bad = BadRows(config.skip_bad_rows)
+    split = read_split(config, config.data, config.seed, bad, "classify")
+    bad.report()
     _require_apart(split)
     drop = config.truncation == "drop"
     train, dropped = _encode(tokenizer, split.train, max_length, drop=drop)
     val, _ = _encode(tokenizer, split.val, max_length, drop=drop)
+    rules = RowRules(tokenizer)
+    for example, tokens, _ in (*train, *val):
+        rules.see([example.text or ""], example.place, example.line, [tokens])
+    rules.enforce()
     _require_embeddings([*train, *val], int(shape.get_text_config().vocab_size))
     labels = resolve_labels([example for example, _, _ in train], split.val, shape)
     return ClassificationData(
@@ -171,6 +181,7 @@ def load_classification_data(config: SftConfig) -> ClassificationData:
         max_length,
         split,
         dropped,
+        bad,
     )
 
 

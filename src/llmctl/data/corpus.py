@@ -35,11 +35,14 @@ from llmctl.data.tokenizer.encode import (
     fastest_encoder,
 )
 from llmctl.data.tokenizer.load import Vocabulary, load_vocabulary
+from llmctl.data.tokenizer.lost import MOST_LOST, LostCharacters
 from llmctl.data.tokenizer.train import fingerprint
 from llmctl.errors import DataError, ModelError
 from llmctl.files import write_json
 
 BATCH_CHARACTERS = 1 << 20
+EARLY_CHARACTERS = 1 << 20
+"""Characters after which a tokenizer that loses too many is refused without reading on."""
 
 Place = tuple[str, int | None]
 
@@ -73,6 +76,8 @@ class SplitWriter:
         self._characters = 0
         self._is_within = False
         self._carried = 0
+        self.lost = LostCharacters(vocabulary.tokenizer)
+        self.first_lost: tuple[str | None, int | None] = None, None
 
     @property
     def tokens(self) -> int:
@@ -85,6 +90,8 @@ class SplitWriter:
         Raises:
             DataError: the text cannot be cut and is too long to be encoded at once.
         """
+        if self.lost.add(text) and self.first_lost[0] is None:
+            self.first_lost = place, line
         try:
             for piece in self._cutter.feed(text, is_last):
                 self._texts.append(piece)
@@ -116,6 +123,8 @@ class SplitWriter:
         """Encode the batch, put the prefix and EOS around each document, and write it."""
         if not self._texts:
             return
+        if self.lost.characters > EARLY_CHARACTERS:
+            self.lost.refuse(MOST_LOST, *self.first_lost)
         ids, lengths = self.encoder.encode(self._texts)
         ends = np.array(self._ends)
         starts = np.append(not self._is_within, ends[:-1])
@@ -150,6 +159,14 @@ class SplitWriter:
             self.longest = Extreme(int(sizes[most]), *self._places[most])
         if self.shortest is None or sizes[least] < self.shortest.tokens:
             self.shortest = Extreme(int(sizes[least]), *self._places[least])
+
+    def check_lost(self) -> None:
+        """Warn of characters that the tokenizer loses; raise a DataError where they are many."""
+        self.lost.refuse(MOST_LOST, *self.first_lost)
+        if self.lost.lost:
+            place, line = self.first_lost
+            where = place if line is None else f"{place}:{line}"
+            log.warning("%s: %s", where, self.lost.message())
 
     def index_entry(self) -> dict[str, Any]:
         """Return this split's entry in the index."""
@@ -229,6 +246,8 @@ class CheckedCorpus:
             self._route(train, val, progress)
         seconds = time.monotonic() - started
         _check_sizes(train, val, self.bytes)
+        for side in (train, *rest):
+            side.check_lost()
         splits = {"train": train.index_entry(), **({"val": val.index_entry()} if val else {})}
         write_json(
             folder / "index.json",
@@ -354,6 +373,7 @@ def _metrics(sides: list[SplitWriter], vocabulary: Vocabulary, seconds: float) -
         "bytes_per_token": size / tokens,
         "tokens_per_second": tokens / max(seconds, 1e-9),
         "unknown_rate": unknown / tokens,
+        "lost_characters": sum(side.lost.lost for side in sides),
         "vocab_size": vocabulary.size,
         "vocab_used": int((counts > 0).sum()) / vocabulary.size,
         "longest_document": max(longest, key=lambda e: e.tokens)._asdict(),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from llmctl.console import log
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.rows import SourceRow, read_rows
 from llmctl.data.schemas import Layout, match_layout
 from llmctl.data.sources import Source, find_sources, manifest_input, split_weight
@@ -33,8 +34,6 @@ class ItemSet(Generic[Item]):
     weight: float | None
     """Its share of the mixture; None where no shares are given."""
     examples: list[Item]
-    skipped: list[str]
-    """Error of each row that was left out."""
     inputs: list[dict[str, Any]]
     """For the manifest."""
 
@@ -44,7 +43,7 @@ def read_sets(
     layouts: tuple[Layout, ...],
     make: Make[Item],
     *,
-    skip_bad_rows: int = 0,
+    bad: BadRows | None = None,
     role: str = "data",
 ) -> list[ItemSet[Item]]:
     """Read every item that `data` names, in order, each file once.
@@ -56,16 +55,7 @@ def read_sets(
         NetworkError: a Hub data set that cannot be reached.
         UserError: weights that make no sense.
     """
-    names = _weights(data)
-    bad: list[DataError] = []
-
-    def tolerate(error: DataError) -> None:
-        bad.append(error)
-        if len(bad) > skip_bad_rows:
-            if skip_bad_rows:
-                error.message += f" ({len(bad):,} bad rows, --skip-bad-rows {skip_bad_rows:,})"
-            raise error
-
+    names, bad = _weights(data), BadRows() if bad is None else bad
     sets = []
     seen: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="llmctl-") as spool:
@@ -76,14 +66,9 @@ def read_sets(
             if not sources:
                 raise UserError(f"--data {name}: named twice, so that its weight is in doubt")
             seen.update(map(_identity, sources))
-            before = len(bad)
-            items = [item for s in sources for item in _read(s, layouts, make, tolerate)]
+            items = [item for s in sources for item in _read(s, layouts, make, bad)]
             inputs = [manifest_input(role, s, partial(_rows_digest, s)) for s in sources]
-            skipped = [str(error).splitlines()[0] for error in bad[before:]]
-            sets.append(ItemSet(name, weight, items, skipped, inputs))
-    if bad:
-        first = str(bad[0]).splitlines()[0]
-        log.warning("left out %s rows that cannot be read, the first: %s", f"{len(bad):,}", first)
+            sets.append(ItemSet(name, weight, items, inputs))
     return sets
 
 
@@ -128,7 +113,7 @@ def _read(
     source: Source,
     layouts: tuple[Layout, ...],
     make: Make[Item],
-    tolerate: Callable[[DataError], None],
+    bad: BadRows,
 ) -> list[Item]:
     """Read the items of a source, all in the layout of its first row."""
     items: list[Item] = []
@@ -137,7 +122,7 @@ def _read(
     def skip(error: DataError) -> None:
         nonlocal is_empty
         is_empty = False
-        tolerate(error)
+        bad(error)
 
     for record in read_rows(source, on_bad=skip):
         is_empty = False
@@ -146,9 +131,10 @@ def _read(
             items.extend(make(record, layout))
         except DataError as error:
             error.file, error.line = record.place, record.line
-            tolerate(error)
+            bad(error)
         else:
             known, first = layout, first or record.line
+            bad.note_unread(layout.unread(record.values))
     if known is None:
         what = "an empty file: no rows in it" if is_empty else "no row of it can be read"
         raise DataError(what, file=source.name)

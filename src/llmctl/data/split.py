@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from llmctl.config.finetuning import Examples
 from llmctl.console import log
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.documents import hash_text
 from llmctl.data.examples import Example, read_examples
 from llmctl.data.schemas import Message, Task
@@ -46,20 +47,17 @@ class Split(Generic[Item]):
     """The sets that they come from."""
 
     @property
-    def skipped(self) -> int:
-        """Rows that could not be read."""
-        return sum(len(item_set.skipped) for item_set in self.sets)
-
-    @property
     def inputs(self) -> list[dict[str, Any]]:
         """Files and their hashes, for the manifest."""
         return [entry for item_set in self.sets for entry in item_set.inputs]
 
 
-def read_split(config: Examples, data: list[str], seed: int, task: Task = "chat") -> Split[Example]:
+def read_split(
+    config: Examples, data: list[str], seed: int, bad: BadRows, task: Task = "chat"
+) -> Split[Example]:
     """Read all examples, and hold some out for validation.
 
-    Where weights leave some examples out, `seed` chooses them.
+    Where weights leave some examples out, `seed` chooses them; `bad` counts rows left out.
 
     Raises:
         DataError: rows that are no examples, or an empty split.
@@ -71,7 +69,7 @@ def read_split(config: Examples, data: list[str], seed: int, task: Task = "chat"
         return read_examples(
             names,
             columns=config.columns,
-            skip_bad_rows=config.skip_bad_rows,
+            bad=bad,
             task=task,
             role=role,
         )

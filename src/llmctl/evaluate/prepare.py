@@ -11,6 +11,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from llmctl.config.commands import EvaluateConfig
 from llmctl.config.commands.evaluate import GENERATED
+from llmctl.data.audit.rules import RowRules, texts_of
+from llmctl.data.chat.render import encode_text
 from llmctl.data.classification import list_labels
 from llmctl.errors import ModelError, UserError
 from llmctl.evaluate.few_shot import (
@@ -152,6 +154,18 @@ def _require_used(config: EvaluateConfig, kind: Kind, metrics: tuple[str, ...]) 
             raise UserError(f"{config.flag(name)} goes with --metrics {list_labels(list(wanted))}")
 
 
+def _require_sound(data: EvaluationData, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Hold the texts to evaluate against the rules on rows, as one model reads them."""
+    rules = RowRules(tokenizer)
+    for row in data.examples:
+        texts = texts_of(row.messages, row.reference)
+        rules.see(texts, row.place, row.line, [encode_text(tokenizer, text) for text in texts])
+    for document in data.documents:
+        tokens = encode_text(tokenizer, document.text)
+        rules.see([document.text], document.place, document.line, [tokens])
+    rules.enforce()
+
+
 def inspect_model(
     config: EvaluateConfig, plan: EvaluationPlan | None, reference: str
 ) -> EvaluatedModel:
@@ -164,6 +178,8 @@ def inspect_model(
     """
     shape, tokenizer = load_config(reference), load_tokenizer(reference)
     folder = local_folder(resolve_model(reference))
+    if plan is not None:
+        _require_sound(plan.data, tokenizer)
     adapter = read_object(folder / "adapter_config.json") if is_adapter(folder) else None
     virtual = int((adapter or {}).get("num_virtual_tokens") or 0)
     evaluated = EvaluatedModel(

@@ -13,7 +13,7 @@ from typing import Any
 
 from llmctl.data.append_log import AppendLog, Row, open_append_log, read_append_log
 from llmctl.errors import OutputError
-from llmctl.feedback.questions import Question, canonical_json, is_ranking
+from llmctl.feedback.questions import Question, is_ranking, prompt_key
 from llmctl.runs.lock import locked_file
 
 
@@ -35,8 +35,7 @@ class AnswerFile:
             ResourceError: the disk is full or fails.
         """
         row = {
-            "prompt": question.prompt,
-            "responses": list(question.responses),
+            **question.row(),
             "ranks": None if ranks is None else list(ranks),
             "annotator": self._annotator,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -77,13 +76,7 @@ class ResponseFile:
             OutputError: another program has changed the file.
             ResourceError: the disk is full or fails.
         """
-        self.log.append(
-            {
-                "prompt": question.prompt,
-                "responses": list(question.responses),
-                "settings": dict(self.settings),
-            }
-        )
+        self.log.append({**question.row(), "settings": dict(self.settings)})
 
     def by_prompt(self) -> dict[str, tuple[str, ...]]:
         """Return the responses to each prompt, by its canonical JSON."""
@@ -148,12 +141,12 @@ def answered_by(rows: Sequence[Row], annotator: str) -> dict[str, bool]:
 
 def by_prompt(rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
     """Return canonical prompt -> responses."""
-    return {canonical_json(row["prompt"]): tuple(row["responses"]) for row in rows}
+    return {prompt_key(row["prompt"], row.get("tools")): tuple(row["responses"]) for row in rows}
 
 
 def key_of(row: Row) -> str:
     """Return the key of the question that a row answers."""
-    return Question(row["prompt"], tuple(row["responses"])).key
+    return Question(row["prompt"], tuple(row["responses"]), row.get("tools")).key
 
 
 def check_answer_row(row: Row) -> str | None:

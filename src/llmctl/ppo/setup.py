@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from llmctl.config.commands import PpoConfig
 from llmctl.console import log
+from llmctl.data.audit.rules import RowRules
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.prompts import read_prompts
 from llmctl.errors import DataError, ResourceError, UserError
 from llmctl.models.loading import load_config, load_tokenizer, stop_tokens
@@ -75,11 +77,15 @@ def prepare_ppo(
         )
     if device == "mps":
         raise ResourceError("ppo has not been made to work on mps", hint="use --device cpu")
-    rows = read_prompts(config.data, config.val_data, config.val_size, config.skip_bad_rows)
+    bad = BadRows(config.skip_bad_rows)
+    rows = read_prompts(config.data, config.val_data, config.val_size, bad)
     model_config, tokenizer = load_config(config.model), load_tokenizer(config.model)
     prompt_format = PromptFormat(tokenizer, config, clock)
-    prompts = encode_prompts(rows.train, prompt_format, model_config, config)
-    held_out = encode_prompts(rows.val, prompt_format, model_config, config)
+    rules = RowRules(tokenizer, noun="prompts")
+    prompts = encode_prompts(rows.train, prompt_format, model_config, config, bad, rules)
+    held_out = encode_prompts(rows.val, prompt_format, model_config, config, bad, rules)
+    bad.report()
+    rules.enforce()
     if 0 < len(held_out) < accelerator.num_processes:
         raise UserError(
             f"{len(held_out)} prompts are held out, fewer than one a process",

@@ -13,6 +13,7 @@ from typing import Any
 from llmctl import hardware
 from llmctl.config.commands import RewardConfig
 from llmctl.console import ProgressBar, show_recipe
+from llmctl.data.audit.rules import RowRules, texts_of
 from llmctl.data.preferences import parse_sides
 from llmctl.data.rows import SourceRow, checked_text, quote_names, read_rows
 from llmctl.data.schemas import PAIR_LAYOUTS, Message, conversation, from_json, match_layout
@@ -44,7 +45,9 @@ def score_file(config: RewardConfig) -> dict[str, Any] | None:
     if not records:
         raise DataError("an empty file: no rows in it", file=config.score)
     model = load_reward_model(config.model, device=hardware.pick_device(config.device))
-    encoded = [_encode(model, record) for record in records]
+    rules = RowRules(model.response_format.tokenizer)
+    encoded = [_encode(model, record, rules) for record in records]
+    rules.enforce()
     if config.dry_run:
         return show_recipe("reward", config, {"rows": len(records)})
     total = 0.0
@@ -73,14 +76,23 @@ def score_file(config: RewardConfig) -> dict[str, Any] | None:
     }
 
 
-def _encode(model: RewardModel, record: SourceRow) -> dict[str, EncodedSequence]:
+def _encode(model: RewardModel, record: SourceRow, rules: RowRules) -> dict[str, EncodedSequence]:
     """The texts of a row to score, encoded, by the names of their scores."""
     try:
         samples = samples_of(record, has_turns=model.has_turns)
-        return {name: model.encode(sample) for name, sample in samples.items()}
+        encoded = {name: model.encode(sample) for name, sample in samples.items()}
     except DataError as error:
         error.file, error.line = record.place, record.line
         raise
+    texts = [text for sample in samples.values() for text in _texts(sample)]
+    rules.see(texts, record.place, record.line, [row.tokens for row in encoded.values()])
+    return encoded
+
+
+def _texts(sample: PromptResponse) -> list[str]:
+    if isinstance(sample.prompt, str):
+        return [sample.prompt, sample.response]
+    return texts_of(sample.prompt, sample.response)
 
 
 def samples_of(record: SourceRow, *, has_turns: bool) -> dict[str, PromptResponse]:

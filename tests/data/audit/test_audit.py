@@ -22,6 +22,7 @@ from llmctl.data.audit.show import (
     print_report,
     spans_of,
 )
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.chat.render import ChatFormat
 from llmctl.data.examples import Example
 from llmctl.data.sft import SftData
@@ -64,6 +65,14 @@ def model(tmp_path):
     return folder
 
 
+def left_out(count):
+    """So many rows that were left out for their errors."""
+    bad = BadRows(count)
+    for number in range(count):
+        bad(DataError("not JSON", file="train.jsonl", line=number + 1))
+    return bad
+
+
 @pytest.fixture
 def make(tokenizer):
     """Examples as they would come out of `load_sft_data`."""
@@ -83,7 +92,7 @@ def make(tokenizer):
             embedding_rows=len(NAMES),
             added_tokens=(),
             has_conversations=True,
-            skipped=0,
+            bad=left_out(0),
             duplicates=0,
             overlap=(),
             shared_prompts=0,
@@ -314,7 +323,8 @@ def test_a_padding_token_that_ends_turns_is_a_warning(look, tokenizer):
 
 @pytest.mark.parametrize("name", ["skipped", "dropped", "shared_prompts", "duplicates"])
 def test_what_was_counted_while_reading_is_a_warning(look, name):
-    assert found(look([chat()] * 50, **{name: 1})) == {name: "warning"}
+    facts = {"bad": left_out(1)} if name == "skipped" else {name: 1}
+    assert found(look([chat()] * 50, **facts)) == {name: "warning"}
 
 
 def test_a_few_duplicates_are_none(look):
@@ -345,7 +355,7 @@ def test_json_holds_every_figure_and_finite_numbers_only(look):
 
 def test_a_run_hears_the_summary_and_each_warning_in_a_line(look, capsys):
     set_up()
-    log_summary(look([chat()] * 3, skipped=2, packing=True, max_length=5))
+    log_summary(look([chat()] * 3, bad=left_out(2), packing=True, max_length=5))
     log.handlers = []
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3

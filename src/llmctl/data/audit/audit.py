@@ -8,7 +8,8 @@ from typing import Any
 
 from llmctl.config.commands import AuditConfig, SftConfig
 from llmctl.console import log
-from llmctl.data.audit.checks import AuditFinding, check_examples
+from llmctl.data.audit.checks import check_examples
+from llmctl.data.audit.rules import AuditFinding
 from llmctl.data.audit.statistics import (
     SequenceStatistics,
     TurnStatistics,
@@ -36,6 +37,10 @@ class Audit:
     """None where something else than the assistant's turns is trained on."""
     max_length: int
     skipped: int
+    unread_columns: tuple[str, ...]
+    lost_characters: int
+    """Characters that the tokenizer has no token for, and drops."""
+    lost_share: float
     dropped: int
     duplicates: int
     overlap: int
@@ -68,6 +73,7 @@ class Audit:
             "open_turns": turns.get("open"),
             "foreign_turns": turns.get("foreign"),
             **fields,
+            "unread_columns": list(fields["unread_columns"]),
             "findings": list(fields["findings"]),
         }
 
@@ -89,13 +95,17 @@ def audit(data: SftData, config: SftConfig | AuditConfig, *, packing: bool) -> A
     train = sequence_statistics(data.train, roles)
     val = None if data.val is None else sequence_statistics(data.val, roles)
     turns = turn_statistics(data.train, roles) if are_turns else None
+    rules = data.row_rules()
     return Audit(
         rows=data.row_count,
         train=train,
         val=val,
         turns=turns,
         max_length=data.max_length,
-        skipped=data.skipped,
+        skipped=data.bad.count,
+        unread_columns=tuple(data.bad.unread),
+        lost_characters=rules.lost.lost,
+        lost_share=rules.lost.share,
         dropped=data.dropped,
         duplicates=data.duplicates,
         overlap=len(data.overlap),
@@ -103,7 +113,7 @@ def audit(data: SftData, config: SftConfig | AuditConfig, *, packing: bool) -> A
         pad_is_eos=tokenizer.pad_token_id is not None and tokenizer.pad_token_id in roles.stops,
         packed_rows=packed,
         packing_efficiency=efficiency,
-        findings=tuple(check_examples(data, config, roles, train, val, turns)),
+        findings=tuple(check_examples(data, config, rules, roles, train, val, turns)),
     )
 
 

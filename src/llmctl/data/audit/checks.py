@@ -4,12 +4,17 @@ In: statistics of training and validation sequences. Out: findings, errors first
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from llmctl.config.commands import AuditConfig, SftConfig
+from llmctl.data.audit.rules import (
+    MANY_UNKNOWN,
+    AuditFinding,
+    RowRules,
+    percent,
+    unknown_finding,
+)
 from llmctl.data.audit.statistics import (
     SequenceStatistics,
     TokenRoles,
@@ -25,32 +30,14 @@ LEAST_ENDED = 0.99
 """Share of rows, and of turns, with a trained stop token at the end; below it, answers go on."""
 MOST_TRUNCATED = 0.2
 """Share of rows that may lose their end unasked: the rest must be enough to learn to stop."""
-MOST_UNKNOWN, MANY_UNKNOWN = 0.2, 0.01
-"""Shares of unknown tokens: above the first the text is not the tokenizer's language at all; above
-the second a script or symbol is missing, which stray characters do not explain."""
-MOST_RENDERED = 0.1
-"""Share of rows that may talk of special tokens; above it, a template was applied before."""
 MANY_DUPLICATES = 0.01
 """Share of rows: below it, chance answers such as `Yes.` explain them."""
-
-
-@dataclass(frozen=True)
-class AuditFinding:
-    """An error or an oddity of the examples."""
-
-    level: Literal["error", "warning"]
-    name: str
-    """Key for programs."""
-    message: str
-    hint: str
-    """The fix."""
-    file: str | None = None
-    line: int | None = None
 
 
 def check_examples(
     data: SftData,
     config: SftConfig | AuditConfig,
+    rules: RowRules,
     roles: TokenRoles,
     train: SequenceStatistics,
     val: SequenceStatistics | None,
@@ -59,7 +46,7 @@ def check_examples(
     """Yield every finding: errors first, then warnings."""
     findings = [
         *_check_trained(data, train),
-        *_check_tokens(data, roles, train, val),
+        *_check_tokens(data, rules, roles, train, val),
         *_check_ends(data, config, train, turns),
         *_check_lengths(data, config, train),
         *_check_validation(data, config, val),
@@ -97,7 +84,11 @@ def _check_trained(data: SftData, train: SequenceStatistics) -> Iterator[AuditFi
 
 
 def _check_tokens(
-    data: SftData, roles: TokenRoles, train: SequenceStatistics, val: SequenceStatistics | None
+    data: SftData,
+    rules: RowRules,
+    roles: TokenRoles,
+    train: SequenceStatistics,
+    val: SequenceStatistics | None,
 ) -> Iterator[AuditFinding]:
     """Check for tokens of another model, BOS twice, spelled special tokens and unknown ones."""
     foreign = train.beyond_embedding + (val.beyond_embedding if val else 0)
@@ -123,22 +114,9 @@ def _check_tokens(
             "take bos_token out of the chat template, or choose another: --chat-template NAME",
             *_place(data, int(places[0]) if len(places) else None),
         )
-    if rendered := data.rendered:
-        yield AuditFinding(
-            "error" if len(rendered) > MOST_RENDERED * train.rows else "warning",
-            "rendered",
-            f"special tokens, as letters, begin or end texts: {_of(len(rendered), train.rows)}",
-            "take these tokens out (they are put where they belong), and give turns as `messages`",
-            rendered[0].place,
-            rendered[0].line,
-        )
+    yield from rules.findings()
     if train.unknown_share > MANY_UNKNOWN:
-        yield AuditFinding(
-            "error" if train.unknown_share > MOST_UNKNOWN else "warning",
-            "unknown",
-            f"{percent(train.unknown_share)} of the tokens are unknown to the tokenizer",
-            "use a model whose tokenizer knows the characters of this text",
-        )
+        yield unknown_finding(train.unknown_share)
 
 
 def _check_ends(
@@ -261,11 +239,11 @@ def _check_rows(data: SftData, roles: TokenRoles) -> Iterator[AuditFinding]:
             f"near-equal to an earlier one: {_of(data.duplicates, data.row_count)}",
             "leave them out, unless they are meant to weigh more",
         )
-    if data.skipped:
+    if data.bad.count:
         yield AuditFinding(
             "warning",
             "skipped",
-            f"left out because they could not be read: {data.skipped:,} rows",
+            f"left out because they could not be used: {data.bad.count:,} rows",
             "see what is wrong with them: --skip-bad-rows 0",
         )
     if data.tokenizer.pad_token_id in roles.stops:
@@ -287,8 +265,3 @@ def _place(data: SftData, sequence: int | None) -> tuple[str | None, int | None]
 
 def _of(count: int, total: int, what: str = "rows") -> str:
     return f"{count:,} of {total:,} {what}"
-
-
-def percent(share: float) -> str:
-    """Format a share in percent."""
-    return f"{100 * share:.1f} %"

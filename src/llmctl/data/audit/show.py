@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from llmctl.data.audit.audit import Audit
-from llmctl.data.audit.checks import AuditFinding, percent
+from llmctl.data.audit.rules import AuditFinding, percent
 from llmctl.data.audit.statistics import SequenceStatistics, is_in
 from llmctl.data.chat.render import special_token_ids
 from llmctl.data.sft import SftData
@@ -69,7 +69,8 @@ def table(report: Audit) -> list[tuple[str, str, str]]:
         "turns trained on": "-" if turns is None else f"{turns.total:,}",
         "  with no end": "-" if turns is None else f"{turns.open:,}",
         "  with an end that does not stop": "-" if turns is None else f"{turns.foreign:,}",
-        "rows that could not be read": f"{report.skipped:,}",
+        "rows that could not be used": f"{report.skipped:,}",
+        "lost characters": f"{report.lost_characters:,} ({percent(report.lost_share)})",
         "left out for their length": f"{report.dropped:,}",
         "duplicates, both sides": f"{report.duplicates:,}",
         "rows that also validate": f"{report.overlap:,}",

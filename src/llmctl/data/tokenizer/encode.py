@@ -86,11 +86,14 @@ def _fastokens_encoder(tokenizer: Tokenizer) -> EncodeTexts | None:
         fast = fastokens.Tokenizer.from_json_str(tokenizer.to_str())
     except (ImportError, ValueError):
         return None
-    unchecked = CHECK_EVERY
+    unchecked, slow = CHECK_EVERY, _tokenizers_encoder(tokenizer)
 
     def encode(texts: list[str]) -> FlatIds:
         nonlocal unchecked
-        raw, offsets = fast.encode_batch_flat(texts, split_special_tokens=True)
+        try:
+            raw, offsets = fast.encode_batch_flat(texts, split_special_tokens=True)
+        except ValueError:  # a byte without a token, which `tokenizers` drops
+            return slow(texts)
         flat = np.frombuffer(raw, "<u4")
         stops = np.frombuffer(offsets, "<u8").astype(np.int64)
         unchecked += sum(map(len, texts))
