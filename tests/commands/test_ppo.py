@@ -362,7 +362,7 @@ def test_bad_settings(cli, base, world, arguments, code, said):
         ('{"text": "a"}\n', "bad.jsonl:1: no prompt in these columns: `text`"),
         ('{"prompt": 3}\n', "bad.jsonl:1: `prompt` is a number, expected text"),
         ('{"prompt": "' + "the cat " * 60 + '"}\n', "bad.jsonl:1: the prompt has"),
-        ('{"messages": [{"role": "assistant", "content": "Hi"}]}\n', "holds no turn of the user"),
+        ('{"messages": [{"role": "assistant", "content": "Hi"}]}\n', "begins with the assistant"),
         ("{\n", "bad.jsonl:1: not JSON"),
         ("", "no prompt in it"),
     ],
@@ -384,7 +384,7 @@ def test_bad_rows_may_be_skipped(cli, base, world):
         "ppo", "--plain", "--model", base, *arguments, *QUICK, "--max-steps", 1, "-o", "run"
     )
     assert result.code == 0, result.err
-    assert "left out 1 rows" in result.err
+    assert "left out 1 row" in result.err
 
 
 def test_exact_needs_answers(cli, base, world):

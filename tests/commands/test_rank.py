@@ -472,13 +472,13 @@ def test_asking_about_given_responses_loads_nothing_heavy():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"responses": ["a", "b"]}, "data.jsonl:1: a row needs `prompt`"),
+        ({"responses": ["a", "b"]}, "data.jsonl:1: no prompt in these columns: `responses`"),
         ({"prompt": "p", "responses": ["a"]}, "data.jsonl:1: one response: nothing to rank"),
         ({"prompt": "p", "responses": []}, "data.jsonl:1: no responses: nothing to rank"),
         ({"prompt": "p", "responses": "ab"}, "`responses` needs a list of texts"),
         ({"prompt": "p", "responses": ["a", 1]}, "`responses` needs a list of texts"),
         ({"prompt": "p", "responses": list("abcdefghij")}, "10 responses; at most 9"),
-        ({"prompt": "\ud800", "responses": ["a", "b"]}, "half of a surrogate pair"),
+        ({"prompt": "\ud800", "responses": ["a", "b"]}, "half a surrogate pair"),
     ],
 )
 def test_rows_that_cannot_be_asked(rank, tmp_path, row, message):
@@ -493,7 +493,7 @@ def test_usage_is_checked(cli, rank, data, prompts, roomy, tmp_path):
     for options, code, message in [
         (("--data", data), 2, "--out is required"),
         (out, 2, "--data is required"),
-        (("--data", tmp_path / "none.jsonl", *out), 3, "cannot read"),
+        (("--data", tmp_path / "none.jsonl", *out), 3, "no such file"),
         (("--data", prompts, *out), 2, "--model is required"),
         (("--data", data, *out, "--responses", 1), 2, "--responses"),
         (("--data", data, *out, "--responses", 10), 2, "--responses"),

@@ -609,3 +609,20 @@ def test_the_largest_batch_is_found(train, llama, data, tmp_path):
 def test_a_language_model_is_no_scorer(llama):
     with pytest.raises(ModelError, match="has no head that scores"):
         load_reward_model(str(llama))
+
+
+def test_pairs_of_the_same_tokens_are_left_out(cli, llama, tmp_path):
+    """The template trims, so that a pair which differs in white space alone has nothing to say."""
+    template = tmp_path / "trim.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}")
+    same = [{"prompt": f"Hi {k}", "chosen": "Hello .", "rejected": "Hello . "} for k in range(4)]
+    good = [{"prompt": f"Hi {k}", "chosen": "Hello .", "rejected": "What ?"} for k in range(4)]
+    run = ("reward", "--model", llama, "--chat-template", template, "--val-size", 0, "--dry-run")
+    out = ("-o", tmp_path / "run")
+    some = cli(*run, "--data", write_rows(tmp_path / "some.jsonl", same[:1] + good), *out)
+    assert some.code == 0, some.err
+    assert "1 pairs are the same tokens on both sides, and left out" in some.err
+    assert "4 pairs to train on" in some.err
+    none = cli(*run, "--data", write_rows(tmp_path / "none.jsonl", same), *out)
+    assert none.code == 3
+    assert "both sides of every pair are the same tokens" in none.err

@@ -357,3 +357,48 @@ def test_prompts_are_cut_from_the_left_and_responses_never(tmp_path, kind):
     with pytest.raises(DataError, match="1 of 2 pairs have responses that do not fit"):
         encode(form, pairs[:2], limit, "auto")
     assert len(encode(form, pairs[:2], limit, "cut")) == 1
+
+
+def test_the_prompt_of_texts_is_what_they_begin_with(tmp_path):
+    """Texts in a form of their own: whole prompts are held out, though no column names them."""
+    rows = [
+        {
+            "chosen": f"### Instruction: Add {prompt}\n### Response: It is {answer}.",
+            "rejected": f"### Instruction: Add {prompt}\n### Response: It is no {answer}.",
+        }
+        for prompt in range(10)
+        for answer in range(3)
+    ]
+    found = read(write_rows(tmp_path / "a.jsonl", rows), val_size=6)
+    assert len(found.val) == 6
+    statistics = found.statistics()
+    assert (statistics["prompts"], statistics["shared_prompts"]) == (10, 0)
+    trained = {pair.chosen.text.split("\n")[0] for pair in found.train}
+    assert not trained & {pair.chosen.text.split("\n")[0] for pair in found.val}
+
+
+def test_hh_rlhf_without_its_empty_lines_is_a_dialogue(tmp_path):
+    row = {"chosen": "Human: Hi\n\nAssistant: Ho", "rejected": "Human: Hi\n\nAssistant: No"}
+    assert only(tmp_path, row).prompt == (ASKED,)
+    text = {"chosen": "Human: a history", "rejected": "Human: another"}
+    assert only(tmp_path, text).chosen.text == "Human: a history"
+
+
+def test_pairs_that_differ_in_white_space_alone_contradict_nothing(tmp_path):
+    rows = [{"prompt": "Hi", "chosen": f"Ho {k}", "rejected": f"ho {k} "} for k in range(4)]
+    rows += [{"prompt": "Hi", "chosen": "a", "rejected": "b"}]
+    rows += [{"prompt": "Hi", "chosen": "b", "rejected": "a"}]
+    found = read(write_rows(tmp_path / "a.jsonl", rows))
+    assert found.statistics()["contradictions"] == 1
+
+
+def test_preferences_of_llama_factory(tmp_path):
+    turns = [{"from": "human", "value": "Hi"}]
+    row = {
+        "conversations": turns,
+        "chosen": {"from": "gpt", "value": "Ho"},
+        "rejected": {"from": "gpt", "value": "No"},
+    }
+    pair = only(tmp_path, row)
+    assert pair.prompt == (ASKED,)
+    assert [side.messages[-1]["content"] for side in pair.sides] == ["Ho", "No"]

@@ -53,7 +53,11 @@ def read_shots(file: Path) -> list[tuple[str, str]]:
             )
         ]
 
-    (shots,) = read_sets([str(file)], (layout,), parse)
+    try:
+        (shots,) = read_sets([str(file)], (layout,), parse)
+    except DataError as error:
+        error.hint = "an example is a row of `prompt` and `response`"
+        raise
     return shots.examples
 
 

@@ -26,7 +26,7 @@ from llmctl.runs.directory import Run
 from llmctl.training.base_model import Prepared, load_with_head, new_tokens_of, prepare
 from llmctl.training.batches import Batch
 from llmctl.training.loop import Trainer
-from llmctl.training.objective import Loss, Validation
+from llmctl.training.objective import Loss, Validation, wins
 from llmctl.training.reward_report import PairScores, log_report, report
 
 CHECKED = 4
@@ -86,7 +86,7 @@ class PairwisePreference:
     def loss(self, model: Any, batch: Batch) -> Loss:
         """Sum over the weighted pairs of a batch."""
         chosen, rejected = pair_scores(model, batch)
-        correct = (chosen.detach() > rejected.detach()).sum()
+        correct = wins(chosen.detach() - rejected.detach()).sum()
         sums = torch.stack([correct, correct.new_tensor(len(chosen))])
         total = preference_loss(chosen, rejected, batch["margins"], batch["weights"], self.center)
         return Loss(total, batch["weight"], sums)
@@ -110,7 +110,7 @@ def _measure(model: Any, batch: Batch) -> Tensor:
     chosen, rejected = pair_scores(model, batch)
     weights, apart = batch["weights"], chosen - rejected
     loss = preference_loss(chosen, rejected, weights=weights)
-    correct = (weights * (apart > 0)).sum()
+    correct = (weights * wins(apart)).sum()
     return torch.stack([loss, correct, (weights * apart).sum(), weights.sum()])
 
 

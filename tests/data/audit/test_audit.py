@@ -477,3 +477,17 @@ def test_a_recipe_says_what_to_audit(cli, base, tmp_path):
     recipe.write_text(f"stage: audit\nmodel: {base}\ndata: ['builtin:tasks']\ntruncation: cut\n")
     result = cli("audit", "-c", recipe, "--json")
     assert json.loads(result.out)["stage"] == "audit", result.err
+
+
+def test_one_example_of_each_shape_or_the_one_asked_for(cli, roomy, tmp_path):
+    user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
+    system = {"role": "system", "content": "Be kind."}
+    rows = [[user, answer], [user, answer], [system, user, answer], [user, answer] * 2]
+    file = write_rows(tmp_path / "a.jsonl", [{"messages": messages} for messages in rows])
+    run = ("audit", file, "--model", roomy, "--val-size", 0)
+    shown = re.findall(r"^example \S+:(\d+),", cli(*run).out, re.MULTILINE)
+    assert shown == ["1", "3", "4"]
+    shown = re.findall(r"^example \S+:(\d+),", cli(*run, "--example", 2).out, re.MULTILINE)
+    assert shown == ["2"]
+    result = cli(*run, "--example", 5)
+    assert (result.code, "no such example, of the 4 that train" in result.err) == (2, True)
