@@ -614,9 +614,10 @@ def test_a_language_model_is_no_scorer(llama):
 def test_pairs_of_the_same_tokens_are_left_out(cli, llama, tmp_path):
     """The template trims, so that a pair which differs in white space alone has nothing to say."""
     template = tmp_path / "trim.jinja"
-    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}")
-    same = [{"prompt": f"Hi {k}", "chosen": "Hello .", "rejected": "Hello . "} for k in range(4)]
-    good = [{"prompt": f"Hi {k}", "chosen": "Hello .", "rejected": "What ?"} for k in range(4)]
+    template.write_text("{% for m in messages %}{{ m.content | trim }} {% endfor %}")
+    asked = ["Hi " * k for k in range(1, 5)]
+    same = [{"prompt": text, "chosen": "Hello .", "rejected": "Hello . "} for text in asked]
+    good = [{"prompt": text, "chosen": "Hello .", "rejected": "What ?"} for text in asked]
     run = ("reward", "--model", llama, "--chat-template", template, "--val-size", 0, "--dry-run")
     out = ("-o", tmp_path / "run")
     some = cli(*run, "--data", write_rows(tmp_path / "some.jsonl", same[:1] + good), *out)
