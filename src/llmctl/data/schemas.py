@@ -10,8 +10,10 @@ reasoning and `weight`. Errors name the message; the caller adds file and line.
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, Literal, NamedTuple
+from functools import cached_property
+from typing import Any, Literal
 
 from llmctl.data.rows import DECODER, checked_text, json_type, quote_names
 from llmctl.errors import DataError, UserError
@@ -68,7 +70,8 @@ READ = frozenset(
 """Keys of a message that are read; a template never sees others."""
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True)
+class Layout:
     """Columns that make an example."""
 
     needed: dict[str, str]
@@ -96,10 +99,15 @@ class Layout(NamedTuple):
             require_no_media(row)
         return {**columns, **self.needed}
 
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        """Columns that are read."""
+        more = (name for names in self.more.values() for name in names)
+        return frozenset((*self.needed.values(), *more))
+
     def unread(self, row: Row) -> set[str]:
         """Return the columns of a row that say something and that nothing reads."""
-        known = {*self.needed.values(), *(name for names in self.more.values() for name in names)}
-        unread = {name for name in row.keys() - known if row[name] not in (None, "", [], {})}
+        unread = {name for name in row.keys() - self._known if row[name] not in (None, "", [], {})}
         if (column := self.needed.get("messages")) is not None:
             unread |= {f"{column}[].{key}" for key in unread_keys(row[column])}
         return unread

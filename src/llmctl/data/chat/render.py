@@ -109,9 +109,9 @@ class ChatFormat:
             DataError: the template refuses these messages, or leaves out a part of them.
             ModelError: it is broken, or has no place for a kind of part that they have.
         """
-        messages = self._prepared(messages, tools)
-        (text,) = self._render(messages, [(len(messages), True)], tools)
-        self._require_whole(text, messages)
+        hidden = self._specials.hide(self._prepared(messages, tools))
+        (text,) = self._render(hidden, [(len(messages), True)], tools)
+        self._require_whole(text, hidden)
         return self._specials.encode([text])[0]
 
     def encode_conversation(
@@ -135,13 +135,13 @@ class ChatFormat:
                 turn of the assistant in another way than it asks for one.
             ModelError: it does so with the simplest conversation, too.
         """
-        messages = self._prepared(messages, tools)
+        hidden = self._specials.hide(self._prepared(messages, tools))
         answers = _assistant_turns(messages)[-1 if train_on == "completion" else 0 :]
         cuts = [cut for i in answers for cut in ((i, True), (i + 1, False))]
         whole_cut = (len(messages), False)
-        rendered = self._render(messages, list(dict.fromkeys([whole_cut, *cuts])), tools)
+        rendered = self._render(hidden, list(dict.fromkeys([whole_cut, *cuts])), tools)
         whole = next(rendered)
-        self._require_whole(whole, messages)
+        self._require_whole(whole, hidden)
         turns, answered = [], []
         for i in answers:
             prompt = next(rendered)
@@ -208,7 +208,7 @@ class ChatFormat:
 
     def _prepared(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
-    ) -> list[dict[str, Any]]:
+    ) -> Sequence[Mapping[str, Any]]:
         """Check that the template has a place for every kind of part; write calls as it asks for.
 
         Raises:
@@ -223,7 +223,7 @@ class ChatFormat:
                 raise ModelError(f"the chat template has no place for {what}", hint=HINT)
         if "tool_calls" in kinds and self._takes_text_arguments:
             return omissions.with_text_arguments(messages)
-        return [dict(message) for message in messages]
+        return messages
 
     @cached_property
     def _takes_text_arguments(self) -> bool:
@@ -254,7 +254,7 @@ class ChatFormat:
 
     def _require_whole(self, text: str, messages: Sequence[Mapping[str, Any]]) -> None:
         """Raise a DataError for messages of which the template leaves out a part."""
-        missing = omissions.missing_part(text, self._specials.hide(messages))
+        missing = omissions.missing_part(text, messages)
         if missing is not None:
             raise DataError(
                 f"the chat template leaves out {missing}",
@@ -267,7 +267,7 @@ class ChatFormat:
         cuts: Sequence[tuple[int, bool]],
         tools: Sequence[Mapping[str, Any]] | None,
     ) -> Iterator[str]:
-        """Render several cuts, with a BREAK in every special token that a user spelled.
+        """Render several cuts of messages that have a BREAK in every special token spelled.
 
         Raises:
             DataError: the template refuses them, and renders the simplest conversation.
@@ -290,7 +290,7 @@ class ChatFormat:
         template = self._tools_template if tools else self.template
         return render_cuts(
             template,
-            self._specials.hide(bare),
+            bare,
             cuts,
             self._variables,
             self._specials.hide(tools),
