@@ -309,8 +309,6 @@ def test_text_is_text(tokenizer_of) -> None:
     assert tokenizer.decode(encoded.tokens[1:-1]).strip() == "<s>the cat</s>"
     assert encoded.trained == [False] + [True] * (len(encoded.tokens) - 1)
     assert encoded.ends
-    rendered = ("<s>the cat", "the cat</s>\n", "the <s> cat", "the cat")
-    assert [chat._specials.is_rendered(text) for text in rendered] == [True, True, False, False]
     assert chat.encode_text("") == ([1, 2], [False, True], True)
     tokenizer.eos_token = None
     assert not ChatFormat(tokenizer).encode_text("the cat").ends

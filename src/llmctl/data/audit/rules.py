@@ -11,7 +11,8 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from llmctl.console import log
-from llmctl.data.chat.render import SpecialTokens
+from llmctl.data.chat.render import SpecialTokens, any_of
+from llmctl.data.chat.templates import TEMPLATE_TOKENS
 from llmctl.data.tokenizer.lost import MOST_LOST, LostCharacters
 from llmctl.errors import DataError
 
@@ -37,7 +38,11 @@ class AuditFinding:
 
 
 class RowRules:
-    """Rows of one run, held against the rules on texts and tokens."""
+    """Rows of one run, held against the rules on texts and tokens.
+
+    Special tokens are the tokenizer's, and those of well-known templates, which a tokenizer without
+    a template may not have.
+    """
 
     def __init__(
         self,
@@ -52,7 +57,8 @@ class RowRules:
         `added` are tokens for which a model of `embedding_rows` is yet to get embeddings.
         """
         self._tokenizer, self._noun = tokenizer, noun
-        self._specials = SpecialTokens(tokenizer)
+        known = (name for names in TEMPLATE_TOKENS.values() for name in names)
+        self._specials = any_of({*SpecialTokens(tokenizer).names, *known})
         self.unknown_token = unknown_token(tokenizer)
         self._embedding_rows = embedding_rows
         self._added = frozenset(map(int, tokenizer.convert_tokens_to_ids(list(added))))
@@ -74,9 +80,12 @@ class RowRules:
         here = place, line
         is_rendered = False
         for text in texts:
-            names = self._specials.spelled(text)
+            names = self._specials.findall(text)
             self.spelled.update(dict.fromkeys(names))
-            is_rendered = is_rendered or (bool(names) and self._specials.is_rendered(text))
+            inner = text.strip() if names else ""
+            is_rendered = is_rendered or any(
+                inner.startswith(name) or inner.endswith(name) for name in names
+            )
             if self.lost.add(text):
                 self._first.setdefault("lost", here)
         self.rendered += is_rendered

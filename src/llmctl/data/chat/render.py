@@ -430,19 +430,9 @@ class SpecialTokens:
             for number, token in tokenizer.added_tokens_decoder.items()
             if token.special or token.content in tokenizer.all_special_tokens
         }
-        names = sorted(special.values(), key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        self.names = tuple(special.values())
+        self.pattern = any_of(self.names)
         self._ids = frozenset(special)
-
-    def spelled(self, text: str) -> list[str]:
-        """List the special tokens that a text spells."""
-        return self.pattern.findall(text)
-
-    def is_rendered(self, text: str) -> bool:
-        """Whether a text begins or ends with a special token, as one rendered before does."""
-        inner = text.strip()
-        tokens = self.pattern.finditer(inner)
-        return any(token.start() == 0 or token.end() == len(inner) for token in tokens)
 
     def hide(self, value: Any) -> Any:
         """Copy JSON with a BREAK in every special token that its texts spell."""
@@ -522,6 +512,12 @@ class SpecialTokens:
             if name:
                 tokens.append(int(self.tokenizer.convert_tokens_to_ids(name)))
         return tokens
+
+
+def any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Compile a pattern of all these tokens, the longest first."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
