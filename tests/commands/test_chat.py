@@ -536,6 +536,25 @@ def _own_terminal() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def test_keys_typed_while_the_model_loads_are_not_lost(endless) -> None:
+    screen = Screen("chat", "--model", endless, "--threads", 1)
+    try:
+        screen.press("/undo\n/un")  # a line, and the beginning of the next
+        screen.until("Ctrl-D leaves")
+        screen.until("> ")
+        screen.until("nothing to undo")
+        screen.until("> ")
+        screen.press("known\n")
+        screen.until("no command /unknown")
+        screen.until("> ")
+        screen.press("\x04")
+        assert screen.process.wait(timeout=30) == 0
+    finally:
+        screen.process.kill()
+        screen.process.wait()
+        os.close(screen.keys)
+
+
 def test_a_conversation_at_a_terminal(endless, tmp_path) -> None:
     file = tmp_path / "talk.jsonl"
     screen = Screen(

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from llmctl.errors import ModelError
 from llmctl.files import filled_folder
+from llmctl.console import said_if_slow
 from llmctl.models import patched_attention
 from llmctl.models.adapters import (
     AdapterInfo,
@@ -136,22 +137,23 @@ def load_causal_lm(
     check_shards(folder, config)
     if saved_precision(config) is not None:
         dtype = config.dtype or dtype  # scales and kept layers go with the type they were made in
-    try:
-        check_size(folder, config)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            quantization_config=quantization_config(config, load_in, dtype),
-            device_map={"": device},
-            trust_remote_code=False,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            output_loading_info=True,
-        )
-    except (*BROKEN, ImportError) as error:  # of a method of quantization that is not installed
-        raise ModelError(f"the model does not load: {first_line(error)}", file=folder) from None
-    check_loaded(model, report, folder)
+    with said_if_slow(f"loading {folder}"):
+        try:
+            check_size(folder, config)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                quantization_config=quantization_config(config, load_in, dtype),
+                device_map={"": device},
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                output_loading_info=True,
+            )
+        except (*BROKEN, ImportError) as error:  # of a method of quantization that is not installed
+            raise ModelError(f"the model does not load: {first_line(error)}", file=folder) from None
+        check_loaded(model, report, folder)
     return model.eval()
 
 
