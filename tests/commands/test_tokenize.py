@@ -309,7 +309,7 @@ def test_bad_data_is_refused_and_leaves_nothing(cli, tmp_path, name):
         (("--data", "a.txt", "--special-token", "<|eos|>"), 2, "in the vocabulary already"),
         (("--data", "a.txt", "--tokenizer", "./none"), 4, "no such tokenizer folder"),
         (("--data", "a.txt", "--tokenizer", "owner/name"), 6, "the Hub is switched off"),
-        (("--data", "a.txt", "--tokenizer", "empty"), 4, "no tokenizer that can be opened"),
+        (("--data", "a.txt", "--tokenizer", "empty"), 4, "no tokenizer in this folder"),
         (("--data", "a.txt", "--tokenizer", "broken"), 4, "not a tokenizer"),
         (("--data", "a.txt", "--tokenizer", "endless"), 4, "no eos token"),
         (("--data", "a.txt", "--text-colum", "b"), 2, "--text-column"),

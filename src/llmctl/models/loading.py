@@ -12,12 +12,13 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
 
 from llmctl.errors import ModelError
+from llmctl.console import log, said_if_slow
 from llmctl.files import filled_folder
-from llmctl.console import said_if_slow
 from llmctl.models import patched_attention
 from llmctl.models.adapters import (
     AdapterInfo,
@@ -30,6 +31,7 @@ from llmctl.models.causality import require_causal_config
 from llmctl.models.hub import download, is_hub_id
 from llmctl.models.quantized import LoadIn, quantization_config, saved_precision
 from llmctl.models.vetting import (
+from llmctl.models.tokenizer_file import PLAIN_CLASSES, compare_with_file, switch_off_dropout
     BROKEN,
     check_counts,
     check_files,
@@ -71,7 +73,8 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a tokenize run, a run, a folder or a Hub id.
 
     Raises:
-        ModelError: there is none, or it wants to run code of its own.
+        ModelError: there is none, it wants to run code of its own, or it gives other tokens than
+            its tokenizer.json.
     """
     folder = local_folder(resolve_tokenizer(reference))
     if is_adapter(folder) and not (folder / "tokenizer_config.json").exists():
@@ -86,9 +89,43 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
     except (*BROKEN, ImportError) as error:
         raise ModelError(f"the tokenizer does not load: {first_line(error)}", file=folder) from None
     return tokenizer
+    if type(tokenizer) is not PreTrainedTokenizerFast and (folder / "tokenizer.json").exists():
+        tokenizer = _as_in_file(tokenizer, folder)
+    if tokenizer.is_fast:
+        switch_off_dropout(tokenizer.backend_tokenizer, folder)
 
 
 def load_config(reference: str) -> PreTrainedConfig:
+def _as_in_file(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
+    """Return a tokenizer that gives the ids of its folder's tokenizer.json.
+
+    Classes of transformers that tokenizer_config.json names, or that go with the model's type, put
+    a split and a normalisation of their own around the file's vocabulary. Where only runs of white
+    space are cut otherwise (as of SmolLM2, before digits), or where the folder asks for the file,
+    the file is used.
+
+    Raises:
+        ModelError: the ids are others, and which ones the model knows is not said.
+    """
+    split = {"add_special_tokens": False, "split_special_tokens": True}
+    agreement = compare_with_file(folder, lambda t: list(tokenizer(t, **split)["input_ids"]))
+    if agreement == "same":
+        return tokenizer
+    name = type(tokenizer).__name__
+    file = folder / "tokenizer_config.json"
+    declared = read_object(file).get("tokenizer_class") if file.exists() else None
+    if agreement == "spaced" or declared in PLAIN_CLASSES:
+        what = "cuts runs of spaces otherwise" if agreement == "spaced" else "gives other tokens"
+        log.info("%s: as %s this tokenizer %s than its file, which is used", folder, name, what)
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    raise ModelError(
+        f"the tokenizer opens as {name}, which gives other tokens than its tokenizer.json",
+        file=folder,
+        hint='to use the file, set "tokenizer_class": "TokenizersBackend" in tokenizer_config.json'
+        " (of a copy, where it comes from the Hub)",
+    )
+
+
     """Load the configuration of a run, a folder or a Hub id.
 
     Raises:
