@@ -45,6 +45,11 @@ class Vocabulary:
     """Ids that the tokenizer puts before every text, such as bos."""
 
     @property
+    def frame(self) -> tuple[int, ...]:
+        """Ids that stand around every document."""
+        return (*self.prefix, self.eos)
+
+    @property
     def size(self) -> int:
         """Number of ids: one more than the largest."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -99,13 +104,13 @@ def load_vocabulary(reference: str) -> tuple[Vocabulary, Callable[[Path], None]]
         for name in FILES:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, target / name)
+        if is_changed:
+            tokenizer.save(str(target / "tokenizer.json"))
 
     return vocabulary, save
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-        if is_changed:
-            tokenizer.save(str(target / "tokenizer.json"))
     try:
         config = json.loads((folder / "tokenizer_config.json").read_bytes())
     except FileNotFoundError:
