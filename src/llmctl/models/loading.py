@@ -14,10 +14,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.generation.configuration_utils import METADATA_FIELDS
 from transformers.utils import logging as transformers_logging
 
-from llmctl.errors import ModelError
 from llmctl.console import log, said_if_slow
+from llmctl.errors import ModelError
 from llmctl.files import filled_folder
 from llmctl.models import patched_attention
 from llmctl.models.adapters import (
@@ -30,8 +31,8 @@ from llmctl.models.adapters import (
 from llmctl.models.causality import require_causal_config
 from llmctl.models.hub import download, is_hub_id
 from llmctl.models.quantized import LoadIn, quantization_config, saved_precision
-from llmctl.models.vetting import (
 from llmctl.models.tokenizer_file import PLAIN_CLASSES, compare_with_file, switch_off_dropout
+from llmctl.models.vetting import (
     BROKEN,
     check_counts,
     check_files,
@@ -88,14 +89,13 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
         )
     except (*BROKEN, ImportError) as error:
         raise ModelError(f"the tokenizer does not load: {first_line(error)}", file=folder) from None
-    return tokenizer
     if type(tokenizer) is not PreTrainedTokenizerFast and (folder / "tokenizer.json").exists():
         tokenizer = _as_in_file(tokenizer, folder)
     if tokenizer.is_fast:
         switch_off_dropout(tokenizer.backend_tokenizer, folder)
+    return tokenizer
 
 
-def load_config(reference: str) -> PreTrainedConfig:
 def _as_in_file(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
     """Return a tokenizer that gives the ids of its folder's tokenizer.json.
 
@@ -126,6 +126,7 @@ def _as_in_file(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedT
     )
 
 
+def load_config(reference: str) -> PreTrainedConfig:
     """Load the configuration of a run, a folder or a Hub id.
 
     Raises:
@@ -224,15 +225,10 @@ def save_model(
 ) -> None:
     """Write a folder that `from_pretrained` opens, whole or not at all.
 
-    The model gives the configuration, and the tokens that end a response; the weights are `state`.
+    The model gives the configuration, the tokens that end a response and how to sample; the weights
+    are `state`.
     """
-    stops = stop_tokens(model, tokenizer)
-    # its other settings may be such as transformers loads and refuses to save
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=stops[0] if len(stops) == 1 else stops or None,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    set_generation_tokens(model, tokenizer)
     write_folder(model, state, tokenizer, folder)
 
 
@@ -266,6 +262,46 @@ def stop_tokens(
     """List the tokens that end a response: the generation config's, the tokenizer's and others."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
     return merge_eos(configured, tokenizer.eos_token_id, *others)
+
+
+def set_generation_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *others: int | None
+) -> list[int]:
+    """Put a tokenizer's tokens into the generation config, and all that end a response.
+
+    Other settings, such as how to sample, are kept. Where transformers loads them and would refuse
+    to save them, they are left out, and named.
+
+    Returns:
+        The tokens that end a response, sorted.
+    """
+    stops = stop_tokens(model, tokenizer, *others)
+    tokens = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    settings = _generation_settings(model) - tokens.keys()
+    kept = {name: getattr(model.generation_config, name) for name in settings}
+    config = GenerationConfig(**kept, **tokens)
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        named = ", ".join(f"{name} {kept[name]}" for name in sorted(kept))
+        log.warning(
+            "left out of generation_config.json, since they contradict each other: %s", named
+        )
+        config = GenerationConfig(**tokens)
+    model.generation_config = config
+    return stops
+
+
+def _generation_settings(model: PreTrainedModel) -> set[str]:
+    """Names of what a generation_config.json sets; nothing where the model's is made up."""
+    config = model.generation_config
+    if config is None or config.to_dict().get("_from_model_config"):
+        return set()
+    return {name for name in config.to_diff_dict() if name not in METADATA_FIELDS}
 
 
 def merge_eos(*tokens: int | list[int] | None) -> list[int]:
