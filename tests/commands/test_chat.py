@@ -407,7 +407,7 @@ def stopping_after(pieces: int):
 def test_a_reply_that_was_stopped_is_kept_as_far_as_it_came(tokenizer) -> None:
     talk = conversation_of(new_llama(tokenizer), tokenizer)
     shown, on_piece = stopping_after(3)
-    reply = talk.send("The cat", on_piece)
+    reply = talk.send("A dog", on_piece)
     assert (reply.text, reply.finish_reason) == ("".join(shown), "interrupted")
     assert talk.turns == [reply]
     other, on_piece = stopping_after(2)

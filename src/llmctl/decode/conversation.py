@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -49,7 +50,16 @@ class ContextWindow:
     def encode(self, system: str | None, turns: list[Reply], text: str) -> list[int]:
         """Tokens of the chat template, up to where the next reply begins."""
         conversation = [*messages(system, turns), {"role": "user", "content": text}]
-        return ChatFormat(self.tokenizer).encode_prompt(conversation)
+        return self._format.encode_prompt(conversation)
+
+    @property
+    def end_of_turn(self) -> int | None:
+        """Id of the token with which the template ends a reply; None where it has none."""
+        return self._format.end_of_turn
+
+    @cached_property
+    def _format(self) -> ChatFormat:
+        return ChatFormat(self.tokenizer)
 
     def leaves_room(self, tokens: list[int]) -> bool:
         """Whether a whole reply fits after these tokens."""
@@ -202,7 +212,7 @@ class Conversation:
                     self.model,
                     [prompt],
                     self.sampling,
-                    eos=stop_tokens(self.model, self.window.tokenizer),
+                    eos=stop_tokens(self.model, self.window.tokenizer, self.window.end_of_turn),
                     forward=self.forward,
                     seed=self.seed,
                     tokenizer=self.window.tokenizer,

@@ -171,11 +171,19 @@ class ChatFormat:
 
     @cached_property
     def end_of_turn(self) -> int | None:
-        """Id of the special token that ends a turn of the assistant; None where there is none."""
-        if self.tokenizer.chat_template is None or not self.probe.ends:
+        """Id of the special token that ends a turn of the assistant; None where there is none.
+
+        Raises:
+            ModelError: the template refuses even a question and its answer.
+        """
+        if self.tokenizer.chat_template is None:
             return None
-        last = max(k for k, trained in enumerate(self.probe.trained) if trained)
-        return self.probe.tokens[last]
+        (text,) = self._render(PROBE, [(len(PROBE), False)], None)
+        answer = text.rfind(PROBE[-1]["content"])
+        *_, last = [None, *self._specials.pattern.finditer(text, max(answer, 0))]
+        if answer < 0 or last is None or text[last.end() :].strip():
+            return None
+        return int(self.tokenizer.convert_tokens_to_ids(last[0]))
 
     def _render(
         self,
