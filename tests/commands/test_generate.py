@@ -313,14 +313,14 @@ def test_a_template_that_asks_otherwise_than_it_answers_still_ends_turns(model) 
         "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<|turn|>\n{% endfor %}"
         "{% if add_generation_prompt %}assistant:<think>{% endif %}"
     )
-    assert ChatFormat(tokenizer).end_of_turn == 3
+    assert ChatFormat(tokenizer).end_of_answer == 3
     for template, end in (("{{ messages[-1]['content'] }}\n", None), (TEMPLATE, 1)):
         tokenizer.chat_template = template
-        assert ChatFormat(tokenizer).end_of_turn == end
+        assert ChatFormat(tokenizer).end_of_answer == end
     tokenizer.chat_template = "{{ raise_exception('no answers') if messages | length > 1 }}x"
     example = PromptExample("hi", "prompt 1")
-    assert PromptEncoder(tokenizer, chat=True).end_of_turn([example]) is None
-    assert PromptEncoder(tokenizer).end_of_turn([example]) is None
+    assert PromptEncoder(tokenizer, chat=True).end_of_answer([example]) is None
+    assert PromptEncoder(tokenizer).end_of_answer([example]) is None
 
 
 # Refusals

@@ -36,7 +36,7 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
     stop_ids(tokenizer, config.stop)  # refused before the model loads
     encoder = PromptEncoder(tokenizer, config.chat, config.system, shots)
     prompts = build_prompts(asks, encoder, shape, config.max_new_tokens, config.num_samples)
-    end_of_turn = encoder.end_of_turn(asks)
+    end_of_answer = encoder.end_of_answer(asks)
     if config.dry_run:
         lengths = [len(prompt.tokens) for prompt in prompts]
         log.info(
@@ -46,8 +46,8 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
         return show_recipe("generate", config)
     rows = min(len(prompts), config.batch_size)
     model = load_for_generation(config.model, config, shape, device=device, rows=rows)
-    eos = stop_tokens(model, tokenizer, end_of_turn)
-    is_open = not (config.model_fields_set & {"chat", "shots"}) and end_of_turn is None
+    eos = stop_tokens(model, tokenizer, end_of_answer)
+    is_open = not (config.model_fields_set & {"chat", "shots"}) and end_of_answer is None
     if is_open and answers_in_template(tokenizer, eos):
         log.info("this model was made to be asked with --chat; without it, it continues the text")
     streams = len(prompts) == 1 and not config.as_json and config.out is None

@@ -53,9 +53,9 @@ class ContextWindow:
         return self._format.encode_prompt(conversation)
 
     @property
-    def end_of_turn(self) -> int | None:
+    def end_of_answer(self) -> int | None:
         """Id of the token with which the template ends a reply; None where it has none."""
-        return self._format.end_of_turn
+        return self._format.end_of_answer
 
     @cached_property
     def _format(self) -> ChatFormat:
@@ -212,7 +212,7 @@ class Conversation:
                     self.model,
                     [prompt],
                     self.sampling,
-                    eos=stop_tokens(self.model, self.window.tokenizer, self.window.end_of_turn),
+                    eos=stop_tokens(self.model, self.window.tokenizer, self.window.end_of_answer),
                     forward=self.forward,
                     seed=self.seed,
                     tokenizer=self.window.tokenizer,

@@ -76,12 +76,12 @@ class PromptEncoder:
             return self._format.encode_prompt(self._turns(example.prompt))
         return encode_text(self.tokenizer, self.text(example.prompt))
 
-    def end_of_turn(self, examples: Sequence[PromptExample]) -> int | None:
+    def end_of_answer(self, examples: Sequence[PromptExample]) -> int | None:
         """Id of the token that ends the answers, where the template asks for any of these."""
         if not self.chat and not any(isinstance(example.prompt, list) for example in examples):
             return None
         try:
-            return self._format.end_of_turn
+            return self._format.end_of_answer
         except ModelError as error:
             log.warning("where answers end is not known: %s", error.message)
             return None
@@ -112,7 +112,7 @@ def answers_in_template(tokenizer: PreTrainedTokenizerBase, eos: Collection[int]
     Base models may have one, too, but do not end what they write (`eos`) as it ends an answer.
     """
     try:
-        return ChatFormat(tokenizer).end_of_turn in eos
+        return ChatFormat(tokenizer).end_of_answer in eos
     except ModelError:
         return False
 

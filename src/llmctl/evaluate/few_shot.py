@@ -98,9 +98,9 @@ class FewShotFormat:
         return ResponseFormat(self.tokenizer, self.shape, self.clock)
 
     @property
-    def end_of_turn(self) -> int | None:
+    def end_of_answer(self) -> int | None:
         """Id of the token that ends responses in the chat template; None in plain text."""
-        return self._format.chat.end_of_turn if self.chat else None
+        return self._format.chat.end_of_answer if self.chat else None
 
     def encode_prompt(self, prompt: FewShotPrompt) -> list[int]:
         """Encode up to where the response begins.

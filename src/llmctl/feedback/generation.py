@@ -27,7 +27,7 @@ class EncodedEntries:
     tokenizer: PreTrainedTokenizerBase
     prompts: Mapping[int, list[Prompt]]
     """By place; one prompt for each response."""
-    end_of_turn: int | None
+    end_of_answer: int | None
     """Id of the token that ends answers in the chat template."""
 
 
@@ -47,7 +47,7 @@ def encode_entries(config: RankConfig, model: str, entries: Sequence[Entry]) -> 
     examples = [entries[place].example for place in places]
     prompts = build_prompts(examples, encoder, shape, config.max_new_tokens, count)
     by_place = {place: prompts[i * count : (i + 1) * count] for i, place in enumerate(places)}
-    return EncodedEntries(shape, tokenizer, by_place, encoder.end_of_turn(examples))
+    return EncodedEntries(shape, tokenizer, by_place, encoder.end_of_answer(examples))
 
 
 def load_generator(config: RankConfig, model: str, entries: Sequence[Entry]) -> Generate:
@@ -74,7 +74,7 @@ def load_generator(config: RankConfig, model: str, entries: Sequence[Entry]) -> 
                 lm,
                 encoded.prompts[place],
                 config,
-                eos=stop_tokens(lm, encoded.tokenizer, encoded.end_of_turn),
+                eos=stop_tokens(lm, encoded.tokenizer, encoded.end_of_answer),
                 forward=forward,
                 seed=config.seed,
                 batch_size=config.responses,

@@ -171,7 +171,15 @@ class ChatFormat:
 
     @cached_property
     def end_of_turn(self) -> int | None:
-        """Id of the special token that ends a turn of the assistant; None where there is none.
+        """Id of the special token that ends a turn of the assistant; None where there is none."""
+        if self.tokenizer.chat_template is None or not self.probe.ends:
+            return None
+        last = max(k for k, trained in enumerate(self.probe.trained) if trained)
+        return self.probe.tokens[last]
+
+    @cached_property
+    def end_of_answer(self) -> int | None:
+        """The same for use alone, where the template may ask otherwise than it begins a turn.
 
         Raises:
             ModelError: the template refuses even a question and its answer.
