@@ -160,7 +160,8 @@ def _finished_already(name: str, config: "Reporting") -> dict[str, Any] | None:
 def _run_command(name: str, config: "Reporting") -> dict[str, Any] | None:
     """Import the command's module and run it; a signal unwinds it and is one line."""
     package = "pipeline" if name in ("run", "demo") else "commands"
-    run: Callable[[Any], dict[str, Any] | None] = import_module(f"llmctl.{package}.{name}").run
+    with console.said_if_slow("loading torch and transformers"):
+        run: Callable[[Any], dict[str, Any] | None] = import_module(f"llmctl.{package}.{name}").run
     with raising_on_signals():
         return run(config)
 

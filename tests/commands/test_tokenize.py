@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from llmctl.data import scan as scan_module
 from llmctl.data.shards import open_tokens
@@ -77,6 +77,26 @@ def test_the_figures_stand_on_stderr_and_the_path_on_stdout(cli, tmp_path):
     assert result.out == f"{tmp_path / 'run'}\n"
     for words in ("bytes per token", "tokens/s", "% unknown", "longest document", f"({data}:2)"):
         assert words in result.err
+
+
+def test_an_end_that_is_also_called_unknown_is_not_counted(cli, tmp_path):
+    """GPT-2's tokenizers call one token eos, bos and unk; some of them can give it for a word."""
+    vocab = {"<end>": 0, "word": 1, "other": 2}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<end>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder = tmp_path / "own"
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    roles = dict.fromkeys(("eos_token", "bos_token", "unk_token"), "<end>")
+    config = {"tokenizer_class": "TokenizersBackend", **roles}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    for name, texts, rate in (
+        ("all", ["word other", "word", "other other"], 0),
+        ("most", ["word strange", "word", "other other"], 1 / 8),
+    ):
+        data = write_texts(tmp_path / f"{name}.jsonl", texts)
+        flags = ("--tokenizer", folder, "--val-fraction", 0)
+        assert tokenize(cli, tmp_path / name, data, *flags)[0]["unknown_rate"] == rate
 
 
 def test_unknown_tokens_are_counted(cli, tmp_path):
@@ -309,7 +329,7 @@ def test_bad_data_is_refused_and_leaves_nothing(cli, tmp_path, name):
         (("--data", "a.txt", "--special-token", "<|eos|>"), 2, "in the vocabulary already"),
         (("--data", "a.txt", "--tokenizer", "./none"), 4, "no such tokenizer folder"),
         (("--data", "a.txt", "--tokenizer", "owner/name"), 6, "the Hub is switched off"),
-        (("--data", "a.txt", "--tokenizer", "empty"), 4, "no tokenizer that can be opened"),
+        (("--data", "a.txt", "--tokenizer", "empty"), 4, "no tokenizer in this folder"),
         (("--data", "a.txt", "--tokenizer", "broken"), 4, "not a tokenizer"),
         (("--data", "a.txt", "--tokenizer", "endless"), 4, "no eos token"),
         (("--data", "a.txt", "--text-colum", "b"), 2, "--text-column"),

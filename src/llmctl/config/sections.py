@@ -316,7 +316,7 @@ class Sampling(Fields):
     """Take the most likely token, whatever the temperature."""
 
     stop: Annotated[list[str], Also("stop-strings")] = []
-    """Text that ends a response (repeatable); it is not part of the response."""
+    """Text or special token that ends a response (repeatable); it is not part of the response."""
 
     @model_validator(mode="after")
     def _check_stop(self) -> Self:

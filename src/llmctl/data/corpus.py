@@ -363,6 +363,8 @@ def _metrics(sides: list[SplitWriter], vocabulary: Vocabulary, seconds: float) -
     counts = np.sum([side.counts for side in sides], axis=0)
     tokens, size = int(counts.sum()), sum(side.bytes for side in sides)
     unknown = 0 if vocabulary.unknown is None else int(counts[vocabulary.unknown])
+    # GPT-2's tokenizers call eos unknown, too: the frames of documents are no text
+    unknown -= sum(side.documents for side in sides) * vocabulary.frame.count(vocabulary.unknown)
     longest = [side.longest for side in sides if side.longest]
     shortest = [side.shortest for side in sides if side.shortest]
     return {

@@ -53,6 +53,11 @@ class ContextWindow:
         conversation = [*messages(system, turns), {"role": "user", "content": text}]
         return self._format.encode_prompt(conversation)
 
+    @property
+    def end_of_answer(self) -> int | None:
+        """Id of the token with which the template ends a reply; None where it has none."""
+        return self._format.end_of_answer
+
     @cached_property
     def _format(self) -> ChatFormat:
         return ChatFormat(self.tokenizer)
@@ -215,7 +220,7 @@ class Conversation:
                     self.model,
                     [prompt],
                     self.sampling,
-                    eos=stop_tokens(self.model, self.window.tokenizer),
+                    eos=stop_tokens(self.model, self.window.tokenizer, self.window.end_of_answer),
                     forward=self.forward,
                     seed=self.seed,
                     tokenizer=self.window.tokenizer,

@@ -1,7 +1,7 @@
 """Prompts of the user (text, files, conversations) in, the tokens that a model continues out."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from llmctl.data.rows import SourceRow, checked_text
 from llmctl.data.schemas import Layout, Message
 from llmctl.data.sets import read_sets
 from llmctl.decode.loop import Prompt, check_prompt, limit_new_tokens
-from llmctl.errors import DataError, UserError
+from llmctl.errors import DataError, ModelError, UserError
 
 
 def read_stdin() -> PromptExample:
@@ -86,6 +86,16 @@ class PromptEncoder:
             return self._format.encode_prompt(self._turns(example.prompt))
         return encode_text(self.tokenizer, self.text(example.prompt))
 
+    def end_of_answer(self, examples: Sequence[PromptExample]) -> int | None:
+        """Id of the token that ends the answers, where the template asks for any of these."""
+        if not self.chat and not any(isinstance(example.prompt, list) for example in examples):
+            return None
+        try:
+            return self._format.end_of_answer
+        except ModelError as error:
+            log.warning("where answers end is not known: %s", error.message)
+            return None
+
     @cached_property
     def _format(self) -> ChatFormat:
         return ChatFormat(self.tokenizer)
@@ -104,6 +114,17 @@ class PromptEncoder:
             for text, response in self.shots
         ]
         return "\n\n".join([*examples, prompt])
+
+
+def answers_in_template(tokenizer: PreTrainedTokenizerBase, eos: Collection[int]) -> bool:
+    """Whether a model was made to be asked in its chat template.
+
+    Base models may have one, too, but do not end what they write (`eos`) as it ends an answer.
+    """
+    try:
+        return ChatFormat(tokenizer).end_of_answer in eos
+    except ModelError:
+        return False
 
 
 def build_prompts(

@@ -97,6 +97,11 @@ class FewShotFormat:
     def _format(self) -> ResponseFormat:
         return ResponseFormat(self.tokenizer, self.shape, self.clock)
 
+    @property
+    def end_of_answer(self) -> int | None:
+        """Id of the token that ends responses in the chat template; None in plain text."""
+        return self._format.chat.end_of_answer if self.chat else None
+
     def encode_prompt(self, prompt: FewShotPrompt) -> list[int]:
         """Encode up to where the response begins.
 

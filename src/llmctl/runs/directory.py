@@ -189,6 +189,12 @@ def read_manifest(run: Path) -> dict[str, Any]:
     return read_json(run / "manifest.json")
 
 
+def is_of_run(reference: str) -> bool:
+    """Whether a model is the result of a run, given as the run or as a folder in it."""
+    path = Path(reference).expanduser()
+    return any((folder / "manifest.json").is_file() for folder in (path, path.absolute().parent))
+
+
 def resolve_model(reference: str) -> str:
     """Resolve what `from_pretrained` opens: a run's model/ or adapter/, a folder, or a Hub id.
 

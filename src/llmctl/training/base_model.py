@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llmctl import hardware
 from llmctl.config.commands import DpoConfig, PpoConfig, RewardConfig, SftConfig
@@ -33,7 +33,7 @@ from llmctl.models.loading import (
     load_causal_lm,
     load_config,
     local_folder,
-    stop_tokens,
+    set_generation_tokens,
 )
 from llmctl.models.quantized import HEADS, LoadIn, require_full
 from llmctl.numbers import short_number
@@ -86,7 +86,7 @@ def load_language_model(
     set_seed(config.seed)
     model = load_base(config, device)
     grow_embeddings(model, data.tokenizer)
-    stops = set_stops(model, data.tokenizer, data.end_of_turn)
+    stops = set_generation_tokens(model, data.tokenizer, data.end_of_turn)
     if config.has_adapter:
         model = adapt(model, config, added_tokens=new_tokens_of(model, data))
     return model, stops
@@ -157,18 +157,6 @@ def new_tokens_of(model: Any, data: LanguageData) -> list[int]:
 def load_in(config: Quantized) -> LoadIn:
     """How the weights are to be held."""
     return "4bit" if config.load_in_4bit else "8bit" if config.load_in_8bit else "full"
-
-
-def set_stops(model: Any, tokenizer: PreTrainedTokenizerBase, end_of_turn: int | None) -> list[int]:
-    """Tell the model's generation config every token that ends a turn; return them, sorted."""
-    stops = stop_tokens(model, tokenizer, end_of_turn)
-    # all else of it may be what transformers loads and refuses to save
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=stops or None,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return stops
 
 
 @dataclass(frozen=True)

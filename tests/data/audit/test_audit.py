@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from llmctl.config.commands import AuditConfig
+from llmctl.config.commands import AuditConfig, SftConfig
 from llmctl.console import log, set_up
 from llmctl.data.audit.audit import audit, log_summary, require_sound
 from llmctl.data.audit.show import (
@@ -319,6 +319,19 @@ def test_packing_leaves_out_what_does_not_train(look):
 def test_a_padding_token_that_ends_turns_is_a_warning(look, tokenizer):
     tokenizer.pad_token = "<|end|>"
     assert found(look([chat()])) == {"pad_is_eos": "warning"}
+
+
+def test_it_is_said_once_on_the_way_from_run_to_run(make, tokenizer, model, tmp_path):
+    tokenizer.pad_token = "<|end|>"
+
+    def said(folder, config_class=SftConfig):
+        config = config_class(data=["train.jsonl"], model=str(folder))
+        return found(audit(make([chat()]), config, packing=False))
+
+    assert said(model) == {"pad_is_eos": "warning"}
+    (tmp_path / "manifest.json").write_text("{}")  # the folder is now a run's
+    assert said(model) == said(tmp_path) == {}
+    assert said(model, AuditConfig) == {"pad_is_eos": "warning"}
 
 
 @pytest.mark.parametrize("name", ["skipped", "dropped", "shared_prompts", "duplicates"])

@@ -23,6 +23,7 @@ from llmctl.data.audit.statistics import (
     lacks_embedding,
 )
 from llmctl.data.sft import SftData
+from llmctl.runs.directory import is_of_run
 
 MOST_UNTRAINED = 0.1
 """Share of rows without a trained token that odd rows explain; above it, flags and data clash."""
@@ -50,7 +51,7 @@ def check_examples(
         *_check_ends(data, config, train, turns),
         *_check_lengths(data, config, train),
         *_check_validation(data, config, val),
-        *_check_rows(data, roles),
+        *_check_rows(data, config, roles),
     ]
     yield from sorted(findings, key=lambda finding: finding.level != "error")
 
@@ -230,7 +231,9 @@ def _check_validation(
         )
 
 
-def _check_rows(data: SftData, roles: TokenRoles) -> Iterator[AuditFinding]:
+def _check_rows(
+    data: SftData, config: SftConfig | AuditConfig, roles: TokenRoles
+) -> Iterator[AuditFinding]:
     """Check for duplicates, skipped rows and a padding token that ends turns."""
     if data.duplicates > MANY_DUPLICATES * data.row_count:
         yield AuditFinding(
@@ -246,7 +249,8 @@ def _check_rows(data: SftData, roles: TokenRoles) -> Iterator[AuditFinding]:
             f"left out because they could not be used: {data.bad.count:,} rows",
             "see what is wrong with them: --skip-bad-rows 0",
         )
-    if data.tokenizer.pad_token_id in roles.stops:
+    is_told = isinstance(config, SftConfig) and is_of_run(config.model)  # when that run was made
+    if data.tokenizer.pad_token_id in roles.stops and not is_told:
         yield AuditFinding(
             "warning",
             "pad_is_eos",

@@ -261,6 +261,22 @@ class ChatFormat:
                 hint="take it out of the row, or choose a template that writes it: --chat-template",
             )
 
+    @cached_property
+    def end_of_answer(self) -> int | None:
+        """The same for use alone, where the template may ask otherwise than it begins a turn.
+
+        Raises:
+            ModelError: the template refuses even a question and its answer.
+        """
+        if self.tokenizer.chat_template is None:
+            return None
+        (text,) = self._raw(PROBE, [(len(PROBE), False)], None)
+        answer = text.rfind(PROBE[-1]["content"])
+        *_, last = [None, *self._specials.pattern.finditer(text, max(answer, 0))]
+        if answer < 0 or last is None or text[last.end() :].strip():
+            return None
+        return int(self.tokenizer.convert_tokens_to_ids(last[0]))
+
     def _render(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from llmctl.data.tokenizer.train import WORDS
+from llmctl.models.tokenizer_file import TORTURE
 
 FlatIds = tuple[NDArray[np.uint32], NDArray[np.int64]]
 """The ids of all texts one after the other, and the number of ids of each text."""
@@ -31,13 +32,6 @@ CHECK_EVERY = 1 << 24
 """Characters between two comparisons with `tokenizers`."""
 
 CHECK_CHARACTERS = 1 << 14
-
-TORTURE = (
-    "Hello world,  it's  2024!\tTabs\tand\nlines\r\nand\u00a0spaces \u3000 here.   \n\n  x\n y\n"
-    "\n\nz "
-    "caf\u00e9 e\u0301 \u4e2d\u6587 \u0442\u0435\u0441\u0442 \U0001f468\u200d\U0001f469 'LL 'tis "
-    "don't ##x a_b <|eos|> <s> [SEP] 1234567 a\x1cb \x85 \u2028 end\n"
-)
 
 
 class Mismatch(Exception):
