@@ -114,6 +114,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("reward", "", "higher", "score by the reward model", result=EVALUATE),
     Metric("cut_share", "share", "lower", "responses that reached the most tokens",
            "Cut at the most tokens", result=EVALUATE),
+    Metric("ambiguous_share", "share", "lower", "responses that name several labels, and so none",
+           "Several labels in one response", result=EVALUATE),
     Metric("val_accuracy", "share", "higher", "`accuracy` on validation data",
            logged=SFT + REWARD, result=SFT + REWARD, key=SFT + REWARD, curve="first"),
     Metric("val_reward_accuracy", "share", "higher", "`reward_accuracy` on validation pairs",

@@ -150,7 +150,9 @@ def _names(config: EvaluateConfig, plan: EvaluationPlan) -> list[str]:
     """Names of the figures that gates can be set on."""
     others = [metric for metric in plan.metrics if metric in ("perplexity", "f1")]
     names = list(dict.fromkeys([*others, *quotient_names(plan.metrics)]))
-    names += ["cut_share"] if plan.generates else []
+    if plan.generates:
+        names += ["cut_share"]
+        names += ["ambiguous_share"] if {"accuracy", "f1"} & set(plan.metrics) else []
     if config.compare:
         names += [f"difference/{name}" for name in quotient_names(plan.metrics)]
         names += ["win_rate"] if config.reward_model else []

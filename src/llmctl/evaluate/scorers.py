@@ -12,7 +12,14 @@ from typing import Any
 from llmctl.config.commands import EvaluateConfig
 from llmctl.errors import require_extra
 from llmctl.evaluate.inputs import EvaluationExample
-from llmctl.ppo.rules import normalize_answer
+from llmctl.evaluate.labels import named_labels
+from llmctl.text_forms import (
+    canonical,
+    normalize_answer,
+    separate,
+    split_letters_only,
+    split_words,
+)
 
 LIBRARIES = {
     "rouge": "rouge_score",
@@ -42,24 +49,23 @@ class Scorer:
         if any(name in ANSWER_METRICS for name in self.metrics) and self.pattern is not None:
             scores["answer"] = self.answer(response)
             scores["expected"] = self.answer(reference)
+        answer = scores.get("answer", response)
+        expected = scores.get("expected", reference)
         for name in self.metrics:
             match name:
                 case "exact":
-                    answer = scores.get("answer", response)
-                    expected = scores.get("expected", reference)
                     scores["exact"] = float(answer is not None and is_same(answer, expected))
                 case "accuracy" | "f1":
-                    answer = scores.get("answer", response) or ""
-                    scores["label"] = find_label(answer, self.labels)
-                    scores["reference_label"] = self.canonical_label(
-                        scores.get("expected", reference)
-                    )
+                    scores["named"] = named_labels(answer or "", self.labels, is_same)
+                    scores["label"] = scores["named"][0] if len(scores["named"]) == 1 else None
+                    scores["reference_label"] = self.canonical_label(expected)
                     scores["right"] = float(scores["label"] == scores["reference_label"])
                 case "rouge":
                     rouge = _library_scorer(name).score(reference, response)
                     scores |= {kind: float(rouge[kind].fmeasure) for kind in ROUGE}
                 case "bleu" | "chrf":
-                    scores[name] = _library_scorer(name).sentence_score(response, [reference]).score
+                    scorer, form = _library_scorer(name), FORMS[name]
+                    scores[name] = scorer.sentence_score(form(response), [form(reference)]).score
                 case "wer":
                     scores |= word_errors(response, reference)
         return scores
@@ -73,13 +79,25 @@ class Scorer:
         return next((known for known in self.labels if is_same(known, label)), None)
 
 
+class _Words:
+    """Splits texts for rouge-score, whose own tokenizer knows the letters a to z only."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """See `split_letters_only`, which does the same to texts of ASCII."""
+        return split_letters_only(text)
+
+
+FORMS = {"bleu": separate, "chrf": canonical}
+"""What is done to texts before sacrebleu splits them."""
+
+
 @cache
 def _library_scorer(metric: str) -> Any:
     """The scorer of single responses for rouge, bleu or chrf."""
     if metric == "rouge":
         from rouge_score.rouge_scorer import RougeScorer
 
-        return RougeScorer(list(ROUGE))
+        return RougeScorer(list(ROUGE), tokenizer=_Words())
     from sacrebleu.metrics import BLEU, CHRF
 
     return BLEU(effective_order=True) if metric == "bleu" else CHRF()
@@ -117,7 +135,7 @@ def make_scorer(
 
 
 def is_same(answer: str, reference: str) -> bool:
-    """Whether two texts are equal but for case, blanks and a full stop at the end."""
+    """Whether two texts are equal but for Unicode form, case, blanks and a full stop at the end."""
     return normalize_answer(answer) == normalize_answer(reference)
 
 
@@ -130,24 +148,12 @@ def extract(pattern: re.Pattern[str], text: str) -> str | None:
     return str(groups[0] if groups else matches[-1][0])
 
 
-def find_label(text: str, labels: Sequence[str]) -> str | None:
-    """The label that a text is, or that stands first in it as a word; the longest of several."""
-    for label in labels:
-        if is_same(label, text):
-            return label
-    matches = []
-    for label in labels:
-        match = re.search(rf"(?<!\w){re.escape(label)}(?!\w)", text, re.IGNORECASE)
-        if match:
-            matches.append((match.start(), -len(label), label))
-    return min(matches)[2] if matches else None
-
-
 def word_errors(response: str, reference: str) -> dict[str, int]:
     """Words to change, to add and to leave out, and the words of the reference."""
     import jiwer
 
-    counts = jiwer.process_words(reference, response)
+    texts = (" ".join(split_words(text)) for text in (reference, response))
+    counts = jiwer.process_words(*texts)
     errors = counts.substitutions + counts.deletions + counts.insertions
     words = counts.substitutions + counts.deletions + counts.hits
     return {"word_errors": int(errors), "words": int(words)}
