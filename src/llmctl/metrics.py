@@ -116,6 +116,7 @@ METRICS: tuple[Metric, ...] = (
            "Cut at the most tokens", result=EVALUATE),
     Metric("ambiguous_share", "share", "lower", "responses that name several labels, and so none",
            "Several labels in one response", result=EVALUATE),
+    Metric("comparison.*", "count", "", "answers compared as numbers, or as text", result=EVALUATE),
     Metric("val_accuracy", "share", "higher", "`accuracy` on validation data",
            logged=SFT + REWARD, result=SFT + REWARD, key=SFT + REWARD, curve="first"),
     Metric("val_reward_accuracy", "share", "higher", "`reward_accuracy` on validation pairs",

@@ -212,7 +212,7 @@ def test_the_answer_is_the_last_match(pattern, text, answer):
 def test_exact_looks_at_the_answer_alone():
     scorer = Scorer(("exact",), re.compile(r"#### (\S+)"), ())
     assert scorer.score("I think #### 18", "9 * 2\n#### 18")["exact"] == 1.0
-    nothing = {"answer": None, "expected": "18", "exact": 0.0}
+    nothing = {"answer": None, "expected": "18", "compared": None, "exact": 0.0}
     assert scorer.score("18", "#### 18") == nothing
     assert Scorer(("exact",), None, ()).score(" The River. ", "the  river")["exact"] == 1.0
 

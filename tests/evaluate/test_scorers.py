@@ -1,6 +1,7 @@
-"""Scores of responses in any script and form."""
+"""Scores of responses in any script and form, and of answers that are numbers."""
 
 import json
+import re
 import unicodedata
 
 import pytest
@@ -8,7 +9,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
 from llmctl.decode.loop import Response
-from llmctl.evaluate.aggregate import compute_figures
+from llmctl.evaluate.aggregate import compute_figures, count_comparisons
 from llmctl.evaluate.scorers import Scorer
 from llmctl.ppo.rules import Sample, find_rule
 from tests.run_files import write_rows
@@ -90,6 +91,58 @@ def test_bleu_is_that_of_the_tokenizers_that_sacrebleu_has_for_a_script():
     assert figures(western, ("bleu",))["bleu"] == pytest.approx(expected)
 
 
+NUMBERS = [
+    ("2125", "2,125", True),
+    ("18,", "18", True),
+    ("18.", "18", True),
+    ("18.00", "18", True),
+    ("$18", "18", True),
+    ("-$1,000.50", "\N{MINUS SIGN}1000.5", True),
+    ("+7", "7.", True),
+    (".5", "0.50", True),
+    ("-0", "0", True),
+    ("50%", "50.0%", True),
+    ("\uff11\uff18", "18", True),
+    ("12345678901234567890123.0", "12345678901234567890123", True),
+    ("12345678901234567890123", "12345678901234567890124", False),
+    ("50%", "50", False),
+    ("50%", "0.5", False),
+    ("18", "-18", False),
+    ("1.80", "18", False),
+    ("2.125", "2,125", False),
+]
+TEXTS = [("1,2", "12"), ("18 apples", "18"), ("1 8", "18"), ("$5%", "5"), ("1e3", "1000")]
+TEXTS += [("18..", "18"), ("--5", "5"), ("", "0"), ("\N{EURO SIGN}18", "18"), ("1,00", "100")]
+
+
+@pytest.mark.parametrize(("answer", "reference", "same"), NUMBERS)
+def test_answers_that_are_numbers_are_compared_as_numbers(answer, reference, same):
+    scorer = Scorer(("exact", "accuracy"), re.compile("<(.*)>"), (reference, "other"))
+    scores = scorer.score(f"so <{answer}>", f"<{reference}>")
+    assert scores["compared"] == "numbers"
+    assert scores["exact"] == scores["right"] == float(same)
+    whole = Scorer(("exact",), None, ()).score(answer, reference)
+    assert "compared" not in whole
+    if (answer, reference) != ("18.", "18"):  # a full stop at the end never counts
+        assert whole["exact"] == float(answer.replace("\uff11\uff18", "18") == reference)
+
+
+@pytest.mark.parametrize(("answer", "reference"), TEXTS)
+def test_answers_that_are_more_than_numbers_are_compared_as_text(answer, reference):
+    scorer = Scorer(("exact",), re.compile("<(.*)>"), ())
+    scores = scorer.score(f"<{answer}>", f"<{reference}>")
+    assert (scores["compared"], scores["exact"]) == ("text", 0.0)
+    assert scorer.score(f"<{answer}>", f"<{answer}>")["exact"] == 1.0
+
+
+def test_comparisons_are_counted():
+    scorer = Scorer(("exact",), re.compile("<(.*)>"), ())
+    pairs = [("<1>", "<1.0>"), ("<x>", "<1>"), ("<2>", "<3>"), ("none", "<4>")]
+    rows = [scorer.score(*pair) for pair in pairs]
+    assert count_comparisons(rows) == {"numbers": 2, "text": 1}
+    assert count_comparisons([{"exact": 1.0}] * 3) == {"text": 3}
+
+
 @pytest.fixture
 def say(monkeypatch):
     """Let the model respond with these texts."""
@@ -104,6 +157,21 @@ def say(monkeypatch):
         monkeypatch.setattr("llmctl.evaluate.generation_task._generate", generate)
 
     return script
+
+
+def test_the_summary_names_the_comparison(cli, base, tmp_path, say):
+    rows = [{"prompt": "q", "response": f"so\n#### {n}"} for n in ("2,125", "18", "x7", "9")]
+    data = write_rows(tmp_path / "q.jsonl", rows)
+    say("#### 2125", "#### 18, so he has 18.", "#### X7", "nothing")
+    asked = ("evaluate", "--model", base, "--data", data, "--metrics", "exact", "--threads", 1)
+    asked = (*asked, "--max-new-tokens", 4)
+    result = cli(*asked, "--answer-regex", r"#### (\S+)", "--json")
+    found = json.loads(result.out)
+    assert found["exact"] == 0.75
+    assert found["comparison"] == {"numbers": 2, "text": 1}
+    assert "answers were compared with their references, 2 as numbers and 1 as text" in result.err
+    whole = json.loads(cli(*asked, "--json").out)
+    assert (whole["exact"], whole["comparison"]) == (0.0, {"text": 4})
 
 
 def test_responses_that_name_several_labels_are_counted(cli, base, tmp_path, say):

@@ -74,6 +74,12 @@ def compute_figures(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, An
     return figures
 
 
+def count_comparisons(rows: Sequence[Row]) -> dict[str, int]:
+    """Rows whose answers were compared as numbers, and as text; the others have no answer."""
+    ways = [row.get("compared", "text") for row in rows]
+    return {way: ways.count(way) for way in ("numbers", "text") if way in ways}
+
+
 def macro_f1(rows: Sequence[Row]) -> float:
     """Mean F1 over the labels of references and predictions, by scikit-learn.
 

@@ -6,6 +6,7 @@ In: response and reference. Out: numbers of the row; `aggregate.py` sums them up
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cache
 from typing import Any
 
@@ -31,6 +32,11 @@ LIBRARIES = {
 ROUGE = ("rouge1", "rouge2", "rougeL")
 ANSWER_METRICS = ("exact", "accuracy", "f1")
 """Metrics that compare the answer within a response."""
+NUMBER = re.compile(
+    r"(?P<sign>[-+\u2212]?)(?P<dollar>\$?)(?P<second>[-+\u2212]?)"
+    r"(?P<digits>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?P<percent>%?)[.,]?"
+)
+"""A number with thousands commas and what ends its sentence, of dollars or percent."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +55,15 @@ class Scorer:
         if any(name in ANSWER_METRICS for name in self.metrics) and self.pattern is not None:
             scores["answer"] = self.answer(response)
             scores["expected"] = self.answer(reference)
+            scores["compared"] = compared_as(scores["answer"], scores["expected"])
         answer = scores.get("answer", response)
         expected = scores.get("expected", reference)
         for name in self.metrics:
             match name:
                 case "exact":
-                    scores["exact"] = float(answer is not None and is_same(answer, expected))
+                    scores["exact"] = float(answer is not None and self.is_same(answer, expected))
                 case "accuracy" | "f1":
-                    scores["named"] = named_labels(answer or "", self.labels, is_same)
+                    scores["named"] = named_labels(answer or "", self.labels, self.is_same)
                     scores["label"] = scores["named"][0] if len(scores["named"]) == 1 else None
                     scores["reference_label"] = self.canonical_label(expected)
                     scores["right"] = float(scores["label"] == scores["reference_label"])
@@ -74,9 +81,15 @@ class Scorer:
         """The answer that the pattern finds in a text, None where it finds none."""
         return text if self.pattern is None else extract(self.pattern, text)
 
+    def is_same(self, answer: str, reference: str) -> bool:
+        """Compare answers that a pattern found as numbers where both are; all others as texts."""
+        if self.pattern is not None and compared_as(answer, reference) == "numbers":
+            return as_number(answer) == as_number(reference)
+        return is_same(answer, reference)
+
     def canonical_label(self, label: str) -> str | None:
         """The label as it is listed, whatever its case; None where it is not."""
-        return next((known for known in self.labels if is_same(known, label)), None)
+        return next((known for known in self.labels if self.is_same(known, label)), None)
 
 
 class _Words:
@@ -137,6 +150,25 @@ def make_scorer(
 def is_same(answer: str, reference: str) -> bool:
     """Whether two texts are equal but for Unicode form, case, blanks and a full stop at the end."""
     return normalize_answer(answer) == normalize_answer(reference)
+
+
+def as_number(text: str) -> tuple[Decimal, str] | None:
+    """The number that a whole text is, and `%` or nothing; None where it is none."""
+    match = NUMBER.fullmatch(canonical(text).strip())
+    if match is None or (match["sign"] and match["second"]):
+        return None
+    if match["dollar"] and match["percent"]:
+        return None
+    number = Decimal(match["digits"].replace(",", ""))
+    is_negative = (match["sign"] or match["second"]) in ("-", "\N{MINUS SIGN}")
+    return -number if is_negative else number, match["percent"]
+
+
+def compared_as(answer: str | None, reference: str) -> str | None:
+    """How two answers are compared: as `numbers` where both are, as `text`; None without one."""
+    if answer is None:
+        return None
+    return "text" if None in (as_number(answer), as_number(reference)) else "numbers"
 
 
 def extract(pattern: re.Pattern[str], text: str) -> str | None:
