@@ -45,6 +45,8 @@ def test_an_article_or_a_part_of_a_word_is_no_letter(text):
         ("A) Paris", "A"),
         ("A. Paris", "A"),
         ("A: a dog", "A"),
+        ("A\nBecause it is a dog.", "A"),
+        ("(A) A dog is one.", "A"),
         ("A is right", "A"),
         ("A because it is a dog", "A"),
         ("The answer is A in this case.", "A"),
@@ -86,6 +88,9 @@ def test_several_labels_and_those_that_are_turned_down():
     assert named("It isn't the answer A. It's D.", LETTERS) == ["D"]
     assert named("neither B nor C", LETTERS) == []
     assert named("C rather than D", LETTERS) == ["C"]
+    assert named("B. A is wrong, and D isn't an animal.", LETTERS) == ["B"]
+    assert named("C) is not right. So it is E.", LETTERS) == ["E"]
+    assert named("D. Some say A is right.", LETTERS) == ["D", "A"]
     assert named("positive, not negative", ["positive", "negative"]) == ["positive"]
     assert named("not hate", ["hate", "not hate"]) == ["not hate"]
     assert named("it is not hate, I think", ["hate", "not hate"]) == ["not hate"]

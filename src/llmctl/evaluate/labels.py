@@ -29,6 +29,11 @@ NEGATED = re.compile(
     re.IGNORECASE,
 )
 """What stands before a label that an answer turns down."""
+WRONG = re.compile(
+    r"\W{0,3}(?:\b(?:is|are|was)\s+(?:wrong|incorrect|not|false)\b|\b(?:is|are|was)n['\u2019]t\b)",
+    re.IGNORECASE,
+)
+"""What stands after a label that an answer turns down."""
 _SPACED = re.compile(rf"[^\W{WITHOUT_SPACES}]")
 """A letter or digit of a script that puts spaces between words."""
 _HANGUL = re.compile("[\uac00-\ud7a3]")
@@ -46,7 +51,7 @@ def named_labels(
     """The different labels that a text names, in the order in which it does.
 
     A text that is a label as a whole names that one. Else every label is looked for as a word, but
-    for those within a longer label and those that the text turns down (`not A`).
+    for those within a longer label and those that the text turns down (`not A`, `A is wrong`).
     """
     whole = next((label for label in labels if is_same(label, text)), None)
     if whole is not None:
@@ -57,7 +62,7 @@ def named_labels(
     for mention in sorted(mentions, key=lambda mention: (mention.start, -mention.end)):
         if mention.start >= reached:
             reached = mention.end
-            if not NEGATED.search(text[: mention.start]):
+            if not (NEGATED.search(text[: mention.start]) or WRONG.match(text, mention.end)):
                 named.append(mention.label)
     return list(dict.fromkeys(named))
 
@@ -113,7 +118,7 @@ def _is_other_word(text: str, place: int) -> bool:
         return True
     if not letter.isalpha() or letter.lower() not in LETTERS:
         return False
-    follows = re.match(rf"\s+([^\W\d{WITHOUT_SPACES}]+)", after)
+    follows = re.match(rf"[^\S\r\n]+([^\W\d{WITHOUT_SPACES}]+)", after)
     if follows is None or follows[1].lower() in GOES_ON:
         return False
     begins = not before.strip() or re.search(r"[.!?\u2026]\W*$|\n\W*$", before) is not None
