@@ -80,6 +80,12 @@ class EvaluatedModel:
     virtual_tokens: int
     """Positions that an adapter's learned prompt takes."""
 
+    @property
+    def positions(self) -> int | None:
+        """Tokens that it reads at most; None where it has no limit."""
+        positions = context_size(self.shape)
+        return positions and positions - self.virtual_tokens
+
     def few_shot_format(self, config: EvaluateConfig, clock: str | None) -> FewShotFormat:
         """How prompts are written for it."""
         chat = self.tokenizer.chat_template is not None and not config.plain
@@ -91,8 +97,7 @@ class EvaluatedModel:
         Raises:
             UserError: more than it has positions for.
         """
-        positions = context_size(self.shape)
-        positions = positions and positions - self.virtual_tokens
+        positions = self.positions
         if config.context and positions and config.context > positions:
             raise UserError(f"--context {config.context:,}: the model has {positions:,} positions")
         context = config.context or min(positions or MOST_CONTEXT, MOST_CONTEXT)
@@ -195,11 +200,9 @@ def inspect_model(
             file=reference,
             hint="make a classifier of it: llmctl sft --task classify --model … --data …",
         )
-    if plan is None:
-        return evaluated
-    if "perplexity" in plan.metrics:
+    if plan is None or "perplexity" in plan.metrics:
         evaluated.context_and_stride(config)
-    if plan.data.kind != "documents":
+    if plan is not None and plan.data.kind != "documents":
         few_shot_format, shots = evaluated.few_shot_format(config, plan.clock), config.shots or 0
         if plan.generates or not shots:
             new = config.max_new_tokens if plan.generates else 1

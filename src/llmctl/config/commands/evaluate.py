@@ -40,7 +40,7 @@ class Measures(Fields):
 
     answer_regex: Annotated[str | None, Also("regex")] = None
     """Take the last match of this, or of its first group, from response and reference before exact,
-    accuracy and f1 look at them."""
+    accuracy and f1 look at them; where both are numbers, they are compared as such."""
 
     labels: Annotated[list[str], BeforeValidator(_listed)] = []
     """Labels to look for in responses (accuracy, f1); by default those of the references."""
