@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from llmctl.config.commands import DpoConfig, RewardConfig
 from llmctl.console import log
-from llmctl.data.chat.responses import ResponseFormat, prepare_template
+from llmctl.data.chat.responses import ResponseFormat, end_at_turn, prepare_template
 from llmctl.data.chat.templates import set_chat_template
 from llmctl.data.classification import configure_padding
 from llmctl.data.examples import Example
@@ -215,6 +215,7 @@ def load_reward_data(config: RewardConfig, clock: str | None = None) -> Preferen
         else []
     )
     configure_padding(tokenizer, max_length)
+    end_at_turn(tokenizer, model_config)
     response_format = ResponseFormat(tokenizer, model_config, clock)
     data = _encode(config, preferences, response_format, max_length, model_config, added)
     _require_known_tokens(data.train, preferences.train, data)

@@ -228,7 +228,7 @@ def _identity(config: PpoConfig, prepared: PreparedPpo, world: int) -> dict[str,
         "data": sha256(repr((digests, len(prepared.held_out))).encode()).hexdigest(),
         "model": prepared.base.sha256,
         "reward_model": [
-            [reward_model.sha256, source.weight]
+            [reward_model.sha256, source.weight, *reward_model.unusual_reading]
             for reward_model, source in zip(models.reward_models, models.sources, strict=False)
         ],
         "architecture": architecture(models.actor_critic.policy.config),

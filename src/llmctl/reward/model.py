@@ -2,18 +2,21 @@
 
 The score is the logit at the last token of a text (at the first one for encoders such as BERT) and
 depends on nothing else: not on padding, not on what shares a batch. Decoders look for the last
-token that is not padding, so a text that holds the padding token is refused.
+token that is not padding, so a text that holds the padding token is refused. A conversation ends
+with its last turn, or with what the chat template writes after it: see `_score_at`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from llmctl.config.sections import ScoreAt
+from llmctl.console import log
 from llmctl.data.chat.responses import ResponseFormat
 from llmctl.data.schemas import Message
 from llmctl.data.tokenized import EncodedSequence
@@ -29,6 +32,7 @@ from llmctl.models.classifiers import (
     probe_padding,
 )
 from llmctl.models.loading import context_size, load_config, load_tokenizer, local_folder
+from llmctl.models.vetting import read_object
 from llmctl.runs.directory import resolve_model
 
 LONGEST = 2048
@@ -65,6 +69,11 @@ class RewardModel:
     """Ids below this are the model's."""
     uses_token_types: bool
     """Whether the model is told which tokens are the response's (BERT's token types)."""
+
+    @property
+    def score_at(self) -> ScoreAt:
+        """Last token of a conversation."""
+        return self.response_format.score_at
 
     @property
     def has_turns(self) -> bool:
@@ -130,10 +139,12 @@ def load_reward_model(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     base: Any | None = None,
+    score_at: ScoreAt | None = None,
 ) -> RewardModel:
     """The reward model of a run (full or adapter), a folder or a Hub id, in eval mode.
 
-    The `base` below an adapter, where it is loaded already, is not checked again.
+    The `base` below an adapter, where it is loaded already, is not checked again. `score_at` is
+    where the score of a conversation stands; None for what the folder records.
 
     Raises:
         ModelError: no reward model: another head or none, several labels; pickles, tensors that
@@ -161,7 +172,9 @@ def load_reward_model(
             "tokenizer is another model's"
         )
     probe_padding(model, pad)
-    response_format = ResponseFormat(tokenizer, shape)
+    plain_format = ResponseFormat(tokenizer, shape)
+    score_at = score_at or _score_at(folder, plain_format, reference)
+    response_format = ResponseFormat(tokenizer, shape, score_at=score_at)
     limits = (context_size(shape), learned_positions(model), int(tokenizer.model_max_length))
     room = min(limit for limit in (*limits, 1 << 40) if limit is not None)
     return RewardModel(
@@ -208,6 +221,26 @@ def score_batch(
 def needs_token_types(shape: PreTrainedConfig, response_format: ResponseFormat) -> bool:
     """Whether a model tells two texts apart by their token types."""
     return response_format.is_pair and int(shape.to_dict().get("type_vocab_size") or 0) > 1
+
+
+def _score_at(folder: Path, response_format: ResponseFormat, reference: str) -> ScoreAt:
+    """Where the score of a conversation stands: what the folder records, else the end of the turn.
+
+    A template that writes more after the last turn leaves it open where the model was trained.
+    """
+    file = folder / "config.json"
+    recorded = read_object(file).get("score_at") if file.exists() else None
+    if recorded in get_args(ScoreAt):
+        return recorded  # type: ignore[no-any-return]
+    if after := response_format.after_turn:
+        log.warning(
+            "the chat template of %s writes %r after the end of a turn, and nothing says whether "
+            "the score stands there: it is read at the end of the turn, as llmctl trains it; for a "
+            "model of TRL pass --score-at last-token",
+            reference,
+            after,
+        )
+    return "end-of-turn"
 
 
 def _require_score(shape: PreTrainedConfig, folder: Path) -> None:

@@ -43,7 +43,8 @@ def score_file(config: RewardConfig) -> dict[str, Any] | None:
         records = [record for source in sources for record in read_rows(source)]
     if not records:
         raise DataError("an empty file: no rows in it", file=config.score)
-    model = load_reward_model(config.model, device=hardware.pick_device(config.device))
+    device = hardware.pick_device(config.device)
+    model = load_reward_model(config.model, device=device, score_at=config.score_at)
     encoded = [_encode(model, record) for record in records]
     if config.dry_run:
         return show_recipe("reward", config, {"rows": len(records)})
@@ -69,6 +70,7 @@ def score_file(config: RewardConfig) -> dict[str, Any] | None:
         "out": str(config.out),
         "model": config.model,
         "rows": len(records),
+        "score_at": model.score_at,
         "score_mean": total / len(records),
     }
 

@@ -15,6 +15,7 @@ from llmctl.config.sections import (
     Placement,
     PositiveCount,
     Resumable,
+    ScoreAt,
 )
 
 
@@ -47,6 +48,10 @@ class Rewards(Fields):
 
     reward_model: Annotated[list[str], Also("reward-model-path"), Input("reward")] = []
     """Reward model (repeatable): a run, folder or Hub id; `runs/helpful=1.0` gives it a weight."""
+
+    score_at: ScoreAt | None = None
+    """Token that reward models are read at, as in `llmctl reward --score`; by default what the
+    folder of each records, else the end of the turn."""
 
     reward_rule: Annotated[list[str], Also("reward-funcs", "reward-function"), Input()] = []
     """Rule that scores (repeatable, weights as above): `exact`, `regex:PATTERN`, `length:WORDS`,
@@ -224,7 +229,8 @@ class PpoConfig(
         if self.missing_eos_penalty and self.ignore_eos:
             raise ValueError("--missing-eos-penalty does not go with --ignore-eos")
         if not self.reward_model:
-            self.refuse(("clip_score", "score_normalization"), "{} goes with --reward-model")
+            names = ("clip_score", "score_normalization", "score_at")
+            self.refuse(names, "{} goes with --reward-model")
         if self.clip_score and "clip_score" in given and self.score_normalization == "none":
             raise ValueError("--clip-score goes with normalised scores")
         self.check_schedule()
