@@ -720,7 +720,7 @@ def test_a_run_is_not_resumed_as_another(cli, roomy, pairs, tmp_path):
         (("--data", "blank.jsonl"), 3, "no rows in it"),
         (("--data", "a.txt", "--metrics", "rouge"), 3, "this is plain text"),
         (("--data", "texts.jsonl", "--metrics", "rouge"), 3, "no reference for `rouge`"),
-        (("--data", "pairs.jsonl", "--shots", 6), 3, "there are only 6 rows"),
+        (("--data", "pairs.jsonl", "--shots", 6), 3, "only 6 rows in the data"),
         (
             ("--data", "pairs.jsonl", "--metrics", "exact", "--answer-regex", "#"),
             3,

@@ -326,7 +326,7 @@ def test_several_samples_share_a_prompt(cli, base, world):
     [
         (("--reward-rule", "python:ppo_rules.broken"), 3, "raised ValueError: no reward today"),
         (("--reward-rule", "python:ppo_rules.nothing"), 3, "gave nan for the response to"),
-        (("--reward-rule", "python:ppo_rules.few"), 3, "gave 1 scores for"),
+        (("--reward-rule", "python:ppo_rules.few"), 3, "gave 1 score for"),
         (("--reward-rule", "python:ppo_rules.absent"), 2, "ppo_rules has no absent"),
         (("--reward-rule", "python:nowhere.to_be"), 2, "No module named 'nowhere'"),
         (("--reward-rule", "regex:("), 2, "no regular expression"),
@@ -385,7 +385,7 @@ def test_bad_rows_may_be_skipped(cli, base, world):
         "ppo", "--plain", "--model", base, *arguments, *QUICK, "--max-steps", 1, "-o", "run"
     )
     assert result.code == 0, result.err
-    assert "left out 1 rows" in result.err
+    assert "left out 1 row without" in result.err
 
 
 def test_exact_needs_answers(cli, base, world):

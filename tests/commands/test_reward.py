@@ -627,7 +627,7 @@ def test_bad_data_is_refused_with_its_line(train, llama, tmp_path):
         tmp_path / "r.jsonl", [{"prompt": "Hi", "responses": ["a", "b"], "ranks": [1]}]
     )
     result = train(llama, path, tmp_path / "run")
-    assert (result.code, f"{path}:1: 2 responses, but 1 ranks" in result.err) == (3, True)
+    assert (result.code, f"{path}:1: 2 responses, but 1 rank" in result.err) == (3, True)
     assert not (tmp_path / "run").exists()
 
 

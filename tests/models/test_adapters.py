@@ -204,7 +204,7 @@ def test_all_linear_stands_alone(tmp_path):
 
 def test_virtual_tokens_cannot_teach_new_ones(tmp_path):
     model = load(make_base(tmp_path / "base"))
-    with pytest.raises(ModelError, match="cannot teach the model the 2 tokens") as caught:
+    with pytest.raises(ModelError, match="cannot teach the model 2 tokens") as caught:
         adapt(model, Adapter(prompt_tuning=3), added_tokens=[48, 49])
     assert "--lora" in caught.value.hint
 

@@ -28,6 +28,7 @@ from llmctl.data.schemas import ROLES, Message, conversation, from_json
 from llmctl.data.sources import Source, find_sources, manifest_input
 from llmctl.data.split import hold_out
 from llmctl.errors import DataError
+from llmctl.numbers import counted
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question")
 ANSWER_COLUMNS = ("answer", "response", "completion", "output", "chosen")
@@ -158,7 +159,8 @@ def read_prompts(
         val, val_inputs = _read_sources(val_data, Path(spool), tolerate, "validation")
     if bad:
         first = str(bad[0]).splitlines()[0]
-        log.warning("left out %s rows without a prompt, the first: %s", f"{len(bad):,}", first)
+        rows = counted(len(bad), "row")
+        log.warning("left out %s without a prompt, the first: %s", rows, first)
     if val:
         held_out = {prompt.digest() for prompt in val}
         train = [prompt for prompt in prompts if prompt.digest() not in held_out]
@@ -194,7 +196,8 @@ def _read_sources(
             )
         )
     if repeated:
-        log.info("left out %s prompts that stand more than once", f"{repeated:,}")
+        copies = counted(repeated, "copy", "copies")
+        log.info("left out %s of prompts that stand more than once", copies)
     return list(prompts.values()), inputs
 
 

@@ -19,6 +19,7 @@ from llmctl.data.rows import SourceRow, read_rows
 from llmctl.data.schemas import Layout, match_layout
 from llmctl.data.sources import Source, find_sources, manifest_input, split_weight
 from llmctl.errors import DataError, UserError
+from llmctl.numbers import counted
 
 Item = TypeVar("Item")
 Make = Callable[[SourceRow, Layout], Sequence[Item]]
@@ -63,7 +64,9 @@ def read_sets(
         bad.append(error)
         if len(bad) > skip_bad_rows:
             if skip_bad_rows:
-                error.message += f" ({len(bad):,} bad rows, --skip-bad-rows {skip_bad_rows:,})"
+                error.message += (
+                    f" ({counted(len(bad), 'bad row')}, --skip-bad-rows {skip_bad_rows:,})"
+                )
             raise error
 
     sets = []
@@ -83,7 +86,8 @@ def read_sets(
             sets.append(ItemSet(name, weight, items, skipped, inputs))
     if bad:
         first = str(bad[0]).splitlines()[0]
-        log.warning("left out %s rows that cannot be read, the first: %s", f"{len(bad):,}", first)
+        rows = counted(len(bad), "row")
+        log.warning("left out %s that cannot be read, the first: %s", rows, first)
     return sets
 
 
@@ -120,7 +124,8 @@ def _sources(name: str, spool: Path) -> list[Source]:
             hint="pass jsonl, json, csv or parquet; plain text is for llmctl pretrain",
         )
     if len(rows) < len(sources):
-        log.info("%s: left out %d files of plain text", name, len(sources) - len(rows))
+        texts = counted(len(sources) - len(rows), "file")
+        log.info("%s: left out %s of plain text", name, texts)
     return rows
 
 

@@ -15,6 +15,7 @@ from llmctl.data.rows import parse_row
 from llmctl.data.schemas import Message
 from llmctl.decode.loop import Prompt, check_prompt, limit_new_tokens
 from llmctl.errors import DataError, UserError
+from llmctl.numbers import counted
 
 
 def read_stdin() -> PromptExample:
@@ -114,6 +115,7 @@ def build_prompts(
         check_prompt(tokens, shape, example.name)
         limit = limit_new_tokens(tokens, shape, max_new_tokens)
         if limit < max_new_tokens:
-            log.warning("%s: the context has room for %d new tokens only", example.name, limit)
+            room = counted(limit, "new token")
+            log.warning("%s: the context has room for %s only", example.name, room)
         prompts += (Prompt(tokens, len(prompts) + i) for i in range(samples))
     return prompts

@@ -13,6 +13,7 @@ from llmctl.data.chat.templates import set_chat_template
 from llmctl.data.prompts import PromptExample
 from llmctl.decode.loop import check_prompt, limit_new_tokens
 from llmctl.errors import DataError, ModelError
+from llmctl.numbers import counted
 from llmctl.ppo.rules import Sample
 
 
@@ -115,12 +116,13 @@ def encode_prompts(
         kept.append(row)
         encoded.append(tokens)
     if bad:
-        log.warning("left out %s prompts that do not fit", f"{bad:,}")
+        left_out = counted(bad, "prompt that does not fit", "prompts that do not fit")
+        log.warning("left out %s", left_out)
     wanted = config.max_new_tokens
     short = sum(limit_new_tokens(tokens, model_config, wanted) < wanted for tokens in encoded)
     if short:
         log.warning(
-            "%s of %s prompts leave room for fewer than %s tokens of a response",
-            *(f"{short:,}", f"{len(encoded):,}", f"{wanted:,}"),
+            "%s of %s leave room for fewer than %s of a response",
+            *(f"{short:,}", counted(len(encoded), "prompt"), counted(wanted, "token")),
         )
     return EncodedPrompts(kept, encoded, [prompt_format.reward_prompt(row) for row in kept])

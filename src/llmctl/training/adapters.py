@@ -119,8 +119,8 @@ def _virtual_tokens(config: Adapter, added_tokens: Sequence[int]) -> PromptTunin
     """
     if added_tokens:
         raise ModelError(
-            f"--prompt-tuning cannot teach the model the {len(added_tokens)} tokens that the chat "
-            "template adds: all its weights stay frozen",
+            f"--prompt-tuning cannot teach the model {counted(len(added_tokens), 'token')} that "
+            "the chat template adds: all its weights stay frozen",
             hint="use --lora, or a --chat-template made of tokens that the model has",
         )
     return PromptTuningConfig(

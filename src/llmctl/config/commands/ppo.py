@@ -17,6 +17,7 @@ from llmctl.config.sections import (
     Resumable,
     ScoreAt,
 )
+from llmctl.numbers import counted
 
 
 class Prompts(Fields):
@@ -216,7 +217,8 @@ class PpoConfig(
             raise ValueError("--precision pure-bf16 does not go with adapters: use bf16")
         if self.batch_size < self.minibatches:
             raise ValueError(
-                f"--minibatches {self.minibatches}: a step has {self.batch_size} episodes"
+                f"--minibatches {self.minibatches}: a step has "
+                f"{counted(self.batch_size, 'episode')}"
             )
         if self.batch_size % self.num_samples:
             raise ValueError(
