@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from llmctl.config.sections import ScoreAt
 from llmctl.console import log
 from llmctl.data.chat.responses import ResponseFormat
+from llmctl.data.examples import Example
 from llmctl.data.schemas import Message
 from llmctl.data.tokenized import EncodedSequence
 from llmctl.errors import DataError, ModelError
@@ -48,6 +49,8 @@ class PromptResponse:
     response: str
     ended: bool = True
     """False where the response was cut off: no end-of-turn or EOS token stands after it."""
+    tools: list[Any] | None = None
+    """JSON schemas of what the assistant may call."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,10 @@ class RewardModel:
         """Whether a prompt that is text was a user's turn in training."""
         return self.tokenizer.chat_template is not None or self.response_format.is_pair
 
-    def encode(self, sample: PromptResponse) -> EncodedSequence:
+    def encode(self, sample: PromptResponse | Example) -> EncodedSequence:
         """Encode by this model's own tokenizer; `trained` marks the response.
+
+        An example is a whole text, or a conversation whose last message is the response.
 
         Where it is longer than the model was trained on, the prompt loses its beginning.
 
@@ -89,17 +94,15 @@ class RewardModel:
             DataError: the response is too long by itself, or holds the padding token.
             ModelError: the chat template refuses the messages.
         """
-        if isinstance(sample.prompt, str):
-            whole = self.response_format.encode_text(
-                sample.prompt, sample.response, ended=sample.ended
-            )
+        if isinstance(sample, Example):
+            messages = sample.messages
+            response = sample.text or "" if messages is None else str(messages[-1]["content"])
+            whole = self.response_format.encode_example(sample, len(messages or ()) - 1)
         else:
-            message = {"role": "assistant", "content": sample.response}
-            whole = self.response_format.encode_conversation(
-                [*sample.prompt, message], len(sample.prompt), ended=sample.ended
-            )
+            response = sample.response
+            whole = self._encode_response(sample)
         encoded = self.response_format.truncate_prompt(whole, len(whole.tokens) - self.max_length)
-        text = repr(sample.response[:40])
+        text = repr(response[:40])
         if encoded is None:
             raise DataError(
                 f"the response {text} has more tokens than the {self.max_length:,} that the "
@@ -114,6 +117,18 @@ class RewardModel:
             what = "the padding token in it" if encoded.tokens else "no tokens"
             raise DataError(f"the response {text} has {what}: it cannot be scored")
         return encoded
+
+    def _encode_response(self, sample: PromptResponse) -> EncodedSequence:
+        """Encode a prompt and a response, of whatever length."""
+        if isinstance(sample.prompt, str):
+            return self.response_format.encode_text(
+                sample.prompt, sample.response, ended=sample.ended
+            )
+        message = {"role": "assistant", "content": sample.response}
+        messages = [*sample.prompt, message]
+        return self.response_format.encode_conversation(
+            messages, len(sample.prompt), sample.tools, ended=sample.ended
+        )
 
     def score(self, samples: Sequence[PromptResponse], *, batch_size: int = 32) -> Tensor:
         """Scores (N,), float32 on the CPU, in the order of the samples.
