@@ -518,7 +518,8 @@ def test_a_reward_model_judges(cli, figures, roomy, base, pairs, tmp_path):
     scorer = AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge/model")
     for flags, said, end in (((), True, ""), (("--score-at", "last-token"), False, "\n")):
         out = tmp_path / f"judged{len(flags)}"
-        options = (*judged, "--stop", "e", *flags, "-o", out)
+        stops = [word for letter in "aeinorst. " for word in ("--stop", letter)]
+        options = (*judged, *stops, *flags, "-o", out)
         done = cli("evaluate", "--model", roomy, "--data", prompts, *options)
         assert (done.code, "--score-at last-token" in done.err) == (0, said), done.err
         assert manifest(out)["score_at"] == ("last-token" if flags else "end-of-turn")
@@ -526,7 +527,7 @@ def test_a_reward_model_judges(cli, figures, roomy, base, pairs, tmp_path):
         turns = f"user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n{row['response']}"
         text = f"<|im_start|>{turns}<|im_end|>{end}"
         inputs = judge(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        assert row["reward"] == pytest.approx(float(scorer(inputs).logits), rel=1e-3)
+        assert row["reward"] == pytest.approx(scorer(inputs).logits.item(), rel=1e-3)
     refused = cli("evaluate", "--model", roomy, "--data", pairs, "--score-at", "last-token")
     assert (refused.code, "goes with --reward-model" in refused.err) == (2, True)
 

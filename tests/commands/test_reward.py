@@ -518,8 +518,13 @@ def test_the_card_of_a_model_without_turns_scores_pairs_or_texts(
     assert card_score(folder, monkeypatch) == pytest.approx(wanted["score"], rel=1e-4)
 
 
-def test_an_encoder_scores_a_conversation_as_it_was_trained_on_it(cli, train, bert, tmp_path):
+def test_an_encoder_scores_a_conversation_as_it_was_trained_on_it(cli, bert, tmp_path):
     """Pairs that part before their last turn: the means of the report are those of the file."""
+    torch.manual_seed(0)
+    shape = BertConfig.from_pretrained(bert, initializer_range=0.5)  # every token tells
+    folder = tmp_path / "loud"
+    AutoTokenizer.from_pretrained(bert).save_pretrained(folder)
+    BertModel(shape).save_pretrained(folder)
 
     def conversation(*texts):
         roles = ("user", "assistant", "user", "assistant")
@@ -537,9 +542,9 @@ def test_an_encoder_scores_a_conversation_as_it_was_trained_on_it(cli, train, be
 
     train_file = write_rows(tmp_path / "train.jsonl", [row(n) for n in range(40)])
     val_file = write_rows(tmp_path / "val.jsonl", [row(n) for n in range(100, 120)])
-    more = {"val_data": [val_file], "max_steps": 20, "lr": 1e-2}
+    more = {"val_data": [val_file], "max_steps": 4, "lr": 1e-4}
     settings = {name: value for name, value in QUICK.items() if name != "val_size"}
-    settings = {"model": bert, "data": [train_file], **settings, **more}
+    settings = {"model": folder, "data": [train_file], **settings, **more}
     result = cli("reward", *flags(settings), "-o", tmp_path / "run")
     assert result.code == 0, result.err
     report = manifest(tmp_path / "run")["report"]
@@ -547,7 +552,7 @@ def test_an_encoder_scores_a_conversation_as_it_was_trained_on_it(cli, train, be
     for side in ("chosen", "rejected"):
         mean = sum(row[f"score_{side}"] for row in scored) / len(scored)
         assert report[side]["mean"] == pytest.approx(mean, abs=1e-5)
-        assert report[side]["std"] > 1e-3
+        assert report[side]["std"] > 1e-2
 
 
 def test_a_file_is_scored_row_by_row(cli, adapted, tmp_path):

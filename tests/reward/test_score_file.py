@@ -51,7 +51,7 @@ def scorer(tmp_path_factory):
 
 
 def tokens_of(scorer, row):
-    samples = samples_of(SourceRow("a.jsonl", 1, row), has_turns=scorer.has_turns)
+    samples = samples_of(SourceRow(row, "a.jsonl", 1), has_turns=scorer.has_turns)
     return {name: scorer.encode(sample).tokens for name, sample in samples.items()}
 
 
@@ -79,7 +79,7 @@ def test_a_pair_is_scored_as_it_is_trained_on(scorer):
         "tools": TOOLS,
     }
     found = tokens_of(scorer, row)
-    record = SourceRow("a.jsonl", 1, row)
+    record = SourceRow(row, "a.jsonl", 1)
     pairs = parse_preferences(record, match_layout(row, PAIR_LAYOUTS, None, None), {})
     trained = encode_pairs(scorer.response_format, pairs, 512, "auto")
     for side, last in (("chosen", CALL), ("rejected", CURT)):
@@ -95,4 +95,4 @@ def test_a_system_message_that_has_no_place_is_refused(scorer):
     with pytest.raises(DataError, match="which counts"):
         tokens_of(scorer, row)
     with pytest.raises(DataError, match="reads plain texts"):
-        samples_of(SourceRow("a", 1, {**row, "prompt": "Hi"}), has_turns=False)
+        samples_of(SourceRow({**row, "prompt": "Hi"}, "a", 1), has_turns=False)
