@@ -244,6 +244,7 @@ def _compute(outlook: Outlook) -> list[tuple[str, str]]:
     per_step = f"{outlook.flops_per_step:.3g} FLOPs a step ({per_token} a token)"
     if outlook.flops is None:
         return [("compute", f"{per_step}; nothing says how many steps")]
+    assert workload.steps is not None
     total = f"{outlook.flops:.3g} FLOPs, {outlook.flops / PF_DAY:.3g} PF-days: "
     total += f"{counted(workload.steps, 'step')} of {short_number(workload.tokens_per_step)} tokens"
     rows = [("compute", total), ("compute", per_step)]

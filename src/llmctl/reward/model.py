@@ -244,7 +244,7 @@ def _score_at(folder: Path, response_format: ResponseFormat, reference: str) -> 
     A template that writes more after the last turn leaves it open where the model was trained.
     """
     file = folder / "config.json"
-    recorded = read_object(file).get("score_at") if file.exists() else None
+    recorded: Any = read_object(file).get("score_at") if file.exists() else None
     if recorded in get_args(ScoreAt):
         return recorded  # type: ignore[no-any-return]
     if after := response_format.after_turn:
