@@ -508,18 +508,19 @@ def test_a_reward_model_judges(cli, figures, roomy, base, pairs, tmp_path):
     assert "reward model" in refused.err
     assert manifest(tmp_path / "run")["score_at"] == "end-of-turn"
 
-    judge = AutoTokenizer.from_pretrained(tmp_path / "judge/model")
+    foreign = shutil.copytree(tmp_path / "judge/model", tmp_path / "foreign")
+    judge = AutoTokenizer.from_pretrained(foreign)
     judge.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    judge.save_pretrained(tmp_path / "judge/model")
-    edit_json(tmp_path / "judge/model/config.json", score_at=None)
-    scorer = AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge/model")
+    judge.save_pretrained(foreign)
+    edit_json(foreign / "config.json", score_at=None)
+    scorer = AutoModelForSequenceClassification.from_pretrained(foreign)
     for flags, said, end in (((), True, ""), (("--score-at", "last-token"), False, "\n")):
         out = tmp_path / f"judged{len(flags)}"
         stops = [word for letter in "aeinorst. " for word in ("--stop", letter)]
-        options = (*judged, *stops, *flags, "-o", out)
+        options = ("--reward-model", foreign, "--plain", *SHORT, *stops, *flags, "-o", out)
         done = cli("evaluate", "--model", roomy, "--data", prompts, *options)
         assert (done.code, "--score-at last-token" in done.err) == (0, said), done.err
         assert manifest(out)["score_at"] == ("last-token" if flags else "end-of-turn")

@@ -195,6 +195,10 @@ def test_the_score_stands_at_the_end_of_the_turn_or_where_another_tool_trained_i
     assert caplog.text == "", "whoever says it is not warned"
     assert score(score_at="end-of-turn")[0] == pytest.approx(at_turn, rel=1e-4)
     assert caplog.text == ""
+    (foreign.parent / "manifest.json").write_text('{"stage": "reward"}')
+    assert score()[0] == pytest.approx(at_turn, rel=1e-4)
+    assert caplog.text == "", "a run of an earlier version is ours"
+    (foreign.parent / "manifest.json").unlink()
     edit_json(foreign / "config.json", score_at="last-token")
     assert score()[0] == pytest.approx(at_last, rel=1e-4)
     assert caplog.text == "", "nor whoever wrote it down"

@@ -35,6 +35,7 @@ from llmctl.models.classifiers import (
 from llmctl.models.loading import context_size, load_config, load_tokenizer, local_folder
 from llmctl.models.vetting import read_object
 from llmctl.runs.directory import resolve_model
+from llmctl.runs.ownership import MANIFEST, read_json
 
 LONGEST = 2048
 """Tokens of a text at most, where neither the model nor its tokenizer has a limit."""
@@ -241,13 +242,15 @@ def needs_token_types(shape: PreTrainedConfig, response_format: ResponseFormat) 
 def _score_at(folder: Path, response_format: ResponseFormat, reference: str) -> ScoreAt:
     """Where the score of a conversation stands: what the folder records, else the end of the turn.
 
-    A template that writes more after the last turn leaves it open where the model was trained.
+    A template that writes more after the last turn leaves it open where the model was trained,
+    unless llmctl trained it: earlier versions left the template as it was.
     """
     file = folder / "config.json"
     recorded: Any = read_object(file).get("score_at") if file.exists() else None
     if recorded in get_args(ScoreAt):
         return recorded  # type: ignore[no-any-return]
-    if after := response_format.after_turn:
+    is_ours = read_json(folder.parent / MANIFEST).get("stage") in ("reward", "merge")
+    if not is_ours and (after := response_format.after_turn):
         log.warning(
             "the chat template of %s writes %r after the end of a turn, and nothing says whether "
             "the score stands there: it is read at the end of the turn, as llmctl trains it; for a "
