@@ -175,7 +175,7 @@ def test_dry_run_loads_no_weights_and_prints_a_recipe(cli, model, tmp_path) -> N
     finally:
         (tmp_path / "away").rename(model / "model.safetensors")
     assert result.code == 0
-    assert "would write 1 responses of at most 256 tokens" in result.err
+    assert "would write 1 response of at most 256 tokens" in result.err
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(result.out)
     assert cli("generate", "-c", recipe).out == TEXT[1:] + "\n"

@@ -326,7 +326,7 @@ def test_several_samples_share_a_prompt(cli, base, world):
     [
         (("--reward-rule", "python:ppo_rules.broken"), 3, "raised ValueError: no reward today"),
         (("--reward-rule", "python:ppo_rules.nothing"), 3, "gave nan for the response to"),
-        (("--reward-rule", "python:ppo_rules.few"), 3, "gave 1 scores for"),
+        (("--reward-rule", "python:ppo_rules.few"), 3, "gave 1 score for"),
         (("--reward-rule", "python:ppo_rules.absent"), 2, "ppo_rules has no absent"),
         (("--reward-rule", "python:nowhere.to_be"), 2, "No module named 'nowhere'"),
         (("--reward-rule", "regex:("), 2, "no regular expression"),
@@ -340,6 +340,7 @@ def test_several_samples_share_a_prompt(cli, base, world):
         (("--reward-rule", "python:ppo_bad.rule"), 2, "SyntaxError"),
         (("--kl-horizon", 5), 2, "--kl-horizon goes with --kl-target"),
         (("--clip-score", 5.5), 2, "--clip-score goes with --reward-model"),
+        (("--score-at", "last-token"), 2, "--score-at goes with --reward-model"),
         (("--max-steps", 2, "--episodes", 16), 2, "give --max-steps or --episodes, not both"),
         (("--max-step", 2), 2, "No such option: --max-step"),
         (("--val-size", 25), 3, "25 prompts to hold out, but there are only 25"),

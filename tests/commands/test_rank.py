@@ -114,6 +114,24 @@ def test_everybody_is_asked_everything_in_an_order_of_their_own(rank, tmp_path):
     assert len(read_rows(tmp_path / "out.jsonl")) == 24
 
 
+def test_a_name_is_one_in_every_form_of_unicode(rank, data, tmp_path):
+    """Composed or not, with spaces around it or none: the same person, who goes on."""
+    composed, apart = "Ren\u00e9", "Rene\u0301"
+    rank(data, "1", "q", annotator=f"  {apart} ")
+    (row,) = read_rows(tmp_path / "out.jsonl")
+    assert row["annotator"] == composed
+    (tmp_path / "out.jsonl").write_text(json.dumps({**row, "annotator": apart}) + "\n")
+    result = rank(data, "1", "q", annotator=composed)
+    assert result.code == 0, result.err
+    assert [row["prompt"] for row in read_rows(tmp_path / "out.jsonl")] == [
+        row["prompt"],
+        ROWS[1]["messages"],
+    ]
+    (tmp_path / "out.jsonl").write_text(json.dumps({**row, "annotator": apart}) + "\n")
+    rank(data, "u", "q", annotator=composed)
+    assert read_rows(tmp_path / "out.jsonl") == [], "and takes the own answer back"
+
+
 def test_undo_leaves_the_file_as_it_was(rank, data, tmp_path):
     out = tmp_path / "out.jsonl"
     rank(data, "1")

@@ -121,7 +121,7 @@ def test_rows_without_a_verdict_are_left_out_and_counted(tmp_path):
     assert [pair.weight for pair in found.train] == [1, 0.5, 0.5]
     same = write_rows(tmp_path / "b.jsonl", [{"prompt": "Hi", "chosen": "a", "rejected": "a"}])
     assert read(tmp_path / "a.jsonl", same).dropped["equal"] == 2
-    with pytest.raises(DataError, match="no preference to learn from: 1 rows have equal"):
+    with pytest.raises(DataError, match="no preference to learn from: 1 row has equal"):
         read(same)
 
 
@@ -133,7 +133,7 @@ REFUSED = [
     ({"prompt": "", **PAIR}, "`prompt` is empty"),
     ({"prompt": " \n", **PAIR}, "`prompt` is nothing but white space"),
     ({"prompt": [], **PAIR}, "begins with the assistant"),
-    ({"prompt": "Hi", "responses": ["a", "b"], "ranks": [1]}, "2 responses, but 1 ranks"),
+    ({"prompt": "Hi", "responses": ["a", "b"], "ranks": [1]}, "2 responses, but 1 rank"),
     ({"prompt": "Hi", "responses": ["a", "b"], "ranks": [1, "2"]}, r"`ranks\[1\]` is '2'"),
     ({"prompt": "Hi", "responses": ["a", "b"], "ranks": [0, 1]}, r"`ranks\[0\]` is 0"),
     ({"prompt": "Hi", "responses": ["a", 3], "ranks": [1, 2]}, r"`responses\[1\]` is a number"),

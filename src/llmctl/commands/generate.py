@@ -19,6 +19,7 @@ from llmctl.decode.text import stop_ids
 from llmctl.files import check_out
 from llmctl.hardware import memory_errors, pick_device
 from llmctl.models.loading import load_config, load_tokenizer, stop_tokens
+from llmctl.numbers import counted
 
 
 def run(config: GenerateConfig) -> dict[str, Any] | None:
@@ -40,8 +41,9 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
     if config.dry_run:
         lengths = [len(prompt.tokens) for prompt in prompts]
         log.info(
-            "would write %d responses of at most %d tokens on %s; prompts of %d to %d tokens",
-            *(len(prompts), config.max_new_tokens, device, min(lengths), max(lengths)),
+            "would write %s of at most %s on %s; prompts of %d to %d tokens",
+            *(counted(len(prompts), "response"), counted(config.max_new_tokens, "token"), device),
+            *(min(lengths), max(lengths)),
         )
         return show_recipe("generate", config)
     rows = min(len(prompts), config.batch_size)

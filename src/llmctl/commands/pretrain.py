@@ -15,7 +15,7 @@ from llmctl.console import log
 from llmctl.data.corpus import open_corpus, tokenize_once
 from llmctl.data.tokenizer.load import load_vocabulary
 from llmctl.files import sha256_file
-from llmctl.numbers import byte_size
+from llmctl.numbers import byte_size, counted
 from llmctl.planning.outlook import show_dry_run
 from llmctl.planning.recipe import corpus_outlook, pretrain_outlook
 from llmctl.runs.directory import Run
@@ -81,6 +81,7 @@ def _show(config: PretrainConfig, accelerator: Accelerator, device: str) -> dict
         vocabulary, _ = load_vocabulary(str(config.tokenizer or config.model))
         with open_corpus(config) as corpus:
             documents, size = corpus.scan.documents, corpus.bytes
-        log.info("would first encode %s documents, %s of text", f"{documents:,}", byte_size(size))
+        documents_text = counted(documents, "document")
+        log.info("would first encode %s, %s of text", documents_text, byte_size(size))
         outlook = corpus_outlook(config, vocabulary.size, size, accelerator.num_processes, device)
     return show_dry_run("pretrain", config, outlook)

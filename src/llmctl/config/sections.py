@@ -23,6 +23,10 @@ Control = Field(exclude=True)
 """Marks a field that steers one call and is no part of the recipe."""
 
 
+ScoreAt = Literal["end-of-turn", "last-token"]
+"""Last token of a scored conversation: the end of its last turn, or the last that is written."""
+
+
 def _names(value: Any) -> Any:
     """Parse `lr,max-steps` into field names."""
     parts = [part for text in value for part in str(text).split(",")] if value else []

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from llmctl.console import log
 from llmctl.data.rows import quote_names
 from llmctl.errors import DataError
+from llmctl.numbers import counted
 
 
 class BadRows:
@@ -27,7 +28,9 @@ class BadRows:
         self._first = self._first or str(error).splitlines()[0]
         if self.count > self.limit:
             if self.limit:
-                error.message += f" ({self.count:,} bad rows, --skip-bad-rows {self.limit:,})"
+                error.message += (
+                    f" ({counted(self.count, 'bad row')}, --skip-bad-rows {self.limit:,})"
+                )
             raise error
 
     def note_unread(self, names: Iterable[str]) -> None:
@@ -44,5 +47,5 @@ class BadRows:
         if self._unread:
             log.info("columns not read: %s", quote_names(self.unread))
         if self.count:
-            rows = "1 row" if self.count == 1 else f"{self.count:,} rows"
+            rows = counted(self.count, "row")
             log.warning("left out %s that cannot be used, the first: %s", rows, self._first)

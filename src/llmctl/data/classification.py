@@ -33,6 +33,7 @@ from llmctl.data.tokenizer.train import PAD
 from llmctl.errors import DataError, ModelError
 from llmctl.models.classifiers import classifier_labels
 from llmctl.models.loading import load_config, load_tokenizer
+from llmctl.numbers import counted
 
 SHOWN = 8
 """Labels that a line names."""
@@ -205,20 +206,20 @@ def log_classification_data(data: ClassificationData) -> None:
     statistics = data.statistics()
     counts: Counter[str] = Counter(statistics["classes"])
     log.info(
-        "%s texts in %s classes to train on: %s; %s to validate",
-        f"{len(data.train):,}",
-        f"{len(counts):,}",
+        "%s in %s to train on: %s; %s to validate",
+        counted(len(data.train), "text"),
+        counted(len(counts), "class", "classes"),
         list_labels([f"{label} {count:,}" for label, count in counts.most_common()]),
         f"{0 if data.val is None else len(data.val):,}",
     )
     log.info(
-        "tokens: median %g, longest %s; %.1f %% cut at %s, %s left out; %s duplicates",
+        "tokens: median %g, longest %s; %.1f %% cut at %s, %s left out; %s",
         statistics["tokens_median"],
         f"{statistics['tokens_max']:,}",
         100 * statistics["truncated"],
         f"{data.max_length:,}",
         f"{data.dropped:,}",
-        f"{statistics['duplicates']:,}",
+        counted(statistics["duplicates"], "duplicate"),
     )
     present = Counter({label: count for label, count in counts.items() if count})
     (most, many), (least, few) = present.most_common()[0], present.most_common()[-1]
@@ -227,14 +228,14 @@ def log_classification_data(data: ClassificationData) -> None:
         log.warning("a single text to learn from: label %s", list_labels(single))
     if many >= IMBALANCED * few:
         log.warning(
-            "label `%s` has %s texts and `%s` %s: accuracy says little, look at val_macro_f1",
-            *(most, f"{many:,}", least, f"{few:,}"),
+            "label `%s` has %s and `%s` %s: accuracy says little, look at val_macro_f1",
+            *(most, counted(many, "text"), least, f"{few:,}"),
         )
-    if statistics["ambiguous"]:
-        log.warning("%s texts stand with several labels", f"{statistics['ambiguous']:,}")
-    if statistics["shared_texts"]:
-        shared = f"{statistics['shared_texts']:,}"
-        log.warning("%s validation texts are trained on with another label", shared)
+    if ambiguous := statistics["ambiguous"]:
+        log.warning("%s with several labels", counted(ambiguous, "text stands", "texts stand"))
+    if shared := statistics["shared_texts"]:
+        texts = counted(shared, "validation text is", "validation texts are")
+        log.warning("%s trained on with another label", texts)
 
 
 def _require_apart(split: Split[Example]) -> None:
@@ -242,7 +243,7 @@ def _require_apart(split: Split[Example]) -> None:
     if both:
         ours, theirs = both[0]
         raise DataError(
-            f"this text also validates ({theirs.name}), and so do {len(both) - 1:,} others",
+            f"this text also validates ({theirs.name}), one of {counted(len(both), 'such text')}",
             file=ours.place,
             line=ours.line,
             hint="a validation set must be new to the model: take them out of one of the two",

@@ -20,7 +20,7 @@ from llmctl.config.commands import DpoConfig, RewardConfig
 from llmctl.console import log
 from llmctl.data.audit.rules import RowRules, texts_of
 from llmctl.data.bad_rows import BadRows
-from llmctl.data.chat.responses import ResponseFormat, prepare_template
+from llmctl.data.chat.responses import ResponseFormat, end_at_turn, prepare_template
 from llmctl.data.chat.templates import set_chat_template
 from llmctl.data.classification import configure_padding
 from llmctl.data.examples import Example
@@ -30,6 +30,7 @@ from llmctl.data.tokenized import EncodedSequence, Tokenized, collect, resolve_m
 from llmctl.errors import DataError, ModelError
 from llmctl.models.causality import require_causal_config
 from llmctl.models.loading import load_config, load_tokenizer
+from llmctl.numbers import counted
 
 MOST_DROPPED = 0.2
 """Largest share of the pairs that `--truncation auto` leaves out."""
@@ -168,8 +169,8 @@ def _require_enough(count: int, dropped: int, max_length: int, truncation: str) 
         )
     if truncation == "auto" and dropped > MOST_DROPPED * count:
         raise DataError(
-            f"{dropped:,} of {count:,} pairs have responses that do not fit into {max_length:,} "
-            "tokens",
+            f"{dropped:,} of {counted(count, 'pair')} have responses that do not fit into "
+            f"{max_length:,} tokens",
             hint="raise --max-length, or leave them out: --truncation drop",
         )
 
@@ -249,6 +250,7 @@ def load_reward_data(config: RewardConfig, clock: str | None = None) -> Preferen
         else []
     )
     configure_padding(tokenizer, max_length)
+    end_at_turn(tokenizer, model_config)
     response_format = ResponseFormat(tokenizer, model_config, clock)
     data = _encode(config, preferences, response_format, max_length, model_config, added, bad)
     _require_no_padding(data.train, preferences.train, data)
@@ -336,29 +338,31 @@ def log_reward_data(data: PreferenceData) -> None:
     """Log the numbers of pairs and tokens in two lines, and warn of what is odd."""
     statistics = data.statistics()
     log.info(
-        "%s pairs to train on, %s to validate; %s prompts; rows left out: %s with equal responses, "
+        "%s to train on, %s to validate; %s; rows left out: %s with equal responses, "
         "%s without a verdict",
-        f"{len(data.train):,}",
+        counted(len(data.train), "pair"),
         f"{0 if data.val is None else len(data.val):,}",
-        f"{statistics['prompts']:,}",
+        counted(statistics["prompts"], "prompt"),
         f"{statistics[f'dropped_{EQUAL}']:,}",
         f"{statistics[f'dropped_{UNDECIDED}']:,}",
     )
     log.info(
-        "tokens: median %g, longest %s; %s prompts cut to fit %s, %s pairs left out; %s duplicates",
+        "tokens: median %g, longest %s; %s cut to fit %s, %s left out; %s",
         statistics["tokens_median"],
         f"{statistics['tokens_max']:,}",
-        f"{statistics['cut']:,}",
+        counted(statistics["cut"], "prompt"),
         f"{data.max_length:,}",
-        f"{statistics['dropped_length']:,}",
-        f"{statistics['duplicates']:,}",
+        counted(statistics["dropped_length"], "pair"),
+        counted(statistics["duplicates"], "duplicate"),
     )
     if same := statistics["dropped_same_tokens"]:
-        log.warning("%s pairs are the same tokens on both sides, and left out", f"{same:,}")
+        pairs = counted(same, "pair of", "pairs of")
+        log.warning("left out %s the same tokens on both sides", pairs)
     if contradictions := statistics["contradictions"]:
-        log.warning("%s pairs stand in both orders", f"{contradictions:,}")
+        log.warning("%s in both orders", counted(contradictions, "pair stands", "pairs stand"))
     if shared := statistics["shared_prompts"]:
-        log.warning("%s validation pairs have a prompt that also trains", shared)
+        pairs = counted(shared, "validation pair has", "validation pairs have")
+        log.warning("%s a prompt that also trains", pairs)
 
 
 def log_dpo_data(data: PreferenceData) -> None:
@@ -366,7 +370,8 @@ def log_dpo_data(data: PreferenceData) -> None:
     log_reward_data(data)
     if margins := data.preferences.statistics()["margins"]:
         log.warning(
-            "%s pairs have a margin, which this loss has no place for: not used", f"{margins:,}"
+            "%s a margin, which this loss has no place for: not used",
+            counted(margins, "pair has", "pairs have"),
         )
     if data.added_tokens:
         log.warning(

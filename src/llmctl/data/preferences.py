@@ -32,6 +32,7 @@ from llmctl.data.schemas import (
 from llmctl.data.sets import ItemSet, read_sets
 from llmctl.data.split import Split, conversation_hash, fingerprint, split
 from llmctl.errors import DataError
+from llmctl.numbers import counted
 
 EQUAL, UNDECIDED = "equal", "undecided"
 """Reasons to leave out a sound row: both responses are the same, or no rank tells them apart."""
@@ -132,7 +133,7 @@ def _comparisons(
         if not isinstance(value, list):
             raise DataError(f"`{columns[role]}` is {json_type(value)}, expected a list")
     if len(responses) != len(ranks):
-        raise DataError(f"{len(responses):,} responses, but {len(ranks):,} ranks")
+        raise DataError(f"{counted(len(responses), 'response')}, but {counted(len(ranks), 'rank')}")
     for place, rank in enumerate(ranks):
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise DataError(
@@ -279,8 +280,8 @@ def read_preferences(
     preferences = split(config, data, seed, read, prompt_hash)
     if not preferences.train:
         raise DataError(
-            f"no preference to learn from: {dropped[EQUAL]:,} rows have equal responses, "
-            f"{dropped[UNDECIDED]:,} no verdict",
+            f"no preference to learn from: {counted(dropped[EQUAL], 'row has', 'rows have')} equal "
+            f"responses, {dropped[UNDECIDED]:,} no verdict",
             file=data[0],
         )
     _require_disjoint(preferences)
@@ -312,8 +313,8 @@ def _require_disjoint(preferences: Split[Preference]) -> None:
     if both:
         first = both[0].chosen
         raise DataError(
-            f"this pair also validates ({known[_pair_hash(both[0])].name}), and so do "
-            f"{len(both) - 1:,} others",
+            f"this pair also validates ({known[_pair_hash(both[0])].name}), one of "
+            f"{counted(len(both), 'such pair')}",
             file=first.place,
             line=first.line,
             hint="a validation set must be new to the model: take them out of one of the two",

@@ -32,6 +32,7 @@ from llmctl.data.schemas import (
 from llmctl.data.sources import Source, find_sources, manifest_input
 from llmctl.data.split import hold_out
 from llmctl.errors import DataError
+from llmctl.numbers import counted
 
 LAYOUTS = (
     Layout({"messages": "messages"}, MORE),
@@ -180,7 +181,8 @@ def _read_sources(
             )
         )
     if repeated:
-        log.info("left out %s prompts that stand more than once", f"{repeated:,}")
+        copies = counted(repeated, "copy", "copies")
+        log.info("left out %s of prompts that stand more than once", copies)
     return list(prompts.values()), inputs
 
 

@@ -17,6 +17,7 @@ from llmctl.data.documents import Piece, hash_text, read_pieces
 from llmctl.data.sources import Source
 from llmctl.data.tokenizer.encode import PIECE_CHARACTERS
 from llmctl.errors import DataError
+from llmctl.numbers import counted
 
 SMALL_BYTES = 64 << 20
 PROGRESS_BYTES = 1 << 18
@@ -122,8 +123,8 @@ def plan_split(scanned: Scan, fraction: float | None) -> SplitPlan:
 
 def _too_small(documents: int, fraction: float) -> DataError:
     return DataError(
-        f"{documents:,} documents cannot be split in two different sides at --val-fraction "
-        f"{fraction:g}",
+        f"{counted(documents, 'document')} cannot be split in two different sides at "
+        f"--val-fraction {fraction:g}",
         hint="pass --val-data FILE, or --val-fraction 0 to go without validation",
     )
 

@@ -20,6 +20,7 @@ from llmctl.data.rows import SourceRow, read_rows
 from llmctl.data.schemas import Layout, match_layout
 from llmctl.data.sources import Source, find_sources, manifest_input, split_weight
 from llmctl.errors import DataError, UserError
+from llmctl.numbers import counted
 
 Item = TypeVar("Item")
 Make = Callable[[SourceRow, Layout], Sequence[Item]]
@@ -105,7 +106,8 @@ def _sources(name: str, spool: Path) -> list[Source]:
             hint="pass jsonl, json, csv or parquet; plain text is for llmctl pretrain",
         )
     if len(rows) < len(sources):
-        log.info("%s: left out %d files of plain text", name, len(sources) - len(rows))
+        texts = counted(len(sources) - len(rows), "file")
+        log.info("%s: left out %s of plain text", name, texts)
     return rows
 
 

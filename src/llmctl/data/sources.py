@@ -18,6 +18,7 @@ from llmctl.data.builtin import PREFERENCES, TASKS, named_tasks
 from llmctl.errors import DataError
 from llmctl.files import sha256_file
 from llmctl.models import hub
+from llmctl.numbers import counted
 
 Kind = Literal["text", "jsonl", "json", "csv", "parquet", "hub", "builtin"]
 
@@ -151,9 +152,9 @@ def _in_folder(folder: Path) -> Iterator[Source]:
         raise DataError(f"an empty corpus: no file of {KNOWN} in this folder", file=folder)
     if left_out:
         log.info(
-            "%s: left out %d files of other kinds (%s); a glob takes any kind as text",
+            "%s: left out %s of other kinds (%s); a glob takes any kind as text",
             folder,
-            left_out.total(),
+            counted(left_out.total(), "file"),
             ", ".join(sorted(left_out)[:5]),
         )
 

@@ -23,6 +23,7 @@ from llmctl.data.examples import Example, read_examples
 from llmctl.data.schemas import Message, Task
 from llmctl.data.sets import Item, ItemSet
 from llmctl.errors import DataError
+from llmctl.numbers import counted
 
 Key = Callable[[Any], int]
 """Hash of an item; near-equal ones have the same."""
@@ -113,7 +114,7 @@ def _mixed(sets: list[ItemSet[Item]], parts: list[list[Item]], seed: int, key: K
         return [example for part in parts for example in part]
     counts = mixture_counts([len(part) for part in parts], weights)
     for item_set, part, count in zip(sets, parts, counts, strict=True):
-        log.info("%s: %s of %s examples", item_set.name, f"{count:,}", f"{len(part):,}")
+        log.info("%s: %s of %s", item_set.name, f"{count:,}", counted(len(part), "example"))
     return [
         part[number]
         for part, count in zip(parts, counts, strict=True)
@@ -180,7 +181,7 @@ def hold_out(
         return np.arange(count), np.arange(0)
     if held.all():
         raise DataError(
-            f"all {count:,} examples say the same: there is nothing to hold out",
+            f"{counted(count, 'example')}, all the same: there is nothing to hold out",
             hint="pass --val-size 0 to go without validation, or --val-data FILE",
         )
     return np.flatnonzero(~held), np.flatnonzero(held)

@@ -17,6 +17,7 @@ from llmctl.data.schemas import Layout, Message
 from llmctl.data.sets import read_sets
 from llmctl.decode.loop import Prompt, check_prompt, limit_new_tokens
 from llmctl.errors import DataError, ModelError, UserError
+from llmctl.numbers import counted
 
 
 def read_stdin() -> PromptExample:
@@ -147,7 +148,8 @@ def build_prompts(
         check_prompt(tokens, shape, example.name)
         limit = limit_new_tokens(tokens, shape, max_new_tokens)
         if limit < max_new_tokens:
-            log.warning("%s: the context has room for %d new tokens only", example.name, limit)
+            room = counted(limit, "new token")
+            log.warning("%s: the context has room for %s only", example.name, room)
         prompts += (Prompt(tokens, len(prompts) + i) for i in range(samples))
     rules.warn_in_use(chat=encoder.chat)
     return prompts

@@ -82,7 +82,12 @@ def evaluate(prepared: PreparedEvaluation, rows: RowLog, run: Run | None) -> dic
     @cache
     def load_reward() -> RewardModel:
         assert config.reward_model is not None
-        return load_reward_model(config.reward_model, device=prepared.device)
+        model = load_reward_model(
+            config.reward_model, device=prepared.device, score_at=config.score_at
+        )
+        if run is not None:
+            run.record(score_at=model.score_at)
+        return model
 
     for side, evaluated in prepared.models.items():
         task = _task(prepared, side, evaluated, load_reward, run)

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from llmctl.config.commands.rank import normal_name
 from llmctl.data.append_log import AppendLog, Row, open_append_log, read_append_log
 from llmctl.errors import OutputError
 from llmctl.feedback.questions import Question, is_ranking, prompt_key
@@ -47,7 +48,7 @@ class AnswerFile:
     def last(self) -> str | None:
         """Return the key of the file's last answer, if it is this person's."""
         rows = self._log.rows
-        return self._keys[-1] if rows and rows[-1]["annotator"] == self._annotator else None
+        return self._keys[-1] if rows and _is_of(rows[-1], self._annotator) else None
 
     def remove_last(self) -> None:
         """Remove the last answer, which is this person's.
@@ -136,7 +137,12 @@ def responses_path(out: Path) -> Path:
 
 def answered_by(rows: Sequence[Row], annotator: str) -> dict[str, bool]:
     """Return key -> whether it was skipped, of every question that a person has answered."""
-    return {key_of(row): row["ranks"] is None for row in rows if row["annotator"] == annotator}
+    return {key_of(row): row["ranks"] is None for row in rows if _is_of(row, annotator)}
+
+
+def _is_of(row: Row, annotator: str) -> bool:
+    """Whether a person gave an answer, whatever form of Unicode the name has in the row."""
+    return normal_name(row["annotator"]) == annotator
 
 
 def by_prompt(rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:

@@ -15,6 +15,7 @@ from llmctl.data.chat.templates import set_chat_template
 from llmctl.data.prompts import PromptExample
 from llmctl.decode.loop import check_prompt, limit_new_tokens
 from llmctl.errors import DataError, ModelError
+from llmctl.numbers import counted
 from llmctl.ppo.rules import Sample
 
 
@@ -118,7 +119,7 @@ def encode_prompts(
     short = sum(limit_new_tokens(tokens, model_config, wanted) < wanted for tokens in encoded)
     if short:
         log.warning(
-            "%s of %s prompts leave room for fewer than %s tokens of a response",
-            *(f"{short:,}", f"{len(encoded):,}", f"{wanted:,}"),
+            "%s of %s leave room for fewer than %s of a response",
+            *(f"{short:,}", counted(len(encoded), "prompt"), counted(wanted, "token")),
         )
     return EncodedPrompts(kept, encoded, [prompt_format.reward_prompt(row) for row in kept])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.errors import DataError, UserError
+from llmctl.numbers import counted
 from llmctl.text_forms import normalize_answer, split_words
 
 BUILT_IN = "exact, regex:PATTERN, length:WORDS, repetition, python:package.module.function"
@@ -115,7 +116,8 @@ def _import_rule(name: str, path: str) -> Rule:
         scores = _call(function, name, samples)
         if len(scores) != len(samples):
             raise DataError(
-                f"--reward-rule {name} gave {len(scores):,} scores for {len(samples):,} responses"
+                f"--reward-rule {name} gave {counted(len(scores), 'score')} for "
+                f"{counted(len(samples), 'response')}"
             )
         return scores
 

@@ -17,7 +17,7 @@ from llmctl.data.bad_rows import BadRows
 from llmctl.data.prompts import read_prompts
 from llmctl.errors import DataError, ResourceError, UserError
 from llmctl.models.loading import load_config, load_tokenizer, stop_tokens
-from llmctl.numbers import short_number
+from llmctl.numbers import counted, short_number
 from llmctl.ppo.encoded_prompts import EncodedPrompts, PromptFormat, encode_prompts
 from llmctl.ppo.hyperparameters import for_ppo, ppo_identity
 from llmctl.ppo.models import ActorCritic, Models, load_models
@@ -88,7 +88,7 @@ def prepare_ppo(
     rules.enforce()
     if 0 < len(held_out) < accelerator.num_processes:
         raise UserError(
-            f"{len(held_out)} prompts are held out, fewer than one a process",
+            f"held out: {counted(len(held_out), 'prompt')}, fewer than one a process",
             hint="hold out more, or none: --val-size 0",
         )
     if not len(prompts):
@@ -234,7 +234,7 @@ def _identity(config: PpoConfig, prepared: PreparedPpo, world: int) -> dict[str,
         "data": sha256(repr((digests, len(prepared.held_out))).encode()).hexdigest(),
         "model": prepared.base.sha256,
         "reward_model": [
-            [reward_model.sha256, source.weight]
+            [reward_model.sha256, source.weight, *reward_model.unusual_reading]
             for reward_model, source in zip(models.reward_models, models.sources, strict=False)
         ],
         "architecture": architecture(models.actor_critic.policy.config),
@@ -246,21 +246,20 @@ def _announce(config: PpoConfig, prepared: PreparedPpo) -> None:
     values = prepared.hyperparameters
     assert values.ppo is not None
     log.info(
-        "%s parameters, %s of them trained; %s prompts, %s held out; rewards: %s",
+        "%s parameters, %s of them trained; %s, %s held out; rewards: %s",
         short_number(prepared.parameters),
         short_number(prepared.trained_parameters),
-        f"{len(prepared.prompts):,}",
+        counted(len(prepared.prompts), "prompt"),
         f"{len(prepared.held_out):,}",
         ", ".join(f"{s.name} x {s.weight:g}" for s in prepared.models.sources),
     )
     origin = prepared.models.value_source
     log.info(
-        "%s steps of %s episodes, %d passes in %d minibatches; peak learning rate %g, %s, %s; "
-        "the value model starts from %s",
-        f"{values.max_steps:,}",
-        f"{values.batch_size:,}",
-        values.ppo.ppo_epochs,
-        values.ppo.minibatches,
+        "%s of %s, %s in %s; peak learning rate %g, %s, %s; the value model starts from %s",
+        counted(values.max_steps, "step"),
+        counted(values.batch_size, "episode"),
+        counted(values.ppo.ppo_epochs, "pass", "passes"),
+        counted(values.ppo.minibatches, "minibatch", "minibatches"),
         values.lr,
         values.schedule,
         values.precision,

@@ -36,7 +36,7 @@ from llmctl.models.loading import (
     set_generation_tokens,
 )
 from llmctl.models.quantized import HEADS, LoadIn, require_full
-from llmctl.numbers import short_number
+from llmctl.numbers import counted, short_number
 from llmctl.runs.directory import Run, resolve_model
 from llmctl.runs.resume import earlier_manifest
 from llmctl.training.adapters import adapt, trainable_parameters
@@ -385,12 +385,12 @@ def _with_largest_batch(
 def _announce(values: Hyperparameters, trained: int, parameters: int, unit: str) -> None:
     """Say what trains, for how long and how; `unit` is what a batch is made of."""
     log.info(
-        "%s parameters, %s of them trained (%.3g %%); %s steps of %d x %d %s, %s, peak learning "
+        "%s parameters, %s of them trained (%.3g %%); %s of %d x %d %s, %s, peak learning "
         "rate %g, %s, %s",
         short_number(parameters),
         short_number(trained),
         100 * trained / parameters,
-        f"{values.max_steps:,}",
+        counted(values.max_steps, "step"),
         values.batch_size,
         values.grad_accum,
         unit,

@@ -17,6 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from llmctl.config.commands import RewardConfig
 from llmctl.console import log
+from llmctl.data.chat.responses import ResponseFormat
 from llmctl.data.preference_pairs import Pairs, PreferenceData
 from llmctl.data.tokenized import EncodedSequence
 from llmctl.errors import ModelError
@@ -139,6 +140,7 @@ def prepare_reward(
         new_tokens=lambda grown: new_tokens_of(grown, data),
         drops=False,  # noise would tell two responses apart that are the same
     )
+    model.config.score_at = _score_at(data.response_format)
     if not config.center_rewards:
         _hold_offset(model)
     pad = int(data.tokenizer.pad_token_id)
@@ -164,6 +166,14 @@ def build_reward(
     objective = PairwisePreference(config.center_rewards or 0.0, val)
     settings = {"center_rewards": config.center_rewards}
     return prepared.assemble(config, data, run, accelerator, device, objective, settings=settings)
+
+
+def _score_at(response_format: ResponseFormat) -> str:
+    """Token that the head reads, for config.json: of whoever scores with this model."""
+    if response_format.is_pair:
+        return "first-token"
+    has_template = response_format.tokenizer.chat_template is not None
+    return "end-of-turn" if has_template else "last-token"
 
 
 def pair_scores(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from llmctl.data.tokenized import pack
 from llmctl.errors import DataError
 from llmctl.models.loading import load_config, local_folder, merge_eos
 from llmctl.models.vetting import read_object
+from llmctl.numbers import counted
 from llmctl.runs.directory import resolve_model
 
 
@@ -130,19 +131,19 @@ def log_summary(report: Audit) -> None:
     """Log the size in two lines, and each warning in one."""
     train, val = report.train, report.val
     log.info(
-        "audit: %s rows to train on, %s to validate; %s tokens, %s to %s a sequence (median %g)",
-        f"{train.rows:,}",
+        "audit: %s to train on, %s to validate; %s, %s to %s a sequence (median %g)",
+        counted(train.rows, "row"),
         f"{0 if val is None else val.rows:,}",
-        f"{train.tokens:,}",
+        counted(train.tokens, "token"),
         f"{train.tokens_min:,}",
         f"{train.tokens_max:,}",
         train.tokens_median,
     )
     log.info(
-        "audit: %.1f %% of the tokens trained on; %s of %s rows cut at %s tokens%s",
+        "audit: %.1f %% of the tokens trained on; %s of %s cut at %s tokens%s",
         100 * train.trained_share,
         f"{train.truncated_rows:,}",
-        f"{train.rows:,}",
+        counted(train.rows, "row"),
         f"{report.max_length:,}",
         f"; packed rows {100 * report.packing_efficiency:.1f} % full"
         if report.packing_efficiency is not None

@@ -23,6 +23,7 @@ from llmctl.data.audit.statistics import (
     lacks_embedding,
 )
 from llmctl.data.sft import SftData
+from llmctl.numbers import counted
 from llmctl.runs.directory import is_of_run
 
 MOST_UNTRAINED = 0.1
@@ -74,7 +75,7 @@ def _check_trained(data: SftData, train: SequenceStatistics) -> Iterator[AuditFi
     )
     many = train.untrained_rows > MOST_UNTRAINED * train.rows
     message = (
-        f"none of the {train.rows:,} rows has a token to train on"
+        f"none of {counted(train.rows, 'row')} has a token to train on"
         if train.trained_tokens == 0
         else f"no token to train on in {_of(train.untrained_rows, train.rows)}"
         + ("" if many else ": they are left out")
@@ -99,7 +100,7 @@ def _check_tokens(
         yield AuditFinding(
             "error",
             "beyond_embedding",
-            f"token ids of up to {highest:,} ({foreign:,} tokens), and the model has only"
+            f"token ids of up to {highest:,} ({counted(foreign, 'token')}), and the model has only"
             f" {roles.embedding_rows:,} embeddings: the tokenizer is another model's",
             "put the model's own tokenizer into its folder",
             *_place(data, data.train.sequence_of(places[0]) if len(places) else None),
@@ -181,14 +182,15 @@ def _check_lengths(
         yield AuditFinding(
             "warning",
             "dropped",
-            f"left out for more than {data.max_length:,} tokens: {data.dropped:,} sequences",
+            f"left out for more than {data.max_length:,} tokens: "
+            f"{counted(data.dropped, 'sequence')}",
             "raise --max-length to keep them",
         )
     if train.short:
         yield AuditFinding(
             "warning",
             "short",
-            f"fewer than two tokens, and nothing to predict: {train.short:,} sequences",
+            f"fewer than two tokens, and nothing to predict: {counted(train.short, 'sequence')}",
             "look for empty rows",
         )
 
@@ -219,7 +221,7 @@ def _check_validation(
         yield AuditFinding(
             "error",
             "untrained_validation",
-            f"none of the {val.rows:,} rows that validate has a token that counts in the loss",
+            f"none of {counted(val.rows, 'row')} to validate has a token that counts in the loss",
             "raise --max-length, or check these rows and --train-on",
         )
     if data.shared_prompts:
@@ -246,7 +248,7 @@ def _check_rows(
         yield AuditFinding(
             "warning",
             "skipped",
-            f"left out because they could not be used: {data.bad.count:,} rows",
+            f"left out because they could not be used: {counted(data.bad.count, 'row')}",
             "see what is wrong with them: --skip-bad-rows 0",
         )
     is_told = isinstance(config, SftConfig) and is_of_run(config.model)  # when that run was made
@@ -267,5 +269,5 @@ def _place(data: SftData, sequence: int | None) -> tuple[str | None, int | None]
     return example.place, example.line
 
 
-def _of(count: int, total: int, what: str = "rows") -> str:
-    return f"{count:,} of {total:,} {what}"
+def _of(count: int, total: int, what: str = "row") -> str:
+    return f"{count:,} of {counted(total, what)}"

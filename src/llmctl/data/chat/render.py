@@ -199,6 +199,16 @@ class ChatFormat:
         return self.encode_conversation(PROBE, "assistant")[0]
 
     @cached_property
+    def after_turn(self) -> str:
+        """Text that the template writes after the end of the last turn, such as a line break.
+
+        Raises:
+            ModelError: the template cannot render a question and its answer.
+        """
+        prompt, text = self._render(PROBE, [(1, True), (2, False)], None)
+        return text[self._find_turn(prompt, text, PROBE[1]).end :]
+
+    @cached_property
     def end_of_turn(self) -> int | None:
         """Id of the special token that ends a turn of the assistant; None where there is none."""
         if self.tokenizer.chat_template is None or not self.probe.ends:
