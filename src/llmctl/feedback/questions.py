@@ -7,16 +7,17 @@ an entry in an order of their own, and ranks translated back from it.
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from llmctl.config.commands.rank import MOST_RESPONSES
-from llmctl.data.prompts import PromptExample, parse_prompt, read_nonblank_lines
-from llmctl.data.rows import parse_row
+from llmctl.data.prompts import PromptExample, parse_prompt
+from llmctl.data.rows import open_source, read_lines, read_rows
 from llmctl.data.schemas import Message
+from llmctl.data.sources import Source, file_source
 from llmctl.errors import DataError
 
 
@@ -77,18 +78,14 @@ def canonical_json(value: Any) -> str:
 
 
 def read_entries(file: Path) -> list[Entry]:
-    """Read the prompts of a file, each once: jsonl, or one per line of any other.
+    """Read the prompts of a file, each once: of its rows, or of plain text one per line.
 
     Raises:
         DataError: unreadable, not UTF-8, empty, or a row without a prompt or with responses that
             cannot be ranked.
     """
     entries: dict[str, Entry] = {}
-    for number, line in read_nonblank_lines(file):
-        entry = Entry(PromptExample(line, f"{file}:{number}"), None)
-        if file.suffix in (".jsonl", ".json"):
-            row = parse_row(line, str(file), number)
-            entry = Entry(parse_prompt(row, file, number), _responses(row, file, number))
+    for number, entry in _entries(file_source(file), file):
         text = canonical_json([entry.example.prompt, entry.responses])
         try:
             text.encode()
@@ -98,6 +95,20 @@ def read_entries(file: Path) -> list[Entry]:
     if not entries:
         raise DataError("no prompts in this file", file=file)
     return list(entries.values())
+
+
+def _entries(source: Source, file: Path) -> Iterator[tuple[int, Entry]]:
+    """Yield the entry of each row or line that is not blank, and the line."""
+    if source.kind == "text":
+        with open_source(source) as lines:
+            for number, line in read_lines(lines, source.name):
+                if line.strip():
+                    prompt = line.rstrip("\r\n")
+                    yield number, Entry(PromptExample(prompt, f"{file}:{number}"), None)
+        return
+    for record in read_rows(source):
+        number, row = record.line or 1, record.values
+        yield number, Entry(parse_prompt(row, file, number), _responses(row, file, number))
 
 
 def _responses(row: dict[str, Any], file: Path, number: int) -> tuple[str, ...] | None:
