@@ -109,7 +109,7 @@ class SplitWriter:
             f"{where} of more than {RUN_CHARACTERS:,} characters, the limit",
             file=place,
             line=line,
-            hint="break it up, leave it out, or use --algorithm byte, which has no limit",
+            hint="break it up or leave it out; a tokenizer of --algorithm byte has no limit",
         )
 
     def flush(self) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from llmctl.errors import ModelError
+from llmctl.files import FETCH_LFS, is_lfs_pointer
 from llmctl.models import hub
-from llmctl.runs.directory import resolve_tokenizer
+from llmctl.runs.directory import resolve_tokenizer, tokenizer_in_parts
 
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 FILES = (
@@ -89,6 +90,9 @@ def load_vocabulary(reference: str) -> tuple[Vocabulary, Callable[[Path], None]]
     is_plain = config.get("tokenizer_class") in PLAIN_CLASSES
     if not is_plain or not (folder / "tokenizer.json").is_file():
         return _load_through_transformers(folder)
+    if is_lfs_pointer(folder / "tokenizer.json"):
+        what = "a pointer of git-lfs, not the file itself"
+        raise ModelError(what, file=folder / "tokenizer.json", hint=FETCH_LFS)
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the library raises nothing narrower
@@ -129,7 +133,8 @@ def _load_through_transformers(folder: Path) -> tuple[Vocabulary, Callable[[Path
         loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"no tokenizer that can be opened: {reason}", file=folder) from None
+        what = f"no tokenizer that can be opened: {reason}"
+        raise tokenizer_in_parts(folder) or ModelError(what, file=folder) from None
     if not isinstance(loaded, PreTrainedTokenizerFast):
         raise ModelError(
             f"{type(loaded).__name__} has no `tokenizers` form, which encoding needs", file=folder
