@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from threading import Timer
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -54,6 +55,12 @@ def set_up(*, quiet: bool = False, verbose: bool = False) -> None:
     log.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO)
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@cache
+def say_once(message: str, *, is_warning: bool = False) -> None:
+    """Log a message the first time that it comes: data is read several times."""
+    log.log(logging.WARNING if is_warning else logging.INFO, message)
 
 
 def rank() -> int:

@@ -520,7 +520,7 @@ def test_odd_data_is_said(cli, base, tmp_path):
     assert "32 pairs have a margin, which this loss has no place for: not used" in result.err
     assert "1 pair stands in both orders" in result.err
     assert "1 with equal responses" in result.err
-    assert "both sides are the same tokens in 1 pair" in result.err
+    assert "left out 1 pair of the same tokens on both sides" in result.err
     assert "stage: dpo" in result.out
 
 

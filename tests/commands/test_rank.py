@@ -212,6 +212,24 @@ def test_what_are_no_ranks(ranks):
     assert not is_ranking(ranks, 2)
 
 
+@pytest.mark.parametrize("name", ["p.csv", "p.tsv", "p.ndjson", "p.json", "p.JSONL", "p"])
+def test_prompts_are_read_as_what_the_file_holds(tmp_path, name):
+    rows = [{"prompt": "First, then?", "id": "1"}, {"prompt": "[Second]", "id": "2"}]
+    table = {"csv": ",", "tsv": "\t"}.get(name[2:])
+    if table:
+        lines = [table.join(cells) for cells in (("prompt", "id"), ('"First, then?"', "1"))]
+        (tmp_path / name).write_text("\n".join([*lines, table.join(("[Second]", "2"))]))
+    elif name == "p.json":
+        (tmp_path / name).write_text(json.dumps(rows, indent=1))
+    else:
+        write_rows(tmp_path / name, rows)
+    prompts = [entry.example.prompt for entry in read_entries(tmp_path / name)]
+    assert prompts == ["First, then?", "[Second]"]
+    (tmp_path / "lines").write_text("prompt, or not\n\n{second}\n")
+    prompts = [entry.example.prompt for entry in read_entries(tmp_path / "lines")]
+    assert prompts == ["prompt, or not", "{second}"]
+
+
 def test_a_wrong_line_is_said_and_asked_again(rank, data, tmp_path):
     result = rank(data, "7", "?", "1")
     assert "there is no response 7" in result.err

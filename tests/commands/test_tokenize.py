@@ -113,7 +113,8 @@ def test_a_manifest_names_inputs_and_outputs_with_hashes(cli, tmp_path, corpus):
     tokenize(cli, tmp_path / "run", corpus)
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     digest = hashlib.sha256(corpus.read_bytes()).hexdigest()
-    assert manifest["inputs"] == [{"role": "data", "path": str(corpus), "sha256": digest}]
+    entry = {"role": "data", "path": str(corpus), "kind": "jsonl", "sha256": digest}
+    assert manifest["inputs"] == [entry]
     written = {entry["path"] for entry in manifest["outputs"]}
     assert {"tokens/train-00000.bin", "tokens/index.json", "tokenizer/tokenizer.json"} <= written
 

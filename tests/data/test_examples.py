@@ -135,7 +135,9 @@ def test_elements_of_an_array_have_their_lines(tmp_path):
         ('[\n\n{"text": "a", "n": NaN}]', "not JSON: NaN is no JSON number", 3),
         ('[\n"a"]', "expected an object, got text", 2),
         ("[\n" + "[" * 100_000, "not JSON", 2),
-        ('{\n"text": "a"}', "not JSON: Expecting property name", 1),
+        ('{\n"text": "a"}', "one object over several lines", 1),
+        ('{"data": [\n{"text": "a"}\n]}', "its rows may be those of `data`", 1),
+        ('{"text": "a"}\n{\n"text": "b"}', "not JSON: Expecting property name", 2),
     ],
 )
 def test_a_bad_array_is_refused_with_its_line(tmp_path, text, message, line):
@@ -379,11 +381,12 @@ def test_weights_are_read_off_the_names(tmp_path):
     sets = read_examples([f"{first}=0.7", f"{second}=3e-1", "builtin:tasks:3=2"])
     assert [found.weight for found in sets] == [0.7, 0.3, 2.0]
     assert [found.name for found in sets] == [str(first), str(second), "builtin:tasks:3"]
-    assert sets[0].inputs == [{"role": "data", "path": str(first), "sha256": sha256_file(first)}]
+    entry = {"role": "data", "path": str(first), "kind": "jsonl", "sha256": sha256_file(first)}
+    assert sets[0].inputs == [entry]
     odd = write(tmp_path / "c.jsonl=0.5", FINE)
     odd.rename(tmp_path / "c=0.5")
-    with pytest.raises(DataError, match="plain text"):
-        read_examples([str(tmp_path / "c=0.5")])
+    (rows,) = read_examples([str(tmp_path / "c=0.5")])
+    assert (rows.name, rows.weight) == (str(tmp_path / "c=0.5"), None)
     folder = tmp_path / "d=0.5"
     folder.mkdir()
     write(folder / "a.jsonl", FINE)

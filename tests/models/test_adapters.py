@@ -196,6 +196,13 @@ def test_tied_targets_of_gpt2_are_refused(tmp_path, name, message):
         adapt(model, Adapter(lora=True, lora_targets=[name]))
 
 
+@pytest.mark.parametrize("given", [["q_proj, v_proj"], ["q_proj", "v_proj"], "q_proj,v_proj"])
+def test_targets_are_split_at_commas(tmp_path, given):
+    model = adapt(load(make_base(tmp_path / "base")), Adapter(lora=True, lora_targets=given))
+    names = {name.split(".")[-4] for name, w in model.named_parameters() if w.requires_grad}
+    assert names == {"q_proj", "v_proj"}
+
+
 def test_all_linear_stands_alone(tmp_path):
     model = load(make_base(tmp_path / "base"))
     with pytest.raises(UserError, match="stands alone"):

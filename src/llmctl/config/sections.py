@@ -27,10 +27,18 @@ ScoreAt = Literal["end-of-turn", "last-token"]
 """Last token of a scored conversation: the end of its last turn, or the last that is written."""
 
 
+def split_names(value: Any) -> Any:
+    """Parse `q_proj,v_proj`, or a list of such texts, into names; other values stay."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list):
+        return value
+    return [name for text in texts for part in str(text).split(",") if (name := part.strip())]
+
+
 def _names(value: Any) -> Any:
     """Parse `lr,max-steps` into field names."""
-    parts = [part for text in value for part in str(text).split(",")] if value else []
-    return [part.strip().replace("-", "_") for part in parts if part.strip()]
+    names = split_names(value)
+    return [name.replace("-", "_") for name in names] if isinstance(names, list) else names
 
 
 def _tracker_names(value: Any) -> Any:
@@ -95,8 +103,9 @@ class Corpus(Fields):
     """Raw text."""
 
     data: Annotated[list[str], Also("dataset", "dataset-name"), Input("data")] = []
-    """Text to read (repeatable): a file (txt, md, jsonl, json, csv, parquet, also .gz or .zst), a
-    folder, a glob, a Hub data set, `builtin:python-docs`, or `-` for stdin."""
+    """Text to read (repeatable): a file (txt, md, jsonl, json, csv, tsv, parquet, arrow, also .gz,
+    .zst, .xz or .bz2), a folder, a glob, a Hub data set, `builtin:python-docs`, or `-` for stdin.
+    """
 
     text_column: Annotated[str, Also("text-field", "dataset-text-field")] = "text"
     """Column that holds the text in jsonl, csv, parquet and Hub data."""
@@ -222,7 +231,8 @@ class Checkpoints(Fields):
     """Continue from the newest valid checkpoint of `--out`; start afresh where there is none."""
 
     resume_from: Annotated[Path | None, Also("resume-from-checkpoint"), Control] = None
-    """Continue from this checkpoint; with `resume`, only where `--out` has none of its own."""
+    """Continue from this checkpoint, or the newest of this run; with `resume`, only where `--out`
+    has none of its own."""
 
     resume_allow: Annotated[
         list[str], BeforeValidator(_names), Also("resume-allow-changes"), Control

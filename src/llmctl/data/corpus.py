@@ -108,15 +108,17 @@ class SplitWriter:
                 self.flush()
 
     def _too_long(self, place: str, line: int | None) -> DataError:
+        spaces = "a stretch of text without a single space between words"
         where = {
             "nowhere": "a document, which this tokenizer takes only whole,",
-            "spaces": "a stretch of text without a single space between words",
+            "spaces": spaces,
+            "marks": spaces,
         }.get(self.encoder.cuts, "a stretch of text without a space or line end between words")
         return DataError(
             f"{where} of more than {RUN_CHARACTERS:,} characters, the limit",
             file=place,
             line=line,
-            hint="break it up, leave it out, or use --algorithm byte, which has no limit",
+            hint="break it up or leave it out; a tokenizer of --algorithm byte has no limit",
         )
 
     def flush(self) -> None:

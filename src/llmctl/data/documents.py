@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from llmctl.data import builtin
 from llmctl.data.builtin import PREFERENCES
+from llmctl.data.kinds import BLOCK_BYTES
 from llmctl.data.rows import (
-    BLOCK_BYTES,
     checked_text,
     no_column,
     not_utf8,

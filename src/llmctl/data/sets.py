@@ -18,7 +18,7 @@ from llmctl.console import log
 from llmctl.data.bad_rows import BadRows
 from llmctl.data.rows import SourceRow, read_rows
 from llmctl.data.schemas import Layout, match_layout
-from llmctl.data.sources import Source, find_sources, manifest_input, split_weight
+from llmctl.data.sources import Source, find_sources, identity, manifest_input, split_weight
 from llmctl.errors import DataError, UserError
 from llmctl.numbers import counted
 
@@ -61,12 +61,12 @@ def read_sets(
     seen: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="llmctl-") as spool:
         for name, weight in names:
-            sources = [s for s in _sources(name, Path(spool)) if _identity(s) not in seen]
+            sources = [s for s in _sources(name, Path(spool)) if identity(s) not in seen]
             if not sources and weight is None:
                 continue
             if not sources:
                 raise UserError(f"--data {name}: named twice, so that its weight is in doubt")
-            seen.update(map(_identity, sources))
+            seen.update(map(identity, sources))
             items = [item for s in sources for item in _read(s, layouts, make, bad)]
             inputs = [manifest_input(role, s, partial(_rows_digest, s)) for s in sources]
             sets.append(ItemSet(name, weight, items, inputs))
@@ -143,11 +143,7 @@ def _read(
     return items
 
 
-def _identity(source: Source) -> str:
-    """Return a key of a source that does not depend on its spelling."""
-    return source.name if source.path is None else str(source.path.resolve())
-
-
 def _rows_digest(source: Source) -> str:
     """Hash the rows of a source."""
-    return sha256(json.dumps([record.values for record in read_rows(source)]).encode()).hexdigest()
+    rows = [record.values for record in read_rows(source)]
+    return sha256(json.dumps(rows, default=str).encode()).hexdigest()  # a time is no JSON

@@ -43,7 +43,7 @@ from llmctl.models.vetting import (
     read_object,
     require_safetensors,
 )
-from llmctl.runs.directory import resolve_model, resolve_tokenizer
+from llmctl.runs.directory import resolve_model, resolve_tokenizer, tokenizer_in_parts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAFE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -80,15 +80,19 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
     folder = local_folder(resolve_tokenizer(reference))
     if is_adapter(folder) and not (folder / "tokenizer_config.json").exists():
         folder = find_base(read_adapter(folder))  # made elsewhere: PEFT saves none
-    if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer_config.json")):
-        raise ModelError("no tokenizer in this folder", file=folder)
+    parts = tokenizer_in_parts(folder)
+    names = ["tokenizer.json", "tokenizer_config.json"]
+    names += ["config.json"] if parts else []  # which says what kind of model they are of
+    if not any((folder / name).exists() for name in names):
+        raise parts or ModelError("no tokenizer in this folder", file=folder)
     check_files(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False
         )
     except (*BROKEN, ImportError) as error:
-        raise ModelError(f"the tokenizer does not load: {first_line(error)}", file=folder) from None
+        what = f"the tokenizer does not load: {first_line(error)}"
+        raise parts or ModelError(what, file=folder) from None
     if type(tokenizer) is not PreTrainedTokenizerFast and (folder / "tokenizer.json").exists():
         tokenizer = _as_in_file(tokenizer, folder)
     if tokenizer.is_fast:

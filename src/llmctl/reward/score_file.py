@@ -102,7 +102,9 @@ def _encode(model: RewardModel, record: SourceRow, rules: RowRules) -> dict[str,
     return encoded
 
 
-def _texts(sample: PromptResponse) -> list[str]:
+def _texts(sample: PromptResponse | Example) -> list[str]:
+    if isinstance(sample, Example):
+        return texts_of(sample.messages, sample.text)
     if isinstance(sample.prompt, str):
         return [sample.prompt, sample.response]
     return texts_of(sample.prompt, sample.response)

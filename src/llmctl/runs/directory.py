@@ -221,6 +221,19 @@ def resolve_tokenizer(reference: str) -> str:
     return str(folder) if folder.is_dir() else resolve_model(reference)
 
 
+def tokenizer_in_parts(folder: Path) -> ModelError | None:
+    """Build the error for a tokenizer of vocab.json and merges.txt alone; None for others."""
+    there = [name for name in ("vocab.json", "merges.txt") if (folder / name).is_file()]
+    if len(there) < 2 or (folder / "tokenizer.json").is_file():
+        return None
+    return ModelError(
+        "vocab.json and merges.txt without a tokenizer.json: how text is split is not said",
+        file=folder,
+        hint="write one with the class that they are of, such as transformers' "
+        "GPT2TokenizerFast.from_pretrained(FOLDER).save_pretrained(FOLDER)",
+    )
+
+
 def now() -> str:
     """Format the local time with its zone."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")

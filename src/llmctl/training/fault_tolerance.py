@@ -23,7 +23,14 @@ from llmctl.files import writing
 from llmctl.runs import checkpoint
 from llmctl.runs.checkpoint import CheckpointContent, manifest_of
 from llmctl.runs.directory import Run, open_run
-from llmctl.runs.resume import defect, load, lost_best, newest_valid, require_same
+from llmctl.runs.resume import (
+    defect,
+    load,
+    lost_best,
+    named_checkpoint,
+    newest_valid,
+    require_same,
+)
 from llmctl.signals import StopFlag
 from llmctl.training.meter import Meter
 from llmctl.training.run_state import Progress, RunState
@@ -274,9 +281,9 @@ def _choose(state: RunState, config: Checkpoints) -> tuple[Path | None, bool]:
         path, damaged = newest_valid(root, state.owner.run_id)
         state.damaged |= damaged
     if path is None:
-        path = config.resume_from
-        if path is None:
+        if config.resume_from is None:
             return None, False
+        path = named_checkpoint(config.resume_from)
         if reason := defect(path):
             raise ModelError(f"not a valid checkpoint: {reason}", file=path)
         has_best = path.resolve().parent == root.resolve() and lost_best(path) is None

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,8 @@ FlatIds = tuple[NDArray[np.uint32], NDArray[np.int64]]
 """The ids of all texts one after the other, and the number of ids of each text."""
 
 EncodeTexts = Callable[[list[str]], FlatIds]
-CutPoints = Literal["anywhere", "words", "spaces", "nowhere"]
+CutPoints = Literal["anywhere", "words", "spaces", "marks", "nowhere"]
+"""At marks, the space before a piece is left out: the tokenizer puts a mark before every text."""
 
 PIECE_CHARACTERS = 1 << 15
 RUN_CHARACTERS = 1 << 21
@@ -32,6 +33,17 @@ CHECK_EVERY = 1 << 24
 """Characters between two comparisons with `tokenizers`."""
 
 CHECK_CHARACTERS = 1 << 14
+
+
+MARK = "\u2581"
+MARKS = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": MARK},
+        {"type": "Replace", "pattern": {"String": " "}, "content": MARK},
+    ],
+}
+"""Normalizer of Llama 2's tokenizer, and of those made like it."""
 
 
 class Mismatch(Exception):
@@ -143,6 +155,8 @@ def _cut_points(tokenizer: Tokenizer, content: dict[str, object], sample: str) -
         llama = {"type": "Sequence", "pretokenizers": [_pattern(WORDS), _byte_level(False)]}
         if split in (llama, _byte_level(True)):
             return "words"
+    if content["normalizer"] == MARKS and split is None and not ordinary and _is_marked(model):
+        return "marks"
     text = TORTURE + sample[:PIECE_CHARACTERS]
     whole = tokenizer.encode(text, add_special_tokens=False).ids
     pieces = tokenizer.encode_batch_fast(
@@ -151,6 +165,15 @@ def _cut_points(tokenizer: Tokenizer, content: dict[str, object], sample: str) -
     spaced = any(t.rstrip or " " in t.content[1:] for t in ordinary)
     joined = [i for piece in pieces for i in piece.ids]
     return "spaces" if joined == whole and not spaced else "nowhere"
+
+
+def _is_marked(model: dict[str, Any]) -> bool:
+    """Whether a model has the mark, and no token with one after another character.
+
+    Then no merge reaches over a space into the word before it.
+    """
+    is_whole = model["type"] == "BPE" and MARK in model["vocab"]
+    return is_whole and not any(re.search(f"[^{MARK}]{MARK}", token) for token in model["vocab"])
 
 
 def _pattern(regex: str) -> dict[str, object]:
@@ -190,6 +213,8 @@ class Cutter:
     def feed(self, text: str, is_last: bool) -> Iterator[str]:
         """Yield the pieces that are ready; together they are the document. The last may be empty.
 
+        Cut at marks they are so with a space between two.
+
         Raises:
             RunTooLong: more than `RUN_CHARACTERS` without a cut point.
         """
@@ -205,7 +230,7 @@ class Cutter:
                 searched = len(rest) - start - 2
                 break
             yield rest[start:cut]
-            start, searched = cut, 0
+            start, searched = cut + (self.cuts == "marks"), 0
         self._rest, self._searched = ("", 0) if is_last else (rest[start:], searched)
         if len(rest) - start > RUN_CHARACTERS:
             raise RunTooLong
@@ -219,7 +244,7 @@ class Cutter:
             return stop
         if self.cuts == "nowhere":
             return None
-        pattern = _SPACE_CUT if self.cuts == "spaces" else _WORD_CUT
+        pattern = _CUTS.get(self.cuts, _WORD_CUT)
         if searched == 0:
             near = text.rfind(" ", start + 1, stop)
             while near > start:
@@ -234,3 +259,4 @@ class Cutter:
 
 _SPACE_CUT = re.compile(r"(?<=\S)(?= \S)")
 _WORD_CUT = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
+_CUTS = {"spaces": _SPACE_CUT, "marks": re.compile(rf"(?<=[^\s{MARK}])(?= [^\s{MARK}])")}

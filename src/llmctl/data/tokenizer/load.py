@@ -15,6 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from llmctl.errors import ModelError
+from llmctl.files import FETCH_LFS, is_lfs_pointer
 from llmctl.models import hub
 from llmctl.models.tokenizer_file import PLAIN_CLASSES, read_tokenizer, switch_off_dropout
 from llmctl.runs.directory import resolve_tokenizer
@@ -94,6 +95,9 @@ def load_vocabulary(reference: str) -> tuple[Vocabulary, Callable[[Path], None]]
     is_plain = config.get("tokenizer_class") in PLAIN_CLASSES
     if not is_plain or not (folder / "tokenizer.json").is_file():
         return _load_through_transformers(folder)
+    if is_lfs_pointer(folder / "tokenizer.json"):
+        what = "a pointer of git-lfs, not the file itself"
+        raise ModelError(what, file=folder / "tokenizer.json", hint=FETCH_LFS)
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     is_changed = switch_off_dropout(tokenizer, folder)
     names = {role: _token_text(config.get(f"{role}_token")) for role in ("eos", "bos", "unk")}
