@@ -66,8 +66,8 @@ EXAMPLES = {
 }
 EXIT_CODES = (
     "Exit codes: 0 done; 1 bug; 2 usage or recipe; 3 data or output directory; 4 model or "
-    "checkpoint; 5 memory or disk; 6 network; 7 diverged; 8 quality gate; 130 interrupted; "
-    "141 closed pipe; 143 terminated."
+    "checkpoint; 5 memory, disk or a lost process; 6 network; 7 diverged; 8 quality gate; "
+    "130 interrupted; 141 closed pipe; 143 terminated."
 )
 LAUNCHED = ("pretrain", "sft", "reward", "dpo", "ppo")
 HELP = {"help_option_names": ["-h", "--help"]}
