@@ -26,6 +26,7 @@ from llmctl.runs.checkpoint import CheckpointContent, manifest_of
 from llmctl.runs.directory import Run, open_run
 from llmctl.runs.resume import defect, load, lost_best, newest_valid, require_same
 from llmctl.signals import StopFlag
+from llmctl.training.consistency import require_shared
 from llmctl.training.distributed import lost_peers_named
 from llmctl.training.meter import Meter
 from llmctl.training.run_state import Progress, RunState
@@ -78,13 +79,15 @@ def open_together(
     """Open the run (`runs.directory.open_run`) on rank 0; its refusals end all ranks.
 
     Raises:
-        OutputError: as `open_run`.
+        OutputError: as `open_run`, or a rank does not see the directory as rank 0 made it.
         ResourceError: another process ended or does not answer.
     """
     with ExitStack() as stack:
         with together(accelerator):
             run = stack.enter_context(open_run(stage, config))
         stack.enter_context(lost_peers_named(config.peer_timeout))  # before the run hears of it
+        with together(accelerator):
+            require_shared(accelerator, run)
         yield run
 
 

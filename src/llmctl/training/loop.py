@@ -27,6 +27,7 @@ from llmctl.runs.checkpoint import CheckpointContent
 from llmctl.runs.directory import Run
 from llmctl.signals import StopFlag, stop_flag
 from llmctl.training.batches import Batch, Batches, on_device
+from llmctl.training.consistency import require_same, tokenizer_facts
 from llmctl.training.distributed import autocast, is_sharded, place, wait_for_peers
 from llmctl.training.fault_tolerance import (
     StepOutcome,
@@ -107,6 +108,7 @@ def assemble(
     batches: Batches,
     *,
     identity: dict[str, Any],
+    tokenizer: Any,
     validates: bool,
     flops_per_token: float | None,
     sample: Callable[[int], None] = lambda step: None,
@@ -125,6 +127,7 @@ def assemble(
         DataError, ModelError, UserError: processes hold different data, models or settings.
     """
     identity = {**hyperparameters.identity(), **identity}
+    require_same(accelerator, {**tokenizer_facts(tokenizer), **identity})
     if config.compile:
         compile_model(model, accelerator, whole=compiles_whole)
     optimizers = make_optimizers(model, hyperparameters, device)
