@@ -27,7 +27,7 @@ from llmctl.runs.directory import Run
 from llmctl.training.adapters import trainable_parameters
 from llmctl.training.base_model import Loaded, base_of, to_pure_bf16
 from llmctl.training.batches import Order
-from llmctl.training.consistency import require_same, tokenizer_facts
+from llmctl.training.consistency import require_same
 from llmctl.training.distributed import autocast, is_sharded
 from llmctl.training.hyperparameters import Hyperparameters
 from llmctl.training.optimizers import decay_groups
@@ -135,7 +135,7 @@ def build_ppo(
     optimizers = make_optimizers(actor_critic, config, values, device)
     rank, world = accelerator.process_index, accelerator.num_processes
     identity = _identity(config, prepared, world)
-    require_same(accelerator, {**tokenizer_facts(prepared.tokenizer), **identity})
+    require_same(accelerator, identity, prepared.tokenizer)
     state = RunState(
         run=run,
         accelerator=accelerator,

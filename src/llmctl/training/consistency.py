@@ -43,8 +43,10 @@ SHOWN_DIGITS = 12
 """Digits to show of a hash."""
 
 
-def require_same(accelerator: Accelerator, facts: Mapping[str, Any]) -> None:
+def require_same(accelerator: Accelerator, facts: Mapping[str, Any], tokenizer: Any = None) -> None:
     """Refuse a run whose processes hold different facts (JSON, by name). Collective.
+
+    A tokenizer is compared with its chat template, before all else.
 
     The error is raised on all of them, and rank 0 tells it.
 
@@ -54,6 +56,8 @@ def require_same(accelerator: Accelerator, facts: Mapping[str, Any]) -> None:
     """
     if accelerator.num_processes == 1:
         return
+    if tokenizer is not None:
+        facts = {**_tokenizer_digests(tokenizer), **facts}
     names = [name for name in KINDS if name in facts]
     ordered = {name: facts[name] for name in [*names, *facts]}
     (host, wanted), *others = gather_object([(socket.gethostname(), ordered)])
@@ -85,12 +89,6 @@ def settings_of(stage: str, config: Resumable) -> dict[str, Any]:
     }
 
 
-def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
-    """Return digests of a tokenizer and its chat template."""
-    template = hashlib.sha256(repr(tokenizer.chat_template).encode()).hexdigest()
-    return {"tokenizer": fingerprint(tokenizer.backend_tokenizer), "chat_template": template}
-
-
 def require_shared(accelerator: Accelerator, run: Run) -> None:
     """Refuse a run directory that a process does not see as rank 0 wrote it. Collective.
 
@@ -113,6 +111,11 @@ def require_shared(accelerator: Accelerator, run: Run) -> None:
                 hint="put the run directory on a file system that all machines share",
             )
         time.sleep(0.2)
+
+
+def _tokenizer_digests(tokenizer: Any) -> dict[str, str]:
+    template = hashlib.sha256(repr(tokenizer.chat_template).encode()).hexdigest()
+    return {"tokenizer": fingerprint(tokenizer.backend_tokenizer), "chat_template": template}
 
 
 def _mark(path: Path) -> list[Any]:

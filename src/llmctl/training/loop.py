@@ -27,7 +27,7 @@ from llmctl.runs.checkpoint import CheckpointContent
 from llmctl.runs.directory import Run
 from llmctl.signals import StopFlag, stop_flag
 from llmctl.training.batches import Batch, Batches, on_device
-from llmctl.training.consistency import require_same, tokenizer_facts
+from llmctl.training.consistency import require_same
 from llmctl.training.distributed import autocast, is_sharded, place, wait_for_peers
 from llmctl.training.fault_tolerance import (
     StepOutcome,
@@ -127,7 +127,7 @@ def assemble(
         DataError, ModelError, UserError: processes hold different data, models or settings.
     """
     identity = {**hyperparameters.identity(), **identity}
-    require_same(accelerator, {**tokenizer_facts(tokenizer), **identity})
+    require_same(accelerator, identity, tokenizer)
     if config.compile:
         compile_model(model, accelerator, whole=compiles_whole)
     optimizers = make_optimizers(model, hyperparameters, device)
