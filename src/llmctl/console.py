@@ -65,7 +65,8 @@ def say_once(message: str, *, is_warning: bool = False) -> None:
 
 def rank() -> int:
     """This process's rank, as launchers set it; only rank 0 speaks and writes."""
-    return int(os.environ.get("RANK", "0"))
+    number = os.environ.get("RANK", "")
+    return int(number) if number.isdecimal() else 0
 
 
 def is_terminal() -> bool:

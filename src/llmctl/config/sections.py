@@ -277,6 +277,10 @@ class Placement(Fields):
     processes: Annotated[PositiveInt | None, Also("nproc-per-node", "num-processes")] = None
     """Processes to train with; more than one are launched here unless a launcher already did."""
 
+    peer_timeout: PositiveInt = 600
+    """Seconds without an answer from another process after which a run ends, to be resumed; more
+    than rank 0 takes to write a checkpoint or the result, for which the others wait."""
+
 
 class Loading(Fields):
     """A model to use, and how to load it."""

@@ -29,6 +29,7 @@ from llmctl.runs.directory import Run
 from llmctl.training.adapters import trainable_parameters
 from llmctl.training.base_model import Loaded, base_of, to_pure_bf16
 from llmctl.training.batches import Order
+from llmctl.training.consistency import require_same
 from llmctl.training.distributed import autocast, is_sharded
 from llmctl.training.hyperparameters import Hyperparameters
 from llmctl.training.optimizers import decay_groups
@@ -139,13 +140,15 @@ def build_ppo(
     actor_critic = models.actor_critic
     optimizers = make_optimizers(actor_critic, config, values, device)
     rank, world = accelerator.process_index, accelerator.num_processes
+    identity = _identity(config, prepared, world)
+    require_same(accelerator, identity, prepared.tokenizer)
     state = RunState(
         run=run,
         accelerator=accelerator,
         device=device,
         config=config,
         values=values,
-        identity=_identity(config, prepared, world),
+        identity=identity,
         flops_per_token=None,
         capture=lambda: capture(
             actor_critic, optimizers, state.progress, {"ppo": trainer.extra_state()}, rank=rank

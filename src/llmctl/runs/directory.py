@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmctl import launch
 from llmctl.config.sections import StageConfig
 from llmctl.console import log, rank
 from llmctl.errors import DivergedError, ModelError, OutputError, UserError
@@ -258,6 +259,7 @@ def _begin(run: Run, config: StageConfig) -> None:
         **origin(),
         "seed": config.seed,
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "machines": launch.machines(),
         "outputs": [],
         "started": now(),
     }

@@ -263,6 +263,7 @@ class Prepared(Loaded):
             objective,
             RowBatches(self.train, order),
             identity={**self.identity(data, config), **settings},
+            tokenizer=data.tokenizer,
             validates=self.val is not None,
             flops_per_token=flops_of(self.model, round(sum(lengths) / len(self.train)), device),
             sample=sample,

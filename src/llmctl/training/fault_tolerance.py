@@ -14,11 +14,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
-from torch.distributed import DistError
 
-from llmctl.config.sections import Checkpoints, StageConfig
+from llmctl.config.commands import PpoConfig, PretrainConfig
+from llmctl.config.finetuning import Tuning
+from llmctl.config.sections import Checkpoints
 from llmctl.console import log
-from llmctl.errors import DivergedError, ModelError, ResourceError, UserError
+from llmctl.errors import DivergedError, ModelError, UserError
 from llmctl.files import writing
 from llmctl.runs import checkpoint
 from llmctl.runs.checkpoint import CheckpointContent, manifest_of
@@ -32,6 +33,8 @@ from llmctl.runs.resume import (
     require_same,
 )
 from llmctl.signals import StopFlag
+from llmctl.training.consistency import require_shared
+from llmctl.training.distributed import lost_peers_named
 from llmctl.training.meter import Meter
 from llmctl.training.run_state import Progress, RunState
 from llmctl.training.state import surroundings
@@ -77,24 +80,22 @@ def together(accelerator: Accelerator) -> Iterator[None]:
 
 
 @contextmanager
-def open_together(accelerator: Accelerator, stage: str, config: StageConfig) -> Iterator[Run]:
-    """Open the run (`runs.directory.open_run`) on rank 0; its refusals end all ranks."""
+def open_together(
+    accelerator: Accelerator, stage: str, config: PretrainConfig | Tuning | PpoConfig
+) -> Iterator[Run]:
+    """Open the run (`runs.directory.open_run`) on rank 0; its refusals end all ranks.
+
+    Raises:
+        OutputError: as `open_run`, or a rank does not see the directory as rank 0 made it.
+        ResourceError: another process ended or does not answer.
+    """
     with ExitStack() as stack:
         with together(accelerator):
             run = stack.enter_context(open_run(stage, config))
-        try:
-            yield run
-        except RuntimeError as error:
-            if accelerator.num_processes > 1 and _is_lost_peer(error):
-                raise ResourceError(
-                    "another process of this run ended", hint="what it said last tells why"
-                ) from None
-            raise
-
-
-def _is_lost_peer(error: RuntimeError) -> bool:
-    signs = ("closed by peer", "Connection reset", "Broken pipe", "Socket", "remote process")
-    return isinstance(error, DistError) or any(sign in str(error) for sign in signs)
+        stack.enter_context(lost_peers_named(config.peer_timeout))  # before the run hears of it
+        with together(accelerator):
+            require_shared(accelerator, run)
+        yield run
 
 
 def agree(

@@ -186,6 +186,7 @@ def build_pretraining(config: PretrainConfig, prepared: PreparedPretraining, run
             "tokens": _content_hash(index),
             "tokenizer": index.tokenizer_sha256,
         },
+        tokenizer=tokenizer,
         validates=index.val is not None,
         flops_per_token=flops_of(model, values.context, device),
         sample=TextSampler(config, prompts, tokenizer, model, stops, run, accelerator).write,
