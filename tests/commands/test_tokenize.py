@@ -422,3 +422,24 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once(tmp_path):
     assert ran.returncode == 6
     assert "the Hub cannot be reached" in ran.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_bad_rows_are_left_out_up_to_a_number(cli, corpus, tmp_path):
+    """The tokens are those of the good rows alone."""
+    good = corpus.read_text().splitlines()
+    bad = ["not JSON", '{"text": 3}', '{"other": "a"}']
+    (tmp_path / "good.jsonl").write_text("\n".join(good) + "\n")
+    (tmp_path / "mixed.jsonl").write_text("\n".join([*good[:9], *bad, *good[9:]]) + "\n")
+
+    def run(name, *flags):
+        data = ("--data", tmp_path / f"{name}.jsonl", "--vocab-size", 320)
+        return cli("tokenize", *data, *flags, "-o", tmp_path / name)
+
+    assert run("good").code == 0
+    few = run("mixed", "--skip-bad-rows", 2)
+    assert (few.code, "mixed.jsonl:12" in few.err) == (3, True), few.err
+    mixed = run("mixed", "--skip-bad-rows", 3)
+    assert mixed.code == 0, mixed.err
+    assert "left out 3 rows that cannot be used, the first: " in mixed.err
+    for file in ("tokens/train-00000.bin", "tokens/val-00000.bin", "tokenizer/tokenizer.json"):
+        assert (tmp_path / "mixed" / file).read_bytes() == (tmp_path / "good" / file).read_bytes()

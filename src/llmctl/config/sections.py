@@ -117,6 +117,9 @@ class Corpus(Fields):
     val_data: Annotated[list[str], Input("data")] = []
     """Validation text from elsewhere (repeatable), in place of a share of the data."""
 
+    skip_bad_rows: NonNegativeCount = 0
+    """Rows that cannot be read and may be left out; one more is an error."""
+
 
 class Optimizer(Fields):
     """Update rule and learning-rate schedule."""

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from llmctl.config.sections import Corpus
 from llmctl.console import ProgressBar, log
-from llmctl.data.documents import hash_text, text_input
+from llmctl.data.bad_rows import BadRows
+from llmctl.data.documents import Piece, hash_text, text_input
 from llmctl.data.scan import PROGRESS_BYTES, Scan, SplitPlan, plan_split, read_documents, scan
 from llmctl.data.shards import ShardWriter, shard_writer
 from llmctl.data.sources import Source, find_sources
@@ -190,6 +191,7 @@ class CheckedCorpus:
     scan: Scan
     val_scan: Scan | None
     plan: SplitPlan
+    skip_bad_rows: int = 0
 
     @property
     def bytes(self) -> int:
@@ -202,7 +204,7 @@ class CheckedCorpus:
         draw = random.Random(0)
         with ProgressBar("train the tokenizer", min(self.scan.bytes, train_bytes), "B") as progress:
             taken, drawn, wanted = 0, 0, 0
-            for number, text in enumerate(_pieces(self.sources, self.column)):
+            for number, text in enumerate(_pieces(self.sources, self.column, self.skip_bad_rows)):
                 if number == wanted:
                     while wanted <= number:
                         drawn += 1
@@ -215,7 +217,7 @@ class CheckedCorpus:
         """Return the manifest's record of the sources."""
         roles = {"data": self.sources, "val-data": self.val_sources}
         return [
-            text_input(role, source, self.column)
+            text_input(role, source, self.column, self.skip_bad_rows)
             for role, sources in roles.items()
             for source in sources
         ]
@@ -265,12 +267,16 @@ class CheckedCorpus:
         documents = self.scan.documents + (self.val_scan.documents if self.val_scan else 0)
         return {"documents": documents, **_metrics([train, *rest], vocabulary, seconds)}
 
+    def _documents(self, sources: tuple[Source, ...]) -> Iterator[Piece]:
+        """Read them once more; the same rows are left out each time."""
+        return read_documents(sources, self.column, BadRows(self.skip_bad_rows))
+
     def _route(self, train: SplitWriter, val: SplitWriter | None, progress: ProgressBar) -> None:
         """Write every document to its split."""
         long_hashes = iter(self.scan.long_hashes)
         side, is_within, done, shown, characters = train, False, 0, 0, 0
         cut = self.plan.train_characters
-        for text, place, line, is_last in read_documents(self.sources, self.column):
+        for text, place, line, is_last in self._documents(self.sources):
             raw = text.encode()
             if cut is not None and val is not None:
                 for part, to, ends in _halves(text, cut - characters, is_last):
@@ -290,7 +296,7 @@ class CheckedCorpus:
                 progress.update(done)
                 shown = done + PROGRESS_BYTES
         if val is not None:
-            for text, place, line, is_last in read_documents(self.val_sources, self.column):
+            for text, place, line, is_last in self._documents(self.val_sources):
                 val.bytes += len(text.encode())
                 val.add(text, place, line, is_last)
 
@@ -306,11 +312,23 @@ def open_corpus(config: Corpus) -> Iterator[CheckedCorpus]:
     with tempfile.TemporaryDirectory(prefix="llmctl-") as spool:
         sources = tuple(find_sources(config.data, Path(spool)))
         val_sources = tuple(find_sources(config.val_data, Path(spool)))
-        val_scan = scan(val_sources, config.text_column, all_hashes=True) if val_sources else None
+        bad = BadRows(config.skip_bad_rows)
+        val_scan = (
+            scan(val_sources, config.text_column, bad, all_hashes=True) if val_sources else None
+        )
         kept = frozenset(val_scan.hashes.tolist()) if val_scan else frozenset()
-        scanned = scan(sources, config.text_column, refused=kept)
+        scanned = scan(sources, config.text_column, bad, refused=kept)
+        bad.report()
         plan = SplitPlan(0.0) if val_scan else plan_split(scanned, config.val_fraction)
-        yield CheckedCorpus(sources, val_sources, config.text_column, scanned, val_scan, plan)
+        yield CheckedCorpus(
+            sources,
+            val_sources,
+            config.text_column,
+            scanned,
+            val_scan,
+            plan,
+            config.skip_bad_rows,
+        )
 
 
 @contextmanager
@@ -324,10 +342,10 @@ def _split_writer(
         writer.flush()
 
 
-def _pieces(sources: tuple[Source, ...], column: str) -> Iterator[str]:
+def _pieces(sources: tuple[Source, ...], column: str, skip_bad_rows: int) -> Iterator[str]:
     """Cut text into short pieces to train on: time grows with the square of a word's length."""
     cutter = Cutter("softly", TRAIN_CHARACTERS)
-    for text, _, _, is_last in read_documents(sources, column):
+    for text, _, _, is_last in read_documents(sources, column, BadRows(skip_bad_rows)):
         yield from cutter.feed(text, is_last)
 
 

@@ -163,12 +163,17 @@ def _read_documents(config: EvaluateConfig) -> tuple[list[Document], list[dict[s
     with tempfile.TemporaryDirectory(prefix="llmctl-") as spool:
         sources = tuple(find_sources(config.data, Path(spool)))
         pieces: list[str] = []
-        for text, place, line, is_last in read_documents(sources, config.text_column):
+        bad = BadRows(config.skip_bad_rows)
+        for text, place, line, is_last in read_documents(sources, config.text_column, bad):
             pieces.append(text)
             if is_last:
                 documents.append(Document("".join(pieces), place, line))
                 pieces = []
-        inputs = [text_input("data", source, config.text_column) for source in sources]
+        bad.report()
+        inputs = [
+            text_input("data", source, config.text_column, config.skip_bad_rows)
+            for source in sources
+        ]
     documents = [document for document in documents if document.text.strip()]
     if not documents:
         raise DataError("an empty file: there is no text in it", file=config.data[0])
