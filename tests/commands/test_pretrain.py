@@ -683,3 +683,15 @@ def test_weights_that_are_damaged_are_named(cli, base, tokens, tmp_path):
     (broken / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
     result = cli("pretrain", "--model", broken, "--tokens", tokens, "-o", tmp_path / "run")
     assert result.code == 4, result.err
+
+
+def test_a_finished_run_names_the_flags_that_it_was_not_made_with(cli, tokens, tmp_path):
+    run = ("pretrain", "--tokens", tokens, *SMALL, "--max-steps", 2, "-o", tmp_path / "run")
+    assert cli(*run, "--lr", 0.001).code == 0
+    before = digest(tmp_path / "run")
+    same = cli(*run, "--lr", 0.001, "--resume", "--threads", 2)
+    assert (same.code, "not as it was made" in same.err) == (0, False)
+    other = cli(*run, "--lr", 0.002, "--seed", 3, "--resume")
+    assert other.code == 0
+    assert "not as it was made, and not run again: --seed 0 -> 3; --lr 0.001 -> 0.002" in other.err
+    assert digest(tmp_path / "run") == before

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl import launch
+from llmctl.config.base import read_recipe
 from llmctl.config.sections import StageConfig
 from llmctl.console import log, rank
 from llmctl.errors import DivergedError, ModelError, OutputError, UserError
@@ -177,6 +178,8 @@ def finished_already(stage: str, config: StageConfig) -> dict[str, Any] | None:
         raise OutputError(f"holds a completed run, not one of `{stage}`", file=config.out)
     if rank() == 0:
         log.info("%s is already complete%s", config.out, _how_to_extend(config.out, config))
+        if changed := _changed_fields(stage, config, config.out):
+            log.warning("not as it was made, and not run again: %s", "; ".join(changed))
     return dict(manifest["result"])
 
 
@@ -301,6 +304,18 @@ def _fail(run: Run, error: BaseException, owned: Claim) -> None:
         exit_code=known.code if known else 1,
         error=str(known or error),
     )
+
+
+def _changed_fields(stage: str, config: StageConfig, out: Path) -> list[str]:
+    """Name the fields that a finished run was made with other values of, with both."""
+    file = out / "recipe.yaml"
+    then = read_recipe(file)[0] if file.is_file() else {}
+    now = config.recipe(stage)
+    return [
+        f"{config.flag(name)} {then[name]} -> {value}"
+        for name, value in now.items()
+        if name in then and then[name] != value and name not in ("stage", "out", "threads")
+    ]
 
 
 def _how_to_extend(out: Path, config: StageConfig) -> str:
