@@ -93,9 +93,11 @@ def test_preparation_may_take_longer(inputs, tmp_path):
     ("text", "said"),
     [
         ("[../gloo/unbound_buffer.cc:78] Timed out waiting 20000ms for recv operation", "answered"),
+        ("Application timeout caused pair closure", "answered"),  # seen where a link was cut
         ("wait timeout after 600000ms, keys: /default_pg/0//0", "answered"),
         ("The client socket has timed out after 600000ms while trying to connect", "answered"),
         ("[../gloo/pair.cc:547] Connection closed by peer [127.0.0.1]:9174", "ended"),
+        ("Remote peer closed the connection", "ended"),
         ("Read error [10.0.0.2]:38710: Connection reset by peer", "ended"),
     ],
 )

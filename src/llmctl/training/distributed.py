@@ -36,9 +36,12 @@ PLACED_BY = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELE
 """Variables that Accelerate may read: they say where weights and processes lie, and no more."""
 PREPARING = 2 * 3600.0
 """Seconds that processes wait for rank 0 before training: it may tokenize or download first."""
-SILENT = ("timed out waiting", "has timed out", "socket timeout", "wait timeout")
+SILENT = ("timed out", "timeout")
 """Signs in an error of torch's that a process did not answer."""
-GONE = ("closed by peer", "Connection reset", "Broken pipe", "Socket", "remote process")
+GONE = (
+    *("closed by peer", "peer closed", "connection reset", "broken pipe", "socket"),
+    *("remote process", "pair closure", "unreachable", "no route to host"),
+)
 """Signs in an error of torch's that a process ended."""
 DECIDED_BY = {
     "ACCELERATE_MIXED_PRECISION": "--precision",
@@ -102,10 +105,10 @@ def lost_peers_named(peer_timeout: float) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = str(error)
+        text = str(error).lower()
         if not launch.is_one_of_several():
             raise
-        if any(sign in text.lower() for sign in SILENT):
+        if any(sign in text for sign in SILENT):
             raise ResourceError(
                 f"another process of this run has not answered for {peer_timeout:g} s: its "
                 "machine, the network between them, or a disk that is slower than that",
