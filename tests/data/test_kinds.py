@@ -14,6 +14,7 @@ import zstandard
 
 from llmctl.data import kinds
 from llmctl.data.documents import read_pieces
+from llmctl.data.examples import read_examples
 from llmctl.data.kinds import file_kind
 from llmctl.data.rows import read_rows
 from llmctl.data.sources import find_sources, manifest_input
@@ -205,3 +206,14 @@ def test_what_holds_no_text_is_called_what_it_is(tmp_path, spool, message, name)
         found(spool, tmp_path / name)
     assert "iconv" not in (caught.value.hint or "")
     assert caught.value.hint
+
+
+def test_a_spreadsheet_with_semicolons_is_a_table(tmp_path):
+    """As spreadsheets write it where the comma stands in numbers, with a byte-order mark."""
+    file = tmp_path / "a.csv"
+    file.write_bytes('\ufeffprompt;response\r\nHow warm?;"9,5; or so"\r\n'.encode())
+    ((example,),) = (part.examples for part in read_examples([str(file)]))
+    assert [message["content"] for message in example.messages] == ["How warm?", "9,5; or so"]
+    file.write_text("prompt,response;x\na,b\n")
+    with pytest.raises(DataError, match="no example in these columns: `prompt`, `response;x`"):
+        read_examples([str(file)])

@@ -15,6 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
 from typing import IO, Any, NamedTuple, NoReturn
 
 from llmctl.data import builtin
@@ -292,8 +293,9 @@ def _refuse_spread(source: Source, number: int) -> None:
         return
     if "\n" not in text[:end].lstrip():
         return
-    lists = [name for name, value in row.items() if isinstance(value, list)]
-    inner = f"; its rows may be those of `{lists[0]}`" if lists else ""
+    lists = {name: len(value) for name, value in row.items() if isinstance(value, list)}
+    longest = max(lists, key=lists.__getitem__, default=None)
+    inner = "" if longest is None else f"; its rows may be those of `{longest}`"
     raise DataError(
         f"one object over several lines{inner}",
         file=source.name,
@@ -332,7 +334,8 @@ def _csv(source: Source, columns: Sequence[str] | None, skip: OnBad) -> Iterator
     header: list[str] = []
     with open_source(source) as file:
         lines = (line for _, line in read_lines(file, source.name))
-        rows = csv.reader(lines, strict=True, delimiter="\t" if source.kind == "tsv" else ",")
+        first = next(lines, "")
+        rows = csv.reader(chain([first], lines), strict=True, delimiter=_delimiter(source, first))
         while True:
             line = rows.line_num + 1
             try:
@@ -352,6 +355,13 @@ def _csv(source: Source, columns: Sequence[str] | None, skip: OnBad) -> Iterator
             elif row:
                 what = f"{len(row)} fields, but the header has {len(header)}"
                 skip(DataError(what, file=source.name, line=line))
+
+
+def _delimiter(source: Source, header: str) -> str:
+    """What stands between columns: a semicolon where spreadsheets use the comma in numbers."""
+    if source.kind == "tsv":
+        return "\t"
+    return ";" if ";" in header and "," not in header else ","
 
 
 def _check_names(
