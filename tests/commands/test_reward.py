@@ -503,7 +503,7 @@ def test_transformers_scores_a_conversation_by_the_lines_of_the_card(
 def test_the_card_of_a_model_without_turns_scores_pairs_or_texts(
     cli, train, bert, llama, tmp_path, monkeypatch, way
 ):
-    given = [{"prompt": "Hi", "response": "Hello."}, {"text": "Hi, and hello."}]
+    given = [{"prompt": "Hi", "response": "Hello ."}, {"text": "Hi Hello ."}]
     model, data = bert, rows(40)
     if way == "texts":
         model = llama

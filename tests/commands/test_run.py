@@ -191,7 +191,7 @@ def test_a_gate_that_fails_ends_the_run_and_one_that_is_loosened_goes_on(cli, re
         assert report["stages"][2]["state"] == "waiting"
         assert report["stage"] == "run"
         assert f"report: {out / 'report.html'}" in result.err
-        assert "Of 1 gates, 1 did not hold." in (out / "report.html").read_text()
+        assert "Of 1 gate, 1 did not hold." in (out / "report.html").read_text()
     found = run_json(cli, recipe(gated.replace("BOUND", "50")), "-o", out)
     assert found["base"] == "unchanged"
     assert (out / "base/manifest.json").read_bytes() == before

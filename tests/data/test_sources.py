@@ -89,7 +89,7 @@ def test_a_folder_of_other_files_says_which(tmp_path, spool):
 def test_a_folder_of_documents_says_what_to_do(tmp_path, spool):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "a.docx").write_bytes(b"PK\x03\x04")
-    with pytest.raises(DataError, match=r"1 files of other kinds \(\.docx\)") as caught:
+    with pytest.raises(DataError, match=r"1 file of other kinds \(\.docx\)") as caught:
         find_sources([str(tmp_path / "docs")], spool)
     assert caught.value.hint == "save its text as .txt"
 

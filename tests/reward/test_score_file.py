@@ -3,6 +3,8 @@
 import pytest
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from llmctl.data.audit.rules import RowRules
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.preference_pairs import encode_pairs
 from llmctl.data.preferences import parse_preferences
 from llmctl.data.rows import SourceRow
@@ -81,7 +83,9 @@ def test_a_pair_is_scored_as_it_is_trained_on(scorer):
     found = tokens_of(scorer, row)
     record = SourceRow(row, "a.jsonl", 1)
     pairs = parse_preferences(record, match_layout(row, PAIR_LAYOUTS, None, None), {})
-    trained = encode_pairs(scorer.response_format, pairs, 512, "auto")
+    trained = encode_pairs(
+        scorer.response_format, pairs, 512, "auto", BadRows(), RowRules(scorer.tokenizer)
+    )
     for side, last in (("chosen", CALL), ("rejected", CURT)):
         assert found[f"score_{side}"] == getattr(trained, side).sequence(0)[0].tolist()
         text = scorer.tokenizer.apply_chat_template(

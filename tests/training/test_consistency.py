@@ -158,7 +158,7 @@ def test_a_file_that_one_host_lacks_ends_both(start, hosts):
 
 
 def test_ppo_is_compared_too(inputs, hosts, tmp_path):
-    prompts = [{"prompt": f"hello {who}"} for who in RECORDER.WHO]
+    prompts = [{"prompt": f"{RECORDER.WHO[0]} {who}"} for who in RECORDER.WHO]
     for host in hosts:
         write_rows(host / "prompts.jsonl", prompts)
 

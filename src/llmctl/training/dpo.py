@@ -40,7 +40,7 @@ from llmctl.training.distributed import autocast
 from llmctl.training.fault_tolerance import together
 from llmctl.training.loop import Trainer
 from llmctl.training.model_checks import require_causal
-from llmctl.training.objective import Loss, Validation, wins
+from llmctl.training.objective import Loss, Validation
 from llmctl.training.samples import TextSampler, prompts_of
 from llmctl.training.state import generators_kept
 from llmctl.training.token_loss import TokenLoss, require_chunkable, token_loss_of
@@ -220,7 +220,7 @@ class DirectPreference:
         margin, said = (chosen - rejected).detach(), own.detach()
         pairs = len(margin)
         sums = (
-            wins(margin).sum(),
+            (margin > 0).sum(),
             margin.sum(),
             said[:pairs].sum(),
             said[pairs:].sum(),
