@@ -466,6 +466,7 @@ def test_a_ranking_counts_as_one_observation():
 def card_score(folder, monkeypatch):
     """What the lines of a model card give; and the names they use."""
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    code = code.replace("Hi, and hello.", "Hi Hello .")  # words that these tokenizers know
     monkeypatch.chdir(folder)
     names: dict = {}
     exec(code, names)
