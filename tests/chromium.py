@@ -66,6 +66,15 @@ class Browser:
         (element,) = found.values()
         self.call(f"/element/{element}/click", {})
 
+    def double_click(self, selector: str, gap: int = 120) -> None:
+        """Two real clicks in the middle of an element, so many milliseconds apart."""
+        found = self.call("/element", {"using": "css selector", "value": selector})
+        move = {"type": "pointerMove", "duration": 0, "x": 0, "y": 0, "origin": found}
+        click = [{"type": kind, "button": 0} for kind in ("pointerDown", "pointerUp")]
+        actions = [move, *click, {"type": "pause", "duration": gap}, *click]
+        mouse = {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}}
+        self.call("/actions", {"actions": [{**mouse, "actions": actions}]})
+
     def devtools(self, command: str, **parameters: Any) -> Any:
         return self.call("/goog/cdp/execute", {"cmd": command, "params": parameters})
 

@@ -11,7 +11,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "llmctl"
 BOTTOM = {
     *("console", "errors", "files", "hardware", "launch", "metrics", "numbers", "redact"),
-    "signals",
+    *("signals", "text_forms"),
 }
 """Loose files that every folder may import; they import no folder."""
 TOP = {"__main__", "cli", "options"}
@@ -36,11 +36,11 @@ FOLDERS = (  # from the bottom up: a folder imports those before it
     "pipeline",
 )
 HEAVY = {"torch", "transformers", "accelerate", "trl", "peft", "datasets", "bitsandbytes"}
-LIGHT = {"cli", "options", "config", "reporting", "runs", *BOTTOM} - {"hardware", "launch"}
+LIGHT = {"cli", "options", "config", "reporting", "runs", *BOTTOM} - {"hardware"}
 """What loads without any of them, but for the modules that HEAVY_ALL_THE_SAME names."""
 HEAVY_ALL_THE_SAME = {"runs.checkpoint", "runs.resume"}
-HEAVY_IN_FUNCTIONS = {"runs.trackers"}
-"""Light until a tracker is opened, when training has loaded everything already."""
+HEAVY_IN_FUNCTIONS = {"launch", "runs.trackers"}
+"""Light until processes are launched or a tracker is opened."""
 OWNERS = {
     "typer": {"cli", "options"},
     "torchao": {"quantize"},

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llmctl.numbers import byte_size, duration, short_number
+from llmctl.numbers import byte_size, counted, duration, short_number
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,19 @@ def test_durations(seconds, text):
 )
 def test_short_numbers(number, text):
     assert short_number(number) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 prompts"), (1, "1 prompt"), (2, "2 prompts"), (1234, "1,234 prompts")],
+)
+def test_counts(count, text):
+    assert counted(count, "prompt") == text
+
+
+def test_counts_of_nouns_without_an_s():
+    assert counted(1, "class", "classes") == "1 class"
+    assert counted(3, "class", "classes") == "3 classes"
 
 
 @pytest.mark.parametrize(("count", "text"), [(7, "7 B"), (1234.4, "1.2 kB"), (1.24e9, "1.2 GB")])

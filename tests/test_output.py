@@ -222,6 +222,17 @@ def test_in_a_pipe_there_are_plain_lines(corpus, tmp_path):
     assert not {"\r", "\x1b"} & set(ran.stderr)
 
 
+def test_what_takes_long_is_said_on_a_terminal(monkeypatch, capsys):
+    console.set_up()
+    monkeypatch.setattr(console, "SLOW_SECONDS", 0.05)
+    for terminal, seconds, said in ((True, 0.5, 1), (True, 0, 0), (False, 0.2, 0)):
+        monkeypatch.setattr(console, "is_terminal", lambda terminal=terminal: terminal)
+        with console.said_if_slow("loading a model"):
+            time.sleep(seconds)
+        time.sleep(0.2)
+        assert capsys.readouterr().err == "loading a model\n" * said
+
+
 def test_on_a_terminal_there_is_a_bar(corpus, tmp_path):
     master, slave = pty.openpty()
     process = subprocess.Popen(

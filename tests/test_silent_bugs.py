@@ -648,7 +648,7 @@ def test_bytes_that_are_no_text_are_refused_with_their_place(sft, base, tmp_path
 NOTHING = {
     "no rows": ("", (), "an empty file"),
     "blank lines": ("\n\n", (), "an empty file"),
-    "prompts fill it": (FINE, ("--max-length", 12), "none of the 1 rows has a token to train on"),
+    "prompts fill it": (FINE, ("--max-length", 12), "none of 1 row has a token to train on"),
     "no messages": ('{"messages": []}', (), "rows.jsonl:1: `messages` is empty"),
     "no answers": (
         '{"messages": [{"role": "user", "content": "Hi"}]}',

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -63,3 +64,19 @@ def test_a_job_at_its_time_limit_is_requeued_and_ends(tokens, tmp_path):
     assert (tmp_path / "scontrol.log").read_text() == "requeue 4711\n", "a finished job stays out"
     status = json.loads((tmp_path / "runs/base/status.json").read_text())
     assert status["state"] == "completed"
+
+
+def test_launchers_in_scripts_leave_time_to_save():
+    """Torchrun kills its processes 30 s after a signal, and one it does not pass on kills it."""
+    pages = [page.read_text() for page in (ROOT / "docs").glob("*.md")]
+    blocks = [block.split("```")[0] for page in pages for block in page.split("```sh\n")[1:]]
+    jobs = [block for block in blocks if "#SBATCH" in block and "torchrun" in block]
+    assert jobs
+    for job in jobs:
+        before, _, after = job.partition("torchrun ")
+        seconds = re.search("export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=([0-9]+)", before)
+        assert seconds is not None
+        assert int(seconds[1]) >= 600
+        assert "USR1" in re.search("--signals-to-handle ([A-Z0-9,]+)", after)[1]
+        assert "--kill-on-bad-exit" in before
+        assert "--resume" in after

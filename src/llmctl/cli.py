@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.main import get_command
 
-from llmctl import console
+from llmctl import console, launch
 from llmctl.errors import UserError
 from llmctl.redact import redact, redacted
 from llmctl.signals import exit_now, handled_by, raising_on_signals, signal_error
@@ -66,8 +66,8 @@ EXAMPLES = {
 }
 EXIT_CODES = (
     "Exit codes: 0 done; 1 bug; 2 usage or recipe; 3 data or output directory; 4 model or "
-    "checkpoint; 5 memory or disk; 6 network; 7 diverged; 8 quality gate; 130 interrupted; "
-    "141 closed pipe; 143 terminated."
+    "checkpoint; 5 memory, disk or a lost process; 6 network; 7 diverged; 8 quality gate; "
+    "130 interrupted; 141 closed pipe; 143 terminated."
 )
 LAUNCHED = ("pretrain", "sft", "reward", "dpo", "ppo")
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -123,13 +123,16 @@ def _add_command(app: typer.Typer, name: str) -> None:
 
 def _run(name: str, config: "Reporting") -> int:
     """Run a command; stdout gets its result and nothing else."""
+    settings = dict(config)
+    trains = name in LAUNCHED and settings.get("score") is None
+    launch.require_placed(name, trains=trains)
     console.set_up(quiet=config.quiet or console.rank() > 0, verbose=config.verbose)
     try:
         result = _finished_already(name, config)
         if result is None:
-            processes = dict(config).get("processes") if name in LAUNCHED else None
+            processes = settings.get("processes") if trains else None
             if processes and processes > 1 and "RANK" not in os.environ:
-                return int(import_module("llmctl.launch").run(processes))
+                return launch.run(processes)
             result = _run_command(name, config)
         if result is not None and console.rank() == 0:
             shown = redacted(result)
@@ -160,7 +163,8 @@ def _finished_already(name: str, config: "Reporting") -> dict[str, Any] | None:
 def _run_command(name: str, config: "Reporting") -> dict[str, Any] | None:
     """Import the command's module and run it; a signal unwinds it and is one line."""
     package = "pipeline" if name in ("run", "demo") else "commands"
-    run: Callable[[Any], dict[str, Any] | None] = import_module(f"llmctl.{package}.{name}").run
+    with console.said_if_slow("loading torch and transformers"):
+        run: Callable[[Any], dict[str, Any] | None] = import_module(f"llmctl.{package}.{name}").run
     with raising_on_signals():
         return run(config)
 

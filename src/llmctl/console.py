@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from threading import Timer
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from llmctl.numbers import duration
@@ -23,6 +25,9 @@ NOISY = ("torchao", "torch.utils._pytree")
 
 PLAIN_SECONDS = 5.0
 """Seconds between two lines of progress where there is no terminal."""
+
+SLOW_SECONDS = 1.0
+"""Seconds of silence after which a terminal is told what takes so long."""
 
 CONTROL_CHARACTERS = dict.fromkeys(
     {*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}, "\N{REPLACEMENT CHARACTER}"
@@ -52,14 +57,34 @@ def set_up(*, quiet: bool = False, verbose: bool = False) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+@cache
+def say_once(message: str, *, is_warning: bool = False) -> None:
+    """Log a message the first time that it comes: data is read several times."""
+    log.log(logging.WARNING if is_warning else logging.INFO, message)
+
+
 def rank() -> int:
     """This process's rank, as launchers set it; only rank 0 speaks and writes."""
-    return int(os.environ.get("RANK", "0"))
+    number = os.environ.get("RANK", "")
+    return int(number) if number.isdecimal() else 0
 
 
 def is_terminal() -> bool:
     """Whether stderr can show a live progress bar."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+@contextmanager
+def said_if_slow(text: str) -> Iterator[None]:
+    """Say what the body does once it has taken a second, on a terminal."""
+    timer = Timer(SLOW_SECONDS, log.info, (text,))
+    timer.daemon = True
+    if is_terminal():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

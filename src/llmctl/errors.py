@@ -78,7 +78,7 @@ class ModelError(UserError):
 
 
 class ResourceError(UserError):
-    """Too little memory or disk."""
+    """Too little memory or disk, or another process of the run is lost."""
 
     code = 5
 

@@ -17,6 +17,10 @@ from safetensors import SafetensorError
 from llmctl.errors import OutputError, ResourceError
 from llmctl.redact import redact, redacted
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""What a file begins with that git-lfs has not fetched."""
+FETCH_LFS = "fetch the files of that repository, in its folder: git lfs pull"
+
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
@@ -93,6 +97,12 @@ def no_space(path: Path, needed: int | None = None) -> ResourceError:
         file=path,
         hint="free some space or choose another --out",
     )
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file stands for one that git-lfs has not fetched."""
+    with file.open("rb") as opened:
+        return opened.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def sha256_file(path: Path) -> str:

@@ -16,6 +16,11 @@ def cell(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
+def counted(number: int, noun: str, nouns: str | None = None) -> str:
+    """Format a count with its noun: `1 prompt`, `1,200 prompts`; `nouns` if it takes no s."""
+    return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"
+
+
 def duration(seconds: float) -> str:
     """Format seconds for a log line: `45s`, `12m30s`, `3h05m`, `2d03h`."""
     whole = round(seconds)

@@ -407,7 +407,7 @@ def stopping_after(pieces: int):
 def test_a_reply_that_was_stopped_is_kept_as_far_as_it_came(tokenizer) -> None:
     talk = conversation_of(new_llama(tokenizer), tokenizer)
     shown, on_piece = stopping_after(3)
-    reply = talk.send("The cat", on_piece)
+    reply = talk.send("A dog", on_piece)
     assert (reply.text, reply.finish_reason) == ("".join(shown), "interrupted")
     assert talk.turns == [reply]
     other, on_piece = stopping_after(2)
@@ -534,6 +534,25 @@ def _own_terminal() -> None:
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_keys_typed_while_the_model_loads_are_not_lost(endless) -> None:
+    screen = Screen("chat", "--model", endless, "--threads", 1)
+    try:
+        screen.press("/undo\n/un")  # a line, and the beginning of the next
+        screen.until("Ctrl-D leaves")
+        screen.until("> ")
+        screen.until("nothing to undo")
+        screen.until("> ")
+        screen.press("known\n")
+        screen.until("no command /unknown")
+        screen.until("> ")
+        screen.press("\x04")
+        assert screen.process.wait(timeout=30) == 0
+    finally:
+        screen.process.kill()
+        screen.process.wait()
+        os.close(screen.keys)
 
 
 def test_a_conversation_at_a_terminal(endless, tmp_path) -> None:

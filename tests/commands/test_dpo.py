@@ -518,9 +518,9 @@ def test_odd_data_is_said(cli, base, tmp_path):
     result = cli("dpo", "--model", base, "--data", data, *QUICK, "--val-size", 0, "--dry-run")
     assert result.code == 0, result.err
     assert "32 pairs have a margin, which this loss has no place for: not used" in result.err
-    assert "1 pairs stand in both orders" in result.err
+    assert "1 pair stands in both orders" in result.err
     assert "1 with equal responses" in result.err
-    assert "1 pairs are the same tokens on both sides" in result.err
+    assert "left out 1 pair of the same tokens on both sides" in result.err
     assert "stage: dpo" in result.out
 
 

@@ -9,6 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from llmctl.config.commands import EvaluateConfig
 from llmctl.data.append_log import AppendLog
@@ -17,13 +18,13 @@ from llmctl.evaluate import compare, perplexity
 from llmctl.evaluate.aggregate import compute_figures
 from llmctl.evaluate.few_shot import FewShotFormat, choose_shots
 from llmctl.evaluate.inputs import EvaluationExample
-from llmctl.evaluate.scorers import Scorer, extract, find_label
+from llmctl.evaluate.scorers import Scorer, extract
 from llmctl.evaluate.task import EvaluationTask, RowsInMemory, run_task
 from llmctl.models.loading import load_causal_lm, load_config, load_tokenizer
 from llmctl.runs.ownership import ROWS
 from llmctl.training.classify import class_counts, macro_f1
 from tests.processes import shown_on_a_terminal
-from tests.run_files import metrics, write_rows
+from tests.run_files import edit_json, manifest, metrics, write_rows
 
 TEXTS = ["The cat sees the river.", "A dog likes many stars. My friend finds a song.", "The house"]
 PAIRS = [
@@ -212,7 +213,8 @@ def test_the_answer_is_the_last_match(pattern, text, answer):
 def test_exact_looks_at_the_answer_alone():
     scorer = Scorer(("exact",), re.compile(r"#### (\S+)"), ())
     assert scorer.score("I think #### 18", "9 * 2\n#### 18")["exact"] == 1.0
-    assert scorer.score("18", "#### 18") == {"answer": None, "expected": "18", "exact": 0.0}
+    nothing = {"answer": None, "expected": "18", "compared": None, "exact": 0.0}
+    assert scorer.score("18", "#### 18") == nothing
     assert Scorer(("exact",), None, ()).score(" The River. ", "the  river")["exact"] == 1.0
 
 
@@ -273,8 +275,9 @@ def test_bleu_and_chrf_are_those_of_sacrebleu():
         ("nothing", None),
     ],
 )
-def test_the_label_is_the_text_or_the_first_word_that_is_one(text, label):
-    assert find_label(text, ["positive", "negative", "very negative"]) == label
+def test_the_label_is_the_text_or_the_one_that_it_names(text, label):
+    scorer = Scorer(("accuracy",), None, ("positive", "negative", "very negative"))
+    assert scorer.score(text, "positive")["label"] == label
 
 
 def test_f1_is_the_mean_over_labels():
@@ -413,7 +416,8 @@ def test_a_writer_is_judged_by_the_labels_that_it_names(figures, roomy, labelled
     assert len(rows) == 8
     assert found["accuracy"] == sum(row["label"] == row["reference"] for row in rows) / 8
     for row in rows:
-        assert row["label"] == find_label(row["response"], ["cat", "dog"])
+        named = [label for label in ("cat", "dog") if re.search(rf"\b{label}\b", row["response"])]
+        assert row["label"] == (named[0] if len(named) == 1 else None)
 
 
 # Two models
@@ -505,6 +509,31 @@ def test_a_reward_model_judges(cli, figures, roomy, base, pairs, tmp_path):
     refused = cli("evaluate", "--model", tmp_path / "judge", "--data", pairs)
     assert refused.code == 4
     assert "reward model" in refused.err
+    assert manifest(tmp_path / "run")["score_at"] == "end-of-turn"
+
+    foreign = shutil.copytree(tmp_path / "judge/model", tmp_path / "foreign")
+    judge = AutoTokenizer.from_pretrained(foreign)
+    judge.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    judge.save_pretrained(foreign)
+    edit_json(foreign / "config.json", score_at=None)
+    scorer = AutoModelForSequenceClassification.from_pretrained(foreign)
+    for flags, said, end in (((), True, ""), (("--score-at", "last-token"), False, "\n")):
+        out = tmp_path / f"judged{len(flags)}"
+        stops = [word for letter in "aeinorst. " for word in ("--stop", letter)]
+        options = ("--reward-model", foreign, "--plain", *SHORT, *stops, *flags, "-o", out)
+        done = cli("evaluate", "--model", roomy, "--data", prompts, *options)
+        assert (done.code, "--score-at last-token" in done.err) == (0, said), done.err
+        assert manifest(out)["score_at"] == ("last-token" if flags else "end-of-turn")
+        row = next(row for row in metrics(out, ROWS) if row["finish_reason"] != "length")
+        turns = f"user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n{row['response']}"
+        text = f"<|im_start|>{turns}<|im_end|>{end}"
+        inputs = judge(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        assert row["reward"] == pytest.approx(scorer(inputs).logits.item(), rel=1e-3)
+    refused = cli("evaluate", "--model", roomy, "--data", pairs, "--score-at", "last-token")
+    assert (refused.code, "goes with --reward-model" in refused.err) == (2, True)
 
 
 # Benchmarks
@@ -696,7 +725,7 @@ def test_a_run_is_not_resumed_as_another(cli, roomy, pairs, tmp_path):
         (("--data", "blank.jsonl"), 3, "no rows in it"),
         (("--data", "a.txt", "--metrics", "rouge"), 3, "this is plain text"),
         (("--data", "texts.jsonl", "--metrics", "rouge"), 3, "no reference for `rouge`"),
-        (("--data", "pairs.jsonl", "--shots", 6), 3, "there are only 6 rows"),
+        (("--data", "pairs.jsonl", "--shots", 6), 3, "only 6 rows in the data"),
         (
             ("--data", "pairs.jsonl", "--metrics", "exact", "--answer-regex", "#"),
             3,

@@ -15,11 +15,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmctl.commands import generate
+from llmctl.config.commands import RankConfig
 from llmctl.data.chat.render import ChatFormat, encode_text
 from llmctl.data.prompts import PromptExample
 from llmctl.decode import loop
 from llmctl.decode.prompts import PromptEncoder
 from llmctl.errors import ModelError
+from llmctl.feedback.generation import load_generator
+from llmctl.feedback.questions import read_entries
 from tests.conftest import pipe
 from tests.run_files import rows_in
 
@@ -89,8 +92,20 @@ def spell(lm: LlamaForCausalLM, tokens: list[int]) -> None:
 
 def test_one_prompt_streams_its_text(cli, model) -> None:
     result = cli("generate", "--model", model, "--prompt", "", "--greedy")
-    assert (result.code, result.out, result.err) == (0, TEXT + "\n", "")
+    assert (result.code, result.out) == (0, TEXT + "\n")
+    assert result.err.count("\n") == 1  # a hint
     assert cli("generate", "--model", model, "--prompt", "H").out == TEXT[1:] + "\n"
+
+
+HINT = "this model was made to be asked with --chat"
+
+
+def test_a_model_that_answers_in_a_template_is_better_asked_so(cli, model, talker) -> None:
+    asked = ("generate", "--prompt", "H", "--max-new-tokens", 2, "--model")
+    assert HINT in cli(*asked, model).err  # its template ends turns with its eos
+    assert HINT not in cli(*asked, talker).err  # as base models do that have a template
+    for meant in ("--no-chat", "--chat", "-q"):
+        assert HINT not in cli(*asked, model, meant).err
 
 
 def test_many_texts_have_a_line_between(cli, model) -> None:
@@ -160,7 +175,7 @@ def test_dry_run_loads_no_weights_and_prints_a_recipe(cli, model, tmp_path) -> N
     finally:
         (tmp_path / "away").rename(model / "model.safetensors")
     assert result.code == 0
-    assert "would write 1 responses of at most 256 tokens" in result.err
+    assert "would write 1 response of at most 256 tokens" in result.err
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(result.out)
     assert cli("generate", "-c", recipe).out == TEXT[1:] + "\n"
@@ -212,6 +227,102 @@ def test_chat_and_messages_from_a_file(cli, model, tmp_path) -> None:
     assert rows[0]["response"] == "ab"  # after the newline that opens the assistant's turn
 
 
+# Ends of another kind than the eos token
+
+
+@pytest.fixture(scope="module")
+def talker(model, tmp_path_factory) -> Path:
+    """A model that says Ok and a special token that is not its eos, over and over.
+
+    Its template ends turns with that token.
+    """
+    folder = tmp_path_factory.mktemp("model") / "talker"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<|turn|>"
+        "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    lm = LlamaForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        lm.lm_head.weight.zero_()
+        colon, *ok = tokenizer(":Ok", add_special_tokens=False)["input_ids"]
+        turn = tokenizer.convert_tokens_to_ids("<|turn|>")
+        for before, after in itertools.pairwise([colon, *ok, turn, ok[0]]):
+            lm.lm_head.weight[after, before] = 1.0
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_stop_string_may_be_a_special_token(cli, talker) -> None:
+    arguments = ("generate", "--model", talker, "--prompt", ":", "--greedy")
+    arguments = (*arguments, "--max-new-tokens", 7)
+    for stops in ((), ("--stop", "z"), ("--stop", "<|other|>")):  # the last one is but text
+        row = rows_in(cli(*arguments, *stops, "--json").out)[0]
+        assert (row["response"], row["finish_reason"]) == ("OkOkO", "length")
+    for stop in ("<|turn|>", "<|turn|>\n"):
+        row = rows_in(cli(*arguments, "--stop", "z", "--stop", stop, "--json").out)[0]
+        assert (row["response"], row["finish_reason"]) == ("Ok", "stop")
+    assert cli(*arguments, "--stop", "<|turn|>").out == "Ok\n"  # as it streams
+    assert cli(*arguments, "--stop", "<|turn|>", "--stop", "k").out == "O\n"
+
+
+def test_a_stop_string_that_no_text_holds_is_refused(cli, talker, tmp_path) -> None:
+    light = tmp_path / "light"
+    shutil.copytree(talker, light, ignore=shutil.ignore_patterns("*.safetensors"))
+    result = cli("generate", "--model", light, "--prompt", ":", "--stop", "<|turn|>user")
+    assert result.code == 2
+    assert "--stop '<|turn|>user' would never be found: <|turn|> is a special token" in result.err
+    assert "pass --stop '<|turn|>'" in result.err
+
+
+def test_answers_end_where_the_template_ends_turns(cli, talker, tmp_path, monkeypatch) -> None:
+    asked = ("--model", talker, "--greedy", "--max-new-tokens", 7, "--json")
+    expected = [("Ok", "eos")]
+
+    def ends(result) -> list[tuple[str, str]]:
+        assert result.code == 0, result.err
+        return [(row["response"], row["finish_reason"]) for row in rows_in(result.out)]
+
+    assert ends(cli("generate", *asked, "--chat", "--prompt", "hi")) == expected
+    assert ends(cli("generate", *asked, "--prompt", ":")) == [("OkOkO", "length")]
+    file = tmp_path / "asks.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}) + "\n")
+    assert ends(cli("generate", *asked, "--prompts-file", file)) == expected
+    pipe(monkeypatch, "hi")
+    assert ends(cli("chat", *asked)) == expected
+
+
+def test_so_do_those_that_are_ranked_and_evaluated(cli, talker, tmp_path) -> None:
+    file = tmp_path / "asks.jsonl"
+    file.write_text(json.dumps({"prompt": "hi", "response": "Ok"}) + "\n")
+    asked = {"model": str(talker), "data": file, "greedy": True, "max_new_tokens": 7}
+    generator = load_generator(RankConfig(**asked), str(talker), read_entries(file))
+    assert set(generator(0, lambda: False)) == {"Ok"}
+    plain = load_generator(RankConfig(**asked, chat=False), str(talker), read_entries(file))
+    assert set(plain(0, lambda: False)) != {"Ok"}
+    flags = ("--metrics", "exact", "--greedy", "--max-new-tokens", 7, "--json")
+    result = cli("evaluate", "--model", talker, "--data", file, *flags, "-o", tmp_path / "run")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["exact"] == 1
+
+
+def test_a_template_that_asks_otherwise_than_it_answers_still_ends_turns(model) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<|turn|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:<think>{% endif %}"
+    )
+    assert ChatFormat(tokenizer).end_of_answer == 3
+    for template, end in (("{{ messages[-1]['content'] }}\n", None), (TEMPLATE, 1)):
+        tokenizer.chat_template = template
+        assert ChatFormat(tokenizer).end_of_answer == end
+    tokenizer.chat_template = "{{ raise_exception('no answers') if messages | length > 1 }}x"
+    example = PromptExample("hi", "prompt 1")
+    assert PromptEncoder(tokenizer, chat=True).end_of_answer([example]) is None
+    assert PromptEncoder(tokenizer).end_of_answer([example]) is None
+
+
 # Refusals
 
 
@@ -224,15 +335,23 @@ def test_chat_and_messages_from_a_file(cli, model, tmp_path) -> None:
         (("--prompt", "a", "--system", "x"), 2, "--system goes with --chat"),
         (("--prompt", "a", "--load-in-8bit", "--load-in-4bit"), 2, "not both"),
         (("--prompt", "a", "--device", "tpu"), 2, "--device: "),
-        (("--prompts-file", "none.txt"), 3, "none.txt: cannot read: No such file"),
+        (("--prompts-file", "none.txt"), 3, "none.txt: no such file"),
         (("--prompts-file", "empty.txt"), 3, "empty.txt: no prompts"),
         (("--prompts-file", "latin1.txt"), 3, "latin1.txt: not UTF-8 at byte 2"),
         (("--prompts-file", "broken.jsonl"), 3, "broken.jsonl:2: not JSON"),
         (("--prompts-file", "list.jsonl"), 3, "list.jsonl:1: expected an object, got an array"),
-        (("--prompts-file", "other.jsonl"), 3, "other.jsonl:1: a row needs `prompt`"),
-        (("--prompts-file", "role.jsonl"), 3, "role.jsonl:1: a message needs a `role`"),
+        (("--prompts-file", "other.jsonl"), 3, "other.jsonl:1: no prompt in these columns: `text`"),
+        (
+            ("--prompts-file", "role.jsonl"),
+            3,
+            "role.jsonl:1: the role of `messages[0]` is `asistant`",
+        ),
         (("--prompts-file", "long.txt"), 3, "long.txt:2 has 2,001 tokens, the model's context"),
-        (("--prompt", "a", "--shots", "other.jsonl"), 3, "other.jsonl:1: an example needs"),
+        (
+            ("--prompt", "a", "--shots", "other.jsonl"),
+            3,
+            "other.jsonl:1: no column `prompt`; there is `text`",
+        ),
         (("--prompt", "a", "-o", "."), 3, "a directory is in the way"),
         (("--prompt", "a", "-o", "none/rows.jsonl"), 3, "no such directory"),
     ],
@@ -321,7 +440,7 @@ def endless(model) -> subprocess.Popen:
     """A process that writes lines until it is stopped."""
     command = [sys.executable, "-m", "llmctl", "generate", "--model", str(model)]
     process = subprocess.Popen(
-        [*command, "--prompt", "ab\n", "--max-new-tokens", "1900"],
+        [*command, "--prompt", "ab\n", "--max-new-tokens", "1900", "--no-chat"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         # A shell gives its background jobs, and so their children, a SIGINT that is ignored.

@@ -326,7 +326,7 @@ def test_several_samples_share_a_prompt(cli, base, world):
     [
         (("--reward-rule", "python:ppo_rules.broken"), 3, "raised ValueError: no reward today"),
         (("--reward-rule", "python:ppo_rules.nothing"), 3, "gave nan for the response to"),
-        (("--reward-rule", "python:ppo_rules.few"), 3, "gave 1 scores for"),
+        (("--reward-rule", "python:ppo_rules.few"), 3, "gave 1 score for"),
         (("--reward-rule", "python:ppo_rules.absent"), 2, "ppo_rules has no absent"),
         (("--reward-rule", "python:nowhere.to_be"), 2, "No module named 'nowhere'"),
         (("--reward-rule", "regex:("), 2, "no regular expression"),
@@ -340,6 +340,7 @@ def test_several_samples_share_a_prompt(cli, base, world):
         (("--reward-rule", "python:ppo_bad.rule"), 2, "SyntaxError"),
         (("--kl-horizon", 5), 2, "--kl-horizon goes with --kl-target"),
         (("--clip-score", 5.5), 2, "--clip-score goes with --reward-model"),
+        (("--score-at", "last-token"), 2, "--score-at goes with --reward-model"),
         (("--max-steps", 2, "--episodes", 16), 2, "give --max-steps or --episodes, not both"),
         (("--max-step", 2), 2, "No such option: --max-step"),
         (("--val-size", 25), 3, "25 prompts to hold out, but there are only 25"),
@@ -362,7 +363,7 @@ def test_bad_settings(cli, base, world, arguments, code, said):
         ('{"text": "a"}\n', "bad.jsonl:1: no prompt in these columns: `text`"),
         ('{"prompt": 3}\n', "bad.jsonl:1: `prompt` is a number, expected text"),
         ('{"prompt": "' + "the cat " * 60 + '"}\n', "bad.jsonl:1: the prompt has"),
-        ('{"messages": [{"role": "assistant", "content": "Hi"}]}\n', "holds no turn of the user"),
+        ('{"messages": [{"role": "assistant", "content": "Hi"}]}\n', "begins with the assistant"),
         ("{\n", "bad.jsonl:1: not JSON"),
         ("", "no prompt in it"),
     ],
@@ -384,7 +385,7 @@ def test_bad_rows_may_be_skipped(cli, base, world):
         "ppo", "--plain", "--model", base, *arguments, *QUICK, "--max-steps", 1, "-o", "run"
     )
     assert result.code == 0, result.err
-    assert "left out 1 rows" in result.err
+    assert "left out 1 row" in result.err
 
 
 def test_exact_needs_answers(cli, base, world):

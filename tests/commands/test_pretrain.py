@@ -263,6 +263,25 @@ def test_resuming_from_another_runs_checkpoint_ends_where_it_would_have(cli, tok
     assert digest(second) == digest(first)
 
 
+@pytest.mark.parametrize("named", ["", "checkpoints"])
+def test_of_a_run_the_newest_sound_checkpoint_is_resumed(cli, tokens, tmp_path, named):
+    run = ("pretrain", "--tokens", tokens, *SMALL, *STEPS, "--keep", 9, "-o")
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert cli(*run, first).code == 0
+    steps = sorted(int(p.name.split("-")[1]) for p in (first / "checkpoints").iterdir())
+    cut = cut_off(first, tmp_path / "cut", steps[-2])
+    (cut / "checkpoints" / f"checkpoint-{steps[-2]}" / "model.safetensors").write_bytes(b"")
+    result = cli(*run, second, "--resume-from", cut / named)
+    assert result.code == 0, result.err
+    assert f"passing over {cut}/checkpoints/checkpoint-{steps[-2]}: model.safeten" in result.err
+    assert f"resuming from {cut}/checkpoints/checkpoint-{steps[-3]}" in result.err
+    assert digest(second) == digest(first)
+    shutil.rmtree(cut / "checkpoints")
+    (cut / "checkpoints").mkdir()
+    result = cli(*run, tmp_path / "third", "--resume-from", cut / named)
+    assert (result.code, "this run has no checkpoint" in result.err) == (4, True)
+
+
 def test_a_failed_overwrite_leaves_the_model(cli, base, tokens):
     before = digest(base)
     result = cli("pretrain", "--tokens", "nowhere", "-o", base, "--overwrite")
@@ -664,3 +683,15 @@ def test_weights_that_are_damaged_are_named(cli, base, tokens, tmp_path):
     (broken / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
     result = cli("pretrain", "--model", broken, "--tokens", tokens, "-o", tmp_path / "run")
     assert result.code == 4, result.err
+
+
+def test_a_finished_run_names_the_flags_that_it_was_not_made_with(cli, tokens, tmp_path):
+    run = ("pretrain", "--tokens", tokens, *SMALL, "--max-steps", 2, "-o", tmp_path / "run")
+    assert cli(*run, "--lr", 0.001).code == 0
+    before = digest(tmp_path / "run")
+    same = cli(*run, "--lr", 0.001, "--resume", "--threads", 2)
+    assert (same.code, "not as it was made" in same.err) == (0, False)
+    other = cli(*run, "--lr", 0.002, "--seed", 3, "--resume")
+    assert other.code == 0
+    assert "not as it was made, and not run again: --seed 0 -> 3; --lr 0.001 -> 0.002" in other.err
+    assert digest(tmp_path / "run") == before

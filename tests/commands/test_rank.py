@@ -114,6 +114,24 @@ def test_everybody_is_asked_everything_in_an_order_of_their_own(rank, tmp_path):
     assert len(read_rows(tmp_path / "out.jsonl")) == 24
 
 
+def test_a_name_is_one_in_every_form_of_unicode(rank, data, tmp_path):
+    """Composed or not, with spaces around it or none: the same person, who goes on."""
+    composed, apart = "Ren\u00e9", "Rene\u0301"
+    rank(data, "1", "q", annotator=f"  {apart} ")
+    (row,) = read_rows(tmp_path / "out.jsonl")
+    assert row["annotator"] == composed
+    (tmp_path / "out.jsonl").write_text(json.dumps({**row, "annotator": apart}) + "\n")
+    result = rank(data, "1", "q", annotator=composed)
+    assert result.code == 0, result.err
+    assert [row["prompt"] for row in read_rows(tmp_path / "out.jsonl")] == [
+        row["prompt"],
+        ROWS[1]["messages"],
+    ]
+    (tmp_path / "out.jsonl").write_text(json.dumps({**row, "annotator": apart}) + "\n")
+    rank(data, "u", "q", annotator=composed)
+    assert read_rows(tmp_path / "out.jsonl") == [], "and takes the own answer back"
+
+
 def test_undo_leaves_the_file_as_it_was(rank, data, tmp_path):
     out = tmp_path / "out.jsonl"
     rank(data, "1")
@@ -192,6 +210,24 @@ def test_a_line_that_is_none_is_refused(line):
 @pytest.mark.parametrize("ranks", [[1, 3], [0, 1], [2, 2], [1], [1, 2, 3], [True, 2], ["1", 2], 1])
 def test_what_are_no_ranks(ranks):
     assert not is_ranking(ranks, 2)
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.tsv", "p.ndjson", "p.json", "p.JSONL", "p"])
+def test_prompts_are_read_as_what_the_file_holds(tmp_path, name):
+    rows = [{"prompt": "First, then?", "id": "1"}, {"prompt": "[Second]", "id": "2"}]
+    table = {"csv": ",", "tsv": "\t"}.get(name[2:])
+    if table:
+        lines = [table.join(cells) for cells in (("prompt", "id"), ('"First, then?"', "1"))]
+        (tmp_path / name).write_text("\n".join([*lines, table.join(("[Second]", "2"))]))
+    elif name == "p.json":
+        (tmp_path / name).write_text(json.dumps(rows, indent=1))
+    else:
+        write_rows(tmp_path / name, rows)
+    prompts = [entry.example.prompt for entry in read_entries(tmp_path / name)]
+    assert prompts == ["First, then?", "[Second]"]
+    (tmp_path / "lines").write_text("prompt, or not\n\n{second}\n")
+    prompts = [entry.example.prompt for entry in read_entries(tmp_path / "lines")]
+    assert prompts == ["prompt, or not", "{second}"]
 
 
 def test_a_wrong_line_is_said_and_asked_again(rank, data, tmp_path):
@@ -472,13 +508,13 @@ def test_asking_about_given_responses_loads_nothing_heavy():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"responses": ["a", "b"]}, "data.jsonl:1: a row needs `prompt`"),
+        ({"responses": ["a", "b"]}, "data.jsonl:1: no prompt in these columns: `responses`"),
         ({"prompt": "p", "responses": ["a"]}, "data.jsonl:1: one response: nothing to rank"),
         ({"prompt": "p", "responses": []}, "data.jsonl:1: no responses: nothing to rank"),
         ({"prompt": "p", "responses": "ab"}, "`responses` needs a list of texts"),
         ({"prompt": "p", "responses": ["a", 1]}, "`responses` needs a list of texts"),
         ({"prompt": "p", "responses": list("abcdefghij")}, "10 responses; at most 9"),
-        ({"prompt": "\ud800", "responses": ["a", "b"]}, "half of a surrogate pair"),
+        ({"prompt": "\ud800", "responses": ["a", "b"]}, "half a surrogate pair"),
     ],
 )
 def test_rows_that_cannot_be_asked(rank, tmp_path, row, message):
@@ -493,7 +529,7 @@ def test_usage_is_checked(cli, rank, data, prompts, roomy, tmp_path):
     for options, code, message in [
         (("--data", data), 2, "--out is required"),
         (out, 2, "--data is required"),
-        (("--data", tmp_path / "none.jsonl", *out), 3, "cannot read"),
+        (("--data", tmp_path / "none.jsonl", *out), 3, "no such file"),
         (("--data", prompts, *out), 2, "--model is required"),
         (("--data", data, *out, "--responses", 1), 2, "--responses"),
         (("--data", data, *out, "--responses", 10), 2, "--responses"),

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -462,6 +463,99 @@ def test_a_ranking_counts_as_one_observation():
 # --- scoring files
 
 
+def card_score(folder, monkeypatch):
+    """What the lines of a model card give; and the names they use."""
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    code = code.replace("Hi, and hello.", "Hi Hello .")  # words that these tokenizers know
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    exec(code, names)
+    return names["score"]
+
+
+@pytest.mark.parametrize("way", [{}, {"lora": True, "merge": True}], ids=["full", "lora"])
+def test_transformers_scores_a_conversation_by_the_lines_of_the_card(
+    cli, train, roomy, tmp_path, monkeypatch, way
+):
+    """Ours, and by transformers alone: the template in the folder ends where the score stands."""
+    out = tmp_path / "run"
+    result = train(roomy, "builtin:preferences", out, max_steps=3, lr=1e-2, val_size=8, **way)
+    assert result.code == 0, result.err
+    assert manifest(out)["score_at"] == "end-of-turn"
+    row = write_rows(tmp_path / "row.jsonl", [{"prompt": "Hi", "response": "Hello."}])
+    result = cli("reward", "--score", row, "--model", out)
+    assert result.code == 0, result.err
+    assert "warning" not in result.err, "nothing is open about it"
+    (scored,) = rows_in(result.out)
+    for name in ("model", "adapter") if way else ("model",):
+        folder = out / name
+        assert json.loads((folder / "config.json").read_text())["score_at"] == "end-of-turn"
+        assert card_score(folder, monkeypatch) == pytest.approx(scored["score"], rel=1e-4)
+    found = AutoTokenizer.from_pretrained(out / "model")
+    asked = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    assert found.apply_chat_template(asked, tokenize=False).endswith("Hello.<|im_end|>")
+    again = train(out, "builtin:preferences", tmp_path / "more", max_steps=1, val_size=8)
+    assert again.code == 0, again.err
+    other = AutoTokenizer.from_pretrained(tmp_path / "more/model")
+    assert other.chat_template == found.chat_template
+
+
+@pytest.mark.parametrize("way", ["pairs", "texts"])
+def test_the_card_of_a_model_without_turns_scores_pairs_or_texts(
+    cli, train, bert, llama, tmp_path, monkeypatch, way
+):
+    given = [{"prompt": "Hi", "response": "Hello ."}, {"text": "Hi Hello ."}]
+    model, data = bert, rows(40)
+    if way == "texts":
+        model = llama
+        data = [{"chosen": row["chosen"], "rejected": row["rejected"]} for row in data]
+    path = write_rows(tmp_path / "data.jsonl", data)
+    result = train(model, path, tmp_path / "run", max_steps=8, lr=1e-2, val_size=0)
+    assert result.code == 0, result.err
+    file = write_rows(tmp_path / "row.jsonl", given)
+    pair, text = rows_in(cli("reward", "--score", file, "--model", tmp_path / "run").out)
+    wanted = pair if way == "pairs" else text
+    folder = tmp_path / "run/model"
+    assert card_score(folder, monkeypatch) == pytest.approx(wanted["score"], rel=1e-4)
+
+
+def test_an_encoder_scores_a_conversation_as_it_was_trained_on_it(cli, bert, tmp_path):
+    """Pairs that part before their last turn: the means of the report are those of the file."""
+    torch.manual_seed(0)
+    shape = BertConfig.from_pretrained(bert, initializer_range=0.5)  # every token tells
+    folder = tmp_path / "loud"
+    AutoTokenizer.from_pretrained(bert).save_pretrained(folder)
+    BertModel(shape).save_pretrained(folder)
+
+    def conversation(*texts):
+        roles = ("user", "assistant", "user", "assistant")
+        return [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
+
+    draw = random.Random(1)
+
+    def row(number):
+        words = [" ".join(draw.choice(GOOD + BAD + FILLER) for _ in range(3)) for _ in range(5)]
+        asked = f"Hi {number}"
+        return {
+            "chosen": conversation(asked, words[0], words[1], f"Hello {words[2]}"),
+            "rejected": conversation(asked, words[3], "What ?", words[4]),
+        }
+
+    train_file = write_rows(tmp_path / "train.jsonl", [row(n) for n in range(40)])
+    val_file = write_rows(tmp_path / "val.jsonl", [row(n) for n in range(100, 120)])
+    more = {"val_data": [val_file], "max_steps": 4, "lr": 1e-4}
+    settings = {name: value for name, value in QUICK.items() if name != "val_size"}
+    settings = {"model": folder, "data": [train_file], **settings, **more}
+    result = cli("reward", *flags(settings), "-o", tmp_path / "run")
+    assert result.code == 0, result.err
+    report = manifest(tmp_path / "run")["report"]
+    scored = rows_in(cli("reward", "--score", val_file, "--model", tmp_path / "run").out)
+    for side in ("chosen", "rejected"):
+        mean = sum(row[f"score_{side}"] for row in scored) / len(scored)
+        assert report[side]["mean"] == pytest.approx(mean, abs=1e-5)
+        assert report[side]["std"] > 1e-2
+
+
 def test_a_file_is_scored_row_by_row(cli, adapted, tmp_path):
     out, _ = adapted
     asked = {"role": "user", "content": "Hi"}
@@ -494,6 +588,7 @@ def test_a_file_is_scored_row_by_row(cli, adapted, tmp_path):
     assert result.code == 0, result.err
     said = json.loads(result.out)
     assert (said["rows"], said["out"]) == (6, str(file))
+    assert said["score_at"] == "end-of-turn"
     assert read_rows(file) == told
     result = cli("reward", "--score", path, "--model", out, "-o", file)
     assert (result.code, "the output file exists" in result.err) == (3, True)
@@ -538,7 +633,7 @@ def test_bad_data_is_refused_with_its_line(train, llama, tmp_path):
         tmp_path / "r.jsonl", [{"prompt": "Hi", "responses": ["a", "b"], "ranks": [1]}]
     )
     result = train(llama, path, tmp_path / "run")
-    assert (result.code, f"{path}:1: 2 responses, but 1 ranks" in result.err) == (3, True)
+    assert (result.code, f"{path}:1: 2 responses, but 1 rank" in result.err) == (3, True)
     assert not (tmp_path / "run").exists()
 
 
@@ -578,6 +673,8 @@ def test_flags_that_do_not_go_together(cli, llama, data, tmp_path):
         (["--data", data, "--lora-r", 4], "--lora-r goes with --lora"),
         (["--data", data, "--max-steps", 3, "--epochs", 1], "--max-steps or --epochs"),
         (["--data", data, "--center-rewards", -1], "--center-rewards"),
+        (["--data", data, "--score-at", "last-token"], "--score-at goes with --score"),
+        (["--score", data, "--score-at", "somewhere"], "--score-at"),
     ):
         result = cli("reward", "--model", llama, *more, "-o", tmp_path / "run")
         assert (result.code, said in result.err) == (2, True), result.err
@@ -609,3 +706,21 @@ def test_the_largest_batch_is_found(train, llama, data, tmp_path):
 def test_a_language_model_is_no_scorer(llama):
     with pytest.raises(ModelError, match="has no head that scores"):
         load_reward_model(str(llama))
+
+
+def test_pairs_of_the_same_tokens_are_left_out(cli, llama, tmp_path):
+    """The template trims, so that a pair which differs in white space alone has nothing to say."""
+    template = tmp_path / "trim.jinja"
+    template.write_text("{% for m in messages %}{{ m.content | trim }} {% endfor %}")
+    asked = ["Hi " * k for k in range(1, 5)]
+    same = [{"prompt": text, "chosen": "Hello .", "rejected": "Hello . "} for text in asked]
+    good = [{"prompt": text, "chosen": "Hello .", "rejected": "What ?"} for text in asked]
+    run = ("reward", "--model", llama, "--chat-template", template, "--val-size", 0, "--dry-run")
+    out = ("-o", tmp_path / "run")
+    some = cli(*run, "--data", write_rows(tmp_path / "some.jsonl", same[:1] + good), *out)
+    assert some.code == 0, some.err
+    assert "left out 1 pair of the same tokens on both sides" in some.err
+    assert "4 pairs to train on" in some.err
+    none = cli(*run, "--data", write_rows(tmp_path / "none.jsonl", same), *out)
+    assert none.code == 3
+    assert "both sides of every pair are the same tokens" in none.err

@@ -191,7 +191,7 @@ def test_a_gate_that_fails_ends_the_run_and_one_that_is_loosened_goes_on(cli, re
         assert report["stages"][2]["state"] == "waiting"
         assert report["stage"] == "run"
         assert f"report: {out / 'report.html'}" in result.err
-        assert "Of 1 gates, 1 did not hold." in (out / "report.html").read_text()
+        assert "Of 1 gate, 1 did not hold." in (out / "report.html").read_text()
     found = run_json(cli, recipe(gated.replace("BOUND", "50")), "-o", out)
     assert found["base"] == "unchanged"
     assert (out / "base/manifest.json").read_bytes() == before
@@ -552,9 +552,12 @@ def test_bad_calls_are_refused(cli, recipe, tmp_path, monkeypatch):
     result = cli("run", recipe(), "--from", "bas", "-o", tmp_path / "o")
     assert (result.code, "--from bas: no such stage" in result.err) == (2, True)
     assert cli("run", recipe(), "--from", "base", "--only", "base").code == 2
-    monkeypatch.setenv("RANK", "0")
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "::1"}
+    for variable, value in {**launched, "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(variable, value)
     result = cli("run", recipe(), "-o", tmp_path / "o")
-    assert (result.code, "is run by one process" in result.err) == (2, True)
+    assert (result.code, "works in one process" in result.err) == (2, True)
+    assert "`processes: N` in a stage" in result.err
 
 
 def test_a_dry_run_reads_the_data_of_stages_whose_model_is_still_to_be_made(cli, recipe, tmp_path):

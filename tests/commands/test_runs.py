@@ -14,8 +14,8 @@ import pytest
 
 from llmctl.runs.lock import locked
 from tests.conftest import SMALL
-from tests.processes import shown_on_a_terminal
-from tests.run_files import write_rows
+from tests.processes import run_llmctl, shown_on_a_terminal, spawn
+from tests.run_files import cut_off, digest, edit_json, write_rows
 
 KEYS = {
     "path",
@@ -235,6 +235,48 @@ def test_the_command_shown_resumes_the_run(cli, tokens, tmp_path):
     assert "resuming from" in result.err
     assert (out / "model" / "model.safetensors").read_bytes() == weights
     assert listed(cli, tmp_path)[str(out)]["status"] == "completed"
+
+
+@pytest.mark.parametrize(
+    ("entries", "start"),
+    [
+        ({}, "llmctl pretrain"),
+        ({"world_size": 1, "machines": 1}, "llmctl pretrain"),
+        ({"world_size": 4}, "llmctl pretrain --processes 4"),
+        ({"world_size": 4, "machines": 1}, "llmctl pretrain --processes 4"),
+        (
+            {"world_size": 6, "machines": 2},
+            "torchrun --nnodes 2 --nproc-per-node 3 --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
+            "-m llmctl pretrain",
+        ),
+    ],
+)
+def test_a_run_resumes_with_as_many_processes_as_it_had(cli, tmp_path, entries, start):
+    run = make(tmp_path / "run", "preempted", checkpoint=True)
+    edit_json(run / "manifest.json", **entries)
+    command = shlex.split(listed(cli, tmp_path)[str(run)]["resume"])
+    wanted = shlex.split(start)
+    files = ("-c", f"{run}/recipe.yaml", "-o", str(run), "--resume")
+    assert {*command} == {*wanted, *files}
+    assert command[: command.index("pretrain")] == wanted[: wanted.index("pretrain")]
+
+
+@pytest.mark.slow
+def test_the_command_shown_resumes_a_run_that_torchrun_began(cli, tokens, tmp_path):
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    train = ("pretrain", "--tokens", tokens, *SMALL, "--max-steps", 8, "--save-every", 4)
+    once = ("--threads", 1, "--eval-every", 4)
+    began = spawn(*train, *once, "-o", whole, launcher=(*torchrun, "-m", "llmctl"))
+    _, err = began.communicate(timeout=200)
+    assert began.returncode == 0, err
+    cut_off(whole, out, 4)
+    row = listed(cli, tmp_path)[str(out)]
+    assert row["status"] == "killed"
+    ran = run_llmctl(*shlex.split(row["resume"])[1:])
+    assert ran.returncode == 0, ran.stderr
+    assert "resuming from" in ran.stderr
+    assert digest(out) == digest(whole)
 
 
 def test_it_is_light(tmp_path):

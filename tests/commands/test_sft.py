@@ -368,6 +368,23 @@ def test_a_generation_config_that_cannot_be_saved_does_not_cost_the_run(
     model = derived(base, tmp_path / "odd", generation_config={"temperature": 0.9, "top_p": 0.6})
     result = cli("sft", "--model", model, "--data", chats, *QUICK, *more, "-o", tmp_path / "run")
     assert result.code == 0, result.err
+    left_out = "left out of generation_config.json, since they contradict each other: "
+    assert result.err.count(f"{left_out}temperature 0.9, top_p 0.6\n") == 1
+
+
+@pytest.mark.parametrize("more", [(), ("--lora", "--merge")])
+def test_how_to_sample_is_kept(cli, base, chats, tmp_path, more):
+    wanted = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.05}
+    model = derived(base, tmp_path / "instruct", generation_config=wanted)
+    result = cli("sft", "--model", model, "--data", chats, *QUICK, *more, "-o", tmp_path / "run")
+    assert result.code == 0, result.err
+    assert "generation_config" not in result.err
+    for folder in ("model", "adapter")[: len(more)] or ("model",):
+        file = tmp_path / "run" / folder / "generation_config.json"
+        settings = json.loads(file.read_text())
+        tokens = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}
+        assert {k: v for k, v in settings.items() if k not in tokens} == wanted
+        assert len(settings["eos_token_id"]) == 2  # eos, and the end of a turn
 
 
 def test_plain_text_does_not_need_the_chat_template(cli, base, corpus, tmp_path):

@@ -459,7 +459,7 @@ def test_odd_data_is_warned_of(sft, bases, tmp_path):
     for said in (
         "a single text to learn from: label is blue, is green",
         "label `is red` has 40 texts and `is green` 1: accuracy says little",
-        "1 texts stand with several labels",
+        "1 text stands with several labels",
     ):
         assert said in result.err
 

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from llmctl.data import scan as scan_module
 from llmctl.data.shards import open_tokens
@@ -79,6 +79,26 @@ def test_the_figures_stand_on_stderr_and_the_path_on_stdout(cli, tmp_path):
         assert words in result.err
 
 
+def test_an_end_that_is_also_called_unknown_is_not_counted(cli, tmp_path):
+    """GPT-2's tokenizers call one token eos, bos and unk; some of them can give it for a word."""
+    vocab = {"<end>": 0, "word": 1, "other": 2}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<end>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder = tmp_path / "own"
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    roles = dict.fromkeys(("eos_token", "bos_token", "unk_token"), "<end>")
+    config = {"tokenizer_class": "TokenizersBackend", **roles}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    for name, texts, rate in (
+        ("all", ["word other", "word", "other other"], 0),
+        ("most", ["word strange", "word", "other other"], 1 / 8),
+    ):
+        data = write_texts(tmp_path / f"{name}.jsonl", texts)
+        flags = ("--tokenizer", folder, "--val-fraction", 0)
+        assert tokenize(cli, tmp_path / name, data, *flags)[0]["unknown_rate"] == rate
+
+
 def test_unknown_tokens_are_counted(cli, tmp_path):
     train = write_texts(tmp_path / "a.jsonl", ["ab" * 10])
     other = write_texts(tmp_path / "b.jsonl", ["abcc", "bacc"])
@@ -93,7 +113,8 @@ def test_a_manifest_names_inputs_and_outputs_with_hashes(cli, tmp_path, corpus):
     tokenize(cli, tmp_path / "run", corpus)
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     digest = hashlib.sha256(corpus.read_bytes()).hexdigest()
-    assert manifest["inputs"] == [{"role": "data", "path": str(corpus), "sha256": digest}]
+    entry = {"role": "data", "path": str(corpus), "kind": "jsonl", "sha256": digest}
+    assert manifest["inputs"] == [entry]
     written = {entry["path"] for entry in manifest["outputs"]}
     assert {"tokens/train-00000.bin", "tokens/index.json", "tokenizer/tokenizer.json"} <= written
 
@@ -309,7 +330,7 @@ def test_bad_data_is_refused_and_leaves_nothing(cli, tmp_path, name):
         (("--data", "a.txt", "--special-token", "<|eos|>"), 2, "in the vocabulary already"),
         (("--data", "a.txt", "--tokenizer", "./none"), 4, "no such tokenizer folder"),
         (("--data", "a.txt", "--tokenizer", "owner/name"), 6, "the Hub is switched off"),
-        (("--data", "a.txt", "--tokenizer", "empty"), 4, "no tokenizer that can be opened"),
+        (("--data", "a.txt", "--tokenizer", "empty"), 4, "no tokenizer in this folder"),
         (("--data", "a.txt", "--tokenizer", "broken"), 4, "not a tokenizer"),
         (("--data", "a.txt", "--tokenizer", "endless"), 4, "no eos token"),
         (("--data", "a.txt", "--text-colum", "b"), 2, "--text-column"),
@@ -401,3 +422,24 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once(tmp_path):
     assert ran.returncode == 6
     assert "the Hub cannot be reached" in ran.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_bad_rows_are_left_out_up_to_a_number(cli, corpus, tmp_path):
+    """The tokens are those of the good rows alone."""
+    good = corpus.read_text().splitlines()
+    bad = ["not JSON", '{"text": 3}', '{"other": "a"}']
+    (tmp_path / "good.jsonl").write_text("\n".join(good) + "\n")
+    (tmp_path / "mixed.jsonl").write_text("\n".join([*good[:9], *bad, *good[9:]]) + "\n")
+
+    def run(name, *flags):
+        data = ("--data", tmp_path / f"{name}.jsonl", "--vocab-size", 320)
+        return cli("tokenize", *data, *flags, "-o", tmp_path / name)
+
+    assert run("good").code == 0
+    few = run("mixed", "--skip-bad-rows", 2)
+    assert (few.code, "mixed.jsonl:12" in few.err) == (3, True), few.err
+    mixed = run("mixed", "--skip-bad-rows", 3)
+    assert mixed.code == 0, mixed.err
+    assert "left out 3 rows that cannot be used, the first: " in mixed.err
+    for file in ("tokens/train-00000.bin", "tokens/val-00000.bin", "tokenizer/tokenizer.json"):
+        assert (tmp_path / "mixed" / file).read_bytes() == (tmp_path / "good" / file).read_bytes()

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from tokenizers import processors
+from tokenizers import Tokenizer, models, normalizers, processors
 
 from llmctl.config.sections import Corpus
 from llmctl.data import corpus as corpus_module
@@ -143,3 +143,27 @@ def test_a_folder_is_read_as_transformers_reads_it(tmp_path, changes):
     again = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert again("Number 7 is odd.").input_ids == ids
     assert again.chat_template == loaded.chat_template
+
+
+def test_a_stretch_that_cannot_be_cut_is_called_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "PIECE_CHARACTERS", 50)
+    monkeypatch.setattr(encode, "RUN_CHARACTERS", 100)
+    tokenizer = Tokenizer(models.BPE({c: n for n, c in enumerate("\u2581abc")}, []))
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    llama = vocabulary_of(tokenizer, eos="<s>")
+    for name, text in (("words", "ab c " * 90 + "b"), ("run", "ab" * 60)):
+        (tmp_path / f"{name}.txt").write_text(text)
+    with open_corpus(Corpus(data=[str(tmp_path / "words.txt")], val_fraction=0)) as corpus:
+        corpus.write(tmp_path / "words", llama)
+    split = open_tokens(tmp_path / "words").train
+    written = split.window(0, split.tokens).tolist()
+    assert written == [*tokenizer.encode("ab c " * 90 + "b").ids, tokenizer.token_to_id("<s>")]
+    with (
+        open_corpus(Corpus(data=[str(tmp_path / "run.txt")], val_fraction=0)) as corpus,
+        pytest.raises(DataError, match="without a single space between words") as caught,
+    ):
+        corpus.write(tmp_path / "run", llama)
+    assert caught.value.file == str(tmp_path / "run.txt")

@@ -37,13 +37,6 @@ def packed(raw, suffix):
     return zstandard.ZstdCompressor().compress(raw) if suffix == ".zst" else raw
 
 
-@pytest.fixture
-def spool(tmp_path):
-    path = tmp_path / "spool"
-    path.mkdir()
-    return path
-
-
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.log", "a.txt.gz", "a.md.zst", "a"])
 def test_plain_text_is_one_document_kept_to_the_byte(tmp_path, spool, name):
     path = tmp_path / name

@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmctl.console import log
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.builtin import tasks
 from llmctl.data.examples import Example, read_examples
 from llmctl.errors import DataError, UserError
@@ -103,7 +104,7 @@ def test_csv_may_hold_messages_as_json_and_lines_are_those_rows_begin_in(tmp_pat
         7,
         "`response` is empty: the assistant says nothing",
     )
-    first, second = read(path, skip_bad_rows=1)
+    first, second = read(path, bad=BadRows(1))
     assert [first.line, second.line] == [2, 5]
     assert first.messages[0]["content"] == "a\nb"
     cell = json.dumps([ASKED, SAID]).replace('"', '""')
@@ -134,7 +135,9 @@ def test_elements_of_an_array_have_their_lines(tmp_path):
         ('[\n\n{"text": "a", "n": NaN}]', "not JSON: NaN is no JSON number", 3),
         ('[\n"a"]', "expected an object, got text", 2),
         ("[\n" + "[" * 100_000, "not JSON", 2),
-        ('{\n"text": "a"}', "not JSON: Expecting property name", 1),
+        ('{\n"text": "a"}', "one object over several lines", 1),
+        ('{"data": [\n{"text": "a"}\n]}', "its rows may be those of `data`", 1),
+        ('{"text": "a"}\n{\n"text": "b"}', "not JSON: Expecting property name", 2),
     ],
 )
 def test_a_bad_array_is_refused_with_its_line(tmp_path, text, message, line):
@@ -310,12 +313,12 @@ def test_bad_rows_are_left_out_up_to_a_number_and_counted(tmp_path, caplog, monk
     other = write(tmp_path / "b.json", FINE, "a", FINE)
     monkeypatch.setattr(log, "propagate", True)
     with caplog.at_level("WARNING", "llmctl"):
-        first, second = read_examples([str(path), str(other)], skip_bad_rows=4)
+        first, second = read_examples([str(path), str(other)], bad=(bad := BadRows(4)))
+        bad.report()
     assert [example.line for example in first.examples] == [1, 3, 5]
-    assert [text.partition(": ")[0] for text in first.skipped] == [f"{path}:{n}" for n in (2, 4, 6)]
-    assert (len(second.examples), len(second.skipped)) == (2, 1)
-    assert "left out 4 rows that cannot be read, the first: " + f"{path}:2: not JSON" in caplog.text
-    error = refused(path, other, skip_bad_rows=3)
+    assert (len(second.examples), bad.count) == (2, 4)
+    assert "left out 4 rows that cannot be used, the first: " + f"{path}:2: not JSON" in caplog.text
+    error = refused(path, other, bad=BadRows(3))
     assert error.file == str(other)
     assert error.message.endswith("got text (4 bad rows, --skip-bad-rows 3)")
     assert refused(path).line == 2
@@ -324,9 +327,9 @@ def test_bad_rows_are_left_out_up_to_a_number_and_counted(tmp_path, caplog, monk
 def test_a_bad_row_of_csv_is_left_out(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('prompt,response\na,b\nc\nd,"e"f\ng,h\n')
-    assert [example.line for example in read(path, skip_bad_rows=2)] == [2, 5]
+    assert [example.line for example in read(path, bad=BadRows(2))] == [2, 5]
     path.write_text('prompt,"resp"onse\na,b\n')
-    assert refused(path, skip_bad_rows=9).message.startswith("not CSV")
+    assert refused(path, bad=BadRows(9)).message.startswith("not CSV")
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):
@@ -358,9 +361,9 @@ def test_a_parquet_file_without_rows_and_one_without_good_ones_are_refused(tmp_p
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
     assert refused(tmp_path / "a.parquet").message == "an empty file: no rows in it"
     path = write(tmp_path / "a.jsonl", {"text": ""})
-    assert refused(path, skip_bad_rows=3).message == "no row of it can be read"
+    assert refused(path, bad=BadRows(3)).message == "no row of it can be read"
     path.write_text(BAD_LINE)
-    assert refused(path, skip_bad_rows=3).message == "no row of it can be read"
+    assert refused(path, bad=BadRows(3)).message == "no row of it can be read"
 
 
 def test_plain_text_is_refused_but_may_lie_beside_rows(tmp_path):
@@ -378,11 +381,12 @@ def test_weights_are_read_off_the_names(tmp_path):
     sets = read_examples([f"{first}=0.7", f"{second}=3e-1", "builtin:tasks:3=2"])
     assert [found.weight for found in sets] == [0.7, 0.3, 2.0]
     assert [found.name for found in sets] == [str(first), str(second), "builtin:tasks:3"]
-    assert sets[0].inputs == [{"role": "data", "path": str(first), "sha256": sha256_file(first)}]
+    entry = {"role": "data", "path": str(first), "kind": "jsonl", "sha256": sha256_file(first)}
+    assert sets[0].inputs == [entry]
     odd = write(tmp_path / "c.jsonl=0.5", FINE)
     odd.rename(tmp_path / "c=0.5")
-    with pytest.raises(DataError, match="plain text"):
-        read_examples([str(tmp_path / "c=0.5")])
+    (rows,) = read_examples([str(tmp_path / "c=0.5")])
+    assert (rows.name, rows.weight) == (str(tmp_path / "c=0.5"), None)
     folder = tmp_path / "d=0.5"
     folder.mkdir()
     write(folder / "a.jsonl", FINE)

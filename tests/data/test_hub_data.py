@@ -47,7 +47,7 @@ def test_a_data_set_on_the_hub_is_streamed_and_pinned_to_its_commit(endpoint, tm
     assert "\r" not in ran.stderr
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["inputs"] == [
-        {"role": "data", "path": "owner/name", "sha256": None, "revision": COMMIT}
+        {"role": "data", "path": "owner/name", "kind": "hub", "sha256": None, "revision": COMMIT}
     ]
 
 

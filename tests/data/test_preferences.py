@@ -7,6 +7,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from llmctl.config.finetuning import Preferred
+from llmctl.data.audit.rules import RowRules
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.builtin import named_preferences, tasks
 from llmctl.data.chat.responses import ResponseFormat, prepare_template
 from llmctl.data.preference_pairs import encode_pairs
@@ -119,7 +121,7 @@ def test_rows_without_a_verdict_are_left_out_and_counted(tmp_path):
     assert [pair.weight for pair in found.train] == [1, 0.5, 0.5]
     same = write_rows(tmp_path / "b.jsonl", [{"prompt": "Hi", "chosen": "a", "rejected": "a"}])
     assert read(tmp_path / "a.jsonl", same).dropped["equal"] == 2
-    with pytest.raises(DataError, match="no preference to learn from: 1 rows have equal"):
+    with pytest.raises(DataError, match="no preference to learn from: 1 row has equal"):
         read(same)
 
 
@@ -131,7 +133,7 @@ REFUSED = [
     ({"prompt": "", **PAIR}, "`prompt` is empty"),
     ({"prompt": " \n", **PAIR}, "`prompt` is nothing but white space"),
     ({"prompt": [], **PAIR}, "begins with the assistant"),
-    ({"prompt": "Hi", "responses": ["a", "b"], "ranks": [1]}, "2 responses, but 1 ranks"),
+    ({"prompt": "Hi", "responses": ["a", "b"], "ranks": [1]}, "2 responses, but 1 rank"),
     ({"prompt": "Hi", "responses": ["a", "b"], "ranks": [1, "2"]}, r"`ranks\[1\]` is '2'"),
     ({"prompt": "Hi", "responses": ["a", "b"], "ranks": [0, 1]}, r"`ranks\[0\]` is 0"),
     ({"prompt": "Hi", "responses": ["a", 3], "ranks": [1, 2]}, r"`responses\[1\]` is a number"),
@@ -319,6 +321,10 @@ def test_a_special_token_in_a_response_is_text():
     assert llama.tokenizer.pad_token_id not in tokens
 
 
+def encode(form, *arguments):
+    return encode_pairs(form, *arguments, BadRows(), RowRules(form.tokenizer))
+
+
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_prompts_are_cut_from_the_left_and_responses_never(tmp_path, kind):
     form = written(kind)
@@ -329,10 +335,10 @@ def test_prompts_are_cut_from_the_left_and_responses_never(tmp_path, kind):
         *({"prompt": "Hi", "chosen": "Hello .", "rejected": "What ?"} for _ in range(6)),
     ]
     pairs = read(write_rows(tmp_path / "a.jsonl", rows)).train
-    whole = encode_pairs(form, pairs, 512, "drop")
+    whole = encode(form, pairs, 512, "drop")
     assert (len(whole), whole.cut, whole.dropped) == (8, 0, 0)
     limit = 20
-    found = encode_pairs(form, pairs, limit, "auto")
+    found = encode(form, pairs, limit, "auto")
     assert (len(found), found.cut, found.dropped) == (7, 1, 1)
     assert found.lengths.max() == limit
     assert found.numbers.tolist() == [0, 2, 3, 4, 5, 6, 7]
@@ -345,9 +351,54 @@ def test_prompts_are_cut_from_the_left_and_responses_never(tmp_path, kind):
         assert prompt[1:] == all_tokens[~all_trained].tolist()[-len(prompt) + 1 :]
         prompts.append(prompt)
     assert prompts[0] == prompts[1]
-    assert encode_pairs(form, pairs, limit, "drop").dropped == 2
+    assert encode(form, pairs, limit, "drop").dropped == 2
     with pytest.raises(DataError, match="every pair has more than 20 tokens"):
-        encode_pairs(form, [pairs[1], pairs[1]], limit, "auto")
+        encode(form, [pairs[1], pairs[1]], limit, "auto")
     with pytest.raises(DataError, match="1 of 2 pairs have responses that do not fit"):
-        encode_pairs(form, pairs[:2], limit, "auto")
-    assert len(encode_pairs(form, pairs[:2], limit, "cut")) == 1
+        encode(form, pairs[:2], limit, "auto")
+    assert len(encode(form, pairs[:2], limit, "cut")) == 1
+
+
+def test_the_prompt_of_texts_is_what_they_begin_with(tmp_path):
+    """Texts in a form of their own: whole prompts are held out, though no column names them."""
+    rows = [
+        {
+            "chosen": f"### Instruction: Add {prompt}\n### Response: It is {answer}.",
+            "rejected": f"### Instruction: Add {prompt}\n### Response: It is no {answer}.",
+        }
+        for prompt in range(10)
+        for answer in range(3)
+    ]
+    found = read(write_rows(tmp_path / "a.jsonl", rows), val_size=6)
+    assert len(found.val) == 6
+    statistics = found.statistics()
+    assert (statistics["prompts"], statistics["shared_prompts"]) == (10, 0)
+    trained = {pair.chosen.text.split("\n")[0] for pair in found.train}
+    assert not trained & {pair.chosen.text.split("\n")[0] for pair in found.val}
+
+
+def test_hh_rlhf_without_its_empty_lines_is_a_dialogue(tmp_path):
+    row = {"chosen": "Human: Hi\n\nAssistant: Ho", "rejected": "Human: Hi\n\nAssistant: No"}
+    assert only(tmp_path, row).prompt == (ASKED,)
+    text = {"chosen": "Human: a history", "rejected": "Human: another"}
+    assert only(tmp_path, text).chosen.text == "Human: a history"
+
+
+def test_pairs_that_differ_in_white_space_alone_contradict_nothing(tmp_path):
+    rows = [{"prompt": "Hi", "chosen": f"Ho {k}", "rejected": f"ho {k} "} for k in range(4)]
+    rows += [{"prompt": "Hi", "chosen": "a", "rejected": "b"}]
+    rows += [{"prompt": "Hi", "chosen": "b", "rejected": "a"}]
+    found = read(write_rows(tmp_path / "a.jsonl", rows))
+    assert found.statistics()["contradictions"] == 1
+
+
+def test_preferences_of_llama_factory(tmp_path):
+    turns = [{"from": "human", "value": "Hi"}]
+    row = {
+        "conversations": turns,
+        "chosen": {"from": "gpt", "value": "Ho"},
+        "rejected": {"from": "gpt", "value": "No"},
+    }
+    pair = only(tmp_path, row)
+    assert pair.prompt == (ASKED,)
+    assert [side.messages[-1]["content"] for side in pair.sides] == ["Ho", "No"]

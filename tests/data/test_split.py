@@ -114,7 +114,7 @@ def test_a_split_that_cannot_be_is_refused():
     with pytest.raises(DataError, match="50 examples to hold out, but there are only 50"):
         hold_out(chats(50), size=50, fraction=None)
     same = [chat("a", "b")] * 50
-    with pytest.raises(DataError, match="all 50 examples say the same"):
+    with pytest.raises(DataError, match="50 examples, all the same"):
         hold_out(same, size=5, fraction=None)
     assert len(hold_out(same, size=None, fraction=None)[1]) == 0
 

@@ -120,6 +120,23 @@ def test_documents_are_framed_as_in_pretraining(tokenizer):
     assert encode_documents(tokenizer, ["A dog"], end=False) == [plain[:-1]]
 
 
+@pytest.mark.parametrize("frame", ["{eos} $A", "$A {eos}", "{eos} $A {eos}"])
+def test_eos_before_a_text_is_told_from_eos_after_it(tokenizer, frame):
+    """OPT's tokenizer puts EOS before texts, as BOS; T5's puts it after them."""
+    from copy import deepcopy
+
+    from tokenizers.processors import TemplateProcessing
+
+    name, eos = tokenizer.eos_token, tokenizer.eos_token_id
+    framed = deepcopy(tokenizer)
+    framed.backend_tokenizer.post_processor = TemplateProcessing(
+        single=frame.format(eos=name), special_tokens=[(name, eos)]
+    )
+    body = tokenizer("A dog", add_special_tokens=False)["input_ids"]
+    assert encode_documents(framed, ["A dog"]) == [[eos, *body, eos]]
+    assert encode_documents(framed, ["A dog"], end=False) == [[eos, *body]]
+
+
 def test_a_tokenizer_without_prefix_begins_where_the_last_document_ended(tokenizer):
     from copy import deepcopy
 

@@ -168,6 +168,50 @@ def test_the_mouse_does_it_all_and_starting_again_goes_on(page):
     assert len(page.rows()) == 2
 
 
+def test_a_double_click_acts_once(browser, tmp_path):
+    """On Skip, Undo and Confirm, and on what an Undo at the end brings under the pointer."""
+    rows = [{"prompt": f"Prompt {n}", "responses": [f"good {n}", f"bad {n}"]} for n in range(5)]
+    write_rows(tmp_path / "data.jsonl", rows)
+    page = Page(browser, tmp_path)
+    page.start()
+
+    def asked():
+        browser.wait("!busy")
+        return browser.js("view.prompt && view.prompt[0][1]")
+
+    browser.double_click("#skip")
+    page.settle(1)
+    assert (asked(), len(page.rows())) == ("Prompt 1", 1)
+    browser.press("Enter")  # goes to the page, not to the button that was clicked
+    assert asked() == "Prompt 1"
+    for count in (2, 3):
+        browser.press("1", "Enter")
+        page.settle(count)
+    browser.double_click("#undo")
+    page.settle(2)
+    assert (asked(), len(page.rows())) == ("Prompt 2", 2)
+    browser.press("1")
+    browser.double_click("#confirm")
+    page.settle(3)
+    assert asked() == "Prompt 3"
+    browser.press("1", "2")
+    browser.double_click("#unpick")
+    assert browser.js("picked().length") == 0, "where nothing new came, each click counts"
+    for count in (4, 5):
+        browser.press("1", "Enter")
+        page.settle(count)
+    browser.wait("view.phase === 'done'")
+    browser.double_click("#end-undo")
+    page.settle(4)
+    assert (asked(), len(page.rows())) == ("Prompt 4", 4)
+    assert browser.js("picked().length") == 0
+    for count in (3, 2):
+        browser.click("#undo")  # two clicks that are not a double one
+        page.settle(count)
+        time.sleep(0.6)
+    page.end()
+
+
 def test_a_keyboard_alone_reaches_the_buttons(page):
     """Tab goes to a response, Enter picks it there, and a screen reader hears what it is."""
     browser = page.browser

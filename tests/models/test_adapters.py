@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from llmctl.config.finetuning import Adapter
+from llmctl.console import log
 from llmctl.errors import ModelError, UserError
 from llmctl.models.adapters import save_adapter, weights_sha256
 from llmctl.models.loading import grow_embeddings, load_causal_lm, load_config
@@ -195,6 +196,13 @@ def test_tied_targets_of_gpt2_are_refused(tmp_path, name, message):
         adapt(model, Adapter(lora=True, lora_targets=[name]))
 
 
+@pytest.mark.parametrize("given", [["q_proj, v_proj"], ["q_proj", "v_proj"], "q_proj,v_proj"])
+def test_targets_are_split_at_commas(tmp_path, given):
+    model = adapt(load(make_base(tmp_path / "base")), Adapter(lora=True, lora_targets=given))
+    names = {name.split(".")[-4] for name, w in model.named_parameters() if w.requires_grad}
+    assert names == {"q_proj", "v_proj"}
+
+
 def test_all_linear_stands_alone(tmp_path):
     model = load(make_base(tmp_path / "base"))
     with pytest.raises(UserError, match="stands alone"):
@@ -203,7 +211,7 @@ def test_all_linear_stands_alone(tmp_path):
 
 def test_virtual_tokens_cannot_teach_new_ones(tmp_path):
     model = load(make_base(tmp_path / "base"))
-    with pytest.raises(ModelError, match="cannot teach the model the 2 tokens") as caught:
+    with pytest.raises(ModelError, match="cannot teach the model 2 tokens") as caught:
         adapt(model, Adapter(prompt_tuning=3), added_tokens=[48, 49])
     assert "--lora" in caught.value.hint
 
@@ -241,6 +249,23 @@ def test_new_tokens_train_by_themselves(tmp_path, kind, tied):
     else:
         assert torch.equal(head[:48], head_before[:48])
         assert not torch.isclose(head[48:], head_before[48:]).any()
+
+
+def test_an_adapter_that_trains_tokens_says_where_it_does_not_load(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(log, "propagate", True)
+    base = make_base(tmp_path / "base")
+    for added, merge, said in (
+        ([48], False, "trains the rows of 1 added token: vLLM and llama.cpp load no such adapter"),
+        ([48, 49], False, "of 2 added tokens"),
+        ([48], True, None),
+        ([], False, None),
+    ):
+        model = load(base)
+        grow_embeddings(model, make_tokenizer(NEW))
+        caplog.clear()
+        adapt(model, Adapter(lora=True, lora_r=4, merge=merge), added_tokens=added)
+        assert said in caplog.text if said else caplog.text == ""
+        assert ("--merge" in caplog.text) == (said is not None)
 
 
 ALL_WAYS = [(way, added) for way in WAYS for added in ((), NEW) if not (added and way == "prompt")]

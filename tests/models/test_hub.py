@@ -144,7 +144,7 @@ def test_rows_are_those_of_the_revision(endpoint, tmp_path):
     ran = run_llmctl(*command, seconds=120, **hub_server.online(endpoint, tmp_path / "home"))
     assert ran.returncode == 0, ran.stderr
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    expected = {"role": "data", "path": "org/rows@v1.0", "sha256": None}
+    expected = {"role": "data", "path": "org/rows@v1.0", "kind": "hub", "sha256": None}
     assert manifest["inputs"] == [{**expected, "revision": COMMITS["v1.0"]}]
     shards = (tmp_path / "run" / "tokens").glob("*.bin")
     tokenizer = Tokenizer.from_file(str(tmp_path / "run" / "tokenizer" / "tokenizer.json"))

@@ -2,14 +2,15 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
 from llmctl.ppo.setup import prepare_ppo
 from tests.conftest import OBJECTS, SUBJECTS, VERBS
-from tests.run_files import policy_steps, write_rows
+from tests.run_files import edit_json, manifest, policy_steps, write_rows
 
 QUICK = ("--batch-size", 8, "--minibatches", 2, "--ppo-epochs", 2, "--max-new-tokens", 12)
 QUICK = (*QUICK, "--threads", 1, "--lr", 1e-3, "--val-size", 8)
@@ -87,6 +88,29 @@ def test_a_shared_reward_model_scores_as_one_of_its_own(roomy, reward_models):
     apart = load_reward_model(str(reward_models["ball-lora"]))
     shared = load_reward_model(str(reward_models["ball-lora"]), base=classifier_on(base))
     assert torch.allclose(shared.score(texts), apart.score(texts), atol=1e-5)
+
+
+def test_reward_models_are_read_where_it_is_said(cli, roomy, reward_models, tmp_path):
+    """The flag counts for the scores and the identity, and stands in the manifest."""
+    folder = shutil.copytree(reward_models["ball"] / "model", tmp_path / "foreign")
+    edit_json(folder / "config.json", score_at=None)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    options = ("--reward-model", folder, "--max-steps", 1, "-o", tmp_path / "run")
+    result = ppo(cli, roomy, reward_models, *options, "--score-at", "last-token")
+    assert result.code == 0, result.err
+    assert "--score-at" not in result.err
+    inputs = manifest(tmp_path / "run")["inputs"]
+    (judge,) = [entry for entry in inputs if entry["role"] == "reward_model"]
+    assert judge["score_at"] == "last-token"
+    (tmp_path / "run/status.json").write_text('{"state": "running"}')
+    result = ppo(cli, roomy, reward_models, *options, "--resume", "--max-steps", 2)
+    assert (result.code, "reward_model" in result.err) == (4, True), result.err
+    assert "writes '\\n' after the end of a turn" in result.err
 
 
 def test_rows_that_a_reward_model_adds_are_not_the_policys(cli, roomy, reward_models, tmp_path):

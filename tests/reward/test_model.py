@@ -17,10 +17,13 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from llmctl.console import log
 from llmctl.data.chat.responses import prepare_template
+from llmctl.data.chat.templates import set_chat_template
 from llmctl.errors import DataError, ModelError
 from llmctl.models.loading import load_tokenizer
 from llmctl.reward.model import PromptResponse, load_reward_model
+from tests.data.chat.test_responses import byte_tokenizer
 from tests.data.test_preferences import tokenizer
 from tests.run_files import edit_json, edit_tensors
 
@@ -143,6 +146,78 @@ def test_a_cut_response_has_no_end_and_a_long_prompt_loses_its_beginning(scorers
         found.score([PromptResponse("Hi", " Hello" * 40)])
     with pytest.raises(DataError, match="has more tokens"):
         load_reward_model(str(scorers / "bert")).score([PromptResponse("Hi", "Hello " * 40)])
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A reward model of another tool, whose template writes a line break after each turn."""
+    found = byte_tokenizer("<|im_start|>", "<|im_end|>")
+    found.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    room = {"max_position_embeddings": 128, "intermediate_size": 64}
+    shape = LlamaConfig(vocab_size=len(found), **TINY, **room, num_labels=1, pad_token_id=0)
+    spread(LlamaForSequenceClassification(shape)).save_pretrained(tmp_path / "foreign")
+    found.save_pretrained(tmp_path / "foreign")
+    return tmp_path / "foreign"
+
+
+def test_the_score_stands_at_the_end_of_the_turn_or_where_another_tool_trained_it(
+    foreign, caplog, monkeypatch
+):
+    """By hand: the logit at the last token of transformers' own text, with and without its end."""
+    monkeypatch.setattr(log, "propagate", True)
+    model = LlamaForSequenceClassification.from_pretrained(foreign)
+    found = load_tokenizer(str(foreign))
+    answer = {"role": "assistant", "content": "Hello."}
+    text = found.apply_chat_template([ASKED, answer], tokenize=False)
+    assert text.endswith("<|im_end|>\n")
+
+    def by_hand(written):
+        inputs = found(written, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            return float(model(inputs).logits)
+
+    def score(**how):
+        caplog.clear()
+        scorer = load_reward_model(str(foreign), **how)
+        return float(scorer.score([PromptResponse([ASKED], "Hello.")])[0]), scorer
+
+    at_turn, at_last = by_hand(text.removesuffix("\n")), by_hand(text)
+    assert at_turn != pytest.approx(at_last, rel=1e-2)
+    given, scorer = score()
+    assert (given, scorer.score_at) == (pytest.approx(at_turn, rel=1e-4), "end-of-turn")
+    assert "writes '\\n' after the end of a turn" in caplog.text
+    assert "--score-at last-token" in caplog.text
+    given, scorer = score(score_at="last-token")
+    assert (given, scorer.score_at) == (pytest.approx(at_last, rel=1e-4), "last-token")
+    assert caplog.text == "", "whoever says it is not warned"
+    assert score(score_at="end-of-turn")[0] == pytest.approx(at_turn, rel=1e-4)
+    assert caplog.text == ""
+    (foreign.parent / "manifest.json").write_text('{"stage": "reward"}')
+    assert score()[0] == pytest.approx(at_turn, rel=1e-4)
+    assert caplog.text == "", "a run of an earlier version is ours"
+    (foreign.parent / "manifest.json").unlink()
+    edit_json(foreign / "config.json", score_at="last-token")
+    assert score()[0] == pytest.approx(at_last, rel=1e-4)
+    assert caplog.text == "", "nor whoever wrote it down"
+    assert score(score_at="end-of-turn")[0] == pytest.approx(at_turn, rel=1e-4)
+    edit_json(foreign / "config.json", score_at=["?"])
+    assert score()[0] == pytest.approx(at_turn, rel=1e-4)
+    assert "--score-at" in caplog.text
+
+
+def test_a_template_that_ends_with_the_turn_leaves_nothing_open(foreign, caplog, monkeypatch):
+    monkeypatch.setattr(log, "propagate", True)
+    found = load_tokenizer(str(foreign))
+    set_chat_template(found, "vicuna")
+    found.save_pretrained(foreign)
+    scorer = load_reward_model(str(foreign))
+    assert (scorer.score_at, caplog.text) == ("end-of-turn", "")
+    found.chat_template = "{{ raise_exception('no') }}"
+    found.save_pretrained(foreign)
+    assert load_reward_model(str(foreign)).score([PromptResponse("", "Hi")]).shape == (1,)
 
 
 def test_bert_is_told_which_tokens_are_the_response(scorers):

@@ -78,6 +78,40 @@ def test_every_folder_of_a_reward_run_says_what_it_is(cli, roomy, tmp_path):
     assert "num_labels" not in (out / "model/README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("folder", "shape", "said"),
+    [
+        ("model", ["LlamaForSequenceClassification", 1], "A reward model of 260k parameters, made"),
+        ("model", ["LlamaForSequenceClassification", 3], "A text classifier of 260k parameters"),
+        ("value_model", ["LlamaForSequenceClassification", 1], "A value model of 260k parameters"),
+        ("model", ["LlamaForCausalLM", 1], "A causal language model of 260k parameters, made"),
+        ("adapter", ["LlamaForSequenceClassification", 1], "An adapter to a reward model of 260k"),
+    ],
+)
+def test_parameters_are_the_models(tmp_path, folder, shape, said):
+    path = make(tmp_path / "run", "reward", parameters=260_000)
+    (path / folder).mkdir(exist_ok=True)
+    labels = {str(number): "x" for number in range(shape[1])}
+    config = {"architectures": [shape[0]], "id2label": labels}
+    (path / folder / "config.json").write_text(json.dumps(config))
+    if folder == "adapter":
+        (path / folder / "adapter_config.json").write_text('{"task_type": "SEQ_CLS"}')
+    text = str(card_of(path, folder))
+    assert said in text
+    assert "number of" not in text
+
+
+@pytest.mark.parametrize("rows", [None, {"embed_tokens": [5, 6]}])
+def test_an_adapter_that_trains_tokens_says_where_it_does_not_load(tmp_path, rows):
+    path = make(tmp_path / "run", "sft")
+    (path / "adapter").mkdir()
+    about = {"task_type": "CAUSAL_LM", "trainable_token_indices": rows}
+    (path / "adapter/adapter_config.json").write_text(json.dumps(about))
+    text = str(card_of(path, "adapter"))
+    assert ("vLLM and llama.cpp load no\nsuch adapter" in text) == (rows is not None)
+    assert ("llmctl merge" in text) == (rows is not None)
+
+
 def test_hub_ids_and_licences_stand_in_the_header(tmp_path):
     base = tmp_path / "downloaded"
     base.mkdir()

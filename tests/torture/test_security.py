@@ -201,7 +201,7 @@ def test_templates_that_reach_for_python_get_nothing(
     before = sorted(tmp_path.rglob("*"))
     begun = time.monotonic()
     result = cli("generate", "--model", model, "--chat", *ASK, "--json")
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 60
     if result.code:  # the others are text, of which nothing comes from Python
         assert (result.code, "refuses these messages" in result.err) == (4, True), result.err
     assert sorted(tmp_path.rglob("*")) == before

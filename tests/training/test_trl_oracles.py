@@ -267,8 +267,9 @@ def pairs_of(chosen, rejected, margins=None):
         np.zeros(count, np.float32) if margins is None else margins.numpy(),
         np.ones(count, np.float32),
         np.arange(count),
-        0,
-        0,
+        cut=0,
+        dropped=0,
+        same=0,
     )
 
 

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 
 from llmctl.checkup import CheckResult
 from llmctl.errors import OutputError
-from llmctl.numbers import byte_size
+from llmctl.numbers import byte_size, counted
 
 LOW_DISK = 10 * 10**9
 """Bytes: a model of a billion parameters and two checkpoints of its training take more."""
@@ -27,7 +27,7 @@ def check_threads(usable: int) -> CheckResult:
     More threads than cores slow small models ten- to twentyfold.
     """
     cores = os.cpu_count() or 1
-    text = f"{usable} of {cores} cores usable" if usable < cores else f"{usable} cores"
+    text = f"{usable} of {cores} cores usable" if usable < cores else counted(usable, "core")
     for name in THREADS:
         value = os.environ.get(name, "")
         if value and not value.isdigit():

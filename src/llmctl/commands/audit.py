@@ -19,7 +19,7 @@ def run(config: AuditConfig) -> dict[str, Any] | None:
     report = audit(data, config, packing=True)
     result = {"stage": "audit", **report.as_json()}
     if not config.as_json:
-        print_report(report, data)
+        print_report(report, data, config.example)
     try:
         require_sound(report)
     except DataError as error:

@@ -15,6 +15,7 @@ from llmctl.decode.loop import load_for_generation
 from llmctl.decode.prefix import conversation_forward
 from llmctl.decode.slash_commands import COMMANDS, check_command, run_slash_command
 from llmctl.decode.terminal import Pipe, Terminal, UserInput, open_input
+from llmctl.decode.text import stop_ids
 from llmctl.errors import UserError
 from llmctl.files import check_out
 from llmctl.hardware import memory_errors, pick_device
@@ -28,6 +29,7 @@ def run(config: ChatConfig) -> dict[str, Any] | None:
     check_out(config.out, overwrite=config.overwrite)
     device = pick_device(config.device)
     shape, tokenizer = load_config(config.model), load_tokenizer(config.model)
+    stop_ids(tokenizer, config.stop)  # refused before the model loads
     window = chat_window(tokenizer, shape, config.context, config.system, config.max_new_tokens)
     if config.dry_run:
         log.info("would talk on %s in a context of %s tokens", device, f"{window.context:,}")

@@ -11,6 +11,7 @@ from llmctl.errors import GateError
 from llmctl.evaluate.evaluation import evaluate, prepare, require_same_identity
 from llmctl.evaluate.figures import check_gates, figures_in, show_table
 from llmctl.evaluate.task import open_row_log
+from llmctl.numbers import counted
 from llmctl.runs.directory import Run, now, open_run
 
 
@@ -23,7 +24,7 @@ def run(config: EvaluateConfig) -> dict[str, Any] | None:
         else:
             data, metrics = planned.plan.data, ", ".join(planned.plan.metrics)
             count = len(planned.plan.prompts or data.documents[: config.limit])
-            what = f"{metrics} on {count:,} rows ({data.kind})"
+            what = f"{metrics} on {counted(count, 'row')} ({data.kind})"
             log.info("would measure %s, on %s", what, planned.device)
         return show_recipe("evaluate", config)
     opened: AbstractContextManager[Run | None] = nullcontext()

@@ -8,10 +8,18 @@ from llmctl.console import log, show_recipe
 from llmctl.data.prompts import PromptExample, read_prompt_file
 from llmctl.decode.loop import Response, decode, load_for_generation
 from llmctl.decode.output import Row, open_rows, write_rows
-from llmctl.decode.prompts import PromptEncoder, build_prompts, read_shots, read_stdin
+from llmctl.decode.prompts import (
+    PromptEncoder,
+    answers_in_template,
+    build_prompts,
+    read_shots,
+    read_stdin,
+)
+from llmctl.decode.text import stop_ids
 from llmctl.files import check_out
 from llmctl.hardware import memory_errors, pick_device
 from llmctl.models.loading import load_config, load_tokenizer, stop_tokens
+from llmctl.numbers import counted
 
 
 def run(config: GenerateConfig) -> dict[str, Any] | None:
@@ -26,23 +34,30 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
     shots = read_shots(config.shots) if config.shots else []
     device = pick_device(config.device)
     shape, tokenizer = load_config(config.model), load_tokenizer(config.model)
+    stop_ids(tokenizer, config.stop)  # refused before the model loads
     encoder = PromptEncoder(tokenizer, config.chat, config.system, shots)
     prompts = build_prompts(asks, encoder, shape, config.max_new_tokens, config.num_samples)
+    end_of_answer = encoder.end_of_answer(asks)
     if config.dry_run:
         lengths = [len(prompt.tokens) for prompt in prompts]
         log.info(
-            "would write %d responses of at most %d tokens on %s; prompts of %d to %d tokens",
-            *(len(prompts), config.max_new_tokens, device, min(lengths), max(lengths)),
+            "would write %s of at most %s on %s; prompts of %d to %d tokens",
+            *(counted(len(prompts), "response"), counted(config.max_new_tokens, "token"), device),
+            *(min(lengths), max(lengths)),
         )
         return show_recipe("generate", config)
     rows = min(len(prompts), config.batch_size)
     model = load_for_generation(config.model, config, shape, device=device, rows=rows)
+    eos = stop_tokens(model, tokenizer, end_of_answer)
+    is_open = not (config.model_fields_set & {"chat", "shots"}) and end_of_answer is None
+    if is_open and answers_in_template(tokenizer, eos):
+        log.info("this model was made to be asked with --chat; without it, it continues the text")
     streams = len(prompts) == 1 and not config.as_json and config.out is None
     responses = decode(
         model,
         prompts,
         config,
-        eos=stop_tokens(model, tokenizer),
+        eos=eos,
         seed=config.seed,
         batch_size=config.batch_size,
         tokenizer=tokenizer,
@@ -65,8 +80,10 @@ def _write(
     """Write a row or text for each response; return the result where it went to a file."""
 
     def row_of(response: Response) -> Row:
+        ask = asks[response.index // config.num_samples]
         return {
-            "prompt": asks[response.index // config.num_samples].prompt,
+            "prompt": ask.prompt,
+            **({"tools": ask.tools} if ask.tools else {}),
             "response": response.text,
             "finish_reason": response.finish_reason,
             "seed": config.seed,

@@ -14,6 +14,7 @@ from llmctl.ppo.export import export, log_summary
 from llmctl.ppo.loop import fit, resume
 from llmctl.ppo.setup import build_ppo, prepare_ppo
 from llmctl.runs.directory import Run
+from llmctl.training.distributed import wait_for_peers
 from llmctl.training.fault_tolerance import together
 from llmctl.training.hyperparameters import Hyperparameters
 from llmctl.training.stage import clock_of, run_stage
@@ -41,6 +42,7 @@ def _align(config: PpoConfig, run: Run, accelerator: Accelerator, device: str) -
         trainer, win_rate = build_ppo(config, prepared, run, accelerator, device, threads)
         resume(trainer, config)
         run.keep_recipe(config)
+        wait_for_peers(accelerator, config.peer_timeout)
         metrics = fit(trainer, win_rate)
     log_summary(trainer.state)
     return {**export(config, trainer, prepared), **prepared.sizes, **metrics}

@@ -15,12 +15,13 @@ from llmctl.console import log
 from llmctl.data.corpus import open_corpus, tokenize_once
 from llmctl.data.tokenizer.load import load_vocabulary
 from llmctl.files import sha256_file
-from llmctl.numbers import byte_size
+from llmctl.numbers import byte_size, counted
 from llmctl.planning.outlook import show_dry_run
 from llmctl.planning.recipe import corpus_outlook, pretrain_outlook
 from llmctl.runs.directory import Run
 from llmctl.runs.resume import earlier_manifest
 from llmctl.training.base_model import base_of
+from llmctl.training.consistency import require_same
 from llmctl.training.export import export_pretrained
 from llmctl.training.fault_tolerance import together
 from llmctl.training.loop import train
@@ -44,8 +45,9 @@ def _pretrain(
         prepared = prepare_pretraining(config, tokens, accelerator, device)
     if config.find_batch_size:
         prepared = with_largest_batch(config, prepared, known)
-    models = [base_of(config.model).as_input()] if config.model else []
-    run.record(inputs=[*inputs, *models], **prepared.facts())
+    models = [base_of(config.model)] if config.model else []
+    require_same(accelerator, {"model": [model.sha256 for model in models]})
+    run.record(inputs=[*inputs, *(model.as_input() for model in models)], **prepared.facts())
     values = prepared.hyperparameters
     with hardware.memory_errors(values.batch_size, values.grad_accum):
         trainer = build_pretraining(config, prepared, run)
@@ -81,6 +83,7 @@ def _show(config: PretrainConfig, accelerator: Accelerator, device: str) -> dict
         vocabulary, _ = load_vocabulary(str(config.tokenizer or config.model))
         with open_corpus(config) as corpus:
             documents, size = corpus.scan.documents, corpus.bytes
-        log.info("would first encode %s documents, %s of text", f"{documents:,}", byte_size(size))
+        documents_text = counted(documents, "document")
+        log.info("would first encode %s, %s of text", documents_text, byte_size(size))
         outlook = corpus_outlook(config, vocabulary.size, size, accelerator.num_processes, device)
     return show_dry_run("pretrain", config, outlook)

@@ -22,6 +22,7 @@ from llmctl.feedback.server import listen, rank_on_page
 from llmctl.feedback.session import Session, login_name
 from llmctl.feedback.terminal_session import rank_in_terminal
 from llmctl.files import check_out
+from llmctl.numbers import counted
 from llmctl.signals import Stopped
 
 GENERATION_SETTINGS = ("model", "responses", "chat", "seed", *Sampling.model_fields)
@@ -105,6 +106,9 @@ def _log_plan(
         encode_entries(config, model, entries)
     done = sum(q is not None and q.key in mine for q in queue.questions)
     log.info(
-        "would ask %s %d of %d prompts; responses to %d are still to be written",
-        *(annotator, len(entries) - done, len(entries), len(queue.missing())),
+        "would ask %s %d of %s; responses to %d are still to be written",
+        annotator,
+        len(entries) - done,
+        counted(len(entries), "prompt"),
+        len(queue.missing()),
     )

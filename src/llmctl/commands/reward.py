@@ -42,8 +42,9 @@ def _train(config: RewardConfig, run: Run, accelerator: Accelerator, device: str
     log_reward_data(data)
     with together(accelerator):
         prepared = prepare_reward(config, data, accelerator, device)
-    audit = data.statistics()
-    run.record(**prepared.facts(data.inputs, device, audit=audit, held_out=data.held_out))
+    facts = {"audit": data.statistics(), "held_out": data.held_out}
+    facts["score_at"] = prepared.model.config.score_at
+    run.record(**prepared.facts(data.inputs, device, **facts))
     with hardware.memory_errors(*prepared.batch):
         trainer = build_reward(config, data, prepared, run, accelerator, device)
         metrics = train(trainer, config)

@@ -12,7 +12,7 @@ from llmctl.data.tokenizer.load import Vocabulary, load_vocabulary, vocabulary_o
 from llmctl.data.tokenizer.train import BOS, EOS, UNKNOWN, save_tokenizer, train_tokenizer
 from llmctl.files import sha256_folder
 from llmctl.models.hub import model_input
-from llmctl.numbers import short_number
+from llmctl.numbers import counted, short_number
 from llmctl.runs.directory import open_run, resolve_tokenizer
 
 
@@ -70,8 +70,8 @@ def _dry_run(config: TokenizeConfig) -> dict[str, Any] | None:
         if config.tokenizer is not None:
             load_vocabulary(config.tokenizer)
         log.info(
-            "would encode %s documents, %s MB of text, with %s, into %s",
-            f"{corpus.scan.documents:,}",
+            "would encode %s, %s MB of text, with %s, into %s",
+            counted(corpus.scan.documents, "document"),
             f"{corpus.bytes / 1e6:,.1f}",
             config.tokenizer or f"a new {config.algorithm} tokenizer",
             config.out or "--out",
@@ -82,10 +82,10 @@ def _dry_run(config: TokenizeConfig) -> dict[str, Any] | None:
 
 def _log_metrics(metrics: dict[str, Any]) -> None:
     log.info(
-        "%s tokens (%s for validation) of %s documents, %s MB of text",
-        f"{metrics['tokens']:,}",
+        "%s (%s for validation) of %s, %s MB of text",
+        counted(metrics["tokens"], "token"),
         f"{metrics['val_tokens']:,}",
-        f"{metrics['documents']:,}",
+        counted(metrics["documents"], "document"),
         f"{metrics['bytes'] / 1e6:,.1f}",
     )
     log.info(
@@ -99,4 +99,4 @@ def _log_metrics(metrics: dict[str, Any]) -> None:
     for name in ("longest", "shortest"):
         at = metrics[f"{name}_document"]
         place = f"{at['file']}:{at['line']}" if at["line"] else at["file"]
-        log.info("%s document: %s tokens (%s)", name, f"{at['tokens']:,}", place)
+        log.info("%s document: %s (%s)", name, counted(at["tokens"], "token"), place)

@@ -2,7 +2,14 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from llmctl.config.base import Also, Fields, Input
 from llmctl.config.sections import (
@@ -17,6 +24,7 @@ from llmctl.config.sections import (
     Placement,
     PositiveCount,
     Resumable,
+    split_names,
 )
 
 
@@ -94,9 +102,11 @@ class LowRank(Fields):
     lora_dropout: OpenFraction = 0.0
     """Dropout before the adapters."""
 
-    lora_targets: Annotated[list[str], Also("lora-target-modules", "lora-target")] = []
-    """Layers to adapt (repeatable): names as in the model, such as q_proj; by default every linear
-    layer but the output (`all-linear`)."""
+    lora_targets: Annotated[
+        list[str], BeforeValidator(split_names), Also("lora-target-modules", "lora-target")
+    ] = []
+    """Layers to adapt (repeatable): names as in the model, such as `q_proj,v_proj`; by default
+    every linear layer but the output (`all-linear`)."""
 
     rslora: Annotated[bool, Also("use-rslora")] = False
     """Scale by the root of the rank (Kalajdzievski, 2023, arXiv:2312.03732)."""

@@ -23,10 +23,22 @@ Control = Field(exclude=True)
 """Marks a field that steers one call and is no part of the recipe."""
 
 
+ScoreAt = Literal["end-of-turn", "last-token"]
+"""Last token of a scored conversation: the end of its last turn, or the last that is written."""
+
+
+def split_names(value: Any) -> Any:
+    """Parse `q_proj,v_proj`, or a list of such texts, into names; other values stay."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list):
+        return value
+    return [name for text in texts for part in str(text).split(",") if (name := part.strip())]
+
+
 def _names(value: Any) -> Any:
     """Parse `lr,max-steps` into field names."""
-    parts = [part for text in value for part in str(text).split(",")] if value else []
-    return [part.strip().replace("-", "_") for part in parts if part.strip()]
+    names = split_names(value)
+    return [name.replace("-", "_") for name in names] if isinstance(names, list) else names
 
 
 def _tracker_names(value: Any) -> Any:
@@ -91,8 +103,9 @@ class Corpus(Fields):
     """Raw text."""
 
     data: Annotated[list[str], Also("dataset", "dataset-name"), Input("data")] = []
-    """Text to read (repeatable): a file (txt, md, jsonl, json, csv, parquet, also .gz or .zst), a
-    folder, a glob, a Hub data set, `builtin:python-docs`, or `-` for stdin."""
+    """Text to read (repeatable): a file (txt, md, jsonl, json, csv, tsv, parquet, arrow, also .gz,
+    .zst, .xz or .bz2), a folder, a glob, a Hub data set, `builtin:python-docs`, or `-` for stdin.
+    """
 
     text_column: Annotated[str, Also("text-field", "dataset-text-field")] = "text"
     """Column that holds the text in jsonl, csv, parquet and Hub data."""
@@ -103,6 +116,9 @@ class Corpus(Fields):
 
     val_data: Annotated[list[str], Input("data")] = []
     """Validation text from elsewhere (repeatable), in place of a share of the data."""
+
+    skip_bad_rows: NonNegativeCount = 0
+    """Rows that cannot be read and may be left out; one more is an error."""
 
 
 class Optimizer(Fields):
@@ -218,7 +234,8 @@ class Checkpoints(Fields):
     """Continue from the newest valid checkpoint of `--out`; start afresh where there is none."""
 
     resume_from: Annotated[Path | None, Also("resume-from-checkpoint"), Control] = None
-    """Continue from this checkpoint; with `resume`, only where `--out` has none of its own."""
+    """Continue from this checkpoint, or the newest of this run; with `resume`, only where `--out`
+    has none of its own."""
 
     resume_allow: Annotated[
         list[str], BeforeValidator(_names), Also("resume-allow-changes"), Control
@@ -262,6 +279,10 @@ class Placement(Fields):
 
     processes: Annotated[PositiveInt | None, Also("nproc-per-node", "num-processes")] = None
     """Processes to train with; more than one are launched here unless a launcher already did."""
+
+    peer_timeout: PositiveInt = 600
+    """Seconds without an answer from another process after which a run ends, to be resumed; more
+    than rank 0 takes to write a checkpoint or the result, for which the others wait."""
 
 
 class Loading(Fields):
@@ -316,7 +337,7 @@ class Sampling(Fields):
     """Take the most likely token, whatever the temperature."""
 
     stop: Annotated[list[str], Also("stop-strings")] = []
-    """Text that ends a response (repeatable); it is not part of the response."""
+    """Text or special token that ends a response (repeatable); it is not part of the response."""
 
     @model_validator(mode="after")
     def _check_stop(self) -> Self:

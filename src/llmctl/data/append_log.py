@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.console import log
-from llmctl.data.rows import DECODER, LINE_BYTES
+from llmctl.data.kinds import LINE_BYTES
+from llmctl.data.rows import DECODER
 from llmctl.errors import OutputError
 from llmctl.files import fsync, writing
 

@@ -18,6 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from llmctl.config.commands import SftConfig
 from llmctl.console import log
+from llmctl.data.audit.rules import RowRules
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.examples import Example
 from llmctl.data.split import (
     Split,
@@ -31,6 +33,7 @@ from llmctl.data.tokenizer.train import PAD
 from llmctl.errors import DataError, ModelError
 from llmctl.models.classifiers import classifier_labels
 from llmctl.models.loading import load_config, load_tokenizer
+from llmctl.numbers import counted
 
 SHOWN = 8
 """Labels that a line names."""
@@ -121,6 +124,8 @@ class ClassificationData:
     split: Split[Example]
     dropped: int
     """Texts left out for their length."""
+    bad: BadRows
+    """Rows left out for their errors."""
 
     def statistics(self) -> dict[str, Any]:
         """Statistics for the manifest."""
@@ -137,7 +142,7 @@ class ClassificationData:
             "tokens_max": int(self.train.lengths.max()),
             "truncated": self.train.cut / len(self.train),
             "dropped": self.dropped,
-            "skipped": self.split.skipped,
+            "skipped": self.bad.count,
             "duplicates": count_duplicates(examples),
             "ambiguous": sum(count > 1 for count in labels.values()),
             "shared_texts": count_shared_prompts(self.split.train, self.split.val),
@@ -156,11 +161,17 @@ def load_classification_data(config: SftConfig) -> ClassificationData:
     shape, tokenizer = load_config(config.model), load_tokenizer(config.model)
     max_length = resolve_max_length(config.max_length, shape, tokenizer=tokenizer)
     configure_padding(tokenizer, max_length)
-    split = read_split(config, config.data, config.seed, "classify")
+    bad = BadRows(config.skip_bad_rows)
+    split = read_split(config, config.data, config.seed, bad, "classify")
+    bad.report()
     _require_apart(split)
     drop = config.truncation == "drop"
     train, dropped = _encode(tokenizer, split.train, max_length, drop=drop)
     val, _ = _encode(tokenizer, split.val, max_length, drop=drop)
+    rules = RowRules(tokenizer)
+    for example, tokens, _ in (*train, *val):
+        rules.see([example.text or ""], example.place, example.line, [tokens])
+    rules.enforce()
     _require_embeddings([*train, *val], int(shape.get_text_config().vocab_size))
     labels = resolve_labels([example for example, _, _ in train], split.val, shape)
     return ClassificationData(
@@ -171,6 +182,7 @@ def load_classification_data(config: SftConfig) -> ClassificationData:
         max_length,
         split,
         dropped,
+        bad,
     )
 
 
@@ -194,20 +206,20 @@ def log_classification_data(data: ClassificationData) -> None:
     statistics = data.statistics()
     counts: Counter[str] = Counter(statistics["classes"])
     log.info(
-        "%s texts in %s classes to train on: %s; %s to validate",
-        f"{len(data.train):,}",
-        f"{len(counts):,}",
+        "%s in %s to train on: %s; %s to validate",
+        counted(len(data.train), "text"),
+        counted(len(counts), "class", "classes"),
         list_labels([f"{label} {count:,}" for label, count in counts.most_common()]),
         f"{0 if data.val is None else len(data.val):,}",
     )
     log.info(
-        "tokens: median %g, longest %s; %.1f %% cut at %s, %s left out; %s duplicates",
+        "tokens: median %g, longest %s; %.1f %% cut at %s, %s left out; %s",
         statistics["tokens_median"],
         f"{statistics['tokens_max']:,}",
         100 * statistics["truncated"],
         f"{data.max_length:,}",
         f"{data.dropped:,}",
-        f"{statistics['duplicates']:,}",
+        counted(statistics["duplicates"], "duplicate"),
     )
     present = Counter({label: count for label, count in counts.items() if count})
     (most, many), (least, few) = present.most_common()[0], present.most_common()[-1]
@@ -216,14 +228,14 @@ def log_classification_data(data: ClassificationData) -> None:
         log.warning("a single text to learn from: label %s", list_labels(single))
     if many >= IMBALANCED * few:
         log.warning(
-            "label `%s` has %s texts and `%s` %s: accuracy says little, look at val_macro_f1",
-            *(most, f"{many:,}", least, f"{few:,}"),
+            "label `%s` has %s and `%s` %s: accuracy says little, look at val_macro_f1",
+            *(most, counted(many, "text"), least, f"{few:,}"),
         )
-    if statistics["ambiguous"]:
-        log.warning("%s texts stand with several labels", f"{statistics['ambiguous']:,}")
-    if statistics["shared_texts"]:
-        shared = f"{statistics['shared_texts']:,}"
-        log.warning("%s validation texts are trained on with another label", shared)
+    if ambiguous := statistics["ambiguous"]:
+        log.warning("%s with several labels", counted(ambiguous, "text stands", "texts stand"))
+    if shared := statistics["shared_texts"]:
+        texts = counted(shared, "validation text is", "validation texts are")
+        log.warning("%s trained on with another label", texts)
 
 
 def _require_apart(split: Split[Example]) -> None:
@@ -231,7 +243,7 @@ def _require_apart(split: Split[Example]) -> None:
     if both:
         ours, theirs = both[0]
         raise DataError(
-            f"this text also validates ({theirs.name}), and so do {len(both) - 1:,} others",
+            f"this text also validates ({theirs.name}), one of {counted(len(both), 'such text')}",
             file=ours.place,
             line=ours.line,
             hint="a validation set must be new to the model: take them out of one of the two",

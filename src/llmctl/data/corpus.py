@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from llmctl.config.sections import Corpus
 from llmctl.console import ProgressBar, log
-from llmctl.data.documents import hash_text, text_input
+from llmctl.data.bad_rows import BadRows
+from llmctl.data.documents import Piece, hash_text, text_input
 from llmctl.data.scan import PROGRESS_BYTES, Scan, SplitPlan, plan_split, read_documents, scan
 from llmctl.data.shards import ShardWriter, shard_writer
 from llmctl.data.sources import Source, find_sources
@@ -35,11 +36,14 @@ from llmctl.data.tokenizer.encode import (
     fastest_encoder,
 )
 from llmctl.data.tokenizer.load import Vocabulary, load_vocabulary
+from llmctl.data.tokenizer.lost import MOST_LOST, LostCharacters
 from llmctl.data.tokenizer.train import fingerprint
 from llmctl.errors import DataError, ModelError
 from llmctl.files import write_json
 
 BATCH_CHARACTERS = 1 << 20
+EARLY_CHARACTERS = 1 << 20
+"""Characters after which a tokenizer that loses too many is refused without reading on."""
 
 Place = tuple[str, int | None]
 
@@ -73,6 +77,8 @@ class SplitWriter:
         self._characters = 0
         self._is_within = False
         self._carried = 0
+        self.lost = LostCharacters(vocabulary.tokenizer)
+        self.first_lost: tuple[str | None, int | None] = None, None
 
     @property
     def tokens(self) -> int:
@@ -85,6 +91,8 @@ class SplitWriter:
         Raises:
             DataError: the text cannot be cut and is too long to be encoded at once.
         """
+        if self.lost.add(text) and self.first_lost[0] is None:
+            self.first_lost = place, line
         try:
             for piece in self._cutter.feed(text, is_last):
                 self._texts.append(piece)
@@ -101,21 +109,25 @@ class SplitWriter:
                 self.flush()
 
     def _too_long(self, place: str, line: int | None) -> DataError:
+        spaces = "a stretch of text without a single space between words"
         where = {
             "nowhere": "a document, which this tokenizer takes only whole,",
-            "spaces": "a stretch of text without a single space between words",
+            "spaces": spaces,
+            "marks": spaces,
         }.get(self.encoder.cuts, "a stretch of text without a space or line end between words")
         return DataError(
             f"{where} of more than {RUN_CHARACTERS:,} characters, the limit",
             file=place,
             line=line,
-            hint="break it up, leave it out, or use --algorithm byte, which has no limit",
+            hint="break it up or leave it out; a tokenizer of --algorithm byte has no limit",
         )
 
     def flush(self) -> None:
         """Encode the batch, put the prefix and EOS around each document, and write it."""
         if not self._texts:
             return
+        if self.lost.characters > EARLY_CHARACTERS:
+            self.lost.refuse(MOST_LOST, *self.first_lost)
         ids, lengths = self.encoder.encode(self._texts)
         ends = np.array(self._ends)
         starts = np.append(not self._is_within, ends[:-1])
@@ -151,6 +163,14 @@ class SplitWriter:
         if self.shortest is None or sizes[least] < self.shortest.tokens:
             self.shortest = Extreme(int(sizes[least]), *self._places[least])
 
+    def check_lost(self) -> None:
+        """Warn of characters that the tokenizer loses; raise a DataError where they are many."""
+        self.lost.refuse(MOST_LOST, *self.first_lost)
+        if self.lost.lost:
+            place, line = self.first_lost
+            where = place if line is None else f"{place}:{line}"
+            log.warning("%s: %s", where, self.lost.message())
+
     def index_entry(self) -> dict[str, Any]:
         """Return this split's entry in the index."""
         return {
@@ -171,6 +191,7 @@ class CheckedCorpus:
     scan: Scan
     val_scan: Scan | None
     plan: SplitPlan
+    skip_bad_rows: int = 0
 
     @property
     def bytes(self) -> int:
@@ -183,7 +204,7 @@ class CheckedCorpus:
         draw = random.Random(0)
         with ProgressBar("train the tokenizer", min(self.scan.bytes, train_bytes), "B") as progress:
             taken, drawn, wanted = 0, 0, 0
-            for number, text in enumerate(_pieces(self.sources, self.column)):
+            for number, text in enumerate(_pieces(self.sources, self.column, self.skip_bad_rows)):
                 if number == wanted:
                     while wanted <= number:
                         drawn += 1
@@ -196,7 +217,7 @@ class CheckedCorpus:
         """Return the manifest's record of the sources."""
         roles = {"data": self.sources, "val-data": self.val_sources}
         return [
-            text_input(role, source, self.column)
+            text_input(role, source, self.column, self.skip_bad_rows)
             for role, sources in roles.items()
             for source in sources
         ]
@@ -229,6 +250,8 @@ class CheckedCorpus:
             self._route(train, val, progress)
         seconds = time.monotonic() - started
         _check_sizes(train, val, self.bytes)
+        for side in (train, *rest):
+            side.check_lost()
         splits = {"train": train.index_entry(), **({"val": val.index_entry()} if val else {})}
         write_json(
             folder / "index.json",
@@ -244,12 +267,16 @@ class CheckedCorpus:
         documents = self.scan.documents + (self.val_scan.documents if self.val_scan else 0)
         return {"documents": documents, **_metrics([train, *rest], vocabulary, seconds)}
 
+    def _documents(self, sources: tuple[Source, ...]) -> Iterator[Piece]:
+        """Read them once more; the same rows are left out each time."""
+        return read_documents(sources, self.column, BadRows(self.skip_bad_rows))
+
     def _route(self, train: SplitWriter, val: SplitWriter | None, progress: ProgressBar) -> None:
         """Write every document to its split."""
         long_hashes = iter(self.scan.long_hashes)
         side, is_within, done, shown, characters = train, False, 0, 0, 0
         cut = self.plan.train_characters
-        for text, place, line, is_last in read_documents(self.sources, self.column):
+        for text, place, line, is_last in self._documents(self.sources):
             raw = text.encode()
             if cut is not None and val is not None:
                 for part, to, ends in _halves(text, cut - characters, is_last):
@@ -269,7 +296,7 @@ class CheckedCorpus:
                 progress.update(done)
                 shown = done + PROGRESS_BYTES
         if val is not None:
-            for text, place, line, is_last in read_documents(self.val_sources, self.column):
+            for text, place, line, is_last in self._documents(self.val_sources):
                 val.bytes += len(text.encode())
                 val.add(text, place, line, is_last)
 
@@ -285,11 +312,23 @@ def open_corpus(config: Corpus) -> Iterator[CheckedCorpus]:
     with tempfile.TemporaryDirectory(prefix="llmctl-") as spool:
         sources = tuple(find_sources(config.data, Path(spool)))
         val_sources = tuple(find_sources(config.val_data, Path(spool)))
-        val_scan = scan(val_sources, config.text_column, all_hashes=True) if val_sources else None
+        bad = BadRows(config.skip_bad_rows)
+        val_scan = (
+            scan(val_sources, config.text_column, bad, all_hashes=True) if val_sources else None
+        )
         kept = frozenset(val_scan.hashes.tolist()) if val_scan else frozenset()
-        scanned = scan(sources, config.text_column, refused=kept)
+        scanned = scan(sources, config.text_column, bad, refused=kept)
+        bad.report()
         plan = SplitPlan(0.0) if val_scan else plan_split(scanned, config.val_fraction)
-        yield CheckedCorpus(sources, val_sources, config.text_column, scanned, val_scan, plan)
+        yield CheckedCorpus(
+            sources,
+            val_sources,
+            config.text_column,
+            scanned,
+            val_scan,
+            plan,
+            config.skip_bad_rows,
+        )
 
 
 @contextmanager
@@ -303,10 +342,10 @@ def _split_writer(
         writer.flush()
 
 
-def _pieces(sources: tuple[Source, ...], column: str) -> Iterator[str]:
+def _pieces(sources: tuple[Source, ...], column: str, skip_bad_rows: int) -> Iterator[str]:
     """Cut text into short pieces to train on: time grows with the square of a word's length."""
     cutter = Cutter("softly", TRAIN_CHARACTERS)
-    for text, _, _, is_last in read_documents(sources, column):
+    for text, _, _, is_last in read_documents(sources, column, BadRows(skip_bad_rows)):
         yield from cutter.feed(text, is_last)
 
 
@@ -344,6 +383,8 @@ def _metrics(sides: list[SplitWriter], vocabulary: Vocabulary, seconds: float) -
     counts = np.sum([side.counts for side in sides], axis=0)
     tokens, size = int(counts.sum()), sum(side.bytes for side in sides)
     unknown = 0 if vocabulary.unknown is None else int(counts[vocabulary.unknown])
+    # GPT-2's tokenizers call eos unknown, too: the frames of documents are no text
+    unknown -= sum(side.documents for side in sides) * vocabulary.frame.count(vocabulary.unknown)
     longest = [side.longest for side in sides if side.longest]
     shortest = [side.shortest for side in sides if side.shortest]
     return {
@@ -354,6 +395,7 @@ def _metrics(sides: list[SplitWriter], vocabulary: Vocabulary, seconds: float) -
         "bytes_per_token": size / tokens,
         "tokens_per_second": tokens / max(seconds, 1e-9),
         "unknown_rate": unknown / tokens,
+        "lost_characters": sum(side.lost.lost for side in sides),
         "vocab_size": vocabulary.size,
         "vocab_used": int((counts > 0).sum()) / vocabulary.size,
         "longest_document": max(longest, key=lambda e: e.tokens)._asdict(),

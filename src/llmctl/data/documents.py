@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmctl.data import builtin
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.builtin import PREFERENCES
+from llmctl.data.kinds import BLOCK_BYTES
 from llmctl.data.rows import (
-    BLOCK_BYTES,
     checked_text,
     no_column,
     not_utf8,
@@ -38,8 +39,10 @@ class Piece(NamedTuple):
     is_last: bool
 
 
-def read_pieces(source: Source, column: str) -> Iterator[Piece]:
+def read_pieces(source: Source, column: str, bad: BadRows | None = None) -> Iterator[Piece]:
     """Read the documents of a source in order; `column` holds the text of rows.
+
+    `bad` counts the rows that are left out for their errors; without it none may be.
 
     Raises:
         DataError: text that is damaged, missing, null or not UTF-8, with its file and line or byte.
@@ -50,7 +53,7 @@ def read_pieces(source: Source, column: str) -> Iterator[Piece]:
     if source.kind == "builtin" and not source.name.startswith(PREFERENCES):
         documents = enumerate(_built_in(source.name), start=1)
         return (Piece(text, source.name, number, True) for number, text in documents)
-    return _rows(source, column)
+    return _rows(source, column, BadRows() if bad is None else bad)
 
 
 def _built_in(name: str) -> Iterator[str]:
@@ -59,11 +62,16 @@ def _built_in(name: str) -> Iterator[str]:
     return iter(builtin.python_docs())
 
 
-def _rows(source: Source, column: str) -> Iterator[Piece]:
-    for row, place, line in read_rows(source, [column]):
-        if column not in row:
-            raise no_column(column, list(row), place, line)
-        yield Piece(checked_text(row[column], column, place, line), place, line, True)
+def _rows(source: Source, column: str, bad: BadRows) -> Iterator[Piece]:
+    for row, place, line in read_rows(source, [column], bad):
+        try:
+            if column not in row:
+                raise no_column(column, list(row), place, line)
+            text = checked_text(row[column], column, place, line)
+        except DataError as error:
+            bad(error)
+        else:
+            yield Piece(text, place, line, True)
 
 
 def _text(source: Source) -> Iterator[Piece]:
@@ -120,12 +128,12 @@ def _opening(source: Source, most: int) -> str:
     return text[:most]
 
 
-def text_input(role: str, source: Source, column: str) -> dict[str, Any]:
+def text_input(role: str, source: Source, column: str, skip_bad_rows: int = 0) -> dict[str, Any]:
     """Return the manifest's record of a source of documents."""
 
     def digest() -> str:
         text_hash = sha256()
-        for piece in read_pieces(source, column):
+        for piece in read_pieces(source, column, BadRows(skip_bad_rows)):
             text_hash.update(piece.text.encode())
         return text_hash.hexdigest()
 

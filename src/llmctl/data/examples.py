@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.rows import SourceRow, checked_text, json_type
 from llmctl.data.schemas import (
     Layout,
@@ -18,6 +19,7 @@ from llmctl.data.schemas import (
     choose_layouts,
     conversation,
     from_json,
+    parse_dialogue_prompt,
     parse_tools,
     text_message,
 )
@@ -48,14 +50,15 @@ def read_examples(
     data: Sequence[str],
     *,
     columns: Sequence[str] = (),
-    skip_bad_rows: int = 0,
+    bad: BadRows | None = None,
     task: Task = "chat",
     role: str = "data",
 ) -> list[ItemSet[Example]]:
     """Read every example that `data` names, in order, each file once.
 
     Each name of `data` has `=WEIGHT` or none; `columns` gives roles, as `prompt=q,response=a`,
-    where names do not tell. Of all sources `skip_bad_rows` rows may be left out for their errors.
+    where names do not tell. `bad` counts the rows that are left out for their errors; without
+    it none may be.
     `role` is the name of these inputs in the manifest.
 
     Raises:
@@ -64,7 +67,7 @@ def read_examples(
         UserError: weights or columns that make no sense.
     """
     layouts = choose_layouts(columns, task)
-    return read_sets(data, layouts, _parse_example, skip_bad_rows=skip_bad_rows, role=role)
+    return read_sets(data, layouts, _parse_example, bad=bad, role=role)
 
 
 def _parse_example(record: SourceRow, layout: Layout) -> list[Example]:
@@ -75,7 +78,7 @@ def _parse_example(record: SourceRow, layout: Layout) -> list[Example]:
             raise DataError(f"`{needed['text']}` is empty or nothing but white space")
         label = _label(row[needed["label"]], needed["label"]) if "label" in needed else None
         return [Example(None, text, label, None, record.place, record.line)]
-    columns = {**layout.more, **needed}
+    columns = layout.columns(row)
     values = {role: row.get(column) for role, column in columns.items()}
     if "messages" in needed:
         messages = conversation(values["messages"], columns["messages"])
@@ -98,13 +101,25 @@ def checked_example(
         DataError: no turn of the user or the assistant, or two system messages.
     """
     check_turns(messages, columns.get("messages") or columns["prompt"])
-    system = values.get("system")
-    if system is not None and checked_text(system, columns["system"]).strip():
-        if messages[0]["role"] in ("system", "developer"):
-            raise DataError(f"`{columns['system']}` beside a message of the system: which counts?")
-        messages = [{"role": "system", "content": system}, *messages]
-    tools = parse_tools(values.get("tools"), "tools")
+    messages = with_system(messages, values, columns)
+    tools = parse_tools(values.get("tools"), columns.get("tools", "tools"))
     return Example(tuple(messages), None, None, tools, record.place, record.line)
+
+
+def with_system(
+    messages: list[Message], values: Mapping[str, Any], columns: Mapping[str, str]
+) -> list[Message]:
+    """Put the system message of a row before its turns.
+
+    Raises:
+        DataError: the turns begin with one, too.
+    """
+    system = values.get("system")
+    if system is None or not checked_text(system, columns["system"]).strip():
+        return messages
+    if messages[0]["role"] in ("system", "developer"):
+        raise DataError(f"`{columns['system']}` beside a message of the system: which counts?")
+    return [{"role": "system", "content": system}, *messages]
 
 
 def prompt_response(values: Mapping[str, Any], columns: Mapping[str, str]) -> list[Message]:
@@ -113,13 +128,25 @@ def prompt_response(values: Mapping[str, Any], columns: Mapping[str, str]) -> li
     Raises:
         DataError: one of them is blank, or neither a text nor messages.
     """
+    return [
+        *prompt_messages(values, columns),
+        *_messages("assistant", values["response"], columns["response"]),
+    ]
+
+
+def prompt_messages(values: Mapping[str, Any], columns: Mapping[str, str]) -> list[Message]:
+    """Make the turns before a response: those of `history`, and the prompt with its `input`.
+
+    Raises:
+        DataError: the prompt is blank, or neither a text nor messages.
+    """
     prompt, extra = values["prompt"], values.get("input")
     if extra is not None and checked_text(extra, columns["input"]).strip():
         prompt = f"{checked_text(prompt, columns['prompt'])}\n\n{extra}"
+    dialogue = parse_dialogue_prompt(prompt, columns["prompt"]) if isinstance(prompt, str) else None
     return [
         *_history(values.get("history")),
-        *_messages("user", prompt, columns["prompt"]),
-        *_messages("assistant", values["response"], columns["response"]),
+        *(dialogue or _messages("user", prompt, columns["prompt"])),
     ]
 
 

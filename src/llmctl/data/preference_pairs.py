@@ -18,7 +18,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from llmctl.config.commands import DpoConfig, RewardConfig
 from llmctl.console import log
-from llmctl.data.chat.responses import ResponseFormat, prepare_template
+from llmctl.data.audit.rules import RowRules, texts_of
+from llmctl.data.bad_rows import BadRows
+from llmctl.data.chat.responses import ResponseFormat, end_at_turn, prepare_template
 from llmctl.data.chat.templates import set_chat_template
 from llmctl.data.classification import configure_padding
 from llmctl.data.examples import Example
@@ -28,6 +30,7 @@ from llmctl.data.tokenized import EncodedSequence, Tokenized, collect, resolve_m
 from llmctl.errors import DataError, ModelError
 from llmctl.models.causality import require_causal_config
 from llmctl.models.loading import load_config, load_tokenizer
+from llmctl.numbers import counted
 
 MOST_DROPPED = 0.2
 """Largest share of the pairs that `--truncation auto` leaves out."""
@@ -49,6 +52,8 @@ class Pairs:
     """Pairs whose prompts lost their beginning."""
     dropped: int
     """Pairs left out for their length."""
+    same: int
+    """Pairs left out because both sides are the same tokens, which teach nothing."""
 
     def __len__(self) -> int:
         """Return N."""
@@ -72,17 +77,29 @@ def encode_pairs(
     preferences: Sequence[Preference],
     max_length: int,
     truncation: Literal["auto", "cut", "drop"],
+    bad: BadRows,
+    rules: RowRules,
 ) -> Pairs:
     """Encode every pair that fits, or that fits without the beginning of its prompt.
 
+    `bad` counts those that cannot be rendered, `rules` look at all others.
+
     Raises:
         DataError: none is left, or `auto` would leave out more than a fifth.
-        ModelError: the chat template refuses a conversation, with its file and line.
+        ModelError: the chat template is broken, with the file and line of a pair.
     """
     sides: list[tuple[EncodedSequence, EncodedSequence]] = []
-    numbers, cut = [], 0
+    numbers, count, cut, same = [], 0, 0, 0
     for number, preference in enumerate(preferences):
-        chosen, rejected = _encode_pair(response_format, preference)
+        pair = _encode_pair(response_format, preference, bad)
+        if pair is None:
+            continue
+        chosen, rejected = pair
+        _see(rules, preference, pair)
+        if chosen.tokens == rejected.tokens:
+            same += 1
+            continue
+        count += 1
         excess = max(len(chosen.tokens), len(rejected.tokens)) - max_length
         if excess > 0:
             if truncation == "drop":
@@ -94,8 +111,14 @@ def encode_pairs(
             cut += 1
         sides.append((chosen, rejected))
         numbers.append(number)
-    dropped = len(preferences) - len(sides)
-    _require_enough(len(preferences), dropped, max_length, truncation)
+    if preferences and not count:
+        raise DataError(
+            "both sides of every pair are the same tokens: there is nothing to prefer",
+            file=preferences[0].chosen.place,
+            hint="the chat template may leave out what tells them apart: --chat-template",
+        )
+    dropped = count - len(sides)
+    _require_enough(count, dropped, max_length, truncation)
     kept = [preferences[number] for number in numbers]
     return Pairs(
         collect([chosen] for chosen, _ in sides),
@@ -105,18 +128,34 @@ def encode_pairs(
         np.array(numbers, np.int64),
         cut,
         dropped,
+        same,
     )
 
 
+def _see(
+    rules: RowRules, preference: Preference, pair: tuple[EncodedSequence, EncodedSequence]
+) -> None:
+    """Hold a pair against the rules on rows."""
+    chosen, rejected = preference.sides
+    texts = texts_of(chosen.messages, chosen.text)
+    texts += texts_of((rejected.messages or ())[preference.shared :], rejected.text)
+    rules.see(texts, chosen.place, chosen.line, [side.tokens for side in pair])
+
+
 def _encode_pair(
-    response_format: ResponseFormat, preference: Preference
-) -> tuple[EncodedSequence, EncodedSequence]:
+    response_format: ResponseFormat, preference: Preference, bad: BadRows
+) -> tuple[EncodedSequence, EncodedSequence] | None:
+    """Encode both sides; None where the pair is left out for its errors."""
     chosen, rejected = preference.sides
     try:
         return (
             response_format.encode_example(chosen, preference.shared),
             response_format.encode_example(rejected, preference.shared),
         )
+    except DataError as error:
+        error.file, error.line = chosen.place, chosen.line
+        bad(error)
+        return None
     except ModelError as error:
         error.file, error.line = chosen.place, chosen.line
         raise
@@ -130,8 +169,8 @@ def _require_enough(count: int, dropped: int, max_length: int, truncation: str) 
         )
     if truncation == "auto" and dropped > MOST_DROPPED * count:
         raise DataError(
-            f"{dropped:,} of {count:,} pairs have responses that do not fit into {max_length:,} "
-            "tokens",
+            f"{dropped:,} of {counted(count, 'pair')} have responses that do not fit into "
+            f"{max_length:,} tokens",
             hint="raise --max-length, or leave them out: --truncation drop",
         )
 
@@ -149,6 +188,8 @@ class PreferenceData:
     """Rows of the model's embedding, before tokens were added."""
     added_tokens: tuple[str, ...]
     """Special tokens that the chat template needs and the tokenizer lacked."""
+    bad: BadRows
+    """Rows left out for their errors."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -170,15 +211,6 @@ class PreferenceData:
         """The token that ends a turn; None where there are no conversations."""
         return self.response_format.chat.end_of_turn if self.preferences.has_chats else None
 
-    @property
-    def same_tokens(self) -> int:
-        """Training pairs whose two sides are the same tokens, which teach nothing."""
-        chosen, rejected = self.train.chosen, self.train.rejected
-        return sum(
-            np.array_equal(chosen.sequence(number)[0], rejected.sequence(number)[0])
-            for number in range(len(self.train))
-        )
-
     def val_prompts(self) -> list[Example]:
         """Return the chosen example of one validation pair for each prompt."""
         first = {str(pair.prompt): pair.chosen for pair in reversed(self.preferences.val)}
@@ -193,6 +225,8 @@ class PreferenceData:
             "tokens_max": int(lengths.max()),
             "cut": self.train.cut,
             "dropped_length": self.train.dropped,
+            "dropped_same_tokens": self.train.same + (self.val.same if self.val else 0),
+            "skipped": self.bad.count,
         }
 
 
@@ -208,18 +242,20 @@ def load_reward_data(config: RewardConfig, clock: str | None = None) -> Preferen
     """
     model_config, tokenizer = load_config(config.model), load_tokenizer(config.model)
     max_length = resolve_max_length(config.max_length, model_config, tokenizer=tokenizer)
-    preferences = read_preferences(config, config.data, config.seed)
+    bad = BadRows(config.skip_bad_rows)
+    preferences = read_preferences(config, config.data, config.seed, bad)
     added = (
         prepare_template(tokenizer, model_config, config.chat_template)
         if preferences.has_chats
         else []
     )
     configure_padding(tokenizer, max_length)
+    end_at_turn(tokenizer, model_config)
     response_format = ResponseFormat(tokenizer, model_config, clock)
-    data = _encode(config, preferences, response_format, max_length, model_config, added)
-    _require_known_tokens(data.train, preferences.train, data)
+    data = _encode(config, preferences, response_format, max_length, model_config, added, bad)
+    _require_no_padding(data.train, preferences.train, data)
     if data.val is not None:
-        _require_known_tokens(data.val, preferences.val, data)
+        _require_no_padding(data.val, preferences.val, data)
     if config.margin:
         return data
     no_margins = np.zeros_like(data.train.margins)
@@ -239,20 +275,14 @@ def load_dpo_data(config: DpoConfig, clock: str | None = None) -> PreferenceData
     model_config, tokenizer = load_config(config.model), load_tokenizer(config.model)
     require_causal_config(model_config, config.model)
     max_length = resolve_max_length(config.max_length, model_config)
-    preferences = read_preferences(config, config.data, config.seed)
+    bad = BadRows(config.skip_bad_rows)
+    preferences = read_preferences(config, config.data, config.seed, bad)
     chats = preferences.has_chats
     added = set_chat_template(tokenizer, config.chat_template) if chats else []
     response_format = ResponseFormat(tokenizer, model_config, clock)
     if chats and config.chat_template:
         require_template(response_format.chat, config.chat_template)
-    data = _encode(config, preferences, response_format, max_length, model_config, added)
-    if data.same_tokens == len(data.train):
-        raise DataError(
-            "both sides of every pair are the same tokens: there is nothing to prefer",
-            file=config.data[0],
-            hint="the chat template may leave out what tells them apart: --chat-template",
-        )
-    return data
+    return _encode(config, preferences, response_format, max_length, model_config, added, bad)
 
 
 def _encode(
@@ -262,38 +292,43 @@ def _encode(
     max_length: int,
     model_config: PreTrainedConfig,
     added: Sequence[str],
+    bad: BadRows,
 ) -> PreferenceData:
-    """Encode the pairs of both splits."""
-    encode = partial(encode_pairs, max_length=max_length, truncation=config.truncation)
+    """Encode the pairs of both splits, and hold them against the rules on rows."""
+    embedding_rows = int(model_config.get_text_config().vocab_size)
+    rules = RowRules(
+        response_format.tokenizer, embedding_rows=embedding_rows, added=added, noun="pairs"
+    )
+    encode = partial(
+        encode_pairs, max_length=max_length, truncation=config.truncation, bad=bad, rules=rules
+    )
+    train = encode(response_format, preferences.train)
+    val = encode(response_format, preferences.val) if preferences.val else None
+    bad.report()
+    rules.enforce()
     return PreferenceData(
-        encode(response_format, preferences.train),
-        encode(response_format, preferences.val) if preferences.val else None,
+        train,
+        val,
         preferences,
         response_format,
         max_length,
-        embedding_rows=int(model_config.get_text_config().vocab_size),
+        embedding_rows,
         added_tokens=tuple(added),
+        bad=bad,
     )
 
 
-def _require_known_tokens(
+def _require_no_padding(
     encoded: Pairs, preferences: list[Preference], data: PreferenceData
 ) -> None:
-    """Refuse tokens that the model has no embedding for, and texts that hold the padding token."""
-    tokenizer, rows = data.tokenizer, data.embedding_rows
-    new = tokenizer.convert_tokens_to_ids(list(data.added_tokens))
+    """Refuse texts that hold the padding token, before which a classifier would look."""
     for side in (encoded.chosen, encoded.rejected):
-        unknown = (side.tokens >= rows) & ~np.isin(side.tokens, new)
-        bad = np.flatnonzero((side.tokens == tokenizer.pad_token_id) | unknown)
-        if len(bad):
-            number = side.sequence_of(int(bad[0]))
+        places = np.flatnonzero(side.tokens == data.tokenizer.pad_token_id)
+        if len(places):
+            number = side.sequence_of(int(places[0]))
             example = preferences[int(encoded.numbers[number])].chosen
-            token = int(side.tokens[bad[0]])
             raise DataError(
-                f"a token id of {token:,}, and the model has only {rows:,} embeddings: the "
-                "tokenizer is another model's"
-                if token >= rows
-                else f"this pair holds {tokenizer.pad_token}, the padding",
+                f"this pair holds {data.tokenizer.pad_token}, the padding",
                 file=example.place,
                 line=example.line,
             )
@@ -303,40 +338,40 @@ def log_reward_data(data: PreferenceData) -> None:
     """Log the numbers of pairs and tokens in two lines, and warn of what is odd."""
     statistics = data.statistics()
     log.info(
-        "%s pairs to train on, %s to validate; %s prompts; rows left out: %s with equal responses, "
+        "%s to train on, %s to validate; %s; rows left out: %s with equal responses, "
         "%s without a verdict",
-        f"{len(data.train):,}",
+        counted(len(data.train), "pair"),
         f"{0 if data.val is None else len(data.val):,}",
-        f"{statistics['prompts']:,}",
+        counted(statistics["prompts"], "prompt"),
         f"{statistics[f'dropped_{EQUAL}']:,}",
         f"{statistics[f'dropped_{UNDECIDED}']:,}",
     )
     log.info(
-        "tokens: median %g, longest %s; %s prompts cut to fit %s, %s pairs left out; %s duplicates",
+        "tokens: median %g, longest %s; %s cut to fit %s, %s left out; %s",
         statistics["tokens_median"],
         f"{statistics['tokens_max']:,}",
-        f"{statistics['cut']:,}",
+        counted(statistics["cut"], "prompt"),
         f"{data.max_length:,}",
-        f"{statistics['dropped_length']:,}",
-        f"{statistics['duplicates']:,}",
+        counted(statistics["dropped_length"], "pair"),
+        counted(statistics["duplicates"], "duplicate"),
     )
+    if same := statistics["dropped_same_tokens"]:
+        pairs = counted(same, "pair of", "pairs of")
+        log.warning("left out %s the same tokens on both sides", pairs)
     if contradictions := statistics["contradictions"]:
-        log.warning("%s pairs stand in both orders", f"{contradictions:,}")
+        log.warning("%s in both orders", counted(contradictions, "pair stands", "pairs stand"))
     if shared := statistics["shared_prompts"]:
-        log.warning("%s validation pairs have a prompt that also trains", shared)
+        pairs = counted(shared, "validation pair has", "validation pairs have")
+        log.warning("%s a prompt that also trains", pairs)
 
 
 def log_dpo_data(data: PreferenceData) -> None:
     """Log what `log_reward_data` does, and warn of what DPO cannot use."""
     log_reward_data(data)
-    if same := data.same_tokens:
-        log.warning(
-            "%s pairs are the same tokens on both sides and teach nothing",
-            f"{same:,}",
-        )
     if margins := data.preferences.statistics()["margins"]:
         log.warning(
-            "%s pairs have a margin, which this loss has no place for: not used", f"{margins:,}"
+            "%s a margin, which this loss has no place for: not used",
+            counted(margins, "pair has", "pairs have"),
         )
     if data.added_tokens:
         log.warning(

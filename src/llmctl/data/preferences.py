@@ -8,12 +8,13 @@ pairs of different rank. Errors of a row say what is wrong; the caller adds file
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import permutations, takewhile
 from typing import Any, NamedTuple
 
 from llmctl.config.finetuning import Preferred
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.examples import Example, checked_example, prompt_response
 from llmctl.data.rows import SourceRow, checked_text, json_type
 from llmctl.data.schemas import (
@@ -23,12 +24,15 @@ from llmctl.data.schemas import (
     choose_layouts,
     conversation,
     from_json,
+    is_message,
+    messages_or_text,
     parse_hh_rlhf,
     text_message,
 )
 from llmctl.data.sets import ItemSet, read_sets
 from llmctl.data.split import Split, conversation_hash, fingerprint, split
 from llmctl.errors import DataError
+from llmctl.numbers import counted
 
 EQUAL, UNDECIDED = "equal", "undecided"
 """Reasons to leave out a sound row: both responses are the same, or no rank tells them apart."""
@@ -107,7 +111,7 @@ def parse_sides(record: SourceRow, layout: Layout) -> tuple[Example, Example]:
 
 def _values(record: SourceRow, layout: Layout) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the value and the column of each role in a row."""
-    columns = {**layout.more, **layout.needed}
+    columns = layout.columns(record.values)
     return {role: record.values.get(column) for role, column in columns.items()}, columns
 
 
@@ -129,7 +133,7 @@ def _comparisons(
         if not isinstance(value, list):
             raise DataError(f"`{columns[role]}` is {json_type(value)}, expected a list")
     if len(responses) != len(ranks):
-        raise DataError(f"{len(responses):,} responses, but {len(ranks):,} ranks")
+        raise DataError(f"{counted(len(responses), 'response')}, but {counted(len(ranks), 'rank')}")
     for place, rank in enumerate(ranks):
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise DataError(
@@ -151,7 +155,8 @@ def _side(
     record: SourceRow, values: Mapping[str, Any], columns: Mapping[str, str], response: _Response
 ) -> Example:
     """Make an example of one response and its prompt."""
-    name, value = response.name, _messages_or_text(response.value)
+    name, value = response.name, messages_or_text(response.value)
+    value = [value] if is_message(value) else value
     if "prompt" not in columns and not isinstance(value, list):
         text = checked_text(value, name)
         messages = parse_hh_rlhf(text, name)
@@ -177,20 +182,13 @@ def _side(
 def _with_prompt(
     values: Mapping[str, Any], columns: Mapping[str, str], response: Any, name: str
 ) -> list[Message]:
-    values = {**values, "prompt": _messages_or_text(values["prompt"]), "response": response}
+    values = {**values, "prompt": messages_or_text(values["prompt"]), "response": response}
     return prompt_response(values, {**columns, "response": name})
-
-
-def _messages_or_text(value: Any) -> Any:
-    """Parse messages that a column of text spells in JSON; return all else as it is."""
-    parsed = from_json(value)
-    is_messages = isinstance(parsed, list) and all(isinstance(item, dict) for item in parsed)
-    return parsed if is_messages and parsed else value
 
 
 def _require_prompt(messages: list[Message], prompt: Any, column: str, name: str) -> None:
     """Refuse a whole conversation without the row's prompt in it."""
-    prompt = _messages_or_text(prompt)
+    prompt = messages_or_text(prompt)
     prompt_messages = (
         conversation(prompt, column)
         if isinstance(prompt, list)
@@ -252,17 +250,18 @@ class Preferences(Split[Preference]):
             "prompts": len(trained | set(map(prompt_hash, self.val))),
             "margins": sum(pair.margin is not None for pair in self.train),
             **{f"dropped_{why}": count for why, count in self.dropped.items()},
-            "skipped": self.skipped,
             "duplicates": hashes.total() - len(hashes),
-            "contradictions": sum(pair[::-1] in hashes for pair in hashes) // 2,
+            "contradictions": sum(a != b and (b, a) in hashes for a, b in hashes) // 2,
             "shared_prompts": sum(prompt_hash(pair) in trained for pair in self.val),
         }
 
 
-def read_preferences(config: Preferred, data: list[str], seed: int) -> Preferences:
+def read_preferences(
+    config: Preferred, data: list[str], seed: int, bad: BadRows | None = None
+) -> Preferences:
     """Read all preferences, and hold out whole prompts with all their pairs for validation.
 
-    Where weights leave some pairs out, `seed` chooses them.
+    Where weights leave some pairs out, `seed` chooses them; `bad` counts rows left out.
 
     Raises:
         DataError: rows that are no preferences, an empty split, or a pair that
@@ -272,16 +271,17 @@ def read_preferences(config: Preferred, data: list[str], seed: int) -> Preferenc
     """
     layouts = choose_layouts(config.columns, "preferences")
     dropped = Counter({EQUAL: 0, UNDECIDED: 0})
+    bad = BadRows(config.skip_bad_rows) if bad is None else bad
 
     def read(names: list[str], role: str) -> list[ItemSet[Preference]]:
         make = partial(parse_preferences, dropped=dropped)
-        return read_sets(names, layouts, make, skip_bad_rows=config.skip_bad_rows, role=role)
+        return read_sets(names, layouts, make, bad=bad, role=role)
 
     preferences = split(config, data, seed, read, prompt_hash)
     if not preferences.train:
         raise DataError(
-            f"no preference to learn from: {dropped[EQUAL]:,} rows have equal responses, "
-            f"{dropped[UNDECIDED]:,} no verdict",
+            f"no preference to learn from: {counted(dropped[EQUAL], 'row has', 'rows have')} equal "
+            f"responses, {dropped[UNDECIDED]:,} no verdict",
             file=data[0],
         )
     _require_disjoint(preferences)
@@ -289,8 +289,17 @@ def read_preferences(config: Preferred, data: list[str], seed: int) -> Preferenc
 
 
 def prompt_hash(pair: Preference) -> int:
-    """Hash a prompt, but for case, white space and sentence marks."""
-    return conversation_hash(pair.prompt) if pair.shared else fingerprint(pair.chosen)
+    """Hash a prompt, but for case, white space and sentence marks.
+
+    The prompt of two texts is what they begin with in common, up to the end of a line.
+    """
+    if pair.shared:
+        return conversation_hash(pair.prompt)
+    chosen, rejected = (side.text or "" for side in pair.sides)
+    same = (a == b for a, b in zip(chosen, rejected, strict=False))
+    common = chosen[: len(list(takewhile(bool, same)))]
+    prompt = common[: common.rfind("\n") + 1].strip()
+    return fingerprint(replace(pair.chosen, text=prompt) if prompt else pair.chosen)
 
 
 def _pair_hash(pair: Preference) -> tuple[int, int]:
@@ -304,8 +313,8 @@ def _require_disjoint(preferences: Split[Preference]) -> None:
     if both:
         first = both[0].chosen
         raise DataError(
-            f"this pair also validates ({known[_pair_hash(both[0])].name}), and so do "
-            f"{len(both) - 1:,} others",
+            f"this pair also validates ({known[_pair_hash(both[0])].name}), one of "
+            f"{counted(len(both), 'such pair')}",
             file=first.place,
             line=first.line,
             hint="a validation set must be new to the model: take them out of one of the two",

@@ -1,9 +1,10 @@
 """Read prompts to answer, each with its reference answer where the row has one.
 
 In: what `--data` names (files, folders, globs, Hub ids or built-in data), or one file of prompts.
-Out: `PromptExample` objects. From `--data` equal prompts come once, and the columns of a row decide
-what its prompt is: `messages` up to the assistant's last turn, `prompt`, `instruction` with its
-`input`, or `question`; a line of plain text is a prompt. Of one file every row is kept, in order.
+Out: `PromptExample` objects. From `--data` equal prompts come once; of one file every row is kept,
+in order. A row is asked as it is trained: the columns that decide its prompt, its system message
+and its tools are those of `schemas.py`, up to the assistant's last turn; a line of plain text is a
+prompt.
 """
 
 import tempfile
@@ -14,22 +15,32 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.console import log
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.documents import hash_text
-from llmctl.data.rows import (
-    OnBad,
-    checked_text,
-    open_source,
-    parse_row,
-    quote_names,
-    read_lines,
-    read_rows,
+from llmctl.data.examples import prompt_messages, with_system
+from llmctl.data.rows import SourceRow, open_source, quote_names, read_lines, read_rows
+from llmctl.data.schemas import (
+    INSTRUCTION,
+    MORE,
+    Layout,
+    Message,
+    check_beginning,
+    conversation,
+    messages_or_text,
+    parse_tools,
 )
-from llmctl.data.schemas import ROLES, Message, conversation, from_json
 from llmctl.data.sources import Source, find_sources, manifest_input
 from llmctl.data.split import hold_out
 from llmctl.errors import DataError
+from llmctl.numbers import counted
 
-PROMPT_COLUMNS = ("prompt", "instruction", "question")
+LAYOUTS = (
+    Layout({"messages": "messages"}, MORE),
+    Layout({"messages": "conversations"}, MORE),
+    Layout({"prompt": "prompt"}, MORE),
+    Layout({"prompt": "instruction"}, {**MORE, **INSTRUCTION}),
+    Layout({"prompt": "question"}, MORE),
+)
 ANSWER_COLUMNS = ("answer", "response", "completion", "output", "chosen")
 VAL_SIZE = 64
 """Prompts held out at most, where no number was given."""
@@ -45,6 +56,8 @@ class PromptExample:
     """The file, the name of the source, or what else messages call it, such as `prompt 3`."""
     line: int | None = None
     answer: str | None = None
+    tools: list[Any] | None = None
+    """JSON schemas of what the assistant may call."""
 
     @property
     def name(self) -> str:
@@ -58,70 +71,54 @@ class PromptExample:
 
     @property
     def is_single(self) -> bool:
-        """Whether it is one text, and not a conversation."""
-        return isinstance(self.prompt, str) or len(self.prompt) == 1
+        """Whether it is one text, and not a conversation or with tools."""
+        return isinstance(self.prompt, str) or (len(self.prompt) == 1 and not self.tools)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is plain text, which goes on as it is where no chat is wanted."""
+        return isinstance(self.prompt, str)
+
+    @property
+    def messages(self) -> list[Message]:
+        """The prompt as a conversation: of a text, one turn of the user."""
+        if isinstance(self.prompt, str):
+            return [{"role": "user", "content": self.prompt}]
+        return list(self.prompt)
 
     def digest(self) -> int:
         """Hash the prompt alone."""
         if isinstance(self.prompt, str):
             return hash_text(self.prompt.encode())
-        turns = [(message["role"], str(message["content"])) for message in self.prompt]
-        return hash_text(repr(turns).encode())
+        turns = [
+            (message["role"], str(message["content"]), *filter(None, [message.get("tool_calls")]))
+            for message in self.prompt
+        ]
+        return hash_text(repr([*turns, *(self.tools or ())]).encode())
 
 
 def read_prompt_file(file: Path) -> list[PromptExample]:
-    """Read the prompts of a file: jsonl with `prompt` or `messages`, or one per line of any other.
+    """Read the prompts of a file: rows, or lines of plain text.
 
     Raises:
         DataError: unreadable, not UTF-8, empty, or a row without a prompt.
     """
-    prompts = [
-        parse_prompt(parse_row(line, str(file), number), file, number)
-        if file.suffix in (".jsonl", ".json")
-        else PromptExample(line, str(file), number)
-        for number, line in read_nonblank_lines(file)
-    ]
+    return [prompt for prompt, _ in read_prompt_rows(file)]
+
+
+def read_prompt_rows(file: Path) -> list[tuple[PromptExample, dict[str, Any]]]:
+    """Read the prompts of a file, each with its row, which is empty for a line of plain text.
+
+    Raises:
+        DataError: unreadable, not UTF-8, empty, or a row without a prompt.
+    """
+    prompts: list[tuple[PromptExample, dict[str, Any]]] = []
+    with tempfile.TemporaryDirectory(prefix="llmctl-") as spool:
+        for source in find_sources([str(file)], Path(spool)):
+            prompts += _read_source(source, BadRows())
     if not prompts:
         raise DataError("no prompts in this file", file=file)
     return prompts
-
-
-def parse_prompt(row: dict[str, Any], file: Path, number: int) -> PromptExample:
-    """Read the prompt of a row of jsonl; raise a DataError where it has none."""
-    prompt: Any = row.get("messages", row.get("prompt"))
-    if isinstance(prompt, list):
-        _check_messages(prompt, file, number)
-    elif not isinstance(prompt, str):
-        raise DataError("a row needs `prompt` (text) or `messages`", file=file, line=number)
-    return PromptExample(prompt, str(file), number)
-
-
-def read_nonblank_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yield 1-based number and text, without its end, of each line that is not blank.
-
-    Raises:
-        DataError: unreadable, or not UTF-8.
-    """
-    try:
-        with file.open("rb") as stream:
-            for number, line in read_lines(stream, str(file)):
-                if line.strip():
-                    yield number, line.rstrip("\r\n")
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror}", file=file) from None
-
-
-def _check_messages(messages: list[Any], file: Path, number: int) -> None:
-    for message in messages:
-        well_formed = isinstance(message, dict) and isinstance(message.get("content"), str)
-        if not well_formed or message.get("role") not in ROLES:
-            raise DataError(
-                f"a message needs a `role` of {', '.join(sorted(ROLES))} and a `content` of text",
-                file=file,
-                line=number,
-            )
-    if not messages:
-        raise DataError("`messages` is empty", file=file, line=number)
 
 
 @dataclass(frozen=True)
@@ -135,30 +132,20 @@ class PromptSet:
 
 
 def read_prompts(
-    data: Sequence[str], val_data: Sequence[str], val_size: int | None, skip_bad_rows: int = 0
+    data: Sequence[str], val_data: Sequence[str], val_size: int | None, bad: BadRows
 ) -> PromptSet:
     """Read every prompt, and hold some out.
 
     Those of `val_data` are held out, else `val_size` of `data`: by default a tenth, at most 64.
-    `skip_bad_rows` rows may be left out for their errors.
+    `bad` counts the rows that are left out for their errors.
 
     Raises:
         DataError: rows without a prompt, with file and line; or none left on one side.
         NetworkError: a Hub data set that cannot be reached.
     """
-    bad: list[DataError] = []
-
-    def tolerate(error: DataError) -> None:
-        bad.append(error)
-        if len(bad) > skip_bad_rows:
-            raise error
-
     with tempfile.TemporaryDirectory(prefix="llmctl-") as spool:
-        prompts, inputs = _read_sources(data, Path(spool), tolerate, "data")
-        val, val_inputs = _read_sources(val_data, Path(spool), tolerate, "validation")
-    if bad:
-        first = str(bad[0]).splitlines()[0]
-        log.warning("left out %s rows without a prompt, the first: %s", f"{len(bad):,}", first)
+        prompts, inputs = _read_sources(data, Path(spool), bad, "data")
+        val, val_inputs = _read_sources(val_data, Path(spool), bad, "validation")
     if val:
         held_out = {prompt.digest() for prompt in val}
         train = [prompt for prompt in prompts if prompt.digest() not in held_out]
@@ -175,7 +162,7 @@ def read_prompts(
 
 
 def _read_sources(
-    names: Sequence[str], spool: Path, on_bad: OnBad, role: str
+    names: Sequence[str], spool: Path, bad: BadRows, role: str
 ) -> tuple[list[PromptExample], list[dict[str, Any]]]:
     """Read each prompt once, and record the sources for the manifest."""
     prompts: dict[int, PromptExample] = {}
@@ -183,7 +170,7 @@ def _read_sources(
     repeated = 0
     for source in find_sources(names, spool):
         count = len(prompts) + repeated
-        for prompt in _read_source(source, on_bad):
+        for prompt, _ in _read_source(source, bad):
             repeated += prompt.digest() in prompts
             prompts.setdefault(prompt.digest(), prompt)
         if len(prompts) + repeated == count:
@@ -194,57 +181,73 @@ def _read_sources(
             )
         )
     if repeated:
-        log.info("left out %s prompts that stand more than once", f"{repeated:,}")
+        copies = counted(repeated, "copy", "copies")
+        log.info("left out %s of prompts that stand more than once", copies)
     return list(prompts.values()), inputs
 
 
-def _read_source(source: Source, on_bad: OnBad) -> Iterator[PromptExample]:
+def _read_source(source: Source, bad: BadRows) -> Iterator[tuple[PromptExample, dict[str, Any]]]:
+    """Yield each prompt and the row that it is of."""
     if source.kind == "text":
         with open_source(source) as file:
             for number, line in read_lines(file, source.name):
                 if line.strip():
-                    yield PromptExample(line.rstrip("\r\n"), source.name, number)
+                    yield PromptExample(line.rstrip("\r\n"), source.name, number), {}
         return
-    for record in read_rows(source, on_bad=on_bad):
+    for record in read_rows(source, on_bad=bad):
         try:
-            prompt, answer = _parse_columns(record.values)
+            prompt = parse_prompt(record)
         except DataError as error:
             error.file, error.line = record.place, record.line
-            on_bad(error)
+            bad(error)
         else:
-            yield PromptExample(prompt, record.place, record.line, answer)
+            yield prompt, record.values
 
 
-def _parse_columns(row: dict[str, Any]) -> tuple[str | list[Message], str | None]:
-    """Find the prompt of a row, and its answer where there is one."""
-    for name in ("messages", "conversations"):
-        if name in row:
-            return _split_answer(conversation(row[name], name), name)
-    name = next((column for column in PROMPT_COLUMNS if column in row), "")
-    if not name:
+def parse_prompt(record: SourceRow) -> PromptExample:
+    """Read the prompt of a row, and its answer where there is one.
+
+    Raises:
+        DataError: no prompt, or one that training would refuse.
+    """
+    row = record.values
+    layout = next((known for known in LAYOUTS if row.keys() >= set(known.needed.values())), None)
+    if layout is None:
         raise DataError(
             f"no prompt in these columns: {quote_names(list(row))}",
-            hint=f"it takes `messages`, {quote_names(PROMPT_COLUMNS)}",
+            hint="it takes `messages`, `prompt`, `instruction` (with its `input`) or `question`",
         )
-    answer = next((row[key] for key in ANSWER_COLUMNS if isinstance(row.get(key), str)), None)
-    value = from_json(row[name])
-    if isinstance(value, list):
-        messages, last_turn = _split_answer(conversation(value, name), name)
-        return messages, answer or last_turn
-    text = checked_text(value, name)
-    extra = row.get("input") if name == "instruction" else None
-    if extra is not None and checked_text(extra, "input").strip():
-        text = f"{text}\n\n{extra}"
-    if not text.strip():
-        what = "empty" if not text else "nothing but white space"
-        raise DataError(f"`{name}` is {what}: there is nothing to answer")
-    return text, answer
+    columns = layout.columns(row)
+    values = {role: row.get(column) for role, column in columns.items()}
+    role = next(iter(layout.needed))
+    value = messages_or_text(values[role])
+    if role == "messages":
+        messages = conversation(value, columns[role])
+    else:
+        messages = prompt_messages({**values, "prompt": value}, columns)
+    check_beginning(messages, columns[role])
+    messages, answer = _split_answer(with_system(messages, values, columns), columns[role])
+    tools = parse_tools(values.get("tools"), columns["tools"])
+    is_text = role == "prompt" and not isinstance(value, list) and len(messages) == 1 and not tools
+    prompt = messages[0]["content"] if is_text else messages
+    return PromptExample(prompt, record.place, record.line, _answer(row) or answer, tools)
+
+
+def _answer(row: dict[str, Any]) -> str | None:
+    """Find the reference answer that stands in a column of its own."""
+    for key in ANSWER_COLUMNS:
+        value = messages_or_text(row.get(key))
+        if isinstance(value, str):
+            return value
+        if isinstance(value, list) and value:
+            return str(conversation(value, key)[-1]["content"])
+    return None
 
 
 def _split_answer(messages: list[Message], name: str) -> tuple[list[Message], str | None]:
     """Part the assistant's last turn, where there is one, from the conversation before it."""
     answer = None
-    if messages and messages[-1]["role"] == "assistant":
+    if messages[-1]["role"] == "assistant":
         *messages, last = messages
         answer = str(last["content"])
     if not messages or messages[-1]["role"] not in ("user", "tool"):

@@ -1,4 +1,4 @@
-"""Read rows strictly, whatever form a source has: jsonl, JSON, CSV, parquet, Hub data, built-in.
+"""Read rows strictly, whatever form a source has: jsonl, JSON, CSV, Arrow, Hub data, built-in.
 
 In: a `Source`, or an open file and its name. Out: `SourceRow` objects, each with its file and first
 line, or numbered lines and their objects. Whatever is not UTF-8, not JSON, not CSV or not an object
@@ -6,38 +6,53 @@ is a DataError that names them.
 """
 
 import csv
-import gzip
-import io
+import datetime
+import decimal
 import json
 import re
 import shutil
 import tempfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
 from typing import IO, Any, NamedTuple, NoReturn
 
 from llmctl.data import builtin
+from llmctl.data.arrow import ArrowFile, plain_row
+from llmctl.data.kinds import LINE_BYTES, open_file
 from llmctl.data.sources import Source
 from llmctl.errors import DataError, NetworkError
 from llmctl.models.hub import split_revision
-
-LINE_BYTES = 64 << 20
-"""Longest line; a longer one means a broken file."""
 
 BYTE_ORDER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 _NOT_SPACE = re.compile(r"[^ \t\n\r]")
 
-BLOCK_BYTES = 1 << 20
 ARRAY_BYTES = 1 << 30
 """Largest JSON array, which is held in memory whole, unlike objects on lines of their own."""
 
 OPENING_BYTES = 1 << 12
 """Bytes that show whether a file is an array."""
 
+LINES_OR_ARRAY = "expected an array of objects, or one object a line"
+
 OnBad = Callable[[DataError], None]
+
+TYPES: dict[type | tuple[type, ...], str] = {  # the first that fits
+    str: "text",
+    list: "an array",
+    dict: "an object",
+    type(None): "null",
+    bool: "true or false",
+    (int, float): "a number",
+    bytes: "bytes that are not UTF-8",
+    datetime.datetime: "a timestamp",
+    datetime.date: "a date",
+    datetime.time: "a time of day",
+    datetime.timedelta: "a duration",
+    decimal.Decimal: "a decimal number",
+}
 
 
 def read_lines(file: IO[bytes], place: str) -> Iterator[tuple[int, str]]:
@@ -128,9 +143,9 @@ def not_utf8(place: str, offset: int, head: bytes) -> NoReturn:
 
 
 def json_type(value: Any) -> str:
-    """Name a value's type as JSON does."""
-    names = {list: "an array", dict: "an object", type(None): "null", bool: "true or false"}
-    return names.get(type(value), "text" if isinstance(value, str) else "a number")
+    """Name a value's type, as JSON does where JSON has it."""
+    other = f"of type {type(value).__name__}"
+    return next((name for kind, name in TYPES.items() if isinstance(value, kind)), other)
 
 
 def _not_json(error: ValueError | RecursionError, place: str, line: int) -> DataError:
@@ -190,10 +205,10 @@ def read_rows(
         return _jsonl(source, skip)
     if source.kind == "json":
         return _json(source, skip)
-    if source.kind == "csv":
+    if source.kind in ("csv", "tsv"):
         return _csv(source, columns, skip)
-    if source.kind == "parquet":
-        return _parquet(source, columns)
+    if source.kind in ("parquet", "arrow"):
+        return _arrow(source, columns)
     if source.kind == "hub":
         return _hub(source)
     if source.kind == "builtin":
@@ -201,31 +216,15 @@ def read_rows(
     raise DataError(
         "plain text has no rows",
         file=source.name,
-        hint="pass jsonl, json, csv or parquet",
+        hint="pass jsonl, json, csv, tsv, parquet or arrow; a file of another suffix is rows where "
+        "it begins as one of them does",
     )
 
 
-@contextmanager
-def open_source(source: Source) -> Iterator[IO[bytes]]:
+def open_source(source: Source) -> AbstractContextManager[IO[bytes]]:
     """Open a file, decompressed; a compressed file that is cut short or damaged is an error."""
     assert source.path is not None
-    suffix = source.path.suffix.lower()
-    try:
-        if suffix == ".gz":
-            with gzip.open(source.path) as packed:
-                yield io.BufferedReader(packed, BLOCK_BYTES)
-        elif suffix == ".zst":
-            import pyarrow as pa  # zstandard's own reader takes a truncated file for a whole one
-
-            with pa.input_stream(str(source.path), compression="zstd") as stream:
-                yield io.BufferedReader(stream, BLOCK_BYTES)
-        else:
-            with source.path.open("rb", buffering=BLOCK_BYTES) as file:
-                yield file
-    except (EOFError, zlib.error, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        what = "damaged" if suffix in (".gz", ".zst") else "cannot be read"
-        raise DataError(f"{what}: {reason}", file=source.name) from None
+    return open_file(source.path, source.packing, source.name)
 
 
 def checked_text(value: Any, name: str, place: str | None = None, line: int | None = None) -> str:
@@ -264,7 +263,9 @@ def _refuse(error: DataError) -> None:
     raise error
 
 
-def _jsonl(source: Source, skip: OnBad, hint: str | None = None) -> Iterator[SourceRow]:
+def _jsonl(source: Source, skip: OnBad) -> Iterator[SourceRow]:
+    """Read objects on lines of their own."""
+    is_first = True
     with open_source(source) as file:
         for number, line in read_lines(file, source.name):
             if not line.strip():
@@ -272,10 +273,35 @@ def _jsonl(source: Source, skip: OnBad, hint: str | None = None) -> Iterator[Sou
             try:
                 row = parse_row(line, source.name, number)
             except DataError as error:
-                error.hint = hint or error.hint
+                if is_first and line.lstrip()[:1] == "{":
+                    _refuse_spread(source, number)
+                if source.kind == "json":
+                    error.hint = error.hint or LINES_OR_ARRAY
                 skip(error)
             else:
                 yield SourceRow(row, source.name, number)
+            is_first = False
+
+
+def _refuse_spread(source: Source, number: int) -> None:
+    """Refuse a file whose first object, begun in this line, is spread over several."""
+    with open_source(source) as file:
+        text = file.read(LINE_BYTES).decode(errors="replace").removeprefix("\ufeff")
+    try:
+        row, end = DECODER.raw_decode(text, _skip(text, 0))
+    except (ValueError, RecursionError):
+        return
+    if "\n" not in text[:end].lstrip():
+        return
+    lists = {name: len(value) for name, value in row.items() if isinstance(value, list)}
+    longest = max(lists, key=lists.__getitem__, default=None)
+    inner = "" if longest is None else f"; its rows may be those of `{longest}`"
+    raise DataError(
+        f"one object over several lines{inner}",
+        file=source.name,
+        line=number,
+        hint=LINES_OR_ARRAY,
+    )
 
 
 def _json(source: Source, skip: OnBad) -> Iterator[SourceRow]:
@@ -283,8 +309,7 @@ def _json(source: Source, skip: OnBad) -> Iterator[SourceRow]:
     with open_source(source) as file:
         opening = file.read(OPENING_BYTES).removeprefix("\ufeff".encode()).lstrip()
     if opening[:1] != b"[":
-        hint = "a .json file holds an array of objects, or one object a line"
-        yield from _jsonl(source, skip, hint)
+        yield from _jsonl(source, skip)
         return
     with open_source(source) as file:
         raw = file.read(ARRAY_BYTES + 1)
@@ -308,13 +333,15 @@ def _csv(source: Source, columns: Sequence[str] | None, skip: OnBad) -> Iterator
     csv.field_size_limit(LINE_BYTES)
     header: list[str] = []
     with open_source(source) as file:
-        rows = csv.reader((line for _, line in read_lines(file, source.name)), strict=True)
+        lines = (line for _, line in read_lines(file, source.name))
+        first = next(lines, "")
+        rows = csv.reader(chain([first], lines), strict=True, delimiter=_delimiter(source, first))
         while True:
             line = rows.line_num + 1
             try:
                 row = next(rows, None)
             except csv.Error as error:
-                bad = DataError(f"not CSV: {error}", file=source.name, line=line)
+                bad = DataError(f"not {source.kind.upper()}: {error}", file=source.name, line=line)
                 (skip if header else _refuse)(bad)
                 continue
             if row is None:
@@ -330,6 +357,13 @@ def _csv(source: Source, columns: Sequence[str] | None, skip: OnBad) -> Iterator
                 skip(DataError(what, file=source.name, line=line))
 
 
+def _delimiter(source: Source, header: str) -> str:
+    """What stands between columns: a semicolon where spreadsheets use the comma in numbers."""
+    if source.kind == "tsv":
+        return "\t"
+    return ";" if ";" in header and "," not in header else ","
+
+
 def _check_names(
     names: Sequence[str], wanted: Sequence[str] | None, place: str, line: int | None
 ) -> None:
@@ -342,27 +376,26 @@ def _check_names(
         raise DataError(f"two columns are named `{twice[0]}`", file=place, line=line)
 
 
-def _parquet(source: Source, columns: Sequence[str] | None) -> Iterator[SourceRow]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _arrow(source: Source, columns: Sequence[str] | None) -> Iterator[SourceRow]:
+    """Read a parquet file, or the format in which `datasets` keeps rows."""
+    with _seekable(source) as file:
+        table = ArrowFile(file, source.kind, source.name)
+        _check_names(table.columns, columns, source.name, None)
+        for number, row in enumerate(table.rows(columns), start=1):
+            yield SourceRow(row, source.name, number)
 
+
+@contextmanager
+def _seekable(source: Source) -> Iterator[Any]:
+    """Give the path of a file, or its content unpacked."""
+    if source.packing is None:
+        yield str(source.path)
+        return
     with tempfile.TemporaryFile() as unpacked:
-        path: Any = source.path
-        if source.path is not None and source.path.suffix.lower() in (".gz", ".zst"):
-            with open_source(source) as packed:
-                shutil.copyfileobj(packed, unpacked)
-            path = unpacked
-        try:
-            file = pq.ParquetFile(path, pre_buffer=False)
-            _check_names(file.schema_arrow.names, columns, source.name, None)
-            number = 0
-            wanted = None if columns is None else list(columns)
-            for batch in file.iter_batches(batch_size=1024, columns=wanted):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield SourceRow(row, source.name, number)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise DataError(f"not a sound parquet file: {error}", file=source.name) from None
+        with open_source(source) as packed:
+            shutil.copyfileobj(packed, unpacked)
+        unpacked.seek(0)
+        yield unpacked
 
 
 def _hub(source: Source) -> Iterator[SourceRow]:
@@ -374,7 +407,7 @@ def _hub(source: Source) -> Iterator[SourceRow]:
         repository, _ = split_revision(name)
         rows = load_dataset(repository, split="train", streaming=True, revision=source.revision)
         for number, row in enumerate(rows, start=1):
-            yield SourceRow(row, name, number)
+            yield SourceRow(plain_row(row, name), name, number)
     except ConnectionError as error:
         raise NetworkError(str(error), file=name, hint="try again, or pass a local file") from None
     except (DatasetNotFoundError, ValueError) as error:

@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.console import ProgressBar
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.documents import Piece, hash_text, read_pieces
 from llmctl.data.sources import Source
 from llmctl.data.tokenizer.encode import PIECE_CHARACTERS
 from llmctl.errors import DataError
+from llmctl.numbers import counted
 
 SMALL_BYTES = 64 << 20
 PROGRESS_BYTES = 1 << 18
@@ -54,11 +56,14 @@ class SplitPlan:
 def scan(
     sources: tuple[Source, ...],
     column: str,
+    bad: BadRows,
     *,
     all_hashes: bool = False,
     refused: frozenset[int] = frozenset(),
 ) -> Scan:
     """Read everything once: check it, count it, hash each document.
+
+    `bad` counts the rows that are left out for their errors.
 
     Raises:
         DataError: an unsound document, one whose hash is in `refused`, or no text at all.
@@ -67,7 +72,7 @@ def scan(
     long_hashes: list[int] = []
     digest, documents, size, characters, shown, opening, is_blank = None, 0, 0, 0, 0, "", True
     with ProgressBar("check the data", sum(source.size for source in sources), "B") as progress:
-        for text, place, line, is_last in read_documents(sources, column):
+        for text, place, line, is_last in read_documents(sources, column, bad):
             raw = text.encode()
             size += len(raw)
             characters += len(text)
@@ -122,12 +127,12 @@ def plan_split(scanned: Scan, fraction: float | None) -> SplitPlan:
 
 def _too_small(documents: int, fraction: float) -> DataError:
     return DataError(
-        f"{documents:,} documents cannot be split in two different sides at --val-fraction "
-        f"{fraction:g}",
+        f"{counted(documents, 'document')} cannot be split in two different sides at "
+        f"--val-fraction {fraction:g}",
         hint="pass --val-data FILE, or --val-fraction 0 to go without validation",
     )
 
 
-def read_documents(sources: tuple[Source, ...], column: str) -> Iterator[Piece]:
-    """Read all pieces of all documents that are not empty."""
-    return (p for s in sources for p in read_pieces(s, column) if p.text or not p.is_last)
+def read_documents(sources: tuple[Source, ...], column: str, bad: BadRows) -> Iterator[Piece]:
+    """Read all pieces of all documents that are not empty; `bad` counts rows left out."""
+    return (p for s in sources for p in read_pieces(s, column, bad) if p.text or not p.is_last)

@@ -9,9 +9,11 @@ reasoning and `weight`. Errors name the message; the caller adds file and line.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, Literal, NamedTuple
+from functools import cached_property
+from typing import Any, Literal
 
 from llmctl.data.rows import DECODER, checked_text, json_type, quote_names
 from llmctl.errors import DataError, UserError
@@ -19,14 +21,21 @@ from llmctl.errors import DataError, UserError
 Task = Literal["chat", "classify", "preferences"]
 Row = dict[str, Any]
 COLUMN_ROLES: dict[Task, tuple[str, ...]] = {
-    "chat": ("messages", "prompt", "response", "system", "text"),
+    "chat": ("messages", "prompt", "input", "response", "system", "tools", "text"),
     "classify": ("text", "label"),
-    "preferences": ("prompt", "chosen", "rejected", "margin", "system", "responses", "ranks"),
+    "preferences": (
+        *("prompt", "input", "chosen", "rejected", "margin"),
+        *("system", "tools", "responses", "ranks"),
+    ),
 }
 
-MORE = {"system": "system", "tools": "tools"}
+MORE = {"system": ("system", "system_prompt"), "tools": ("tools", "functions")}
+INSTRUCTION = {"input": ("input", "context"), "history": ("history",)}
+"""Optional columns beside `instruction`: of Alpaca, Dolly and LLaMA-Factory."""
 PAIR = {"chosen": "chosen", "rejected": "rejected"}
-MORE_OF_PAIR = {**MORE, "margin": "margin"}
+MORE_OF_PAIR = {**MORE, "margin": ("margin",)}
+MEDIA = ("images", "videos", "audios")
+"""Columns and keys of what a model of texts cannot read."""
 
 WAYS: dict[Task, tuple[tuple[str, ...], ...]] = {
     "chat": (("messages",), ("text",), ("prompt", "response")),
@@ -41,31 +50,78 @@ WAYS: dict[Task, tuple[tuple[str, ...], ...]] = {
 Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-KEPT = ("name", "tool_call_id", "reasoning_content", "thinking")
+OTHER_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+}
+"""Roles of ShareGPT, of LLaMA-Factory's calls, and of OpenAI's first calls."""
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys of what the assistant thinks before it answers; a chat template knows one of them."""
+KEPT = ("name", "tool_call_id", *REASONING)
 """Fields of text that chat templates may use beside the content."""
+TRAINED = ("weight", "train", "loss", "trainable")
+"""Keys that say whether a turn is trained on, of OpenAI, axolotl and ms-swift."""
+READ = frozenset(
+    {"role", "content", "from", "value", "tool_calls", "function_call", *KEPT, *TRAINED, *MEDIA}
+)
+"""Keys of a message that are read; a template never sees others."""
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True)
+class Layout:
     """Columns that make an example."""
 
     needed: dict[str, str]
     """Column of each role."""
-    more: dict[str, str]
-    """Column of each optional role."""
+    more: Mapping[str, tuple[str, ...]]
+    """Columns of each optional role, of which a row has one."""
 
     def __str__(self) -> str:
         """Name it for messages."""
         return " + ".join(f"`{column}`" for column in self.needed.values())
+
+    def columns(self, row: Row) -> dict[str, str]:
+        """Return the column of each role in a row; the first one of a role that is in none.
+
+        Raises:
+            DataError: two columns of one role say something, or it holds what is no text.
+        """
+        columns = {}
+        for role, names in self.more.items():
+            full = [name for name in names if row.get(name)] if len(names) > 1 else names
+            if len(full) > 1:
+                raise DataError(f"{quote_names(full)} beside each other: which one counts?")
+            columns[role] = full[0] if full else names[0]
+        if "text" not in self.needed:
+            require_no_media(row)
+        return {**columns, **self.needed}
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        """Columns that are read."""
+        more = (name for names in self.more.values() for name in names)
+        return frozenset((*self.needed.values(), *more))
+
+    def unread(self, row: Row) -> set[str]:
+        """Return the columns of a row that say something and that nothing reads."""
+        unread = {name for name in row.keys() - self._known if row[name] not in (None, "", [], {})}
+        if (column := self.needed.get("messages")) is not None:
+            unread |= {f"{column}[].{key}" for key in unread_keys(row[column])}
+        return unread
 
 
 PAIR_LAYOUTS = (
     Layout({"prompt": "prompt", **PAIR}, MORE_OF_PAIR),
     Layout(
         {"prompt": "instruction", **PAIR},
-        {**MORE_OF_PAIR, "input": "input", "history": "history"},
+        {**MORE_OF_PAIR, **INSTRUCTION},
     ),
     Layout({"prompt": "question", **PAIR}, MORE_OF_PAIR),
+    Layout({"prompt": "conversations", **PAIR}, MORE_OF_PAIR),
+    Layout({"prompt": "messages", **PAIR}, MORE_OF_PAIR),
     Layout(PAIR, MORE_OF_PAIR),
 )
 LAYOUTS: dict[Task, tuple[Layout, ...]] = {  # a row is of the first that it has the columns of
@@ -74,11 +130,10 @@ LAYOUTS: dict[Task, tuple[Layout, ...]] = {  # a row is of the first that it has
         Layout({"messages": "conversations"}, MORE),
         Layout({"prompt": "prompt", "response": "completion"}, MORE),
         Layout({"prompt": "prompt", "response": "response"}, MORE),
-        Layout(
-            {"prompt": "instruction", "response": "output"},
-            {**MORE, "input": "input", "history": "history"},
-        ),
+        Layout({"prompt": "instruction", "response": "output"}, {**MORE, **INSTRUCTION}),
+        Layout({"prompt": "instruction", "response": "response"}, {**MORE, **INSTRUCTION}),
         Layout({"prompt": "question", "response": "answer"}, MORE),
+        Layout({"prompt": "question", "response": "response"}, MORE),
         Layout({"prompt": "prompt", "response": "chosen"}, MORE),
         Layout({"text": "text"}, {}),
     ),
@@ -98,8 +153,12 @@ def choose_layouts(columns: Sequence[str], task: Task) -> tuple[Layout, ...]:
     *ways, last = WAYS[task]
     needed = next((names for names in ways if roles.keys() & set(names) - {"prompt"}), last)
     more = {} if "text" in needed else MORE_OF_PAIR if "rejected" in needed else MORE
-    if extra := [role for role in roles if role not in needed and role not in more]:
+    if roles.get("prompt") == "instruction":
+        more = {**more, "input": ("input",), "history": ("history",)}
+    optional = {*more, *({"input"} if "prompt" in needed else ())}
+    if extra := [role for role in roles if role not in needed and role not in optional]:
         raise UserError(f"--columns: `{extra[0]}` does not go with `{needed[0]}`")
+    more = {role: names for role, names in more.items() if role not in roles}
     layout = Layout({**{role: role for role in needed}, **roles}, more)
     if "rejected" not in needed or "prompt" in roles:
         return (layout,)
@@ -173,30 +232,66 @@ def conversation(value: Any, name: str) -> list[Message]:
 
 def check_turns(messages: list[Message], name: str) -> None:
     """Raise a DataError unless the user begins a conversation and the assistant answers."""
+    check_beginning(messages, name)
+    if all(message["role"] != "assistant" for message in messages):
+        raise DataError("no message of the assistant: nothing to learn from")
+
+
+def check_beginning(messages: list[Message], name: str) -> None:
+    """Raise a DataError unless the user begins a conversation, after the system at most."""
     if not messages:
         raise DataError(f"`{name}` is empty: no message in it")
-    roles = [message["role"] for message in messages]
+    roles = (message["role"] for message in messages)
     first = next((role for role in roles if role not in ("system", "developer")), None)
     if first in ("assistant", "tool"):
         raise DataError(f"the conversation begins with the {first}, expected the user")
-    if "assistant" not in roles:
-        raise DataError("no message of the assistant: nothing to learn from")
 
 
 def parse_hh_rlhf(text: str, name: str) -> list[Message] | None:
     """Parse the messages of a text in the form of hh-rlhf (Bai et al., 2022, arXiv:2204.05862).
 
-    Its turns begin with `Human:` and `Assistant:` after an empty line; None for other texts. Raises
-    a DataError for a turn that says nothing.
+    Its turns begin with `Human:` and `Assistant:` after an empty line, which the first turn may
+    have lost; None for other texts. Raises a DataError for a turn that says nothing.
     """
-    first, *parts = re.split(r"\n\n(Human|Assistant):", text)
-    if first or not parts:
-        return None
+    first, *parts = re.split(r"(?:^\s*|\n\n)(Human|Assistant):", text)
     roles = ["user" if who == "Human" else "assistant" for who in parts[::2]]
+    if first or not parts or not (text.startswith("\n\n") or "assistant" in roles):
+        return None
     return [
         text_message(role, part.strip(), name)
         for role, part in zip(roles, parts[1::2], strict=True)
     ]
+
+
+def messages_or_text(value: Any) -> Any:
+    """Parse messages that a column of text spells in JSON; return all else as it is.
+
+    Structured output, such as a list of objects that have no role, is text.
+    """
+    parsed = from_json(value)
+    is_messages = isinstance(parsed, list) and all(map(is_message, parsed))
+    return parsed if is_messages and parsed else value
+
+
+def is_message(item: Any) -> bool:
+    """Whether a value is a message: only an object with a role is one."""
+    return isinstance(item, dict) and ("role" in item or "from" in item)
+
+
+def require_no_media(item: Row, name: str = "") -> None:
+    """Raise a DataError for a row or a message that comes with images, videos or sounds."""
+    for key in MEDIA:
+        if item.get(key):
+            raise DataError(f"`{name}{key}` cannot be read: only text can be learned")
+
+
+def parse_dialogue_prompt(text: str, name: str) -> list[Message] | None:
+    """Parse a prompt that is a whole dialogue in the form of hh-rlhf, up to `Assistant:`.
+
+    So the mirrors of hh-rlhf have it that part prompts from responses; None for other texts.
+    """
+    match = re.fullmatch(r"(\s*Human:.*)\n\nAssistant:\s*", text, re.DOTALL)
+    return parse_hh_rlhf(f"\n\n{match[1].lstrip()}", name) if match else None
 
 
 def text_message(role: str, content: str, name: str) -> Message:
@@ -208,13 +303,18 @@ def text_message(role: str, content: str, name: str) -> Message:
 
 
 def parse_tools(value: Any, name: str) -> list[Any] | None:
-    """Parse tools' JSON schemas, perhaps from text; raise a DataError for no list of objects."""
+    """Parse tools' JSON schemas, perhaps from text; raise a DataError for no list of objects.
+
+    OpenAI's `functions` get the frame of its `tools`.
+    """
     value = None if value is None or value == "" else from_json(value)
     if value is None:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise DataError(f"`{name}` is {json_type(value)}, expected a list of objects")
     _check_json(value, name)
+    if name == "functions":
+        value = [{"type": "function", "function": tool} for tool in value]
     return value or None
 
 
@@ -228,20 +328,31 @@ def from_json(value: Any) -> Any:
         return value
 
 
+def unread_keys(value: Any) -> set[str]:
+    """Return the keys of a column's messages that say something and that nothing reads."""
+    items = from_json(value)
+    return {
+        key
+        for item in (items if isinstance(items, list) else ())
+        if isinstance(item, dict)
+        for key in item.keys() - READ
+        if item[key] not in (None, "", [], {})
+    }
+
+
 def _message(item: Any, name: str) -> Message:
     if not isinstance(item, dict):
         raise DataError(f"`{name}` is {json_type(item)}, expected an object")
-    if item.get("role") is not None or item.get("from") is None:
-        role, key = item.get("role"), "content"
-    else:
-        role, key = item["from"], "value"
-        role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+    key = "content" if item.get("role") is not None or item.get("from") is None else "value"
+    given = item.get("role" if key == "content" else "from")
+    role = OTHER_ROLES.get(given, given) if isinstance(given, str) else given
     if role not in ROLES:
         raise _bad_role(role, name)
-    calls = _calls(item.get("tool_calls"), f"{name}.tool_calls")
+    require_no_media(item, f"{name}.")
+    calls = _calls_of(item, key, name, is_call=given == "function_call")
     if calls and role != "assistant":
         raise DataError(f"`{name}.tool_calls`: the {role} cannot call tools")
-    content = _content(item, key, name, may_miss=bool(calls))
+    content = "" if given == "function_call" else _content(item, key, name, may_miss=bool(calls))
     if role == "user" or (role == "assistant" and not calls):
         message = text_message(role, content, f"{name}.{key}")
     else:
@@ -251,9 +362,21 @@ def _message(item: Any, name: str) -> Message:
     for key in KEPT:
         if item.get(key):
             message[key] = checked_text(item[key], f"{name}.{key}")
-    if item.get("weight") is not None:
-        message["weight"] = _weight(item["weight"], role, f"{name}.weight")
+    if (weight := _weight(item, role, name)) is not None:
+        message["weight"] = weight
     return message
+
+
+def _calls_of(item: Row, key: str, name: str, *, is_call: bool) -> list[Any]:
+    """Parse the calls of a message: its `tool_calls`, its `function_call`, or all of it."""
+    if is_call:
+        call = from_json(item.get(key))
+        return _calls(call if isinstance(call, list) else [call], f"{name}.{key}")
+    if item.get("function_call"):
+        if item.get("tool_calls"):
+            raise DataError(f"`{name}` has `tool_calls` and `function_call`: which one counts?")
+        return _calls([from_json(item["function_call"])], f"{name}.function_call")
+    return _calls(item.get("tool_calls"), f"{name}.tool_calls")
 
 
 def _bad_role(role: Any, name: str) -> DataError:
@@ -262,8 +385,8 @@ def _bad_role(role: Any, name: str) -> DataError:
         what = "missing" if role is None else json_type(role)
     else:
         what = f"`{role[:40]}`"
-        close = get_close_matches(role.lower(), [*ROLES, *SHAREGPT_ROLES], n=1)
-        hint = f"did you mean `{SHAREGPT_ROLES.get(close[0], close[0])}`?" if close else None
+        close = get_close_matches(role.lower(), [*ROLES, *OTHER_ROLES], n=1)
+        hint = f"did you mean `{OTHER_ROLES.get(close[0], close[0])}`?" if close else None
     return DataError(f"the role of `{name}` is {what}, expected {', '.join(ROLES)}", hint=hint)
 
 
@@ -276,11 +399,17 @@ def _content(item: dict[str, Any], key: str, name: str, *, may_miss: bool) -> st
         raise DataError(f"no `{name}`; there is {', '.join(f'`{key}`' for key in item)}")
     if not isinstance(content, list):
         return checked_text(content, name)
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else json_type(part)
-        if kind != "text":
-            raise DataError(f"`{name}` has a part of type `{kind}`: only `text` can be learned")
-    return "".join(checked_text(part.get("text"), f"{name}.text") for part in content)
+    return "".join(_part(part, name) for part in content)
+
+
+def _part(part: Any, name: str) -> str:
+    """Return the text of a part of a message's content."""
+    if isinstance(part, str):
+        return checked_text(part, name)
+    kind = part.get("type") if isinstance(part, dict) else json_type(part)
+    if not isinstance(part, dict) or kind != "text":
+        raise DataError(f"`{name}` has a part of type `{kind}`: only `text` can be learned")
+    return checked_text(part.get("text"), f"{name}.text")
 
 
 def _calls(value: Any, name: str) -> list[Any]:
@@ -311,10 +440,20 @@ def _check_json(value: Any, name: str) -> None:
         raise DataError(f"`{name}` is not JSON: {error}") from None
 
 
-def _weight(value: Any, role: str, name: str) -> int:
-    """Parse whether a message is trained on, 0 or 1 (the fine-tuning format of OpenAI)."""
-    if isinstance(value, bool) or value not in (0, 1):
-        raise DataError(f"`{name}` is {value!r}, expected 0 or 1")
-    if role != "assistant":
-        raise DataError(f"`{name}`: only the assistant is trained on, this is the {role}")
-    return int(value)
+def _weight(item: Row, role: str, name: str) -> int | None:
+    """Parse whether a message is trained on, 0 or 1; None where it does not say."""
+    weights = {key: item[key] for key in TRAINED if item.get(key) is not None}
+    for key, value in weights.items():
+        is_sound = value in (0, 1) and isinstance(value, bool) == (key != "weight")
+        if not is_sound:
+            wanted = "0 or 1" if key == "weight" else "true or false"
+            raise DataError(f"`{name}.{key}` is {value!r:.40}, expected {wanted}")
+    if len(set(map(int, weights.values()))) > 1:
+        raise DataError(f"`{name}` has {quote_names(list(weights))}, which contradict each other")
+    for key, value in weights.items():
+        if role != "assistant" and (value or key == "weight"):
+            text = f"`{name}.{key}`: only the assistant is trained on, this is the {role}"
+            raise DataError(text)
+        if role == "assistant":
+            return int(value)
+    return None

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from llmctl.console import log
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.rows import SourceRow, read_rows
 from llmctl.data.schemas import Layout, match_layout
-from llmctl.data.sources import Source, find_sources, manifest_input, split_weight
+from llmctl.data.sources import Source, find_sources, identity, manifest_input, split_weight
 from llmctl.errors import DataError, UserError
+from llmctl.numbers import counted
 
 Item = TypeVar("Item")
 Make = Callable[[SourceRow, Layout], Sequence[Item]]
@@ -33,8 +35,6 @@ class ItemSet(Generic[Item]):
     weight: float | None
     """Its share of the mixture; None where no shares are given."""
     examples: list[Item]
-    skipped: list[str]
-    """Error of each row that was left out."""
     inputs: list[dict[str, Any]]
     """For the manifest."""
 
@@ -44,7 +44,7 @@ def read_sets(
     layouts: tuple[Layout, ...],
     make: Make[Item],
     *,
-    skip_bad_rows: int = 0,
+    bad: BadRows | None = None,
     role: str = "data",
 ) -> list[ItemSet[Item]]:
     """Read every item that `data` names, in order, each file once.
@@ -56,34 +56,20 @@ def read_sets(
         NetworkError: a Hub data set that cannot be reached.
         UserError: weights that make no sense.
     """
-    names = _weights(data)
-    bad: list[DataError] = []
-
-    def tolerate(error: DataError) -> None:
-        bad.append(error)
-        if len(bad) > skip_bad_rows:
-            if skip_bad_rows:
-                error.message += f" ({len(bad):,} bad rows, --skip-bad-rows {skip_bad_rows:,})"
-            raise error
-
+    names, bad = _weights(data), BadRows() if bad is None else bad
     sets = []
     seen: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="llmctl-") as spool:
         for name, weight in names:
-            sources = [s for s in _sources(name, Path(spool)) if _identity(s) not in seen]
+            sources = [s for s in _sources(name, Path(spool)) if identity(s) not in seen]
             if not sources and weight is None:
                 continue
             if not sources:
                 raise UserError(f"--data {name}: named twice, so that its weight is in doubt")
-            seen.update(map(_identity, sources))
-            before = len(bad)
-            items = [item for s in sources for item in _read(s, layouts, make, tolerate)]
+            seen.update(map(identity, sources))
+            items = [item for s in sources for item in _read(s, layouts, make, bad)]
             inputs = [manifest_input(role, s, partial(_rows_digest, s)) for s in sources]
-            skipped = [str(error).splitlines()[0] for error in bad[before:]]
-            sets.append(ItemSet(name, weight, items, skipped, inputs))
-    if bad:
-        first = str(bad[0]).splitlines()[0]
-        log.warning("left out %s rows that cannot be read, the first: %s", f"{len(bad):,}", first)
+            sets.append(ItemSet(name, weight, items, inputs))
     return sets
 
 
@@ -120,7 +106,8 @@ def _sources(name: str, spool: Path) -> list[Source]:
             hint="pass jsonl, json, csv or parquet; plain text is for llmctl pretrain",
         )
     if len(rows) < len(sources):
-        log.info("%s: left out %d files of plain text", name, len(sources) - len(rows))
+        texts = counted(len(sources) - len(rows), "file")
+        log.info("%s: left out %s of plain text", name, texts)
     return rows
 
 
@@ -128,7 +115,7 @@ def _read(
     source: Source,
     layouts: tuple[Layout, ...],
     make: Make[Item],
-    tolerate: Callable[[DataError], None],
+    bad: BadRows,
 ) -> list[Item]:
     """Read the items of a source, all in the layout of its first row."""
     items: list[Item] = []
@@ -137,7 +124,7 @@ def _read(
     def skip(error: DataError) -> None:
         nonlocal is_empty
         is_empty = False
-        tolerate(error)
+        bad(error)
 
     for record in read_rows(source, on_bad=skip):
         is_empty = False
@@ -146,20 +133,17 @@ def _read(
             items.extend(make(record, layout))
         except DataError as error:
             error.file, error.line = record.place, record.line
-            tolerate(error)
+            bad(error)
         else:
             known, first = layout, first or record.line
+            bad.note_unread(layout.unread(record.values))
     if known is None:
         what = "an empty file: no rows in it" if is_empty else "no row of it can be read"
         raise DataError(what, file=source.name)
     return items
 
 
-def _identity(source: Source) -> str:
-    """Return a key of a source that does not depend on its spelling."""
-    return source.name if source.path is None else str(source.path.resolve())
-
-
 def _rows_digest(source: Source) -> str:
     """Hash the rows of a source."""
-    return sha256(json.dumps([record.values for record in read_rows(source)]).encode()).hexdigest()
+    rows = [record.values for record in read_rows(source)]
+    return sha256(json.dumps(rows, default=str).encode()).hexdigest()  # a time is no JSON

@@ -12,6 +12,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from llmctl.config.commands import AuditConfig, SftConfig
+from llmctl.data.audit.rules import RowRules, texts_of
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.chat.render import ChatFormat
 from llmctl.data.chat.templates import set_chat_template
 from llmctl.data.examples import Example
@@ -37,8 +39,8 @@ class SftData:
     """Special tokens that the chat template needs and the tokenizer lacked."""
     has_conversations: bool
     """Whether any example is one; plain text needs no chat template."""
-    skipped: int
-    """Rows that could not be read."""
+    bad: BadRows
+    """Rows that were left out for their errors, and columns that were not read."""
     duplicates: int
     """Rows near-equal to an earlier one: but for case, white space and punctuation."""
     overlap: tuple[str, ...]
@@ -65,14 +67,13 @@ class SftData:
         """Rows that were read, both sides together."""
         return len(self.train_examples) + len(self.val_examples)
 
-    @property
-    def rendered(self) -> list[Example]:
-        """Training examples in which a text begins or ends with a special token, spelled out."""
-        return [
-            example
-            for example in self.train_examples
-            if any(self.format.is_rendered(text) for text in _texts(example))
-        ]
+    def row_rules(self) -> RowRules:
+        """Hold the texts of all rows against the rules on them."""
+        rules = RowRules(self.tokenizer)
+        for example in (*self.train_examples, *self.val_examples):
+            texts = texts_of(example.messages, example.text)
+            rules.see(texts, example.place, example.line)
+        return rules
 
     def example_of(self, sequence: int) -> Example:
         """Example that a training sequence was made of."""
@@ -94,15 +95,17 @@ def load_sft_data(
     """
     model, tokenizer = load_config(config.model), load_tokenizer(config.model)
     max_length = resolve_max_length(config.max_length, model, reserved)
-    split = read_split(config, config.data, config.seed)
+    bad = BadRows(config.skip_bad_rows)
+    split = read_split(config, config.data, config.seed, bad)
     train, val = split.train, split.val
     has_chats = any(example.messages is not None for example in (*train, *val))
     added = set_chat_template(tokenizer, config.chat_template) if has_chats else []
     chat = ChatFormat(tokenizer, clock)
     if has_chats and config.chat_template:
         require_template(chat, config.chat_template)
-    whole = collect(chat.encode_examples(train, config.train_on))
-    whole_val = collect(chat.encode_examples(val, config.train_on)) if val else None
+    whole = collect(chat.encode_examples(train, config.train_on, bad))
+    whole_val = collect(chat.encode_examples(val, config.train_on, bad)) if val else None
+    bad.report()
     truncation: Any = "drop" if config.truncation == "drop" else "cut"
     truncated = whole.truncated(max_length, truncation)
     return SftData(
@@ -115,19 +118,13 @@ def load_sft_data(
         embedding_rows=int(model.get_text_config().vocab_size),
         added_tokens=tuple(added),
         has_conversations=has_chats,
-        skipped=split.skipped,
+        bad=bad,
         duplicates=count_duplicates([*train, *val]),
         overlap=tuple(ours.name for ours, _ in find_overlap(train, val)),
         shared_prompts=count_shared_prompts(train, val),
         dropped=len(whole) - len(truncated),
         inputs=split.inputs,
     )
-
-
-def _texts(example: Example) -> list[str]:
-    """Collect the texts of an example."""
-    contents = [message.get("content") for message in example.messages or ()]
-    return [text for text in (*contents, example.text) if isinstance(text, str)]
 
 
 def require_template(chat: ChatFormat, choice: str) -> None:

@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 
 from llmctl.config.finetuning import Examples
 from llmctl.console import log
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.documents import hash_text
 from llmctl.data.examples import Example, read_examples
 from llmctl.data.schemas import Message, Task
 from llmctl.data.sets import Item, ItemSet
 from llmctl.errors import DataError
+from llmctl.numbers import counted
 
 Key = Callable[[Any], int]
 """Hash of an item; near-equal ones have the same."""
@@ -46,20 +48,17 @@ class Split(Generic[Item]):
     """The sets that they come from."""
 
     @property
-    def skipped(self) -> int:
-        """Rows that could not be read."""
-        return sum(len(item_set.skipped) for item_set in self.sets)
-
-    @property
     def inputs(self) -> list[dict[str, Any]]:
         """Files and their hashes, for the manifest."""
         return [entry for item_set in self.sets for entry in item_set.inputs]
 
 
-def read_split(config: Examples, data: list[str], seed: int, task: Task = "chat") -> Split[Example]:
+def read_split(
+    config: Examples, data: list[str], seed: int, bad: BadRows, task: Task = "chat"
+) -> Split[Example]:
     """Read all examples, and hold some out for validation.
 
-    Where weights leave some examples out, `seed` chooses them.
+    Where weights leave some examples out, `seed` chooses them; `bad` counts rows left out.
 
     Raises:
         DataError: rows that are no examples, or an empty split.
@@ -71,7 +70,7 @@ def read_split(config: Examples, data: list[str], seed: int, task: Task = "chat"
         return read_examples(
             names,
             columns=config.columns,
-            skip_bad_rows=config.skip_bad_rows,
+            bad=bad,
             task=task,
             role=role,
         )
@@ -115,7 +114,7 @@ def _mixed(sets: list[ItemSet[Item]], parts: list[list[Item]], seed: int, key: K
         return [example for part in parts for example in part]
     counts = mixture_counts([len(part) for part in parts], weights)
     for item_set, part, count in zip(sets, parts, counts, strict=True):
-        log.info("%s: %s of %s examples", item_set.name, f"{count:,}", f"{len(part):,}")
+        log.info("%s: %s of %s", item_set.name, f"{count:,}", counted(len(part), "example"))
     return [
         part[number]
         for part, count in zip(parts, counts, strict=True)
@@ -182,7 +181,7 @@ def hold_out(
         return np.arange(count), np.arange(0)
     if held.all():
         raise DataError(
-            f"all {count:,} examples say the same: there is nothing to hold out",
+            f"{counted(count, 'example')}, all the same: there is nothing to hold out",
             hint="pass --val-size 0 to go without validation, or --val-data FILE",
         )
     return np.flatnonzero(~held), np.flatnonzero(held)

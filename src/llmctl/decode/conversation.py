@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from llmctl.config.sections import Sampling
 from llmctl.console import log
+from llmctl.data.audit.rules import RowRules
 from llmctl.data.chat.render import ChatFormat
 from llmctl.data.schemas import Message
 from llmctl.decode.forward import Forward
@@ -49,7 +51,16 @@ class ContextWindow:
     def encode(self, system: str | None, turns: list[Reply], text: str) -> list[int]:
         """Tokens of the chat template, up to where the next reply begins."""
         conversation = [*messages(system, turns), {"role": "user", "content": text}]
-        return ChatFormat(self.tokenizer).encode_prompt(conversation)
+        return self._format.encode_prompt(conversation)
+
+    @property
+    def end_of_answer(self) -> int | None:
+        """Id of the token with which the template ends a reply; None where it has none."""
+        return self._format.end_of_answer
+
+    @cached_property
+    def _format(self) -> ChatFormat:
+        return ChatFormat(self.tokenizer)
 
     def leaves_room(self, tokens: list[int]) -> bool:
         """Whether a whole reply fits after these tokens."""
@@ -113,6 +124,8 @@ class Conversation:
     """Generated so far: each has a sampling stream of its own, so that a second try differs."""
     dropped: int = 0
     """Oldest turns that no longer fit the context."""
+    has_warned: bool = False
+    """Whether it was said that special tokens are text in messages."""
 
     def send(self, text: str, on_piece: OnPiece) -> Reply:
         """Answer a message; an interrupted reply is kept as far as it came.
@@ -120,6 +133,11 @@ class Conversation:
         Raises:
             DataError: a message too long for the context; no message is kept after an error.
         """
+        if not self.has_warned:
+            rules = RowRules(self.window.tokenizer)
+            rules.see([text], None, None)
+            rules.warn_in_use(chat=True)
+            self.has_warned = bool(rules.spelled)
         reply = self._generate(self.turns, text, on_piece)
         if reply.text or reply.finish_reason != "interrupted":
             self.turns.append(reply)
@@ -202,7 +220,7 @@ class Conversation:
                     self.model,
                     [prompt],
                     self.sampling,
-                    eos=stop_tokens(self.model, self.window.tokenizer),
+                    eos=stop_tokens(self.model, self.window.tokenizer, self.window.end_of_answer),
                     forward=self.forward,
                     seed=self.seed,
                     tokenizer=self.window.tokenizer,

@@ -3,7 +3,7 @@
 In: a model, prompts as token ids and sampling settings. Out: responses as they finish.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,7 +14,7 @@ from llmctl.config.sections import Loading, Sampling
 from llmctl.decode.forward import Forward, HuggingFaceForward
 from llmctl.decode.llama import fast_forward
 from llmctl.decode.sampling import TokenSampler, uniform_stream
-from llmctl.decode.text import TextStream
+from llmctl.decode.text import TextStream, stop_ids
 from llmctl.errors import DataError, ModelError
 from llmctl.hardware import set_threads, usable_cores
 from llmctl.models.loading import context_size, load_causal_lm, parameter_count, parse_dtype
@@ -58,7 +58,8 @@ class _Row:
     prompt: Prompt
     response: Response
     limit: int
-    eos: Collection[int]
+    ends: Mapping[int, FinishReason]
+    """Tokens that end it, and why."""
     stream: TextStream | None
     on_text: OnText | None
 
@@ -66,18 +67,18 @@ class _Row:
         """Append a token, and set the finish reason if it is the last."""
         response = self.response
         response.tokens.append(token)
-        is_eos = token in self.eos
-        if self.stream is not None and (self.on_text or self.stream.stops) and not is_eos:
+        ended = self.ends.get(token)
+        if self.stream is not None and (self.on_text or self.stream.stops) and ended is None:
             self._emit(self.stream.feed([token]))
         if self.stream is not None and self.stream.stopped:
             response.finish_reason = "stop"
-        elif is_eos:
-            response.finish_reason = "eos"
+        elif ended is not None:
+            response.finish_reason = ended
         elif len(response.tokens) == self.limit:
             response.finish_reason = "length"
         if response.finish_reason and self.stream is not None:
             if not (self.on_text or self.stream.stops):
-                self._emit(self.stream.feed(response.tokens[: -1 if is_eos else None]))
+                self._emit(self.stream.feed(response.tokens[: -1 if ended else None]))
             self._emit(self.stream.finish())
 
     def _emit(self, piece: str) -> None:
@@ -144,21 +145,24 @@ def decode(
         forward: how to run the model; by default chosen here.
         seed: of sampling; a prompt's stream depends on this and its id alone.
         batch_size: most rows at once.
-        tokenizer: decodes; None leaves texts empty.
+        tokenizer: decodes, and finds stop strings; None leaves texts empty, and stops at none.
         on_text: called with the prompt's index and each new piece of its text.
         log_probs: record them.
 
     Raises:
         DataError: a prompt that leaves no room in the context.
         ModelError: a token that the model does not have.
+        UserError: a stop string that no text can hold.
     """
+    stops = stop_ids(tokenizer, sampling.stop) if tokenizer else ()
+    ends: dict[int, FinishReason] = {**dict.fromkeys(eos, "eos"), **dict.fromkeys(stops, "stop")}
     rows = []
     for index, prompt in enumerate(prompts):
         check_prompt(prompt.tokens, model.config, f"prompt {index + 1}")
         stream = TextStream(tokenizer, prompt.tokens, sampling.stop) if tokenizer else None
         wanted = prompt.max_new_tokens or sampling.max_new_tokens
         limit = limit_new_tokens(prompt.tokens, model.config, wanted)
-        rows.append(_Row(prompt, Response(index), limit, eos, stream, on_text))
+        rows.append(_Row(prompt, Response(index), limit, ends, stream, on_text))
     if not rows:
         return
     forward = forward or choose_forward(model, prompts[0].tokens)

@@ -10,6 +10,7 @@ from typing import Any
 from llmctl.console import log
 from llmctl.decode.loop import Response
 from llmctl.files import staged, writing
+from llmctl.numbers import counted
 
 Row = dict[str, Any]
 Emit = Callable[[Row], None]
@@ -59,7 +60,8 @@ def write_rows(
     finally:
         if total > 1:
             speed = tokens / (time.monotonic() - started)
-            log.info("%d of %d responses, %d tokens, %.0f tokens/s", written, total, tokens, speed)
+            made = counted(tokens, "token")
+            log.info("%d of %d responses, %s, %.0f tokens/s", written, total, made, speed)
     return written, tokens
 
 

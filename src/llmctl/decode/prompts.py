@@ -1,7 +1,7 @@
 """Prompts of the user (text, files, conversations) in, the tokens that a model continues out."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,12 +9,15 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from llmctl.console import log
+from llmctl.data.audit.rules import RowRules, texts_of
 from llmctl.data.chat.render import ChatFormat, encode_text
-from llmctl.data.prompts import PromptExample, read_nonblank_lines
-from llmctl.data.rows import parse_row
-from llmctl.data.schemas import Message
+from llmctl.data.prompts import PromptExample
+from llmctl.data.rows import SourceRow, checked_text
+from llmctl.data.schemas import Layout, Message
+from llmctl.data.sets import read_sets
 from llmctl.decode.loop import Prompt, check_prompt, limit_new_tokens
-from llmctl.errors import DataError, UserError
+from llmctl.errors import DataError, ModelError, UserError
+from llmctl.numbers import counted
 
 
 def read_stdin() -> PromptExample:
@@ -36,21 +39,27 @@ def read_stdin() -> PromptExample:
 
 
 def read_shots(file: Path) -> list[tuple[str, str]]:
-    """Read the few-shot examples (prompt, response) of a jsonl file.
+    """Read the few-shot examples, rows of `prompt` and `response`, of a file.
 
     Raises:
         DataError: unreadable, not UTF-8, empty, or a row without the two texts.
     """
-    shots = []
-    for number, line in read_nonblank_lines(file):
-        row = parse_row(line, str(file), number)
-        pair = (row.get("prompt"), row.get("response"))
-        if not all(isinstance(text, str) for text in pair):
-            raise DataError("an example needs `prompt` and `response`", file=file, line=number)
-        shots.append((str(pair[0]), str(pair[1])))
-    if not shots:
-        raise DataError("no examples in this file", file=file)
-    return shots
+    layout = Layout({"prompt": "prompt", "response": "response"}, {})
+
+    def parse(record: SourceRow, _: Layout) -> list[tuple[str, str]]:
+        return [
+            (
+                checked_text(record.values["prompt"], "prompt"),
+                checked_text(record.values["response"], "response"),
+            )
+        ]
+
+    try:
+        (shots,) = read_sets([str(file)], (layout,), parse)
+    except DataError as error:
+        error.hint = "an example is a row of `prompt` and `response`"
+        raise
+    return shots.examples
 
 
 @dataclass(frozen=True)
@@ -68,13 +77,25 @@ class PromptEncoder:
         Text that spells a special token is encoded as text; BOS is put once, where the tokenizer
         or the template puts it, and alone for an empty prompt.
         """
-        if isinstance(example.prompt, list):
+        if not example.is_text:
             if self.system is not None or self.shots:
-                raise UserError(f"{example.name}: --system and --shots do not go with `messages`")
-            return self._format.encode_prompt(example.prompt)
+                what = "a conversation, with which --system and --shots do not go"
+                raise UserError(f"{example.name}: {what}")
+            return self._format.encode_prompt(example.messages, example.tools)
+        assert isinstance(example.prompt, str)
         if self.chat:
             return self._format.encode_prompt(self._turns(example.prompt))
         return encode_text(self.tokenizer, self.text(example.prompt))
+
+    def end_of_answer(self, examples: Sequence[PromptExample]) -> int | None:
+        """Id of the token that ends the answers, where the template asks for any of these."""
+        if not self.chat and not any(isinstance(example.prompt, list) for example in examples):
+            return None
+        try:
+            return self._format.end_of_answer
+        except ModelError as error:
+            log.warning("where answers end is not known: %s", error.message)
+            return None
 
     @cached_property
     def _format(self) -> ChatFormat:
@@ -96,6 +117,17 @@ class PromptEncoder:
         return "\n\n".join([*examples, prompt])
 
 
+def answers_in_template(tokenizer: PreTrainedTokenizerBase, eos: Collection[int]) -> bool:
+    """Whether a model was made to be asked in its chat template.
+
+    Base models may have one, too, but do not end what they write (`eos`) as it ends an answer.
+    """
+    try:
+        return ChatFormat(tokenizer).end_of_answer in eos
+    except ModelError:
+        return False
+
+
 def build_prompts(
     examples: Sequence[PromptExample],
     encoder: PromptEncoder,
@@ -109,11 +141,15 @@ def build_prompts(
         DataError: a prompt longer than the model's context.
     """
     prompts: list[Prompt] = []
+    rules = RowRules(encoder.tokenizer)
     for example in examples:
         tokens = encoder.encode(example)
+        rules.see(texts_of(example.messages), None, None)
         check_prompt(tokens, shape, example.name)
         limit = limit_new_tokens(tokens, shape, max_new_tokens)
         if limit < max_new_tokens:
-            log.warning("%s: the context has room for %d new tokens only", example.name, limit)
+            room = counted(limit, "new token")
+            log.warning("%s: the context has room for %s only", example.name, room)
         prompts += (Prompt(tokens, len(prompts) + i) for i in range(samples))
+    rules.warn_in_use(chat=encoder.chat)
     return prompts

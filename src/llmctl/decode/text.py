@@ -4,9 +4,34 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from llmctl.data.chat.render import special_token_ids
+from llmctl.errors import UserError
+
 CONTEXT = 8
 """Tokens that are decoded again before new ones."""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> frozenset[int]:
+    """Ids of the stop strings that are special tokens, which no decoded text shows.
+
+    White space after such a token would follow the end, and is left out.
+
+    Raises:
+        UserError: a stop string that holds a special token within other text.
+    """
+    if not stops:
+        return frozenset()
+    special = {str(tokenizer.convert_ids_to_tokens(i)): i for i in special_token_ids(tokenizer)}
+    for stop in stops:
+        held = max((name for name in special if name in stop), key=len, default=None)
+        if held is not None and stop.rstrip() not in special:
+            raise UserError(
+                f"--stop {stop!r} would never be found: {held} is a special token, which is no "
+                "part of the text",
+                hint=f"pass --stop '{held}', which ends a response at that token",
+            )
+    return frozenset(special[name] for stop in stops if (name := stop.rstrip()) in special)
 
 
 class TextStream:

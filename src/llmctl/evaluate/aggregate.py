@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from llmctl.evaluate.perplexity import perplexity_of
-from llmctl.evaluate.scorers import ROUGE
+from llmctl.evaluate.scorers import FORMS, ROUGE
 from llmctl.evaluate.task import Row
 
 
@@ -58,16 +58,26 @@ def compute_figures(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, An
     if "bleu" in metrics or "chrf" in metrics:
         from sacrebleu.metrics import BLEU, CHRF  # Papineni et al., 2002; Popović, 2015
 
-        responses, references = ([row[key] for row in rows] for key in ("response", "reference"))
         for name, kind in (("bleu", BLEU), ("chrf", CHRF)):
             if name in metrics:
+                responses, references = (
+                    [FORMS[name](row[key]) for row in rows] for key in ("response", "reference")
+                )
                 score = kind().corpus_score(responses, [references]).score
                 figures[name] = float(score)  # over all rows
     if "f1" in metrics:
         figures["f1"] = macro_f1(rows)
+    if rows and "named" in rows[0]:
+        figures["ambiguous_share"] = sum(len(row["named"]) > 1 for row in rows) / len(rows)
     if rows and "finish_reason" in rows[0]:
         figures["cut_share"] = sum(row["finish_reason"] == "length" for row in rows) / len(rows)
     return figures
+
+
+def count_comparisons(rows: Sequence[Row]) -> dict[str, int]:
+    """Rows whose answers were compared as numbers, and as text; the others have no answer."""
+    ways = [row.get("compared", "text") for row in rows]
+    return {way: ways.count(way) for way in ("numbers", "text") if way in ways}
 
 
 def macro_f1(rows: Sequence[Row]) -> float:

@@ -4,7 +4,7 @@ import difflib
 import io
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, redirect_stderr
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from typing import Any
 
 from transformers import PreTrainedModel, set_seed
@@ -88,38 +88,55 @@ def _evaluate(
 ) -> dict[str, Any]:
     """Run lm-eval's `evaluate`; its `simple_evaluate` spends seconds on inspecting the machine."""
     from lm_eval import evaluate
-    from lm_eval.models.huggingface import HFLM
 
-    lm = HFLM(
-        pretrained=model,
-        tokenizer=evaluated.tokenizer,
+    from llmctl.evaluate.harness import HarnessModel
+
+    templated = evaluated.tokenizer.chat_template is not None and not config.plain
+    lm = HarnessModel(
+        model,
+        evaluated.tokenizer,
+        templated=templated,
         batch_size=config.batch_size,
-        max_length=config.context,
+        max_length=config.context or evaluated.positions,
     )
+    with _without_bars():
+        loaded = _load_task(manager, task)
+    for name, benchmark in loaded["tasks"].items():
+        _set_shots(config, name, benchmark)
     set_seed(config.seed)
-    shows_bars = is_terminal() and log.isEnabledFor(logging.INFO)
-    with nullcontext() if shows_bars else redirect_stderr(io.StringIO()):
+    with _without_bars():
         results = evaluate(
             lm=lm,
-            task_dict=_load_task(config, manager, task),
+            task_dict=loaded,
             limit=config.limit,
-            apply_chat_template=evaluated.tokenizer.chat_template is not None and not config.plain,
+            apply_chat_template=templated,
             fewshot_as_multiturn=True,
             system_instruction=config.system,
             bootstrap_iters=0,
         )
+    if lm.cut:
+        log.warning(
+            "%s: %d texts are longer than the context of %d tokens and lost their beginning",
+            *(task, lm.cut, lm.max_length),
+        )
     return dict(results)
 
 
-def _load_task(config: EvaluateConfig, manager: Any, task: str) -> Any:
-    """Load a task and its data, and set its few-shot examples.
+def _without_bars() -> AbstractContextManager[Any]:
+    """Keep the progress bars of lm-eval and datasets from stderr, but on a terminal."""
+    shows_bars = is_terminal() and log.isEnabledFor(logging.INFO)
+    return nullcontext() if shows_bars else redirect_stderr(io.StringIO())
+
+
+def _load_task(manager: Any, task: str) -> Any:
+    """Load a task and its data.
 
     Raises:
         DataError: a file of data is missing.
         NetworkError: data that cannot be had.
     """
     try:
-        loaded = manager.load([task])
+        return manager.load([task])
     except ConnectionError as error:
         raise NetworkError(
             f"--tasks {task}: its data cannot be had: {str(error).splitlines()[0]}",
@@ -127,14 +144,24 @@ def _load_task(config: EvaluateConfig, manager: Any, task: str) -> Any:
         ) from None
     except FileNotFoundError as error:
         raise DataError(f"--tasks {task}: {str(error).splitlines()[0]}") from None
-    for name, benchmark in loaded["tasks"].items():
-        own = benchmark.get_config("num_fewshot")
-        if config.shots is not None and own == 0 != config.shots:
-            log.warning("%s says itself that it takes no examples: --shots is not heeded", name)
-        elif config.shots is not None or own is None:
-            benchmark.set_config(key="num_fewshot", value=config.shots or 0)
-        benchmark.set_fewshot_seed(seed=config.seed)
-    return loaded
+
+
+def _set_shots(config: EvaluateConfig, name: str, benchmark: Any) -> None:
+    """Set how many examples a task shows, and that none of them asks what is asked."""
+    from lm_eval.api.task import ConfigurableTask
+
+    from llmctl.evaluate.harness import OtherQuestions
+
+    own = benchmark.get_config("num_fewshot")
+    takes_none = benchmark.OUTPUT_TYPE == "loglikelihood_rolling" or own == 0
+    if takes_none and config.shots:
+        log.warning("%s takes no examples: --shots is not heeded", name)
+    if takes_none or own is None or config.shots is not None:
+        count = 0 if takes_none else config.shots or 0
+        benchmark.set_config(key="num_fewshot", value=count)
+    if isinstance(benchmark, ConfigurableTask):
+        OtherQuestions(benchmark)
+    benchmark.set_fewshot_seed(seed=config.seed)
 
 
 def _figures(results: Mapping[str, Any]) -> dict[str, float]:

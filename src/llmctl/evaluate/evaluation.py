@@ -12,11 +12,11 @@ from llmctl import hardware
 from llmctl.config.commands import EvaluateConfig
 from llmctl.decode.loop import load_for_generation
 from llmctl.errors import ModelError
-from llmctl.evaluate.aggregate import compute_figures, quotient_names
+from llmctl.evaluate.aggregate import compute_figures, count_comparisons, quotient_names
 from llmctl.evaluate.benchmarks import benchmark_task, find_tasks
 from llmctl.evaluate.classification_task import classification_task, load_evaluated_classifier
 from llmctl.evaluate.compare import difference, differences, pair_rows, win_rate
-from llmctl.evaluate.figures import require_known
+from llmctl.evaluate.figures import COMPARISON, require_known
 from llmctl.evaluate.generation_task import generation_task
 from llmctl.evaluate.perplexity import perplexity_task
 from llmctl.evaluate.prepare import (
@@ -82,7 +82,12 @@ def evaluate(prepared: PreparedEvaluation, rows: RowLog, run: Run | None) -> dic
     @cache
     def load_reward() -> RewardModel:
         assert config.reward_model is not None
-        return load_reward_model(config.reward_model, device=prepared.device)
+        model = load_reward_model(
+            config.reward_model, device=prepared.device, score_at=config.score_at
+        )
+        if run is not None:
+            run.record(score_at=model.score_at)
+        return model
 
     for side, evaluated in prepared.models.items():
         task = _task(prepared, side, evaluated, load_reward, run)
@@ -150,7 +155,9 @@ def _names(config: EvaluateConfig, plan: EvaluationPlan) -> list[str]:
     """Names of the figures that gates can be set on."""
     others = [metric for metric in plan.metrics if metric in ("perplexity", "f1")]
     names = list(dict.fromkeys([*others, *quotient_names(plan.metrics)]))
-    names += ["cut_share"] if plan.generates else []
+    if plan.generates:
+        names += ["cut_share"]
+        names += ["ambiguous_share"] if {"accuracy", "f1"} & set(plan.metrics) else []
     if config.compare:
         names += [f"difference/{name}" for name in quotient_names(plan.metrics)]
         names += ["win_rate"] if config.reward_model else []
@@ -158,7 +165,11 @@ def _names(config: EvaluateConfig, plan: EvaluationPlan) -> list[str]:
 
 
 def _figures(plan: EvaluationPlan | None, rows: list[Row]) -> dict[str, Any]:
-    return _merged(rows, "figures") if plan is None else compute_figures(rows, plan.metrics)
+    if plan is None:
+        return _merged(rows, "figures")
+    compares = any("named" in row or "exact" in row for row in rows)
+    comparison = {COMPARISON: count_comparisons(rows)} if compares else {}
+    return {**compute_figures(rows, plan.metrics), **comparison}
 
 
 def _merged(rows: list[Row], key: str) -> dict[str, Any]:

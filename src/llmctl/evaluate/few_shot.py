@@ -19,6 +19,7 @@ from llmctl.decode.prompts import PromptEncoder
 from llmctl.errors import DataError, ModelError
 from llmctl.evaluate.inputs import EvaluationExample
 from llmctl.models.loading import context_size
+from llmctl.numbers import counted
 
 SEPARATOR = "\n\n"
 """Stands between examples in plain text, and so ends a response there."""
@@ -62,8 +63,8 @@ def choose_shots(
     rest = [row for row in examples if conversation_hash(row.messages) not in hashes]
     if len(shots) < count or not rest:
         raise DataError(
-            f"--shots {count}: there are only {len(pool):,} rows, and one at least must be left "
-            "to evaluate",
+            f"--shots {count}: only {counted(len(pool), 'row')} in the data, and one at least must "
+            "be left to evaluate",
             file=pool[0].place,
         )
     return [FewShotPrompt(row, shots) for row in rest]
@@ -76,7 +77,7 @@ def _first_others(
     others = (shot for shot in shuffled if conversation_hash(shot.messages) != own_hash)
     shots = tuple(islice(others, count))
     if len(shots) < count:
-        text = f"--shots {count}: --shots-data has only {len(shots):,} rows other than this one"
+        text = f"--shots {count}: --shots-data has only {counted(len(shots), 'other row')}"
         raise row.error(text)
     return shots
 
@@ -96,6 +97,11 @@ class FewShotFormat:
     @cached_property
     def _format(self) -> ResponseFormat:
         return ResponseFormat(self.tokenizer, self.shape, self.clock)
+
+    @property
+    def end_of_answer(self) -> int | None:
+        """Id of the token that ends responses in the chat template; None in plain text."""
+        return self._format.chat.end_of_answer if self.chat else None
 
     def encode_prompt(self, prompt: FewShotPrompt) -> list[int]:
         """Encode up to where the response begins.
@@ -190,7 +196,9 @@ def require_room_to_answer(
         return
     if not shots:
         log.warning(
-            "%s: the context has room for %d new tokens only", longest.name, context - length
+            "%s: the context has room for %s only",
+            longest.name,
+            counted(context - length, "new token"),
         )
         return
 

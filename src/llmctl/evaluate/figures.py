@@ -10,12 +10,17 @@ from llmctl.console import log
 from llmctl.errors import GateError, UserError
 from llmctl.numbers import cell, is_number
 
-NO_FIGURES = ("stage", "out", "model", "status", "rows", "compare", "differences")
+COMPARISON = "comparison"
+"""Key of the numbers of answers that were compared as numbers, and as text."""
+NO_FIGURES = ("stage", "out", "model", "status", "rows", "compare", "differences", COMPARISON)
 """Keys of a result that hold something else."""
 
 
 def show_table(result: Mapping[str, Any]) -> None:
-    """Print the figures on stderr, of two models side by side where there are two."""
+    """Print the figures on stderr, of two models side by side where there are two.
+
+    Below them it says how answers were compared.
+    """
     if not log.isEnabledFor(logging.INFO):
         return
     from rich.console import Console
@@ -39,6 +44,10 @@ def show_table(result: Mapping[str, Any]) -> None:
             cells.append("" if low is None else f"{low:+.4g} to {high:+.4g}")
         table.add_row(name, *cells)
     Console(stderr=True, highlight=False).print(table)
+    for name, side in ((str(result["model"]), result), (str(other.get("model")), other)):
+        if side.get(COMPARISON):
+            ways = " and ".join(f"{count:,} as {way}" for way, count in side[COMPARISON].items())
+            log.info("%s: answers were compared with their references, %s", name, ways)
 
 
 def figures_in(result: Mapping[str, Any]) -> dict[str, float]:

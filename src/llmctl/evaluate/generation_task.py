@@ -64,7 +64,7 @@ def _generate(
         model,
         encoded,
         sampling,
-        eos=stop_tokens(model, evaluated.tokenizer),
+        eos=stop_tokens(model, evaluated.tokenizer, few_shot_format.end_of_answer),
         seed=config.seed,
         batch_size=config.batch_size,
         tokenizer=evaluated.tokenizer,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from llmctl.config.commands import EvaluateConfig
 from llmctl.config.commands.evaluate import GENERATED
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.documents import text_input
 from llmctl.data.examples import Example, read_examples
 from llmctl.data.prompts import PromptExample, read_prompts
@@ -83,13 +84,14 @@ def read_data(config: EvaluateConfig) -> EvaluationData:
         NetworkError: a Hub data set that cannot be reached.
         UserError: columns that make no sense.
     """
-    kind = _kind(config)
+    kind, bad = _kind(config), BadRows(config.skip_bad_rows)
     if kind == "documents":
         documents, inputs = _read_documents(config)
         return EvaluationData(kind, documents, [], inputs)
     with_reference = [name for name in config.metrics if name != "perplexity"]
     if config.reward_model and not config.metrics:
-        prompts = read_prompts(config.data, [], 0, config.skip_bad_rows)
+        prompts = read_prompts(config.data, [], 0, bad)
+        bad.report()
         examples = [_from_prompt(row) for row in prompts.train]
         return EvaluationData(kind, [], examples, prompts.inputs)
     examples, inputs = read_references(config.data, config, kind, with_reference)
@@ -109,9 +111,9 @@ def read_references(
         DataError: as `read_data`.
     """
     task: Literal["classify", "chat"] = "classify" if kind == "labels" else "chat"
-    sets = read_examples(
-        names, columns=config.columns, skip_bad_rows=config.skip_bad_rows, task=task, role=role
-    )
+    bad = BadRows(config.skip_bad_rows)
+    sets = read_examples(names, columns=config.columns, bad=bad, task=task, role=role)
+    bad.report()
     examples = [example for data_set in sets for example in data_set.examples]
     inputs = [entry for data_set in sets for entry in data_set.inputs]
     return [_from_example(example, metrics) for example in examples], inputs
@@ -161,12 +163,17 @@ def _read_documents(config: EvaluateConfig) -> tuple[list[Document], list[dict[s
     with tempfile.TemporaryDirectory(prefix="llmctl-") as spool:
         sources = tuple(find_sources(config.data, Path(spool)))
         pieces: list[str] = []
-        for text, place, line, is_last in read_documents(sources, config.text_column):
+        bad = BadRows(config.skip_bad_rows)
+        for text, place, line, is_last in read_documents(sources, config.text_column, bad):
             pieces.append(text)
             if is_last:
                 documents.append(Document("".join(pieces), place, line))
                 pieces = []
-        inputs = [text_input("data", source, config.text_column) for source in sources]
+        bad.report()
+        inputs = [
+            text_input("data", source, config.text_column, config.skip_bad_rows)
+            for source in sources
+        ]
     documents = [document for document in documents if document.text.strip()]
     if not documents:
         raise DataError("an empty file: there is no text in it", file=config.data[0])
@@ -192,5 +199,4 @@ def _from_example(example: Example, metrics: Sequence[str]) -> EvaluationExample
 
 
 def _from_prompt(row: PromptExample) -> EvaluationExample:
-    single = ({"role": "user", "content": row.prompt},) if isinstance(row.prompt, str) else None
-    return EvaluationExample(single or tuple(row.prompt), row.answer, None, row.place, row.line)  # type: ignore[arg-type]
+    return EvaluationExample(tuple(row.messages), row.answer, row.tools, row.place, row.line)

@@ -59,17 +59,28 @@ def encode_documents(
     the EOS that ends the document before it, so that its first word is predicted, too. Text that
     spells a special token is encoded as text. With `end` EOS stands after it, and is predicted.
     """
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    batch = list(texts)
+    batch, eos = list(texts), tokenizer.eos_token_id
     rows = tokenizer(batch, split_special_tokens=True)["input_ids"] if batch else []
-    empty = tokenizer("")["input_ids"]
-    prefixed, suffixed = bool(empty) and empty != [eos], empty[-1:] == [eos]
-    documents = []
-    for row in rows:
-        body = [int(token) for token in (row[:-1] if suffixed else row)]
-        start = [] if prefixed else [bos if eos is None else eos]
-        documents.append([*start, *body, *([eos] if end else [])])
-    return [[token for token in document if token is not None] for document in documents]
+    put_before, is_ended = text_frame(tokenizer)
+    start = [] if put_before else document_start(tokenizer)
+    close = [int(eos)] if end and eos is not None else []
+    bodies = [[int(token) for token in (row[:-1] if is_ended else row)] for row in rows]
+    return [[*start, *body, *close] for body in bodies]
+
+
+def text_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], bool]:
+    """The tokens that a tokenizer puts before every text, and whether it puts EOS after."""
+    frame = [int(token) for token in tokenizer("")["input_ids"]]
+    is_ended = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
+    return (frame[:-1] if is_ended else frame), is_ended
+
+
+def document_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens from which a document's first word is predicted; none without BOS and EOS."""
+    put_before, _ = text_frame(tokenizer)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    before = bos if eos is None else eos
+    return put_before or ([] if before is None else [int(before)])
 
 
 def make_windows(

@@ -11,6 +11,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from llmctl.config.commands import EvaluateConfig
 from llmctl.config.commands.evaluate import GENERATED
+from llmctl.data.audit.rules import RowRules, texts_of
+from llmctl.data.chat.render import encode_text
 from llmctl.data.classification import list_labels
 from llmctl.errors import ModelError, UserError
 from llmctl.evaluate.few_shot import (
@@ -78,6 +80,12 @@ class EvaluatedModel:
     virtual_tokens: int
     """Positions that an adapter's learned prompt takes."""
 
+    @property
+    def positions(self) -> int | None:
+        """Tokens that it reads at most; None where it has no limit."""
+        positions = context_size(self.shape)
+        return positions and positions - self.virtual_tokens
+
     def few_shot_format(self, config: EvaluateConfig, clock: str | None) -> FewShotFormat:
         """How prompts are written for it."""
         chat = self.tokenizer.chat_template is not None and not config.plain
@@ -89,8 +97,7 @@ class EvaluatedModel:
         Raises:
             UserError: more than it has positions for.
         """
-        positions = context_size(self.shape)
-        positions = positions and positions - self.virtual_tokens
+        positions = self.positions
         if config.context and positions and config.context > positions:
             raise UserError(f"--context {config.context:,}: the model has {positions:,} positions")
         context = config.context or min(positions or MOST_CONTEXT, MOST_CONTEXT)
@@ -152,6 +159,18 @@ def _require_used(config: EvaluateConfig, kind: Kind, metrics: tuple[str, ...]) 
             raise UserError(f"{config.flag(name)} goes with --metrics {list_labels(list(wanted))}")
 
 
+def _require_sound(data: EvaluationData, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Hold the texts to evaluate against the rules on rows, as one model reads them."""
+    rules = RowRules(tokenizer)
+    for row in data.examples:
+        texts = texts_of(row.messages, row.reference)
+        rules.see(texts, row.place, row.line, [encode_text(tokenizer, text) for text in texts])
+    for document in data.documents:
+        tokens = encode_text(tokenizer, document.text)
+        rules.see([document.text], document.place, document.line, [tokens])
+    rules.enforce()
+
+
 def inspect_model(
     config: EvaluateConfig, plan: EvaluationPlan | None, reference: str
 ) -> EvaluatedModel:
@@ -164,6 +183,8 @@ def inspect_model(
     """
     shape, tokenizer = load_config(reference), load_tokenizer(reference)
     folder = local_folder(resolve_model(reference))
+    if plan is not None:
+        _require_sound(plan.data, tokenizer)
     adapter = read_object(folder / "adapter_config.json") if is_adapter(folder) else None
     virtual = int((adapter or {}).get("num_virtual_tokens") or 0)
     evaluated = EvaluatedModel(
@@ -179,11 +200,9 @@ def inspect_model(
             file=reference,
             hint="make a classifier of it: llmctl sft --task classify --model … --data …",
         )
-    if plan is None:
-        return evaluated
-    if "perplexity" in plan.metrics:
+    if plan is None or "perplexity" in plan.metrics:
         evaluated.context_and_stride(config)
-    if plan.data.kind != "documents":
+    if plan is not None and plan.data.kind != "documents":
         few_shot_format, shots = evaluated.few_shot_format(config, plan.clock), config.shots or 0
         if plan.generates or not shots:
             new = config.max_new_tokens if plan.generates else 1

@@ -6,13 +6,21 @@ In: response and reference. Out: numbers of the row; `aggregate.py` sums them up
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cache
 from typing import Any
 
 from llmctl.config.commands import EvaluateConfig
 from llmctl.errors import require_extra
 from llmctl.evaluate.inputs import EvaluationExample
-from llmctl.ppo.rules import normalize_answer
+from llmctl.evaluate.labels import named_labels
+from llmctl.text_forms import (
+    canonical,
+    normalize_answer,
+    separate,
+    split_letters_only,
+    split_words,
+)
 
 LIBRARIES = {
     "rouge": "rouge_score",
@@ -24,6 +32,11 @@ LIBRARIES = {
 ROUGE = ("rouge1", "rouge2", "rougeL")
 ANSWER_METRICS = ("exact", "accuracy", "f1")
 """Metrics that compare the answer within a response."""
+NUMBER = re.compile(
+    r"(?P<sign>[-+\u2212]?)(?P<dollar>\$?)(?P<second>[-+\u2212]?)"
+    r"(?P<digits>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?P<percent>%?)[.,]?"
+)
+"""A number with thousands commas and what ends its sentence, of dollars or percent."""
 
 
 @dataclass(frozen=True)
@@ -42,24 +55,24 @@ class Scorer:
         if any(name in ANSWER_METRICS for name in self.metrics) and self.pattern is not None:
             scores["answer"] = self.answer(response)
             scores["expected"] = self.answer(reference)
+            scores["compared"] = compared_as(scores["answer"], scores["expected"])
+        answer = scores.get("answer", response)
+        expected = scores.get("expected", reference)
         for name in self.metrics:
             match name:
                 case "exact":
-                    answer = scores.get("answer", response)
-                    expected = scores.get("expected", reference)
-                    scores["exact"] = float(answer is not None and is_same(answer, expected))
+                    scores["exact"] = float(answer is not None and self.is_same(answer, expected))
                 case "accuracy" | "f1":
-                    answer = scores.get("answer", response) or ""
-                    scores["label"] = find_label(answer, self.labels)
-                    scores["reference_label"] = self.canonical_label(
-                        scores.get("expected", reference)
-                    )
+                    scores["named"] = named_labels(answer or "", self.labels, self.is_same)
+                    scores["label"] = scores["named"][0] if len(scores["named"]) == 1 else None
+                    scores["reference_label"] = self.canonical_label(expected)
                     scores["right"] = float(scores["label"] == scores["reference_label"])
                 case "rouge":
                     rouge = _library_scorer(name).score(reference, response)
                     scores |= {kind: float(rouge[kind].fmeasure) for kind in ROUGE}
                 case "bleu" | "chrf":
-                    scores[name] = _library_scorer(name).sentence_score(response, [reference]).score
+                    scorer, form = _library_scorer(name), FORMS[name]
+                    scores[name] = scorer.sentence_score(form(response), [form(reference)]).score
                 case "wer":
                     scores |= word_errors(response, reference)
         return scores
@@ -68,9 +81,27 @@ class Scorer:
         """The answer that the pattern finds in a text, None where it finds none."""
         return text if self.pattern is None else extract(self.pattern, text)
 
+    def is_same(self, answer: str, reference: str) -> bool:
+        """Compare answers that a pattern found as numbers where both are; all others as texts."""
+        if self.pattern is not None and compared_as(answer, reference) == "numbers":
+            return as_number(answer) == as_number(reference)
+        return is_same(answer, reference)
+
     def canonical_label(self, label: str) -> str | None:
         """The label as it is listed, whatever its case; None where it is not."""
-        return next((known for known in self.labels if is_same(known, label)), None)
+        return next((known for known in self.labels if self.is_same(known, label)), None)
+
+
+class _Words:
+    """Splits texts for rouge-score, whose own tokenizer knows the letters a to z only."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """See `split_letters_only`, which does the same to texts of ASCII."""
+        return split_letters_only(text)
+
+
+FORMS = {"bleu": separate, "chrf": canonical}
+"""What is done to texts before sacrebleu splits them."""
 
 
 @cache
@@ -79,7 +110,7 @@ def _library_scorer(metric: str) -> Any:
     if metric == "rouge":
         from rouge_score.rouge_scorer import RougeScorer
 
-        return RougeScorer(list(ROUGE))
+        return RougeScorer(list(ROUGE), tokenizer=_Words())
     from sacrebleu.metrics import BLEU, CHRF
 
     return BLEU(effective_order=True) if metric == "bleu" else CHRF()
@@ -117,8 +148,27 @@ def make_scorer(
 
 
 def is_same(answer: str, reference: str) -> bool:
-    """Whether two texts are equal but for case, blanks and a full stop at the end."""
+    """Whether two texts are equal but for Unicode form, case, blanks and a full stop at the end."""
     return normalize_answer(answer) == normalize_answer(reference)
+
+
+def as_number(text: str) -> tuple[Decimal, str] | None:
+    """The number that a whole text is, and `%` or nothing; None where it is none."""
+    match = NUMBER.fullmatch(canonical(text).strip())
+    if match is None or (match["sign"] and match["second"]):
+        return None
+    if match["dollar"] and match["percent"]:
+        return None
+    number = Decimal(match["digits"].replace(",", ""))
+    is_negative = (match["sign"] or match["second"]) in ("-", "\N{MINUS SIGN}")
+    return -number if is_negative else number, match["percent"]
+
+
+def compared_as(answer: str | None, reference: str) -> str | None:
+    """How two answers are compared: as `numbers` where both are, as `text`; None without one."""
+    if answer is None:
+        return None
+    return "text" if None in (as_number(answer), as_number(reference)) else "numbers"
 
 
 def extract(pattern: re.Pattern[str], text: str) -> str | None:
@@ -130,24 +180,12 @@ def extract(pattern: re.Pattern[str], text: str) -> str | None:
     return str(groups[0] if groups else matches[-1][0])
 
 
-def find_label(text: str, labels: Sequence[str]) -> str | None:
-    """The label that a text is, or that stands first in it as a word; the longest of several."""
-    for label in labels:
-        if is_same(label, text):
-            return label
-    matches = []
-    for label in labels:
-        match = re.search(rf"(?<!\w){re.escape(label)}(?!\w)", text, re.IGNORECASE)
-        if match:
-            matches.append((match.start(), -len(label), label))
-    return min(matches)[2] if matches else None
-
-
 def word_errors(response: str, reference: str) -> dict[str, int]:
     """Words to change, to add and to leave out, and the words of the reference."""
     import jiwer
 
-    counts = jiwer.process_words(reference, response)
+    texts = (" ".join(split_words(text)) for text in (reference, response))
+    counts = jiwer.process_words(*texts)
     errors = counts.substitutions + counts.deletions + counts.insertions
     words = counts.substitutions + counts.deletions + counts.hits
     return {"word_errors": int(errors), "words": int(words)}

@@ -11,9 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from llmctl.config.commands.rank import normal_name
 from llmctl.data.append_log import AppendLog, Row, open_append_log, read_append_log
 from llmctl.errors import OutputError
-from llmctl.feedback.questions import Question, canonical_json, is_ranking
+from llmctl.feedback.questions import Question, is_ranking, prompt_key
 from llmctl.runs.lock import locked_file
 
 
@@ -35,8 +36,7 @@ class AnswerFile:
             ResourceError: the disk is full or fails.
         """
         row = {
-            "prompt": question.prompt,
-            "responses": list(question.responses),
+            **question.row(),
             "ranks": None if ranks is None else list(ranks),
             "annotator": self._annotator,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -48,7 +48,7 @@ class AnswerFile:
     def last(self) -> str | None:
         """Return the key of the file's last answer, if it is this person's."""
         rows = self._log.rows
-        return self._keys[-1] if rows and rows[-1]["annotator"] == self._annotator else None
+        return self._keys[-1] if rows and _is_of(rows[-1], self._annotator) else None
 
     def remove_last(self) -> None:
         """Remove the last answer, which is this person's.
@@ -77,13 +77,7 @@ class ResponseFile:
             OutputError: another program has changed the file.
             ResourceError: the disk is full or fails.
         """
-        self.log.append(
-            {
-                "prompt": question.prompt,
-                "responses": list(question.responses),
-                "settings": dict(self.settings),
-            }
-        )
+        self.log.append({**question.row(), "settings": dict(self.settings)})
 
     def by_prompt(self) -> dict[str, tuple[str, ...]]:
         """Return the responses to each prompt, by its canonical JSON."""
@@ -143,17 +137,22 @@ def responses_path(out: Path) -> Path:
 
 def answered_by(rows: Sequence[Row], annotator: str) -> dict[str, bool]:
     """Return key -> whether it was skipped, of every question that a person has answered."""
-    return {key_of(row): row["ranks"] is None for row in rows if row["annotator"] == annotator}
+    return {key_of(row): row["ranks"] is None for row in rows if _is_of(row, annotator)}
+
+
+def _is_of(row: Row, annotator: str) -> bool:
+    """Whether a person gave an answer, whatever form of Unicode the name has in the row."""
+    return normal_name(row["annotator"]) == annotator
 
 
 def by_prompt(rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
     """Return canonical prompt -> responses."""
-    return {canonical_json(row["prompt"]): tuple(row["responses"]) for row in rows}
+    return {prompt_key(row["prompt"], row.get("tools")): tuple(row["responses"]) for row in rows}
 
 
 def key_of(row: Row) -> str:
     """Return the key of the question that a row answers."""
-    return Question(row["prompt"], tuple(row["responses"])).key
+    return Question(row["prompt"], tuple(row["responses"]), row.get("tools")).key
 
 
 def check_answer_row(row: Row) -> str | None:

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 from llmctl.feedback.answers import ResponseFile
-from llmctl.feedback.questions import Entry, Question, canonical_json
+from llmctl.feedback.questions import Entry, Question
 
 Generate = Callable[[int, Callable[[], bool]], Sequence[str]]
 """Function of an entry's place, and of whether to give up, to the responses."""
@@ -31,8 +31,8 @@ class QuestionQueue:
         """Error that ended generation."""
         self.questions: list[Question | None] = []
         for entry in entries:
-            texts = entry.responses or responses.get(canonical_json(entry.example.prompt))
-            self.questions.append(Question(entry.example.prompt, texts) if texts else None)
+            texts = entry.responses or responses.get(entry.prompt_key)
+            self.questions.append(entry.question(texts) if texts else None)
 
     def missing(self) -> list[int]:
         """Return the places whose responses are missing."""
@@ -65,7 +65,7 @@ def generating_ahead(
         with suppress(GenerationCancelled):
             for place in queue.missing():
                 texts = tuple(generate(place, over.is_set))
-                question = Question(queue.entries[place].example.prompt, texts)
+                question = queue.entries[place].question(texts)
                 file.add(question)
                 queue.put(place, question)
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from llmctl.config.commands.rank import MOST_RESPONSES
-from llmctl.data.prompts import PromptExample, parse_prompt, read_nonblank_lines
-from llmctl.data.rows import parse_row
-from llmctl.data.schemas import Message
+from llmctl.data.prompts import PromptExample, read_prompt_rows
+from llmctl.data.rows import checked_text
+from llmctl.data.schemas import Message, from_json
 from llmctl.errors import DataError
 
 
@@ -28,6 +28,15 @@ class Entry:
     responses: tuple[str, ...] | None
     """None where a model is still to write them."""
 
+    @property
+    def prompt_key(self) -> str:
+        """Canonical JSON of the prompt and what the assistant may call."""
+        return prompt_key(self.example.prompt, self.example.tools)
+
+    def question(self, responses: tuple[str, ...]) -> "Question":
+        """Ask for a ranking of these responses."""
+        return Question(self.example.prompt, responses, self.example.tools)
+
 
 @dataclass(frozen=True)
 class Question:
@@ -35,11 +44,19 @@ class Question:
 
     prompt: str | list[Message]
     responses: tuple[str, ...]
+    tools: list[Any] | None = None
+    """JSON schemas of what the assistant may call."""
 
     @cached_property
     def key(self) -> str:
-        """Hash of prompt and responses, which identifies the question across runs."""
-        return hashlib.sha256(canonical_json([self.prompt, self.responses]).encode()).hexdigest()
+        """Hash of prompt, responses and tools, which identifies the question across runs."""
+        parts = [self.prompt, self.responses, *([self.tools] if self.tools else [])]
+        return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
+
+    def row(self) -> dict[str, Any]:
+        """Columns of the question, as training reads them."""
+        tools = {"tools": self.tools} if self.tools else {}
+        return {"prompt": self.prompt, **tools, "responses": list(self.responses)}
 
     @cached_property
     def texts(self) -> tuple[str, ...]:
@@ -76,45 +93,42 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
+def prompt_key(prompt: str | list[Message], tools: list[Any] | None) -> str:
+    """Return the canonical JSON of a prompt, and of its tools where it has any."""
+    return canonical_json([prompt, tools] if tools else prompt)
+
+
 def read_entries(file: Path) -> list[Entry]:
-    """Read the prompts of a file, each once: jsonl, or one per line of any other.
+    """Read the prompts of a file, each once: rows, or lines of plain text.
 
     Raises:
         DataError: unreadable, not UTF-8, empty, or a row without a prompt or with responses that
             cannot be ranked.
     """
     entries: dict[str, Entry] = {}
-    for number, line in read_nonblank_lines(file):
-        entry = Entry(PromptExample(line, f"{file}:{number}"), None)
-        if file.suffix in (".jsonl", ".json"):
-            row = parse_row(line, str(file), number)
-            entry = Entry(parse_prompt(row, file, number), _responses(row, file, number))
-        text = canonical_json([entry.example.prompt, entry.responses])
+    for example, row in read_prompt_rows(file):
         try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise DataError("half of a surrogate pair", file=file, line=number) from None
-        entries.setdefault(text, entry)
-    if not entries:
-        raise DataError("no prompts in this file", file=file)
+            entry = Entry(example, _responses(row))
+        except DataError as error:
+            error.file, error.line = example.place, example.line
+            raise
+        entries.setdefault(canonical_json([entry.prompt_key, entry.responses]), entry)
     return list(entries.values())
 
 
-def _responses(row: dict[str, Any], file: Path, number: int) -> tuple[str, ...] | None:
+def _responses(row: dict[str, Any]) -> tuple[str, ...] | None:
     """Return the responses in a row, None where there are none."""
     if "responses" not in row:
         return None
-    texts = row["responses"]
+    texts = from_json(row["responses"])
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise DataError("`responses` needs a list of texts", file=file, line=number)
+        raise DataError("`responses` needs a list of texts")
     if len(texts) < 2:
         what = "one response" if texts else "no responses"
-        raise DataError(f"{what}: nothing to rank", file=file, line=number, hint="give two or more")
+        raise DataError(f"{what}: nothing to rank", hint="give two or more")
     if len(texts) > MOST_RESPONSES:
         raise DataError(
             f"{len(texts)} responses; at most {MOST_RESPONSES} can be ranked",
-            file=file,
-            line=number,
             hint="split the row, or leave some out",
         )
-    return tuple(texts)
+    return tuple(checked_text(text, f"responses[{k}]") for k, text in enumerate(texts))

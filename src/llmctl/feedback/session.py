@@ -7,7 +7,7 @@ order of the data. The page and the terminal both drive it, from whatever thread
 import getpass
 from dataclasses import dataclass
 
-from llmctl.config.commands.rank import is_name
+from llmctl.config.commands.rank import is_name, normal_name
 from llmctl.errors import UserError
 from llmctl.feedback.answers import AnswerFile
 from llmctl.feedback.question_queue import QuestionQueue
@@ -42,7 +42,7 @@ def login_name() -> str:
         UserError: the system does not know it.
     """
     try:
-        name = getpass.getuser()
+        name = normal_name(getpass.getuser())
     except (KeyError, OSError, ImportError):
         name = ""
     if not is_name(name):

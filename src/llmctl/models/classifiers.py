@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from llmctl.console import said_if_slow
 from llmctl.errors import ModelError, UserError
 from llmctl.models.adapters import is_adapter, put_adapter, read_adapter, require_base
 from llmctl.models.loading import find_base, load_config, local_folder
@@ -92,15 +93,16 @@ def load_classifier(
     try:
         saved = _tensor_names(folder)
         check_size(folder, config, AutoModelForSequenceClassification, _is_head)
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            trust_remote_code=False,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            output_loading_info=True,
-        )
+        with said_if_slow(f"loading {folder}"):
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                output_loading_info=True,
+            )
     except BROKEN as error:
         raise ModelError(f"the model does not load: {first_line(error)}", file=folder) from None
     allowed = _allowed_problems(model, report, saved, has_head=own is not None)

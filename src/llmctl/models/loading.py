@@ -12,9 +12,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
+from transformers.generation.configuration_utils import METADATA_FIELDS
 from transformers.utils import logging as transformers_logging
 
+from llmctl.console import log, said_if_slow
 from llmctl.errors import ModelError
 from llmctl.files import filled_folder
 from llmctl.models import patched_attention
@@ -28,6 +31,7 @@ from llmctl.models.adapters import (
 from llmctl.models.causality import require_causal_config
 from llmctl.models.hub import download, is_hub_id
 from llmctl.models.quantized import LoadIn, quantization_config, saved_precision
+from llmctl.models.tokenizer_file import PLAIN_CLASSES, compare_with_file, switch_off_dropout
 from llmctl.models.vetting import (
     BROKEN,
     check_counts,
@@ -39,7 +43,7 @@ from llmctl.models.vetting import (
     read_object,
     require_safetensors,
 )
-from llmctl.runs.directory import resolve_model, resolve_tokenizer
+from llmctl.runs.directory import resolve_model, resolve_tokenizer, tokenizer_in_parts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAFE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -70,21 +74,60 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a tokenize run, a run, a folder or a Hub id.
 
     Raises:
-        ModelError: there is none, or it wants to run code of its own.
+        ModelError: there is none, it wants to run code of its own, or it gives other tokens than
+            its tokenizer.json.
     """
     folder = local_folder(resolve_tokenizer(reference))
     if is_adapter(folder) and not (folder / "tokenizer_config.json").exists():
         folder = find_base(read_adapter(folder))  # made elsewhere: PEFT saves none
-    if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer_config.json")):
-        raise ModelError("no tokenizer in this folder", file=folder)
+    parts = tokenizer_in_parts(folder)
+    names = ["tokenizer.json", "tokenizer_config.json"]
+    names += ["config.json"] if parts else []  # which says what kind of model they are of
+    if not any((folder / name).exists() for name in names):
+        raise parts or ModelError("no tokenizer in this folder", file=folder)
     check_files(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False
         )
     except (*BROKEN, ImportError) as error:
-        raise ModelError(f"the tokenizer does not load: {first_line(error)}", file=folder) from None
+        what = f"the tokenizer does not load: {first_line(error)}"
+        raise parts or ModelError(what, file=folder) from None
+    if type(tokenizer) is not PreTrainedTokenizerFast and (folder / "tokenizer.json").exists():
+        tokenizer = _as_in_file(tokenizer, folder)
+    if tokenizer.is_fast:
+        switch_off_dropout(tokenizer.backend_tokenizer, folder)
     return tokenizer
+
+
+def _as_in_file(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
+    """Return a tokenizer that gives the ids of its folder's tokenizer.json.
+
+    Classes of transformers that tokenizer_config.json names, or that go with the model's type, put
+    a split and a normalisation of their own around the file's vocabulary. Where only runs of white
+    space are cut otherwise (as of SmolLM2, before digits), or where the folder asks for the file,
+    the file is used.
+
+    Raises:
+        ModelError: the ids are others, and which ones the model knows is not said.
+    """
+    split = {"add_special_tokens": False, "split_special_tokens": True}
+    agreement = compare_with_file(folder, lambda t: list(tokenizer(t, **split)["input_ids"]))
+    if agreement == "same":
+        return tokenizer
+    name = type(tokenizer).__name__
+    file = folder / "tokenizer_config.json"
+    declared = read_object(file).get("tokenizer_class") if file.exists() else None
+    if agreement == "spaced" or declared in PLAIN_CLASSES:
+        what = "cuts runs of spaces otherwise" if agreement == "spaced" else "gives other tokens"
+        log.info("%s: as %s this tokenizer %s than its file, which is used", folder, name, what)
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    raise ModelError(
+        f"the tokenizer opens as {name}, which gives other tokens than its tokenizer.json",
+        file=folder,
+        hint='to use the file, set "tokenizer_class": "TokenizersBackend" in tokenizer_config.json'
+        " (of a copy, where it comes from the Hub)",
+    )
 
 
 def load_config(reference: str) -> PreTrainedConfig:
@@ -136,22 +179,23 @@ def load_causal_lm(
     check_shards(folder, config)
     if saved_precision(config) is not None:
         dtype = config.dtype or dtype  # scales and kept layers go with the type they were made in
-    try:
-        check_size(folder, config)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            quantization_config=quantization_config(config, load_in, dtype),
-            device_map={"": device},
-            trust_remote_code=False,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            output_loading_info=True,
-        )
-    except (*BROKEN, ImportError) as error:  # of a method of quantization that is not installed
-        raise ModelError(f"the model does not load: {first_line(error)}", file=folder) from None
-    check_loaded(model, report, folder)
+    with said_if_slow(f"loading {folder}"):
+        try:
+            check_size(folder, config)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                quantization_config=quantization_config(config, load_in, dtype),
+                device_map={"": device},
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                output_loading_info=True,
+            )
+        except (*BROKEN, ImportError) as error:  # of a method of quantization that is not installed
+            raise ModelError(f"the model does not load: {first_line(error)}", file=folder) from None
+        check_loaded(model, report, folder)
     return model.eval()
 
 
@@ -185,15 +229,10 @@ def save_model(
 ) -> None:
     """Write a folder that `from_pretrained` opens, whole or not at all.
 
-    The model gives the configuration, and the tokens that end a response; the weights are `state`.
+    The model gives the configuration, the tokens that end a response and how to sample; the weights
+    are `state`.
     """
-    stops = stop_tokens(model, tokenizer)
-    # its other settings may be such as transformers loads and refuses to save
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=stops[0] if len(stops) == 1 else stops or None,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    set_generation_tokens(model, tokenizer)
     write_folder(model, state, tokenizer, folder)
 
 
@@ -227,6 +266,46 @@ def stop_tokens(
     """List the tokens that end a response: the generation config's, the tokenizer's and others."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
     return merge_eos(configured, tokenizer.eos_token_id, *others)
+
+
+def set_generation_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *others: int | None
+) -> list[int]:
+    """Put a tokenizer's tokens into the generation config, and all that end a response.
+
+    Other settings, such as how to sample, are kept. Where transformers loads them and would refuse
+    to save them, they are left out, and named.
+
+    Returns:
+        The tokens that end a response, sorted.
+    """
+    stops = stop_tokens(model, tokenizer, *others)
+    tokens = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    settings = _generation_settings(model) - tokens.keys()
+    kept = {name: getattr(model.generation_config, name) for name in settings}
+    config = GenerationConfig(**kept, **tokens)
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        named = ", ".join(f"{name} {kept[name]}" for name in sorted(kept))
+        log.warning(
+            "left out of generation_config.json, since they contradict each other: %s", named
+        )
+        config = GenerationConfig(**tokens)
+    model.generation_config = config
+    return stops
+
+
+def _generation_settings(model: PreTrainedModel) -> set[str]:
+    """Names of what a generation_config.json sets; nothing where the model's is made up."""
+    config = model.generation_config
+    if config is None or config.to_dict().get("_from_model_config"):
+        return set()
+    return {name for name in config.to_diff_dict() if name not in METADATA_FIELDS}
 
 
 def merge_eos(*tokens: int | list[int] | None) -> list[int]:

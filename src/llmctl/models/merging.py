@@ -153,12 +153,15 @@ def save_merged(merged: Merged, folder: Path) -> None:
 
 def _base_classifier(mergeable: Mergeable, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Load the base of an adapter that classifies or scores, with the labels saved beside it."""
-    labels = None
+    labels = score_at = None
     if (mergeable.adapter.folder / "config.json").exists():
         config = AutoConfig.from_pretrained(mergeable.adapter.folder, trust_remote_code=False)
         labels = tuple(str(config.id2label[number]) for number in sorted(config.id2label))
+        score_at = config.to_dict().get("score_at")
     model: Any = load_classifier(str(mergeable.base), labels or SCORE).model
     grow_embeddings(model, tokenizer)
+    if score_at is not None:
+        model.config.score_at = score_at
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model
 

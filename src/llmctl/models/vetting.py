@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from llmctl.errors import ModelError
+from llmctl.files import FETCH_LFS, is_lfs_pointer
 from llmctl.models.quantized import first_not_finite
 
 BROKEN = (
@@ -54,7 +55,11 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def check_files(folder: Path) -> None:
-    """Raise a ModelError for what is read whole and is too large, or is no regular file."""
+    """Refuse files that are read whole and too large, that are not regular, or not there really.
+
+    Raises:
+        ModelError: naming the file; also for a pointer in the place of a file of git-lfs.
+    """
     templates = folder.glob("additional_chat_templates/*.jinja")
     limits = {folder / name: limit for name, limit in LARGEST.items()}
     for file, limit in {**limits, **dict.fromkeys(templates, 10 * MEGABYTE)}.items():
@@ -62,6 +67,10 @@ def check_files(folder: Path) -> None:
             raise ModelError("not a regular file", file=file)
         if file.exists() and (size := file.stat().st_size) > limit:
             raise ModelError(f"a file of {size:,} bytes; the limit is {limit:,}", file=file)
+    for file in sorted(folder.glob("*")):
+        is_read = file.name in LARGEST or file.suffix == ".safetensors"
+        if is_read and file.is_file() and is_lfs_pointer(file):
+            raise ModelError("a pointer of git-lfs, not the file itself", file=file, hint=FETCH_LFS)
 
 
 def read_object(file: Path) -> dict[str, Any]:

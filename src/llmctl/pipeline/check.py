@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from llmctl.config.commands import DpoConfig, PpoConfig, RewardConfig, SftConfig
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.examples import read_examples
 from llmctl.data.preferences import read_preferences
 from llmctl.data.prompts import read_prompts
@@ -95,10 +96,12 @@ def _read_data(stage: Stage) -> None:
             read_examples(
                 config.data,
                 columns=config.columns,
-                skip_bad_rows=config.skip_bad_rows,
+                bad=BadRows(config.skip_bad_rows),
                 task=config.task,
             )
         case RewardConfig() | DpoConfig():
             read_preferences(config, config.data, config.seed)
         case PpoConfig():
-            read_prompts(config.data, config.val_data, config.val_size, config.skip_bad_rows)
+            read_prompts(
+                config.data, config.val_data, config.val_size, BadRows(config.skip_bad_rows)
+            )

@@ -1,7 +1,6 @@
 """`llmctl run`: a recipe in, a run of each of its stages out, in order, each on those before it."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,6 @@ def run_life_cycle(recipe: Recipe, config: Stages, command: str) -> dict[str, An
         GateError: a stage's result fails a gate.
         UserError: the recipe is wrong, or a stage fails.
     """
-    if "RANK" in os.environ:
-        raise UserError(
-            "a life cycle is run by one process, and this one was launched with others",
-            hint="run it without a launcher; `processes: N` in a stage starts N for that stage",
-        )
     out = config.out or Path("runs") / recipe.file.stem
     if config.out is None and recipe.out is not None:
         out = Path(expand_variables(recipe.out, where="out", file=recipe.file, line=None))

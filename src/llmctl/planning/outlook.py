@@ -11,7 +11,7 @@ import torch
 from llmctl import hardware
 from llmctl.config.sections import Resumable
 from llmctl.console import log, rank, show_recipe
-from llmctl.numbers import byte_size, duration, short_number
+from llmctl.numbers import byte_size, counted, duration, short_number
 from llmctl.planning import compute
 from llmctl.planning.compute import PF_DAY, Rate, expected_rate, flops_per_step, flops_per_token
 from llmctl.planning.memory import MemoryEstimate, estimate_memory, kv_cache_bytes
@@ -244,8 +244,9 @@ def _compute(outlook: Outlook) -> list[tuple[str, str]]:
     per_step = f"{outlook.flops_per_step:.3g} FLOPs a step ({per_token} a token)"
     if outlook.flops is None:
         return [("compute", f"{per_step}; nothing says how many steps")]
+    assert workload.steps is not None
     total = f"{outlook.flops:.3g} FLOPs, {outlook.flops / PF_DAY:.3g} PF-days: "
-    total += f"{workload.steps:,} steps of {short_number(workload.tokens_per_step)} tokens"
+    total += f"{counted(workload.steps, 'step')} of {short_number(workload.tokens_per_step)} tokens"
     rows = [("compute", total), ("compute", per_step)]
     if outlook.seconds is None or outlook.tokens_per_second is None:
         rows.append(("time", "not known: give --tflops or --tokens-per-second, or --measure"))

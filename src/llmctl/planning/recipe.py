@@ -21,6 +21,8 @@ from llmctl.config.commands import (
     PretrainConfig,
     RewardConfig,
 )
+from llmctl.data.audit.rules import RowRules
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.classification import load_classification_data
 from llmctl.data.preference_pairs import load_dpo_data, load_reward_data
 from llmctl.data.prompts import read_prompts
@@ -268,9 +270,11 @@ def _plan_ppo(recipe: PpoConfig, options: PlanConfig, device: str) -> Planned:
     model_config = _model_config(recipe, options)
     shape = shape_of(model_config)
     if options.shape is None and options.length is None:
-        rows = read_prompts(recipe.data, recipe.val_data, recipe.val_size, recipe.skip_bad_rows)
-        prompt_format = PromptFormat(load_tokenizer(recipe.model), recipe, None)
-        prompts = encode_prompts(rows.train, prompt_format, model_config, recipe)
+        bad = BadRows(recipe.skip_bad_rows)
+        rows = read_prompts(recipe.data, recipe.val_data, recipe.val_size, bad)
+        tokenizer = load_tokenizer(recipe.model)
+        prompt_format, rules = PromptFormat(tokenizer, recipe, None), RowRules(tokenizer)
+        prompts = encode_prompts(rows.train, prompt_format, model_config, recipe, bad, rules)
         if not len(prompts):
             raise UserError("no prompt is left to train on", file=recipe.data[0])
         lengths = [len(tokens) for tokens in prompts.tokens]

@@ -8,11 +8,14 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from llmctl.config.commands import PpoConfig
 from llmctl.console import log
+from llmctl.data.audit.rules import RowRules, texts_of
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.chat.render import ChatFormat, encode_text
 from llmctl.data.chat.templates import set_chat_template
 from llmctl.data.prompts import PromptExample
 from llmctl.decode.loop import check_prompt, limit_new_tokens
 from llmctl.errors import DataError, ModelError
+from llmctl.numbers import counted
 from llmctl.ppo.rules import Sample
 
 
@@ -64,11 +67,7 @@ class PromptFormat:
 
     def reward_prompt(self, row: PromptExample) -> Any:
         """The prompt for rewards: messages where the policy answers in a chat."""
-        if self.chat is None:
-            return row.text if row.is_single else list(row.prompt)
-        if isinstance(row.prompt, str):
-            return [{"role": "user", "content": row.prompt}]
-        return list(row.prompt)
+        return row.text if self.chat is None and row.is_single else row.messages
 
     def encode(self, row: PromptExample) -> list[int]:
         """Tokens up to where the response begins.
@@ -78,7 +77,7 @@ class PromptFormat:
             ModelError: the chat template refuses them.
         """
         if self.chat is not None:
-            return self.chat.encode_prompt(self.reward_prompt(row))
+            return self.chat.encode_prompt(row.messages, row.tools)
         if not row.is_single:
             raise DataError(
                 "a conversation, and this model has no chat template",
@@ -92,8 +91,12 @@ def encode_prompts(
     prompt_format: PromptFormat,
     model_config: PreTrainedConfig,
     config: PpoConfig,
+    bad: BadRows,
+    rules: RowRules,
 ) -> EncodedPrompts:
-    """Encode every prompt that leaves room for a response.
+    """Encode every prompt that leaves room for a response; `bad` counts the others.
+
+    `rules` look at those that are kept.
 
     Raises:
         DataError: more prompts than may be skipped are empty or too long, with file and line.
@@ -101,26 +104,22 @@ def encode_prompts(
     """
     kept: list[PromptExample] = []
     encoded: list[list[int]] = []
-    bad = 0
     for row in rows:
         try:
             tokens = prompt_format.encode(row)
             check_prompt(tokens, model_config, "the prompt")
         except DataError as error:
             error.file, error.line = row.place, row.line
-            bad += 1
-            if bad > config.skip_bad_rows:
-                raise
+            bad(error)
             continue
         kept.append(row)
         encoded.append(tokens)
-    if bad:
-        log.warning("left out %s prompts that do not fit", f"{bad:,}")
+        rules.see(texts_of(row.messages), row.place, row.line, [tokens])
     wanted = config.max_new_tokens
     short = sum(limit_new_tokens(tokens, model_config, wanted) < wanted for tokens in encoded)
     if short:
         log.warning(
-            "%s of %s prompts leave room for fewer than %s tokens of a response",
-            *(f"{short:,}", f"{len(encoded):,}", f"{wanted:,}"),
+            "%s of %s leave room for fewer than %s of a response",
+            *(f"{short:,}", counted(len(encoded), "prompt"), counted(wanted, "token")),
         )
     return EncodedPrompts(kept, encoded, [prompt_format.reward_prompt(row) for row in kept])

@@ -11,6 +11,7 @@ from llmctl.console import log
 from llmctl.files import writing
 from llmctl.models.adapters import save_adapter
 from llmctl.models.loading import save_model, write_folder
+from llmctl.numbers import counted
 from llmctl.ppo.setup import PreparedPpo
 from llmctl.ppo.trainer import PpoTrainer
 from llmctl.runs.ownership import SAMPLES, parse_object
@@ -57,7 +58,8 @@ def log_summary(state: RunState) -> None:
     metrics = state.progress.best_eval
     if state.rank != 0 or not metrics:
         return
-    log.info("on %d held-out prompts, step %s:", metrics["val_prompts"], state.progress.best_step)
+    prompts = counted(int(metrics["val_prompts"]), "held-out prompt")
+    log.info("on %s, step %s:", prompts, state.progress.best_step)
     low, high = metrics["val_win_rate_low"], metrics["val_win_rate_high"]
     mean, std = metrics["val_reference_score"], metrics["val_reference_std"]
     rows = [

@@ -17,7 +17,7 @@ CPU_PASS_LOGITS, GPU_PASS_LOGITS = 1 << 26, 1 << 29
 IRRELEVANT = (
     *("stage", "threads", "processes", "device", "keep", "save_every", "eval_every", "log_every"),
     *("early_stop", "samples", "merge", "on_nan", "max_nan_skips", "skip_bad_rows"),
-    *("model", "data", "val_data", "reward_model"),  # by their content instead
+    *("model", "data", "val_data", "reward_model", "score_at"),  # by their content instead
     *("episodes", "epochs"),  # by max_steps
 )
 """Fields that do not change the weights, or that the identity holds in another form."""

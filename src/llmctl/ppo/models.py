@@ -139,7 +139,13 @@ class RewardModelSource:
 
     def as_input(self) -> dict[str, Any]:
         """Entry of the manifest's inputs."""
-        return model_input("reward_model", self.model.reference, self.sha256)
+        entry = model_input("reward_model", self.model.reference, self.sha256)
+        return {**entry, "score_at": self.model.score_at}
+
+    @property
+    def unusual_reading(self) -> list[str]:
+        """Where its score stands, if not where it stood in every run before there was a choice."""
+        return [] if self.model.score_at == "end-of-turn" else [self.model.score_at]
 
 
 @dataclass(frozen=True)
@@ -221,7 +227,7 @@ def _load_reward_model(
             shared = classifier_on(base)
             if adapter.rows:  # it grows or trains rows, which must not become the policy's
                 shared.set_input_embeddings(deepcopy(shared.get_input_embeddings()))
-    model = load_reward_model(reference, device=device, base=shared)
+    model = load_reward_model(reference, device=device, base=shared, score_at=config.score_at)
     model.model.requires_grad_(False)
     return RewardModelSource(model, shared is not None)
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.errors import DataError, UserError
+from llmctl.numbers import counted
+from llmctl.text_forms import normalize_answer, split_words
 
 BUILT_IN = "exact, regex:PATTERN, length:WORDS, repetition, python:package.module.function"
 NGRAM = 3
@@ -58,7 +60,7 @@ def find_rule(name: str) -> Rule:
 
 
 def exact(sample: Sample) -> float:
-    """1 for the right answer, but for case, white space and one full stop; else 0.
+    """1 for the right answer, but for Unicode form, case, white space and one full stop; else 0.
 
     Raises:
         DataError: the prompt comes without an answer.
@@ -72,20 +74,18 @@ def exact(sample: Sample) -> float:
 
 
 def length(response: str, words: int) -> float:
-    """Minus the distance from a number of words, as a share of it; at least -1."""
-    return -min(1.0, abs(len(response.split()) - words) / words)
+    """Minus the distance from a number of words, as a share of it; at least -1.
+
+    Of scripts without spaces between words a letter is one: see `separate`.
+    """
+    return -min(1.0, abs(len(split_words(response)) - words) / words)
 
 
 def repetition(response: str) -> float:
     """Minus the share of trigrams of words that stood in the response before."""
-    words = response.split()
+    words = split_words(response)
     ngrams = [tuple(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1)]
     return len(set(ngrams)) / len(ngrams) - 1 if ngrams else 0.0
-
-
-def normalize_answer(text: str) -> str:
-    """Remove case, superfluous white space and a full stop at the end."""
-    return " ".join(text.casefold().split()).removesuffix(".").rstrip()
 
 
 def _for_each(score: Callable[[Sample], float]) -> Rule:
@@ -116,7 +116,8 @@ def _import_rule(name: str, path: str) -> Rule:
         scores = _call(function, name, samples)
         if len(scores) != len(samples):
             raise DataError(
-                f"--reward-rule {name} gave {len(scores):,} scores for {len(samples):,} responses"
+                f"--reward-rule {name} gave {counted(len(scores), 'score')} for "
+                f"{counted(len(samples), 'response')}"
             )
         return scores
 

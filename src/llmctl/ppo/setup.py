@@ -12,10 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from llmctl.config.commands import PpoConfig
 from llmctl.console import log
+from llmctl.data.audit.rules import RowRules
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.prompts import read_prompts
 from llmctl.errors import DataError, ResourceError, UserError
 from llmctl.models.loading import load_config, load_tokenizer, stop_tokens
-from llmctl.numbers import short_number
+from llmctl.numbers import counted, short_number
 from llmctl.ppo.encoded_prompts import EncodedPrompts, PromptFormat, encode_prompts
 from llmctl.ppo.hyperparameters import for_ppo, ppo_identity
 from llmctl.ppo.models import ActorCritic, Models, load_models
@@ -27,6 +29,7 @@ from llmctl.runs.directory import Run
 from llmctl.training.adapters import trainable_parameters
 from llmctl.training.base_model import Loaded, base_of, to_pure_bf16
 from llmctl.training.batches import Order
+from llmctl.training.consistency import require_same
 from llmctl.training.distributed import autocast, is_sharded
 from llmctl.training.hyperparameters import Hyperparameters
 from llmctl.training.optimizers import decay_groups
@@ -75,14 +78,18 @@ def prepare_ppo(
         )
     if device == "mps":
         raise ResourceError("ppo has not been made to work on mps", hint="use --device cpu")
-    rows = read_prompts(config.data, config.val_data, config.val_size, config.skip_bad_rows)
+    bad = BadRows(config.skip_bad_rows)
+    rows = read_prompts(config.data, config.val_data, config.val_size, bad)
     model_config, tokenizer = load_config(config.model), load_tokenizer(config.model)
     prompt_format = PromptFormat(tokenizer, config, clock)
-    prompts = encode_prompts(rows.train, prompt_format, model_config, config)
-    held_out = encode_prompts(rows.val, prompt_format, model_config, config)
+    rules = RowRules(tokenizer, noun="prompts")
+    prompts = encode_prompts(rows.train, prompt_format, model_config, config, bad, rules)
+    held_out = encode_prompts(rows.val, prompt_format, model_config, config, bad, rules)
+    bad.report()
+    rules.enforce()
     if 0 < len(held_out) < accelerator.num_processes:
         raise UserError(
-            f"{len(held_out)} prompts are held out, fewer than one a process",
+            f"held out: {counted(len(held_out), 'prompt')}, fewer than one a process",
             hint="hold out more, or none: --val-size 0",
         )
     if not len(prompts):
@@ -133,13 +140,15 @@ def build_ppo(
     actor_critic = models.actor_critic
     optimizers = make_optimizers(actor_critic, config, values, device)
     rank, world = accelerator.process_index, accelerator.num_processes
+    identity = _identity(config, prepared, world)
+    require_same(accelerator, identity, prepared.tokenizer)
     state = RunState(
         run=run,
         accelerator=accelerator,
         device=device,
         config=config,
         values=values,
-        identity=_identity(config, prepared, world),
+        identity=identity,
         flops_per_token=None,
         capture=lambda: capture(
             actor_critic, optimizers, state.progress, {"ppo": trainer.extra_state()}, rank=rank
@@ -228,7 +237,7 @@ def _identity(config: PpoConfig, prepared: PreparedPpo, world: int) -> dict[str,
         "data": sha256(repr((digests, len(prepared.held_out))).encode()).hexdigest(),
         "model": prepared.base.sha256,
         "reward_model": [
-            [reward_model.sha256, source.weight]
+            [reward_model.sha256, source.weight, *reward_model.unusual_reading]
             for reward_model, source in zip(models.reward_models, models.sources, strict=False)
         ],
         "architecture": architecture(models.actor_critic.policy.config),
@@ -240,21 +249,20 @@ def _announce(config: PpoConfig, prepared: PreparedPpo) -> None:
     values = prepared.hyperparameters
     assert values.ppo is not None
     log.info(
-        "%s parameters, %s of them trained; %s prompts, %s held out; rewards: %s",
+        "%s parameters, %s of them trained; %s, %s held out; rewards: %s",
         short_number(prepared.parameters),
         short_number(prepared.trained_parameters),
-        f"{len(prepared.prompts):,}",
+        counted(len(prepared.prompts), "prompt"),
         f"{len(prepared.held_out):,}",
         ", ".join(f"{s.name} x {s.weight:g}" for s in prepared.models.sources),
     )
     origin = prepared.models.value_source
     log.info(
-        "%s steps of %s episodes, %d passes in %d minibatches; peak learning rate %g, %s, %s; "
-        "the value model starts from %s",
-        f"{values.max_steps:,}",
-        f"{values.batch_size:,}",
-        values.ppo.ppo_epochs,
-        values.ppo.minibatches,
+        "%s of %s, %s in %s; peak learning rate %g, %s, %s; the value model starts from %s",
+        counted(values.max_steps, "step"),
+        counted(values.batch_size, "episode"),
+        counted(values.ppo.ppo_epochs, "pass", "passes"),
+        counted(values.ppo.minibatches, "minibatch", "minibatches"),
         values.lr,
         values.schedule,
         values.precision,

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmctl.config.commands import QuantizeConfig, SftConfig
 from llmctl.console import log
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.chat.render import ChatFormat
 from llmctl.data.documents import read_texts
 from llmctl.data.examples import Example, read_examples
@@ -143,7 +144,7 @@ def _from_sft_run(run: Path, tokenizer: PreTrainedTokenizerBase, limit: int) -> 
     config = SftConfig.load("sft", run / "recipe.yaml", {})
     if config.task != "chat":
         return None
-    split = read_split(config, config.data, config.seed)
+    split = read_split(config, config.data, config.seed, BadRows(config.skip_bad_rows))
     if not split.val:
         return None
     known = {i.get("sha256") for i in read_manifest(run).get("inputs", [])}
@@ -161,7 +162,7 @@ def _render(
     documents: list[list[int]] = []
     prompts: list[list[int]] = []
     total = 0
-    for sequences in ChatFormat(tokenizer).encode_examples(examples, "assistant"):
+    for sequences in ChatFormat(tokenizer).encode_examples(examples, "assistant", BadRows()):
         for encoded in sequences:
             documents.append(list(encoded.tokens))
             total += len(encoded.tokens)

@@ -34,6 +34,7 @@ from llmctl.models.loading import (
 from llmctl.models.merging import Mergeable, find_mergeable, merge
 from llmctl.models.quantized import require_full
 from llmctl.models.vetting import BROKEN, first_line, read_object
+from llmctl.numbers import counted
 from llmctl.quantize.held_out import HeldOut, find_held_out
 from llmctl.quantize.layers import Layers, choose_layers
 from llmctl.quantize.methods import copy_model, describe
@@ -136,7 +137,7 @@ def announce(job: QuantizationJob, config: QuantizeConfig) -> None:
     log.info("would make %s smaller: %s, on %s", job.reference, describe(config), job.device)
     log.info("would measure on %s tokens of %s", f"{job.text.tokens:,}", job.text.name)
     if config.library is not None:
-        log.info("%d layers would be quantized", len(job.layers.taken))
+        log.info("%s would be quantized", counted(len(job.layers.taken), "layer"))
         for line in job.layers.summary():
             log.info("would keep %s", line)
 

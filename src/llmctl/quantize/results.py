@@ -5,7 +5,7 @@ from typing import Any
 
 from llmctl.console import log
 from llmctl.errors import GateError
-from llmctl.numbers import byte_size
+from llmctl.numbers import byte_size, counted
 from llmctl.quantize.fidelity import Fidelity
 from llmctl.quantize.layers import Layers
 
@@ -78,10 +78,8 @@ class QuantizationReport:
         fidelity, speeds = self.fidelity, dict(self.speeds)
         after = speeds.pop("after", None)
         own = next(iter(speeds.values()))
-        unit = "token" if fidelity.tokens == 1 else "tokens"
-        log.info(
-            "%s, measured on %s %s of %s:", self.method, f"{fidelity.tokens:,}", unit, self.text
-        )
+        tokens = counted(fidelity.tokens, "token")
+        log.info("%s, measured on %s of %s:", self.method, tokens, self.text)
         rows = [
             ("", "before", "after", ""),
             ("weights on disk", *_bytes(self.before.disk, self.after.disk)),

@@ -118,7 +118,7 @@ def stage_sections(records: Sequence[RunRecord]) -> list[StageSection]:
 def lead(records: Sequence[RunRecord], gates: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """Sum the page up in a sentence, and say how many gates failed."""
     failed = sum(gate.get("holds") is not True for _, gate in gates)
-    broken = f" Of {len(gates)} gates, {failed} did not hold." if failed else ""
+    broken = f" Of {numbers.counted(len(gates), 'gate')}, {failed} did not hold." if failed else ""
     states = [record.state for record in records]
     time = sum(record.seconds or 0 for record in records)
     spent = f" in {numbers.seconds(time)}" if time else ""

@@ -15,6 +15,7 @@ from llmctl import metrics
 from llmctl.config.base import read_recipe
 from llmctl.console import CONTROL_CHARACTERS
 from llmctl.errors import DataError, UserError
+from llmctl.numbers import counted
 from llmctl.redact import redact
 from llmctl.runs.listing import RunSummary, list_runs, summarize
 from llmctl.runs.ownership import METRICS, ROWS, SAMPLES, parse_object, read_json
@@ -159,7 +160,11 @@ def _read(summary: RunSummary, name: str) -> RunRecord:
     metrics, bad = _read_jsonl(path / METRICS)
     samples, _ = _read_jsonl(path / SAMPLES)
     rows, _ = _read_jsonl(path / ROWS, MOST_ROWS)
-    notes = [f"{METRICS}: {bad} damaged lines are left out"] if bad else []
+    notes = (
+        [f"{METRICS}: {counted(bad, 'damaged line is', 'damaged lines are')} left out"]
+        if bad
+        else []
+    )
     notes += _alarms(metrics)
     recipe: dict[str, Any] = {}
     try:
@@ -222,7 +227,7 @@ def _alarms(rows: Sequence[dict[str, Any]]) -> list[str]:
             steps_of.setdefault(str(name), []).append(row.get("step"))
     return [
         f"alarm at step {steps[0]}: {metrics.label(name)}"
-        + (f", and {len(steps) - 1} more times" if len(steps) > 1 else "")
+        + (f", and {counted(len(steps) - 1, 'more time')}" if len(steps) > 1 else "")
         for name, steps in steps_of.items()
     ]
 

@@ -2,19 +2,23 @@
 
 The score is the logit at the last token of a text (at the first one for encoders such as BERT) and
 depends on nothing else: not on padding, not on what shares a batch. Decoders look for the last
-token that is not padding, so a text that holds the padding token is refused.
+token that is not padding, so a text that holds the padding token is refused. A conversation ends
+with its last turn, or with what the chat template writes after it: see `_score_at`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from llmctl.config.sections import ScoreAt
+from llmctl.console import log
 from llmctl.data.chat.responses import ResponseFormat
+from llmctl.data.examples import Example
 from llmctl.data.schemas import Message
 from llmctl.data.tokenized import EncodedSequence
 from llmctl.errors import DataError, ModelError
@@ -29,7 +33,9 @@ from llmctl.models.classifiers import (
     probe_padding,
 )
 from llmctl.models.loading import context_size, load_config, load_tokenizer, local_folder
+from llmctl.models.vetting import read_object
 from llmctl.runs.directory import resolve_model
+from llmctl.runs.ownership import MANIFEST, read_json
 
 LONGEST = 2048
 """Tokens of a text at most, where neither the model nor its tokenizer has a limit."""
@@ -44,6 +50,8 @@ class PromptResponse:
     response: str
     ended: bool = True
     """False where the response was cut off: no end-of-turn or EOS token stands after it."""
+    tools: list[Any] | None = None
+    """JSON schemas of what the assistant may call."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +75,19 @@ class RewardModel:
     """Whether the model is told which tokens are the response's (BERT's token types)."""
 
     @property
+    def score_at(self) -> ScoreAt:
+        """Last token of a conversation."""
+        return self.response_format.score_at
+
+    @property
     def has_turns(self) -> bool:
         """Whether a prompt that is text was a user's turn in training."""
         return self.tokenizer.chat_template is not None or self.response_format.is_pair
 
-    def encode(self, sample: PromptResponse) -> EncodedSequence:
+    def encode(self, sample: PromptResponse | Example) -> EncodedSequence:
         """Encode by this model's own tokenizer; `trained` marks the response.
+
+        An example is a whole text, or a conversation whose last message is the response.
 
         Where it is longer than the model was trained on, the prompt loses its beginning.
 
@@ -80,17 +95,15 @@ class RewardModel:
             DataError: the response is too long by itself, or holds the padding token.
             ModelError: the chat template refuses the messages.
         """
-        if isinstance(sample.prompt, str):
-            whole = self.response_format.encode_text(
-                sample.prompt, sample.response, ended=sample.ended
-            )
+        if isinstance(sample, Example):
+            messages = sample.messages
+            response = sample.text or "" if messages is None else str(messages[-1]["content"])
+            whole = self.response_format.encode_example(sample, len(messages or ()) - 1)
         else:
-            message = {"role": "assistant", "content": sample.response}
-            whole = self.response_format.encode_conversation(
-                [*sample.prompt, message], len(sample.prompt), ended=sample.ended
-            )
+            response = sample.response
+            whole = self._encode_response(sample)
         encoded = self.response_format.truncate_prompt(whole, len(whole.tokens) - self.max_length)
-        text = repr(sample.response[:40])
+        text = repr(response[:40])
         if encoded is None:
             raise DataError(
                 f"the response {text} has more tokens than the {self.max_length:,} that the "
@@ -105,6 +118,18 @@ class RewardModel:
             what = "the padding token in it" if encoded.tokens else "no tokens"
             raise DataError(f"the response {text} has {what}: it cannot be scored")
         return encoded
+
+    def _encode_response(self, sample: PromptResponse) -> EncodedSequence:
+        """Encode a prompt and a response, of whatever length."""
+        if isinstance(sample.prompt, str):
+            return self.response_format.encode_text(
+                sample.prompt, sample.response, ended=sample.ended
+            )
+        message = {"role": "assistant", "content": sample.response}
+        messages = [*sample.prompt, message]
+        return self.response_format.encode_conversation(
+            messages, len(sample.prompt), sample.tools, ended=sample.ended
+        )
 
     def score(self, samples: Sequence[PromptResponse], *, batch_size: int = 32) -> Tensor:
         """Scores (N,), float32 on the CPU, in the order of the samples.
@@ -130,10 +155,12 @@ def load_reward_model(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     base: Any | None = None,
+    score_at: ScoreAt | None = None,
 ) -> RewardModel:
     """The reward model of a run (full or adapter), a folder or a Hub id, in eval mode.
 
-    The `base` below an adapter, where it is loaded already, is not checked again.
+    The `base` below an adapter, where it is loaded already, is not checked again. `score_at` is
+    where the score of a conversation stands; None for what the folder records.
 
     Raises:
         ModelError: no reward model: another head or none, several labels; pickles, tensors that
@@ -161,7 +188,9 @@ def load_reward_model(
             "tokenizer is another model's"
         )
     probe_padding(model, pad)
-    response_format = ResponseFormat(tokenizer, shape)
+    plain_format = ResponseFormat(tokenizer, shape)
+    score_at = score_at or _score_at(folder, plain_format, reference)
+    response_format = ResponseFormat(tokenizer, shape, score_at=score_at)
     limits = (context_size(shape), learned_positions(model), int(tokenizer.model_max_length))
     room = min(limit for limit in (*limits, 1 << 40) if limit is not None)
     return RewardModel(
@@ -208,6 +237,28 @@ def score_batch(
 def needs_token_types(shape: PreTrainedConfig, response_format: ResponseFormat) -> bool:
     """Whether a model tells two texts apart by their token types."""
     return response_format.is_pair and int(shape.to_dict().get("type_vocab_size") or 0) > 1
+
+
+def _score_at(folder: Path, response_format: ResponseFormat, reference: str) -> ScoreAt:
+    """Where the score of a conversation stands: what the folder records, else the end of the turn.
+
+    A template that writes more after the last turn leaves it open where the model was trained,
+    unless llmctl trained it: earlier versions left the template as it was.
+    """
+    file = folder / "config.json"
+    recorded: Any = read_object(file).get("score_at") if file.exists() else None
+    if recorded in get_args(ScoreAt):
+        return recorded  # type: ignore[no-any-return]
+    is_ours = read_json(folder.parent / MANIFEST).get("stage") in ("reward", "merge")
+    if not is_ours and (after := response_format.after_turn):
+        log.warning(
+            "the chat template of %s writes %r after the end of a turn, and nothing says whether "
+            "the score stands there: it is read at the end of the turn, as llmctl trains it; for a "
+            "model of TRL pass --score-at last-token",
+            reference,
+            after,
+        )
+    return "end-of-turn"
 
 
 def _require_score(shape: PreTrainedConfig, folder: Path) -> None:

@@ -1,25 +1,37 @@
 """Score a file: rows of prompts and responses in, the same rows with their scores out.
 
 A row holds `prompt` and `response` (as `generate` writes them, with `finish_reason`), `messages`,
-`text`, or a pair with `chosen` and `rejected`. A prompt that is text is a user's turn where the
-reward model has a chat template, as it was in training, and else the beginning of a text.
+`text`, or a pair with `chosen` and `rejected`; `system` and `tools` count as they do in training. A
+prompt that is text is a user's turn where the reward model has a chat template, as it was in
+training, and else the beginning of a text.
 """
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llmctl import hardware
 from llmctl.config.commands import RewardConfig
 from llmctl.console import ProgressBar, show_recipe
+from llmctl.data.audit.rules import RowRules, texts_of
+from llmctl.data.examples import Example, checked_example
 from llmctl.data.preferences import parse_sides
 from llmctl.data.rows import SourceRow, checked_text, quote_names, read_rows
-from llmctl.data.schemas import PAIR_LAYOUTS, Message, conversation, from_json, match_layout
+from llmctl.data.schemas import (
+    PAIR,
+    PAIR_LAYOUTS,
+    Message,
+    conversation,
+    from_json,
+    match_layout,
+    parse_tools,
+)
 from llmctl.data.sources import find_sources
 from llmctl.data.tokenized import EncodedSequence
 from llmctl.decode.output import open_rows
-from llmctl.errors import DataError
+from llmctl.errors import DataError, ModelError
 from llmctl.files import check_out
 from llmctl.reward.model import PromptResponse, RewardModel, load_reward_model
 
@@ -43,8 +55,11 @@ def score_file(config: RewardConfig) -> dict[str, Any] | None:
         records = [record for source in sources for record in read_rows(source)]
     if not records:
         raise DataError("an empty file: no rows in it", file=config.score)
-    model = load_reward_model(config.model, device=hardware.pick_device(config.device))
-    encoded = [_encode(model, record) for record in records]
+    device = hardware.pick_device(config.device)
+    model = load_reward_model(config.model, device=device, score_at=config.score_at)
+    rules = RowRules(model.response_format.tokenizer)
+    encoded = [_encode(model, record, rules) for record in records]
+    rules.enforce()
     if config.dry_run:
         return show_recipe("reward", config, {"rows": len(records)})
     total = 0.0
@@ -69,22 +84,34 @@ def score_file(config: RewardConfig) -> dict[str, Any] | None:
         "out": str(config.out),
         "model": config.model,
         "rows": len(records),
+        "score_at": model.score_at,
         "score_mean": total / len(records),
     }
 
 
-def _encode(model: RewardModel, record: SourceRow) -> dict[str, EncodedSequence]:
+def _encode(model: RewardModel, record: SourceRow, rules: RowRules) -> dict[str, EncodedSequence]:
     """The texts of a row to score, encoded, by the names of their scores."""
     try:
         samples = samples_of(record, has_turns=model.has_turns)
-        return {name: model.encode(sample) for name, sample in samples.items()}
-    except DataError as error:
+        encoded = {name: model.encode(sample) for name, sample in samples.items()}
+    except (DataError, ModelError) as error:
         error.file, error.line = record.place, record.line
         raise
+    texts = [text for sample in samples.values() for text in _texts(sample)]
+    rules.see(texts, record.place, record.line, [row.tokens for row in encoded.values()])
+    return encoded
 
 
-def samples_of(record: SourceRow, *, has_turns: bool) -> dict[str, PromptResponse]:
-    """The texts of a row to score, by the names of their scores.
+def _texts(sample: PromptResponse | Example) -> list[str]:
+    if isinstance(sample, Example):
+        return texts_of(sample.messages, sample.text)
+    if isinstance(sample.prompt, str):
+        return [sample.prompt, sample.response]
+    return texts_of(sample.prompt, sample.response)
+
+
+def samples_of(record: SourceRow, *, has_turns: bool) -> dict[str, PromptResponse | Example]:
+    """The texts of a row to score, by the names of their scores, read as training reads them.
 
     With `has_turns` a prompt that is text is a user's turn.
 
@@ -94,18 +121,19 @@ def samples_of(record: SourceRow, *, has_turns: bool) -> dict[str, PromptRespons
     row = record.values
     if {"chosen", "rejected"} <= row.keys():
         sides = parse_sides(record, match_layout(row, PAIR_LAYOUTS, None, None))
-        return {
-            f"score_{name}": _last_turn(list(side.messages), "messages")
-            if side.messages is not None
-            else PromptResponse("", side.text or "")
-            for name, side in zip(("chosen", "rejected"), sides, strict=True)
-        }
+        return {f"score_{name}": side for name, side in zip(PAIR, sides, strict=True)}
     if {"prompt", "response"} <= row.keys():
         response = checked_text(row["response"], "response")
-        prompt = _prompt(row["prompt"], has_turns=has_turns)
-        return {"score": PromptResponse(prompt, response, row.get("finish_reason") != "length")}
+        prompt = _prompt(row, has_turns=has_turns)
+        tools = parse_tools(row.get("tools"), "tools")
+        ended = row.get("finish_reason") != "length"
+        return {"score": PromptResponse(prompt, response, ended, tools)}
     if "messages" in row:
-        return {"score": _last_turn(conversation(row["messages"], "messages"), "messages")}
+        columns = {"messages": "messages", "system": "system"}
+        messages = conversation(row["messages"], "messages")
+        if messages and messages[-1]["role"] != "assistant":
+            raise DataError("`messages` does not end with the assistant: there is nothing to score")
+        return {"score": checked_example(record, messages, row, columns)}
     if "text" in row:
         return {"score": PromptResponse("", checked_text(row["text"], "text"))}
     raise DataError(
@@ -114,16 +142,18 @@ def samples_of(record: SourceRow, *, has_turns: bool) -> dict[str, PromptRespons
     )
 
 
-def _prompt(value: Any, *, has_turns: bool) -> str | list[Message]:
-    messages = from_json(value)
-    if isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages):
-        return conversation(messages, "prompt")
-    text = checked_text(value, "prompt")
-    return [{"role": "user", "content": text}] if has_turns and text else text
-
-
-def _last_turn(messages: list[Message], name: str) -> PromptResponse:
-    """A conversation as a prompt and the assistant's last turn."""
-    if not messages or messages[-1]["role"] != "assistant":
-        raise DataError(f"`{name}` does not end with the assistant: there is nothing to score")
-    return PromptResponse(messages[:-1], str(messages[-1]["content"]))
+def _prompt(row: Mapping[str, Any], *, has_turns: bool) -> str | list[Message]:
+    """The prompt of a row, with its system message."""
+    prompt = from_json(row["prompt"])
+    is_messages = isinstance(prompt, list) and prompt and all(isinstance(m, dict) for m in prompt)
+    text = "" if is_messages else checked_text(row["prompt"], "prompt")
+    asked = {"role": "user", "content": text}
+    messages = conversation(prompt, "prompt") if is_messages else [asked]
+    system = row.get("system")
+    if system is None or not checked_text(system, "system").strip():
+        return messages if is_messages or (has_turns and text) else text
+    if messages[0]["role"] in ("system", "developer"):
+        raise DataError("`system` beside a message of the system: which counts?")
+    if not has_turns:
+        raise DataError("`system` goes with turns, and this reward model reads plain texts")
+    return [{"role": "system", "content": system}, *messages]

@@ -21,10 +21,18 @@ FOLDERS = ("model", "adapter", "value_model")
 RELATIONS = {"merge": "merge", "quantize": "quantized"}
 KINDS = {
     "language": "a causal language model",
-    "reward": "a reward model: it gives a response to a prompt one number",
-    "classifier": "a classifier of texts",
-    "value": "the value model that PPO trained beside its policy, kept to continue with",
+    "reward": "a reward model",
+    "classifier": "a text classifier",
+    "value": "a value model",
 }
+GIVES = {
+    "reward": " It gives a response to a prompt one number, the score.",
+    "value": " PPO trained it beside its policy; it is kept to continue with.",
+}
+"""What a model is for, where its kind alone does not say."""
+ADDED_TOKENS = """\
+It trains rows of its base's embedding, those of tokens that were added; vLLM and llama.cpp load no
+such adapter. For them merge it into a plain model: `llmctl merge --model FOLDER -o merged`."""
 CLASSES = {"language": "AutoModelForCausalLM"}
 SECTIONS = {
     "language": """\
@@ -122,12 +130,14 @@ def _summary(lineage: list[LineageStep], kind: str, folder: Path) -> str:
     version = (manifest.get("versions") or {}).get("llmctl", "")
     what = f"an adapter to {KINDS[kind]}" if _is_adapter(folder) else KINDS[kind]
     made = f"{what[0].upper()}{what[1:]}{size}, made by `llmctl {manifest.get('stage')}`"
-    return f"{made} ({version})." if version else f"{made}."
+    return (f"{made} ({version})." if version else f"{made}.") + GIVES.get(kind, "")
 
 
 def _sections(lineage: list[LineageStep], kind: str, folder: Path) -> Iterator[tuple[str, str]]:
     manifest = lineage[-1].manifest
-    yield "How to use it", _usage(kind, folder)
+    trains_tokens = read_json(folder / "adapter_config.json").get("trainable_token_indices")
+    more = f"\n\n{ADDED_TOKENS}" if trains_tokens else ""
+    yield "How to use it", _usage(kind, folder) + more
     yield "How it was made", _provenance(lineage)
     result = manifest.get("result")
     figures = metrics.figures(result) if isinstance(result, dict) else []
@@ -156,8 +166,30 @@ def _usage(kind: str, folder: Path) -> str:
         'folder = "."  # this one',
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
         f"model = {auto_class}.from_pretrained({arguments})",
+        *(_scoring(folder) if kind == "reward" else ()),
     ]
     return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _scoring(folder: Path) -> list[str]:
+    """Lines that score a response, by what the model was trained on: turns, pairs or texts."""
+    config = read_json(folder / "config.json")
+    is_template = (folder / "chat_template.jinja").is_file()
+    if is_template or "chat_template" in read_json(folder / "tokenizer_config.json"):
+        asked = '{"role": "user", "content": "Hi"}'
+        answered = '{"role": "assistant", "content": "Hello."}'
+        encode = 'tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")'
+        given = [f"messages = [{asked}, {answered}]", f"inputs = {encode}"]
+        inputs = 'inputs["input_ids"]'
+    elif config.get("score_at") == "first-token":
+        types = ", return_token_type_ids=True" if config.get("type_vocab_size", 0) > 1 else ""
+        given = [f'inputs = tokenizer("Hi", "Hello."{types}, return_tensors="pt")']
+        inputs = "**inputs"
+    else:
+        text = '"Hi, and hello." + (tokenizer.eos_token or "")'
+        given = [f'inputs = tokenizer({text}, return_tensors="pt")']
+        inputs = 'inputs["input_ids"]'
+    return [*given, f"score = model({inputs}).logits.item()  # of the response; higher is better"]
 
 
 def _provenance(lineage: list[LineageStep]) -> str:

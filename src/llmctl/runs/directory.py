@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmctl import launch
+from llmctl.config.base import read_recipe
 from llmctl.config.sections import StageConfig
 from llmctl.console import log, rank
 from llmctl.errors import DivergedError, ModelError, OutputError, UserError
@@ -176,6 +178,8 @@ def finished_already(stage: str, config: StageConfig) -> dict[str, Any] | None:
         raise OutputError(f"holds a completed run, not one of `{stage}`", file=config.out)
     if rank() == 0:
         log.info("%s is already complete%s", config.out, _how_to_extend(config.out, config))
+        if changed := _changed_fields(stage, config, config.out):
+            log.warning("not as it was made, and not run again: %s", "; ".join(changed))
     return dict(manifest["result"])
 
 
@@ -187,6 +191,12 @@ def is_complete(out: Path | None) -> bool:
 def read_manifest(run: Path) -> dict[str, Any]:
     """Read the manifest of a run, empty where there is none."""
     return read_json(run / "manifest.json")
+
+
+def is_of_run(reference: str) -> bool:
+    """Whether a model is the result of a run, given as the run or as a folder in it."""
+    path = Path(reference).expanduser()
+    return any((folder / "manifest.json").is_file() for folder in (path, path.absolute().parent))
 
 
 def resolve_model(reference: str) -> str:
@@ -215,6 +225,19 @@ def resolve_tokenizer(reference: str) -> str:
     return str(folder) if folder.is_dir() else resolve_model(reference)
 
 
+def tokenizer_in_parts(folder: Path) -> ModelError | None:
+    """Build the error for a tokenizer of vocab.json and merges.txt alone; None for others."""
+    there = [name for name in ("vocab.json", "merges.txt") if (folder / name).is_file()]
+    if len(there) < 2 or (folder / "tokenizer.json").is_file():
+        return None
+    return ModelError(
+        "vocab.json and merges.txt without a tokenizer.json: how text is split is not said",
+        file=folder,
+        hint="write one with the class that they are of, such as transformers' "
+        "GPT2TokenizerFast.from_pretrained(FOLDER).save_pretrained(FOLDER)",
+    )
+
+
 def now() -> str:
     """Format the local time with its zone."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -239,6 +262,7 @@ def _begin(run: Run, config: StageConfig) -> None:
         **origin(),
         "seed": config.seed,
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "machines": launch.machines(),
         "outputs": [],
         "started": now(),
     }
@@ -280,6 +304,18 @@ def _fail(run: Run, error: BaseException, owned: Claim) -> None:
         exit_code=known.code if known else 1,
         error=str(known or error),
     )
+
+
+def _changed_fields(stage: str, config: StageConfig, out: Path) -> list[str]:
+    """Name the fields that a finished run was made with other values of, with both."""
+    file = out / "recipe.yaml"
+    then = read_recipe(file)[0] if file.is_file() else {}
+    now = config.recipe(stage)
+    return [
+        f"{config.flag(name)} {then[name]} -> {value}"
+        for name, value in now.items()
+        if name in then and then[name] != value and name not in ("stage", "out", "threads")
+    ]
 
 
 def _how_to_extend(out: Path, config: StageConfig) -> str:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmctl import launch
+
 CORE_WATTS = 12.0
 """Power of a busy core of an unknown processor, as in Green Algorithms (Lannelongue et al., 2021,
 doi:10.1002/advs.202100707)."""
@@ -53,7 +55,7 @@ class EnergyMeter:
         self.tick()
         earlier = manifest.get("energy") or {"kwh": 0.0, "seconds": 0.0}
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        machines = max(1, int(os.environ.get("WORLD_SIZE", "1")) // local)
+        machines = launch.machines()
         now = EnergyMeter()
         busy = (now.core_seconds - self.core_seconds) * local
         joules = self.package_joules if self.packages else busy * CORE_WATTS

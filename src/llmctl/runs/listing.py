@@ -21,6 +21,9 @@ DEEPEST = 5
 """Levels of folders to look into."""
 TAIL_BYTES = 1 << 18
 """Bytes at the end of metrics.jsonl to read."""
+TORCHRUN = ("torchrun", "--nnodes")
+RENDEZVOUS = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:29500", "-m", "llmctl")
+"""HOST is one of the machines; the command is to be started on each."""
 NOT_SEARCHED = {*OWN_FOLDERS, EVENTS, "checkpoints", ASIDE, "node_modules", "__pycache__"}
 
 
@@ -169,13 +172,22 @@ def _size(folder: Path) -> int:
 
 
 def _resume_command(path: Path, stage: str, manifest: dict[str, Any]) -> str:
-    """Build the command that resumes a run, with the changes that an earlier resume was allowed."""
+    """Build the command that resumes a run with as many processes as it had, on as many machines.
+
+    It has the changes that an earlier resume was allowed.
+    """
     place = f"./{path}" if str(path).startswith("-") else str(path)
     recipe = os.path.join(place, "recipe.yaml")  # noqa: PTH118
     resumed = _typed(manifest.get("resumed"), dict) or {}
     changed = _typed(resumed.get("changed"), dict)
     allow = ["--resume-allow", ",".join(changed)] if changed else []
-    return shlex.join(["llmctl", stage, "-c", recipe, "-o", place, "--resume", *allow])
+    world, machines = (_typed(manifest.get(n), int) or 1 for n in ("world_size", "machines"))
+    start, several = ["llmctl"], []
+    if machines > 1:
+        start = [*TORCHRUN, str(machines), "--nproc-per-node", str(world // machines), *RENDEZVOUS]
+    elif world > 1:
+        several = ["--processes", str(world)]
+    return shlex.join([*start, stage, "-c", recipe, "-o", place, *several, "--resume", *allow])
 
 
 def _number(value: Any) -> float | None:

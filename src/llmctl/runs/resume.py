@@ -31,6 +31,9 @@ from llmctl.runs.directory import read_manifest
 FIXED = ("architecture", "world_size")
 """Settings that no run may change half-way: the state of every weight and rank depends on them."""
 SHA256_DIGITS = 64
+FOLDER = "checkpoints"
+"""Where a run keeps them."""
+
 FOREIGN = "it is of another run"
 DERIVED = {"max_steps": ("warmup", "decay")}
 """Settings that follow from another, and may differ where that one may."""
@@ -132,11 +135,36 @@ def require_same(path: Path, owner: Owner, allow: Collection[str] = ()) -> dict[
     return different
 
 
+def named_checkpoint(path: Path) -> Path:
+    """Return the checkpoint that `--resume-from` names: itself, or the newest valid one of a run.
+
+    Raises:
+        ModelError: a run without a checkpoint, or without a valid one.
+    """
+    run = _run_folder(path)
+    if run is None:
+        return path
+    newest, _ = newest_valid(run / FOLDER, read_manifest(run).get("run_id"))
+    if newest is None:
+        raise ModelError("this run has no checkpoint", file=path, hint="leave out --resume-from")
+    return newest
+
+
+def _run_folder(path: Path) -> Path | None:
+    """Return the run that a path names, by itself or by its folder of checkpoints; else None."""
+    if path.name == FOLDER and path.is_dir():
+        return path.parent
+    is_run = (path / FOLDER).is_dir() or (path / "status.json").is_file()
+    return path if is_run else None
+
+
 def earlier_manifest(config: Resumable) -> dict[str, Any]:
     """Read the manifest of the run that is resumed, empty where none is."""
-    if config.resume and config.out is not None and (config.out / "checkpoints").is_dir():
+    if config.resume and config.out is not None and (config.out / FOLDER).is_dir():
         return read_manifest(config.out)
-    return read_manifest(config.resume_from.parent.parent) if config.resume_from else {}
+    if config.resume_from is None:
+        return {}
+    return read_manifest(_run_folder(config.resume_from) or config.resume_from.parent.parent)
 
 
 def load(path: Path, rank: int = 0) -> CheckpointContent:

@@ -22,9 +22,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmctl.config.finetuning import Adapter, LowRank
+from llmctl.console import log
 from llmctl.errors import ModelError, UserError
 from llmctl.models.patched_lora import fuse_lora
 from llmctl.models.quantized import HEADS, loaded_in
+from llmctl.numbers import counted
 
 ALL_LINEAR = "all-linear"
 TASKS = {"chat": TaskType.CAUSAL_LM, "classify": TaskType.SEQ_CLS}
@@ -57,6 +59,12 @@ def adapt(
     if isinstance(config, Adapter) and config.prompt_tuning is not None:
         about = _virtual_tokens(config, added_tokens)
     else:
+        if added_tokens and not config.merge:
+            log.warning(
+                "the adapter trains the rows of %s: vLLM and llama.cpp load no such adapter; "
+                "--merge also writes a plain model, which they do",
+                counted(len(added_tokens), "added token"),
+            )
         about = _low_rank(model, config, added_tokens, task)
         about.modules_to_save = list(new_modules) or None
     with warnings.catch_warnings():
@@ -111,8 +119,8 @@ def _virtual_tokens(config: Adapter, added_tokens: Sequence[int]) -> PromptTunin
     """
     if added_tokens:
         raise ModelError(
-            f"--prompt-tuning cannot teach the model the {len(added_tokens)} tokens that the chat "
-            "template adds: all its weights stay frozen",
+            f"--prompt-tuning cannot teach the model {counted(len(added_tokens), 'token')} that "
+            "the chat template adds: all its weights stay frozen",
             hint="use --lora, or a --chat-template made of tokens that the model has",
         )
     return PromptTuningConfig(

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llmctl import hardware
 from llmctl.config.commands import DpoConfig, PpoConfig, RewardConfig, SftConfig
@@ -33,10 +33,10 @@ from llmctl.models.loading import (
     load_causal_lm,
     load_config,
     local_folder,
-    stop_tokens,
+    set_generation_tokens,
 )
 from llmctl.models.quantized import HEADS, LoadIn, require_full
-from llmctl.numbers import short_number
+from llmctl.numbers import counted, short_number
 from llmctl.runs.directory import Run, resolve_model
 from llmctl.runs.resume import earlier_manifest
 from llmctl.training.adapters import adapt, trainable_parameters
@@ -86,7 +86,7 @@ def load_language_model(
     set_seed(config.seed)
     model = load_base(config, device)
     grow_embeddings(model, data.tokenizer)
-    stops = set_stops(model, data.tokenizer, data.end_of_turn)
+    stops = set_generation_tokens(model, data.tokenizer, data.end_of_turn)
     if config.has_adapter:
         model = adapt(model, config, added_tokens=new_tokens_of(model, data))
     return model, stops
@@ -157,18 +157,6 @@ def new_tokens_of(model: Any, data: LanguageData) -> list[int]:
 def load_in(config: Quantized) -> LoadIn:
     """How the weights are to be held."""
     return "4bit" if config.load_in_4bit else "8bit" if config.load_in_8bit else "full"
-
-
-def set_stops(model: Any, tokenizer: PreTrainedTokenizerBase, end_of_turn: int | None) -> list[int]:
-    """Tell the model's generation config every token that ends a turn; return them, sorted."""
-    stops = stop_tokens(model, tokenizer, end_of_turn)
-    # all else of it may be what transformers loads and refuses to save
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=stops or None,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return stops
 
 
 @dataclass(frozen=True)
@@ -275,6 +263,7 @@ class Prepared(Loaded):
             objective,
             RowBatches(self.train, order),
             identity={**self.identity(data, config), **settings},
+            tokenizer=data.tokenizer,
             validates=self.val is not None,
             flops_per_token=flops_of(self.model, round(sum(lengths) / len(self.train)), device),
             sample=sample,
@@ -397,12 +386,12 @@ def _with_largest_batch(
 def _announce(values: Hyperparameters, trained: int, parameters: int, unit: str) -> None:
     """Say what trains, for how long and how; `unit` is what a batch is made of."""
     log.info(
-        "%s parameters, %s of them trained (%.3g %%); %s steps of %d x %d %s, %s, peak learning "
+        "%s parameters, %s of them trained (%.3g %%); %s of %d x %d %s, %s, peak learning "
         "rate %g, %s, %s",
         short_number(parameters),
         short_number(trained),
         100 * trained / parameters,
-        f"{values.max_steps:,}",
+        counted(values.max_steps, "step"),
         values.batch_size,
         values.grad_accum,
         unit,

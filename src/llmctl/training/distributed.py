@@ -1,7 +1,8 @@
 """Processes and devices through Accelerate; what was asked for and is not in force is an error."""
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -10,28 +11,115 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
+from torch.distributed import DistError
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.optim import Optimizer
 
-from llmctl import hardware
+from llmctl import console, hardware, launch
 from llmctl.config.sections import Placement
+from llmctl.console import log
 from llmctl.errors import ResourceError, UserError
+
+ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker's data parallelism",
+}
+"""Variables of Accelerate's that ask for an engine which llmctl does not train with."""
+SPLITS = {
+    "PARALLELISM_CONFIG_TP_SIZE": "tensor parallelism",
+    "PARALLELISM_CONFIG_CP_SIZE": "context parallelism",
+    "PARALLELISM_CONFIG_SP_SIZE": "sequence parallelism",
+}
+"""Variables that have several processes share one batch, of which each would take its own."""
+PLACED_BY = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_CPU_AFFINITY")
+"""Variables that Accelerate may read: they say where weights and processes lie, and no more."""
+PREPARING = 2 * 3600.0
+"""Seconds that processes wait for rank 0 before training: it may tokenize or download first."""
+SILENT = ("timed out", "timeout")
+"""Signs in an error of torch's that a process did not answer."""
+GONE = (
+    *("closed by peer", "peer closed", "connection reset", "broken pipe", "socket"),
+    *("remote process", "pair closure", "unreachable", "no route to host"),
+)
+"""Signs in an error of torch's that a process ended."""
+DECIDED_BY = {
+    "ACCELERATE_MIXED_PRECISION": "--precision",
+    "ACCELERATE_DOWNCAST_BF16": "--precision",
+    "ACCELERATE_DYNAMO_BACKEND": "--compile",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "--grad-accum",
+    "ACCELERATE_GRADIENT_CLIPPING": "--max-grad-norm",
+    "ACCELERATE_TORCH_DEVICE": "--device",
+}
+"""Variables whose subject a flag decides: what else they ask for is not in force, and is said."""
+NOTHING = ("", "0", "1", "false", "no", "none", "off")
+"""Values that ask for nothing but what is so anyway; numbers are counts."""
 
 
 def make_accelerator(placement: Placement) -> tuple[Accelerator, str]:
     """The accelerator and the device's type.
 
+    The flags decide, whatever Accelerate's variables say: those that say more than where weights
+    lie are taken out of the environment.
+
     Raises:
-        UserError: several processes or FSDP were asked for and are not in force.
-        ResourceError: the device is not there.
+        UserError: an engine was asked for that llmctl does not train with.
+        ResourceError: the device is not there, or other processes are not reached.
     """
-    device = hardware.pick_device(placement.device)
+    _require_supported()
+    wants_cpu = placement.device == "auto" and _is_on("ACCELERATE_USE_CPU")
+    device = hardware.pick_device("cpu" if wants_cpu else placement.device)
+    _drop_settings()
     AcceleratorState._reset_state()  # else an earlier stage of this process decides the precision
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # rank 0 may tokenize first
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[patience])
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=placement.peer_timeout))
+    try:
+        with lost_peers_named(placement.peer_timeout):
+            accelerator = Accelerator(
+                cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[patience]
+            )
+    except (ImportError, NotImplementedError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"Accelerate refuses its configuration: {reason}",
+            hint="recipes/accelerate/ has configurations that work",
+        ) from None
     # every rank loads the weights: what transformers leaves on meta elsewhere, nothing can check
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    _require_in_force(placement, accelerator)
+    wait_for_peers(accelerator, PREPARING)
     return accelerator, device
+
+
+def wait_for_peers(accelerator: Accelerator, seconds: float) -> None:
+    """Wait so long for another process from now on, wherever processes wait for each other."""
+    if accelerator.num_processes > 1:  # no public function changes it; torchtitan uses this one
+        _set_pg_timeout(timedelta(seconds=seconds))
+
+
+@contextmanager
+def lost_peers_named(peer_timeout: float) -> Iterator[None]:
+    """Turn the network's error of a process that ended or does not answer into one in words.
+
+    Raises:
+        ResourceError: such an error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).lower()
+        if not launch.is_one_of_several():
+            raise
+        if any(sign in text for sign in SILENT):
+            raise ResourceError(
+                f"another process of this run has not answered for {peer_timeout:g} s: its "
+                "machine, the network between them, or a disk that is slower than that",
+                hint="continue with --resume; --peer-timeout waits longer",
+            ) from None
+        if isinstance(error, DistError) or any(sign in text for sign in GONE):
+            raise ResourceError(
+                "another process of this run ended",
+                hint="what it said last tells why; continue with --resume",
+            ) from None
+        raise
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -63,8 +151,8 @@ def autocast(precision: str, device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, dtype=torch.bfloat16)
 
 
-def _require_in_force(placement: Placement, accelerator: Accelerator) -> None:
-    world = accelerator.num_processes
+def _require_supported() -> None:
+    """Refuse what Accelerate's variables ask for and llmctl does not do, before they are read."""
     env = os.environ
     # accelerate's single-process launcher sets an address for several, and no rank
     if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env and "RANK" not in env:
@@ -72,9 +160,50 @@ def _require_in_force(placement: Placement, accelerator: Accelerator) -> None:
             "`accelerate launch` was asked for several CPU processes and started one",
             hint="use --processes N, or torchrun --nproc-per-node N -m llmctl …",
         )
+    for name, engine in ENGINES.items():
+        if _is_on(name):
+            raise _unsupported(f"{name}={env[name]}: {engine} is not supported")
+    for name, split in SPLITS.items():
+        if _is_on("ACCELERATE_USE_PARALLELISM_CONFIG") and env.get(name, "1") != "1":
+            raise _unsupported(f"{name}={env[name]}: {split} is not supported")
+    if _is_on("ACCELERATE_USE_FSDP") and env.get("FSDP_VERSION", "1") != "2":
+        raise _unsupported("FSDP 1 is asked for, and only FSDP 2 is supported")
+    for name, flag in DECIDED_BY.items():
+        if env.get(name, "").lower() not in NOTHING:
+            log.warning("%s=%s has no effect: %s decides", name, env[name], flag)
+
+
+def _unsupported(what: str) -> UserError:
+    error = UserError(
+        what,
+        hint="use --processes N, torchrun, or a configuration of recipes/accelerate/",
+    )
+    error.is_reported = console.rank() > 0
+    return error
+
+
+def _drop_settings() -> None:
+    """Take what flags decide, and what decides nothing here, out of the environment."""
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        if name not in PLACED_BY:
+            del os.environ[name]
+
+
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "t", "yes", "y", "on")
+
+
+def require_in_force(placement: Placement, accelerator: Accelerator) -> None:
+    """Refuse to go on with other processes than were asked for, or without FSDP.
+
+    Raises:
+        UserError: a launcher started another number of processes.
+        ResourceError: FSDP does not run here.
+    """
+    world = accelerator.num_processes
     if placement.processes is not None and placement.processes != world:
         raise UserError(f"--processes {placement.processes}: the launcher started {world}")
-    if env.get("ACCELERATE_USE_FSDP") == "true" and not is_sharded(accelerator):
+    if _is_on("ACCELERATE_USE_FSDP") and not is_sharded(accelerator):
         raise ResourceError(
             "FSDP was asked for, and Accelerate does not run it on this device",
             hint="use GPUs, or a configuration without FSDP",

@@ -14,17 +14,27 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
-from torch.distributed import DistError
 
-from llmctl.config.sections import Checkpoints, StageConfig
+from llmctl.config.commands import PpoConfig, PretrainConfig
+from llmctl.config.finetuning import Tuning
+from llmctl.config.sections import Checkpoints
 from llmctl.console import log
-from llmctl.errors import DivergedError, ModelError, ResourceError, UserError
+from llmctl.errors import DivergedError, ModelError, UserError
 from llmctl.files import writing
 from llmctl.runs import checkpoint
 from llmctl.runs.checkpoint import CheckpointContent, manifest_of
 from llmctl.runs.directory import Run, open_run
-from llmctl.runs.resume import defect, load, lost_best, newest_valid, require_same
+from llmctl.runs.resume import (
+    defect,
+    load,
+    lost_best,
+    named_checkpoint,
+    newest_valid,
+    require_same,
+)
 from llmctl.signals import StopFlag
+from llmctl.training.consistency import require_shared
+from llmctl.training.distributed import lost_peers_named
 from llmctl.training.meter import Meter
 from llmctl.training.run_state import Progress, RunState
 from llmctl.training.state import surroundings
@@ -70,24 +80,22 @@ def together(accelerator: Accelerator) -> Iterator[None]:
 
 
 @contextmanager
-def open_together(accelerator: Accelerator, stage: str, config: StageConfig) -> Iterator[Run]:
-    """Open the run (`runs.directory.open_run`) on rank 0; its refusals end all ranks."""
+def open_together(
+    accelerator: Accelerator, stage: str, config: PretrainConfig | Tuning | PpoConfig
+) -> Iterator[Run]:
+    """Open the run (`runs.directory.open_run`) on rank 0; its refusals end all ranks.
+
+    Raises:
+        OutputError: as `open_run`, or a rank does not see the directory as rank 0 made it.
+        ResourceError: another process ended or does not answer.
+    """
     with ExitStack() as stack:
         with together(accelerator):
             run = stack.enter_context(open_run(stage, config))
-        try:
-            yield run
-        except RuntimeError as error:
-            if accelerator.num_processes > 1 and _is_lost_peer(error):
-                raise ResourceError(
-                    "another process of this run ended", hint="what it said last tells why"
-                ) from None
-            raise
-
-
-def _is_lost_peer(error: RuntimeError) -> bool:
-    signs = ("closed by peer", "Connection reset", "Broken pipe", "Socket", "remote process")
-    return isinstance(error, DistError) or any(sign in str(error) for sign in signs)
+        stack.enter_context(lost_peers_named(config.peer_timeout))  # before the run hears of it
+        with together(accelerator):
+            require_shared(accelerator, run)
+        yield run
 
 
 def agree(
@@ -274,9 +282,9 @@ def _choose(state: RunState, config: Checkpoints) -> tuple[Path | None, bool]:
         path, damaged = newest_valid(root, state.owner.run_id)
         state.damaged |= damaged
     if path is None:
-        path = config.resume_from
-        if path is None:
+        if config.resume_from is None:
             return None, False
+        path = named_checkpoint(config.resume_from)
         if reason := defect(path):
             raise ModelError(f"not a valid checkpoint: {reason}", file=path)
         has_best = path.resolve().parent == root.resolve() and lost_best(path) is None

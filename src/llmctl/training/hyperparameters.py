@@ -9,6 +9,7 @@ from llmctl.config.commands import DpoConfig, PpoConfig, PretrainConfig, RewardC
 from llmctl.config.finetuning import Adapter, Tuning
 from llmctl.config.sections import Placement
 from llmctl.errors import ResourceError, UserError
+from llmctl.numbers import counted
 
 COMPUTE_OPTIMAL = 20  # tokens per parameter (Hoffmann et al., 2022, arXiv:2203.15556)
 PRETRAIN_EPOCHS = 10  # more repetition teaches little (Muennighoff et al., 2023, arXiv:2305.16264)
@@ -306,7 +307,7 @@ def _pretrain_batch(
             raise UserError(
                 f"--batch-tokens {config.batch_tokens:,} is not a multiple of the {per_pass:,} "
                 f"tokens of one pass (batch size {batch_size} x context {context} x "
-                f"{world_size} processes)",
+                f"{counted(world_size, 'process', 'processes')})",
                 hint=f"try --batch-tokens {per_pass * max(1, config.batch_tokens // per_pass)}",
             )
         return batch_size, grad_accum

@@ -27,7 +27,8 @@ from llmctl.runs.checkpoint import CheckpointContent
 from llmctl.runs.directory import Run
 from llmctl.signals import StopFlag, stop_flag
 from llmctl.training.batches import Batch, Batches, on_device
-from llmctl.training.distributed import autocast, is_sharded, place
+from llmctl.training.consistency import require_same
+from llmctl.training.distributed import autocast, is_sharded, place, wait_for_peers
 from llmctl.training.fault_tolerance import (
     StepOutcome,
     accept,
@@ -107,6 +108,7 @@ def assemble(
     batches: Batches,
     *,
     identity: dict[str, Any],
+    tokenizer: Any,
     validates: bool,
     flops_per_token: float | None,
     sample: Callable[[int], None] = lambda step: None,
@@ -118,9 +120,14 @@ def assemble(
 
     The model is adapted already, if it is to be, and in training mode; the objective is on this
     very model. `identity` is what decides the weights beside hyperparameters: a run that resumes
-    must have the same. `--compile` compiles the model as one with `compiles_whole`, for inputs of
-    one shape.
+    must have the same, and so must every process, which has the same tokenizer, too. `--compile`
+    compiles the model as one with `compiles_whole`, for inputs of one shape.
+
+    Raises:
+        DataError, ModelError, UserError: processes hold different data, models or settings.
     """
+    identity = {**hyperparameters.identity(), **identity}
+    require_same(accelerator, identity, tokenizer)
     if config.compile:
         compile_model(model, accelerator, whole=compiles_whole)
     optimizers = make_optimizers(model, hyperparameters, device)
@@ -131,7 +138,7 @@ def assemble(
         device=device,
         config=config,
         values=hyperparameters,
-        identity={**hyperparameters.identity(), **identity},
+        identity=identity,
         flops_per_token=flops_per_token,
         capture=lambda: trainer.capture(),
         evaluate=(lambda: objective.validate(trainer.bare_model)) if validates else None,
@@ -177,6 +184,7 @@ def train(trainer: Trainer, config: Resumable) -> dict[str, Any]:
     """
     resume(trainer, config)
     trainer.state.run.keep_recipe(config)
+    wait_for_peers(trainer.state.accelerator, trainer.state.config.peer_timeout)
     values = trainer.state.values
     with hardware.memory_errors(values.batch_size, values.grad_accum):
         return fit(trainer)

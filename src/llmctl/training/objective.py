@@ -76,6 +76,11 @@ class Validation:
         return self.accelerator.reduce(total, "sum").cpu()  # type: ignore[no-any-return]
 
 
+def wins(apart: Tensor) -> Tensor:
+    """Count differences above 0 as 1, and ties as a half: whoever wins them, wins by chance."""
+    return (apart.sign() + 1) / 2
+
+
 def scaled(loss: Loss, step_weight: float, micro_batches: int, world: int) -> Tensor:
     """Share of a micro-batch in the mean over a whole step, to be added up.
 

@@ -23,7 +23,7 @@ from llmctl.models import presets
 from llmctl.models.loading import context_size, load_causal_lm, load_config, load_tokenizer
 from llmctl.models.patched_attention import CAUSAL, attend
 from llmctl.models.quantized import require_full
-from llmctl.numbers import short_number
+from llmctl.numbers import counted, short_number
 from llmctl.runs.directory import Run
 from llmctl.training.base_model import flops_of, to_pure_bf16
 from llmctl.training.batches import Batch, WindowBatches, Windows, validation_windows
@@ -186,6 +186,7 @@ def build_pretraining(config: PretrainConfig, prepared: PreparedPretraining, run
             "tokens": _content_hash(index),
             "tokenizer": index.tokenizer_sha256,
         },
+        tokenizer=tokenizer,
         validates=index.val is not None,
         flops_per_token=flops_of(model, values.context, device),
         sample=TextSampler(config, prompts, tokenizer, model, stops, run, accelerator).write,
@@ -306,10 +307,10 @@ def _require_match(tokenizer: Any, index: TokenIndex, tokens: Path) -> None:
 def _announce(prepared: PreparedPretraining) -> None:
     values, shape = prepared.hyperparameters, prepared.architecture
     log.info(
-        "%s, %s parameters (%s layers, width %s), %s on %s",
+        "%s, %s parameters (%s, width %s), %s on %s",
         shape.model_type,
         f"{prepared.parameters:,}",
-        shape.num_hidden_layers,
+        counted(shape.num_hidden_layers, "layer"),
         shape.hidden_size,
         values.precision,
         hardware.device_name(prepared.device),
@@ -318,8 +319,8 @@ def _announce(prepared: PreparedPretraining) -> None:
         log.warning("warm-up is longer than the run: the learning rate stays low")
     tokens = values.max_steps * values.tokens_per_step
     log.info(
-        "%s steps of %s tokens (context %d): %s tokens, %.1f epochs; %s, lr %g",
-        f"{values.max_steps:,}",
+        "%s of %s tokens (context %d): %s tokens, %.1f epochs; %s, lr %g",
+        counted(values.max_steps, "step"),
         f"{values.tokens_per_step:,}",
         values.context,
         short_number(tokens),

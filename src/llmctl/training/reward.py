@@ -17,6 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from llmctl.config.commands import RewardConfig
 from llmctl.console import log
+from llmctl.data.chat.responses import ResponseFormat
 from llmctl.data.preference_pairs import Pairs, PreferenceData
 from llmctl.data.tokenized import EncodedSequence
 from llmctl.errors import ModelError
@@ -26,7 +27,7 @@ from llmctl.runs.directory import Run
 from llmctl.training.base_model import Prepared, load_with_head, new_tokens_of, prepare
 from llmctl.training.batches import Batch
 from llmctl.training.loop import Trainer
-from llmctl.training.objective import Loss, Validation
+from llmctl.training.objective import Loss, Validation, wins
 from llmctl.training.reward_report import PairScores, log_report, report
 
 CHECKED = 4
@@ -86,7 +87,7 @@ class PairwisePreference:
     def loss(self, model: Any, batch: Batch) -> Loss:
         """Sum over the weighted pairs of a batch."""
         chosen, rejected = pair_scores(model, batch)
-        correct = (chosen.detach() > rejected.detach()).sum()
+        correct = wins(chosen.detach() - rejected.detach()).sum()
         sums = torch.stack([correct, correct.new_tensor(len(chosen))])
         total = preference_loss(chosen, rejected, batch["margins"], batch["weights"], self.center)
         return Loss(total, batch["weight"], sums)
@@ -110,7 +111,7 @@ def _measure(model: Any, batch: Batch) -> Tensor:
     chosen, rejected = pair_scores(model, batch)
     weights, apart = batch["weights"], chosen - rejected
     loss = preference_loss(chosen, rejected, weights=weights)
-    correct = (weights * (apart > 0)).sum()
+    correct = (weights * wins(apart)).sum()
     return torch.stack([loss, correct, (weights * apart).sum(), weights.sum()])
 
 
@@ -139,6 +140,7 @@ def prepare_reward(
         new_tokens=lambda grown: new_tokens_of(grown, data),
         drops=False,  # noise would tell two responses apart that are the same
     )
+    model.config.score_at = _score_at(data.response_format)
     if not config.center_rewards:
         _hold_offset(model)
     pad = int(data.tokenizer.pad_token_id)
@@ -164,6 +166,14 @@ def build_reward(
     objective = PairwisePreference(config.center_rewards or 0.0, val)
     settings = {"center_rewards": config.center_rewards}
     return prepared.assemble(config, data, run, accelerator, device, objective, settings=settings)
+
+
+def _score_at(response_format: ResponseFormat) -> str:
+    """Token that the head reads, for config.json: of whoever scores with this model."""
+    if response_format.is_pair:
+        return "first-token"
+    has_template = response_format.tokenizer.chat_template is not None
+    return "end-of-turn" if has_template else "last-token"
 
 
 def pair_scores(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.console import log
+from llmctl.numbers import counted
 
 Array = NDArray[np.float64]
 BINS = 10
@@ -122,7 +123,8 @@ def log_report(metrics: dict[str, Any]) -> None:
         "scores of rejected": _spread(metrics["rejected"]),
         "rank correlation with length": f"{metrics['length_correlation']:+.2f}",
     }
-    log.info("on %s held-out pairs (95 %% confidence intervals):", f"{metrics['pairs']:,}")
+    pairs = counted(metrics["pairs"], "held-out pair")
+    log.info("on %s (95 %% confidence intervals):", pairs)
     for name, value in rows.items():
         log.info("  %-30s %s", name, value)
     low = metrics["accuracy_interval"][0]

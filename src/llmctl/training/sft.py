@@ -11,6 +11,7 @@ from llmctl.config.commands import SftConfig
 from llmctl.console import log
 from llmctl.data.audit.audit import Audit, audit, log_summary, require_sound
 from llmctl.data.sft import SftData
+from llmctl.numbers import counted
 from llmctl.runs.directory import Run
 from llmctl.training.base_model import (
     Prepared,
@@ -94,7 +95,7 @@ def prepare_sft(
         config, "rows", model, train, val, accelerator, device, loss=loss, check=check, stops=stops
     )
     if accelerator.is_main_process and config.packing:
-        log.info("%s sequences in %s rows", f"{len(data.train):,}", f"{len(train):,}")
+        log.info("%s in %s", counted(len(data.train), "sequence"), counted(len(train), "row"))
     return prepared
 
 

@@ -11,8 +11,9 @@ from llmctl.config.commands import PpoConfig, PretrainConfig
 from llmctl.config.finetuning import Tuning
 from llmctl.runs.directory import Run
 from llmctl.runs.resume import earlier_manifest
-from llmctl.training.distributed import make_accelerator
-from llmctl.training.fault_tolerance import open_together
+from llmctl.training.consistency import require_same, settings_of
+from llmctl.training.distributed import lost_peers_named, make_accelerator, require_in_force
+from llmctl.training.fault_tolerance import open_together, together
 
 
 def run_stage(
@@ -28,13 +29,17 @@ def run_stage(
     """
     threads = hardware.set_threads(config.threads or earlier_manifest(config).get("threads"))
     accelerator, device = make_accelerator(config)
-    if config.dry_run:
-        return dry_run(accelerator, device)
-    with open_together(accelerator, stage, config) as run:
-        run.record(threads=threads)
-        result: dict[str, Any] = {"stage": stage, "out": str(run.path), "status": "completed"}
-        result |= train(run, accelerator, device)
-        run.record(result=result)
+    with lost_peers_named(config.peer_timeout):
+        require_same(accelerator, settings_of(stage, config))
+        with together(accelerator):
+            require_in_force(config, accelerator)
+        if config.dry_run:
+            return dry_run(accelerator, device)
+        with open_together(accelerator, stage, config) as run:
+            run.record(threads=threads)
+            result: dict[str, Any] = {"stage": stage, "out": str(run.path), "status": "completed"}
+            result |= train(run, accelerator, device)
+            run.record(result=result)
     return result
 
 

@@ -18,7 +18,7 @@ from llmctl.errors import ModelError
 from llmctl.runs.checkpoint import CheckpointContent
 from llmctl.training.run_state import Progress
 
-WITHOUT_EFFECT = ("transformers_version", "_name_or_path", "dtype", "use_cache")
+WITHOUT_EFFECT = ("transformers_version", "_name_or_path", "dtype", "use_cache", "score_at")
 """Keys of a model's configuration that decide nothing in training."""
 
 

@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from llmctl.config.commands import AuditConfig
+from llmctl.config.commands import AuditConfig, SftConfig
 from llmctl.console import log, set_up
 from llmctl.data.audit.audit import audit, log_summary, require_sound
 from llmctl.data.audit.show import (
@@ -22,6 +22,7 @@ from llmctl.data.audit.show import (
     print_report,
     spans_of,
 )
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.chat.render import ChatFormat
 from llmctl.data.examples import Example
 from llmctl.data.sft import SftData
@@ -64,6 +65,14 @@ def model(tmp_path):
     return folder
 
 
+def left_out(count):
+    """So many rows that were left out for their errors."""
+    bad = BadRows(count)
+    for number in range(count):
+        bad(DataError("not JSON", file="train.jsonl", line=number + 1))
+    return bad
+
+
 @pytest.fixture
 def make(tokenizer):
     """Examples as they would come out of `load_sft_data`."""
@@ -83,7 +92,7 @@ def make(tokenizer):
             embedding_rows=len(NAMES),
             added_tokens=(),
             has_conversations=True,
-            skipped=0,
+            bad=left_out(0),
             duplicates=0,
             overlap=(),
             shared_prompts=0,
@@ -168,7 +177,7 @@ def test_all_labels_masked_is_an_error(look):
     report = look([chat(trained=False), chat(trained=False)])
     assert found(report) == {"untrained_rows": "error"}
     assert report.train.ended_share is None
-    with pytest.raises(DataError, match="none of the 2 rows") as caught:
+    with pytest.raises(DataError, match="none of 2 rows") as caught:
         require_sound(report)
     assert (caught.value.code, caught.value.file, caught.value.line) == (3, "train.jsonl", 1)
 
@@ -312,9 +321,23 @@ def test_a_padding_token_that_ends_turns_is_a_warning(look, tokenizer):
     assert found(look([chat()])) == {"pad_is_eos": "warning"}
 
 
+def test_it_is_said_once_on_the_way_from_run_to_run(make, tokenizer, model, tmp_path):
+    tokenizer.pad_token = "<|end|>"
+
+    def said(folder, config_class=SftConfig):
+        config = config_class(data=["train.jsonl"], model=str(folder))
+        return found(audit(make([chat()]), config, packing=False))
+
+    assert said(model) == {"pad_is_eos": "warning"}
+    (tmp_path / "manifest.json").write_text("{}")  # the folder is now a run's
+    assert said(model) == said(tmp_path) == {}
+    assert said(model, AuditConfig) == {"pad_is_eos": "warning"}
+
+
 @pytest.mark.parametrize("name", ["skipped", "dropped", "shared_prompts", "duplicates"])
 def test_what_was_counted_while_reading_is_a_warning(look, name):
-    assert found(look([chat()] * 50, **{name: 1})) == {name: "warning"}
+    facts = {"bad": left_out(1)} if name == "skipped" else {name: 1}
+    assert found(look([chat()] * 50, **facts)) == {name: "warning"}
 
 
 def test_a_few_duplicates_are_none(look):
@@ -331,7 +354,7 @@ def test_the_error_says_all_that_is_wrong(look):
     assert list(found(report)) == ["untrained_rows", "double_bos", "overlap"]
     with pytest.raises(DataError) as caught:
         require_sound(report)
-    for words in ("none of the 2 rows", "BOS twice", "also validates"):
+    for words in ("none of 2 rows", "BOS twice", "also validates"):
         assert words in caught.value.message
 
 
@@ -345,7 +368,7 @@ def test_json_holds_every_figure_and_finite_numbers_only(look):
 
 def test_a_run_hears_the_summary_and_each_warning_in_a_line(look, capsys):
     set_up()
-    log_summary(look([chat()] * 3, skipped=2, packing=True, max_length=5))
+    log_summary(look([chat()] * 3, bad=left_out(2), packing=True, max_length=5))
     log.handlers = []
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
@@ -467,3 +490,17 @@ def test_a_recipe_says_what_to_audit(cli, base, tmp_path):
     recipe.write_text(f"stage: audit\nmodel: {base}\ndata: ['builtin:tasks']\ntruncation: cut\n")
     result = cli("audit", "-c", recipe, "--json")
     assert json.loads(result.out)["stage"] == "audit", result.err
+
+
+def test_one_example_of_each_shape_or_the_one_asked_for(cli, roomy, tmp_path):
+    user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
+    system = {"role": "system", "content": "Be kind."}
+    rows = [[user, answer], [user, answer], [system, user, answer], [user, answer] * 2]
+    file = write_rows(tmp_path / "a.jsonl", [{"messages": messages} for messages in rows])
+    run = ("audit", file, "--model", roomy, "--val-size", 0)
+    shown = re.findall(r"^example \S+:(\d+),", cli(*run).out, re.MULTILINE)
+    assert shown == ["1", "3", "4"]
+    shown = re.findall(r"^example \S+:(\d+),", cli(*run, "--example", 2).out, re.MULTILINE)
+    assert shown == ["2"]
+    result = cli(*run, "--example", 5)
+    assert (result.code, "no such example, of the 4 that train" in result.err) == (2, True)

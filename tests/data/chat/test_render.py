@@ -11,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.chat import render
 from llmctl.data.chat.render import ChatFormat, common_prefix
 from llmctl.data.chat.templates import TEMPLATE_TOKENS, TEMPLATES, read_template, set_chat_template
@@ -308,8 +309,6 @@ def test_text_is_text(tokenizer_of) -> None:
     assert tokenizer.decode(encoded.tokens[1:-1]).strip() == "<s>the cat</s>"
     assert encoded.trained == [False] + [True] * (len(encoded.tokens) - 1)
     assert encoded.ends
-    rendered = ("<s>the cat", "the cat</s>\n", "the <s> cat", "the cat")
-    assert [chat.is_rendered(text) for text in rendered] == [True, True, False, False]
     assert chat.encode_text("") == ([1, 2], [False, True], True)
     tokenizer.eos_token = None
     assert not ChatFormat(tokenizer).encode_text("the cat").ends
@@ -382,7 +381,7 @@ def test_tools_that_a_template_would_drop_are_refused(tokenizer_of) -> None:
     chat = ChatFormat(tokenizer_of("bytes", "chatml"))
     with pytest.raises(ModelError, match="no place for tools"):
         chat.encode_prompt(talk("uhi"), [{"name": "f"}])
-    with pytest.raises(ModelError, match="no place for tool_calls"):
+    with pytest.raises(ModelError, match="no place for calls of tools"):
         chat.encode_conversation(talk("uhi", "a", tool_calls=[{"name": "f"}]), "assistant")
 
 
@@ -436,7 +435,7 @@ def test_named_templates_hold_every_message_and_end_turns(tokenizer_of, built, n
 def test_a_system_message_without_its_user_is_refused_not_dropped(tokenizer_of, name) -> None:
     chat = ChatFormat(tokenizer_of("bytes", name))
     for messages in (talk("uU", "sS", "aA"), talk("uU", "tT", "aA")):
-        with pytest.raises(ModelError, match="refuses these messages: this format has"):
+        with pytest.raises(DataError, match="refuses these messages: this format has"):
             chat.encode_conversation(messages, "assistant")
 
 
@@ -493,13 +492,15 @@ def test_a_hostile_file_is_refused_in_time(tokenizer_of, tmp_path, bomb) -> None
     begun = time.monotonic()
     with pytest.raises(ModelError, match="the chat template "):
         ChatFormat(tokenizer).encode_conversation(talk("uhi", "aho"), "assistant")
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 60, "the limit is of a processor, which others use, too"
 
 
 def test_only_templates_written_here_run_here(tokenizer_of, monkeypatch) -> None:
     seen = []
     monkeypatch.setattr(
-        render, "render_cuts", lambda *a, trusted, **k: seen.append(trusted) or ["x"] * len(a[2])
+        render,
+        "render_cuts",
+        lambda *a, trusted, **k: seen.append(trusted) or iter(["hi"] * len(a[2])),
     )
     for name in TEMPLATES:
         ChatFormat(tokenizer_of("bytes", name)).encode_prompt(talk("uhi"))
@@ -519,10 +520,10 @@ def test_a_batch_names_the_row_that_a_template_refuses(tokenizer_of) -> None:
         return SimpleNamespace(text=text, messages=messages, tools=None, place="a.jsonl", line=line)
 
     rows = [row(1, "the cat"), row(2, None, "uhi", "aho"), row(3, None, "ubad", "aho")]
-    found = chat.encode_examples(rows, "assistant")
+    found = chat.encode_examples(rows, "assistant", BadRows())
     assert next(found) == [chat.encode_text("the cat")]
     assert next(found) == chat.encode_conversation(talk("uhi", "aho"), "assistant")
-    with pytest.raises(ModelError, match=r"a.jsonl:3: the chat template refuses .* no"):
+    with pytest.raises(DataError, match=r"a.jsonl:3: the chat template refuses .* no"):
         next(found)
 
 

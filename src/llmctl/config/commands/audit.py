@@ -2,7 +2,7 @@
 
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from llmctl.config.base import Also, Argument, Config
 from llmctl.config.finetuning import Supervised
@@ -17,6 +17,9 @@ class AuditConfig(Supervised, Config, Reporting):
 
     model: Annotated[str, Also("model-name-or-path", "base-model", "tokenizer")]
     """Model whose tokenizer and template to use: a run, folder or Hub id."""
+
+    example: PositiveInt | None = None
+    """Example to show, by its number among those that train; by default one of each shape."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Chooses the examples, where weights leave some out."""

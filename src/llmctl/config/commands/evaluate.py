@@ -15,6 +15,7 @@ from llmctl.config.sections import (
     NonNegativeCount,
     PositiveCount,
     Sampling,
+    ScoreAt,
     StageConfig,
 )
 
@@ -40,7 +41,7 @@ class Measures(Fields):
 
     answer_regex: Annotated[str | None, Also("regex")] = None
     """Take the last match of this, or of its first group, from response and reference before exact,
-    accuracy and f1 look at them."""
+    accuracy and f1 look at them; where both are numbers, they are compared as such."""
 
     labels: Annotated[list[str], BeforeValidator(_listed)] = []
     """Labels to look for in responses (accuracy, f1); by default those of the references."""
@@ -110,6 +111,10 @@ class Comparison(Fields):
     reward_model: Annotated[str | None, Also("judge"), Input("reward")] = None
     """Reward model that scores the responses: a run, folder or Hub id."""
 
+    score_at: ScoreAt | None = None
+    """Token that the reward model is read at, as in `llmctl reward --score`; by default what its
+    folder records, else the end of the turn."""
+
 
 class EvaluateConfig(
     Loading, Measures, Questions, Reading, Tasks, Comparison, Sampling, StageConfig
@@ -159,6 +164,8 @@ class EvaluateConfig(
             raise ValueError("--shots-data goes with --shots")
         if self.task_path and not self.tasks:
             raise ValueError("--task-path goes with --tasks")
+        if self.reward_model is None:
+            self.refuse(("score_at",), "{} goes with --reward-model")
         clash = (
             *("metrics", "answer_regex", "labels", "columns", "shots_data", "reward_model"),
             *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),

@@ -15,7 +15,9 @@ from llmctl.config.sections import (
     Placement,
     PositiveCount,
     Resumable,
+    ScoreAt,
 )
+from llmctl.numbers import counted
 
 
 class Prompts(Fields):
@@ -47,6 +49,10 @@ class Rewards(Fields):
 
     reward_model: Annotated[list[str], Also("reward-model-path"), Input("reward")] = []
     """Reward model (repeatable): a run, folder or Hub id; `runs/helpful=1.0` gives it a weight."""
+
+    score_at: ScoreAt | None = None
+    """Token that reward models are read at, as in `llmctl reward --score`; by default what the
+    folder of each records, else the end of the turn."""
 
     reward_rule: Annotated[list[str], Also("reward-funcs", "reward-function"), Input()] = []
     """Rule that scores (repeatable, weights as above): `exact`, `regex:PATTERN`, `length:WORDS`,
@@ -211,7 +217,8 @@ class PpoConfig(
             raise ValueError("--precision pure-bf16 does not go with adapters: use bf16")
         if self.batch_size < self.minibatches:
             raise ValueError(
-                f"--minibatches {self.minibatches}: a step has {self.batch_size} episodes"
+                f"--minibatches {self.minibatches}: a step has "
+                f"{counted(self.batch_size, 'episode')}"
             )
         if self.batch_size % self.num_samples:
             raise ValueError(
@@ -224,7 +231,8 @@ class PpoConfig(
         if self.missing_eos_penalty and self.ignore_eos:
             raise ValueError("--missing-eos-penalty does not go with --ignore-eos")
         if not self.reward_model:
-            self.refuse(("clip_score", "score_normalization"), "{} goes with --reward-model")
+            names = ("clip_score", "score_normalization", "score_at")
+            self.refuse(names, "{} goes with --reward-model")
         if self.clip_score and "clip_score" in given and self.score_normalization == "none":
             raise ValueError("--clip-score goes with normalised scores")
         self.check_schedule()

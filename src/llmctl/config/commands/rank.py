@@ -1,15 +1,21 @@
 """Config of `rank`."""
 
+import unicodedata
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from llmctl.config.base import Also, Flag, Input
 from llmctl.config.sections import Control, Loading, Sampling, StageConfig
 
 MOST_RESPONSES = 9
 """One for each number key."""
+
+
+def normal_name(text: str) -> str:
+    """Return a person's name as it is compared and written: composed (NFC), nothing around it."""
+    return unicodedata.normalize("NFC", text).strip()
 
 
 class RankConfig(Loading, Sampling, StageConfig):
@@ -35,7 +41,7 @@ class RankConfig(Loading, Sampling, StageConfig):
     chat: bool | None = None
     """Put text prompts in the model's chat template; by default where it has one."""
 
-    annotator: str | None = None
+    annotator: Annotated[str, AfterValidator(normal_name)] | None = None
     """Name of the person who ranks; by default the user's."""
 
     terminal: bool = False

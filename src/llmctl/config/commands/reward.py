@@ -7,10 +7,21 @@ from pydantic import NonNegativeFloat, model_validator
 
 from llmctl.config.base import Also, Input
 from llmctl.config.finetuning import Preferred, Tuning
-from llmctl.config.sections import Control
+from llmctl.config.sections import Control, ScoreAt
 
 SCORING = (
-    *("model", "score", "batch_size", "device", "threads", "seed", "out", "overwrite", "dry_run"),
+    *(
+        "model",
+        "score",
+        "score_at",
+        "batch_size",
+        "device",
+        "threads",
+        "seed",
+        "out",
+        "overwrite",
+        "dry_run",
+    ),
     *("as_json", "quiet", "verbose", "debug"),
 )
 """Fields that `--score` uses."""
@@ -41,9 +52,15 @@ class RewardConfig(Preferred, Tuning):
     """Train nothing: score the texts of this file, jsonl with `prompt` and `response`, `messages`,
     `text`, or pairs. Rows with a `score` go to stdout, or to `--out FILE`."""
 
+    score_at: Annotated[ScoreAt | None, Control] = None
+    """Token that `score` reads: the end of the last turn, where llmctl trains it, or the last one
+    that the chat template writes, where TRL does. By default what the model's config.json records
+    as `score_at`, else the end of the turn."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.score is None:
+            self.refuse(("score_at",), "{} goes with --score")
             self.require_field("data", "jsonl, json, csv, parquet, a Hub id or builtin:preferences")
         else:
             unused = [name for name in type(self).model_fields if name not in SCORING]

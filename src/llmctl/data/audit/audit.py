@@ -8,7 +8,8 @@ from typing import Any
 
 from llmctl.config.commands import AuditConfig, SftConfig
 from llmctl.console import log
-from llmctl.data.audit.checks import AuditFinding, check_examples
+from llmctl.data.audit.checks import check_examples
+from llmctl.data.audit.rules import AuditFinding
 from llmctl.data.audit.statistics import (
     SequenceStatistics,
     TurnStatistics,
@@ -21,6 +22,7 @@ from llmctl.data.tokenized import pack
 from llmctl.errors import DataError
 from llmctl.models.loading import load_config, local_folder, merge_eos
 from llmctl.models.vetting import read_object
+from llmctl.numbers import counted
 from llmctl.runs.directory import resolve_model
 
 
@@ -36,6 +38,10 @@ class Audit:
     """None where something else than the assistant's turns is trained on."""
     max_length: int
     skipped: int
+    unread_columns: tuple[str, ...]
+    lost_characters: int
+    """Characters that the tokenizer has no token for, and drops."""
+    lost_share: float
     dropped: int
     duplicates: int
     overlap: int
@@ -68,6 +74,7 @@ class Audit:
             "open_turns": turns.get("open"),
             "foreign_turns": turns.get("foreign"),
             **fields,
+            "unread_columns": list(fields["unread_columns"]),
             "findings": list(fields["findings"]),
         }
 
@@ -89,13 +96,17 @@ def audit(data: SftData, config: SftConfig | AuditConfig, *, packing: bool) -> A
     train = sequence_statistics(data.train, roles)
     val = None if data.val is None else sequence_statistics(data.val, roles)
     turns = turn_statistics(data.train, roles) if are_turns else None
+    rules = data.row_rules()
     return Audit(
         rows=data.row_count,
         train=train,
         val=val,
         turns=turns,
         max_length=data.max_length,
-        skipped=data.skipped,
+        skipped=data.bad.count,
+        unread_columns=tuple(data.bad.unread),
+        lost_characters=rules.lost.lost,
+        lost_share=rules.lost.share,
         dropped=data.dropped,
         duplicates=data.duplicates,
         overlap=len(data.overlap),
@@ -103,7 +114,7 @@ def audit(data: SftData, config: SftConfig | AuditConfig, *, packing: bool) -> A
         pad_is_eos=tokenizer.pad_token_id is not None and tokenizer.pad_token_id in roles.stops,
         packed_rows=packed,
         packing_efficiency=efficiency,
-        findings=tuple(check_examples(data, config, roles, train, val, turns)),
+        findings=tuple(check_examples(data, config, rules, roles, train, val, turns)),
     )
 
 
@@ -120,19 +131,19 @@ def log_summary(report: Audit) -> None:
     """Log the size in two lines, and each warning in one."""
     train, val = report.train, report.val
     log.info(
-        "audit: %s rows to train on, %s to validate; %s tokens, %s to %s a sequence (median %g)",
-        f"{train.rows:,}",
+        "audit: %s to train on, %s to validate; %s, %s to %s a sequence (median %g)",
+        counted(train.rows, "row"),
         f"{0 if val is None else val.rows:,}",
-        f"{train.tokens:,}",
+        counted(train.tokens, "token"),
         f"{train.tokens_min:,}",
         f"{train.tokens_max:,}",
         train.tokens_median,
     )
     log.info(
-        "audit: %.1f %% of the tokens trained on; %s of %s rows cut at %s tokens%s",
+        "audit: %.1f %% of the tokens trained on; %s of %s cut at %s tokens%s",
         100 * train.trained_share,
         f"{train.truncated_rows:,}",
-        f"{train.rows:,}",
+        counted(train.rows, "row"),
         f"{report.max_length:,}",
         f"; packed rows {100 * report.packing_efficiency:.1f} % full"
         if report.packing_efficiency is not None

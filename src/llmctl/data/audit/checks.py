@@ -4,12 +4,17 @@ In: statistics of training and validation sequences. Out: findings, errors first
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from llmctl.config.commands import AuditConfig, SftConfig
+from llmctl.data.audit.rules import (
+    MANY_UNKNOWN,
+    AuditFinding,
+    RowRules,
+    percent,
+    unknown_finding,
+)
 from llmctl.data.audit.statistics import (
     SequenceStatistics,
     TokenRoles,
@@ -18,6 +23,8 @@ from llmctl.data.audit.statistics import (
     lacks_embedding,
 )
 from llmctl.data.sft import SftData
+from llmctl.numbers import counted
+from llmctl.runs.directory import is_of_run
 
 MOST_UNTRAINED = 0.1
 """Share of rows without a trained token that odd rows explain; above it, flags and data clash."""
@@ -25,32 +32,14 @@ LEAST_ENDED = 0.99
 """Share of rows, and of turns, with a trained stop token at the end; below it, answers go on."""
 MOST_TRUNCATED = 0.2
 """Share of rows that may lose their end unasked: the rest must be enough to learn to stop."""
-MOST_UNKNOWN, MANY_UNKNOWN = 0.2, 0.01
-"""Shares of unknown tokens: above the first the text is not the tokenizer's language at all; above
-the second a script or symbol is missing, which stray characters do not explain."""
-MOST_RENDERED = 0.1
-"""Share of rows that may talk of special tokens; above it, a template was applied before."""
 MANY_DUPLICATES = 0.01
 """Share of rows: below it, chance answers such as `Yes.` explain them."""
-
-
-@dataclass(frozen=True)
-class AuditFinding:
-    """An error or an oddity of the examples."""
-
-    level: Literal["error", "warning"]
-    name: str
-    """Key for programs."""
-    message: str
-    hint: str
-    """The fix."""
-    file: str | None = None
-    line: int | None = None
 
 
 def check_examples(
     data: SftData,
     config: SftConfig | AuditConfig,
+    rules: RowRules,
     roles: TokenRoles,
     train: SequenceStatistics,
     val: SequenceStatistics | None,
@@ -59,11 +48,11 @@ def check_examples(
     """Yield every finding: errors first, then warnings."""
     findings = [
         *_check_trained(data, train),
-        *_check_tokens(data, roles, train, val),
+        *_check_tokens(data, rules, roles, train, val),
         *_check_ends(data, config, train, turns),
         *_check_lengths(data, config, train),
         *_check_validation(data, config, val),
-        *_check_rows(data, roles),
+        *_check_rows(data, config, roles),
     ]
     yield from sorted(findings, key=lambda finding: finding.level != "error")
 
@@ -86,7 +75,7 @@ def _check_trained(data: SftData, train: SequenceStatistics) -> Iterator[AuditFi
     )
     many = train.untrained_rows > MOST_UNTRAINED * train.rows
     message = (
-        f"none of the {train.rows:,} rows has a token to train on"
+        f"none of {counted(train.rows, 'row')} has a token to train on"
         if train.trained_tokens == 0
         else f"no token to train on in {_of(train.untrained_rows, train.rows)}"
         + ("" if many else ": they are left out")
@@ -97,7 +86,11 @@ def _check_trained(data: SftData, train: SequenceStatistics) -> Iterator[AuditFi
 
 
 def _check_tokens(
-    data: SftData, roles: TokenRoles, train: SequenceStatistics, val: SequenceStatistics | None
+    data: SftData,
+    rules: RowRules,
+    roles: TokenRoles,
+    train: SequenceStatistics,
+    val: SequenceStatistics | None,
 ) -> Iterator[AuditFinding]:
     """Check for tokens of another model, BOS twice, spelled special tokens and unknown ones."""
     foreign = train.beyond_embedding + (val.beyond_embedding if val else 0)
@@ -107,7 +100,7 @@ def _check_tokens(
         yield AuditFinding(
             "error",
             "beyond_embedding",
-            f"token ids of up to {highest:,} ({foreign:,} tokens), and the model has only"
+            f"token ids of up to {highest:,} ({counted(foreign, 'token')}), and the model has only"
             f" {roles.embedding_rows:,} embeddings: the tokenizer is another model's",
             "put the model's own tokenizer into its folder",
             *_place(data, data.train.sequence_of(places[0]) if len(places) else None),
@@ -123,22 +116,9 @@ def _check_tokens(
             "take bos_token out of the chat template, or choose another: --chat-template NAME",
             *_place(data, int(places[0]) if len(places) else None),
         )
-    if rendered := data.rendered:
-        yield AuditFinding(
-            "error" if len(rendered) > MOST_RENDERED * train.rows else "warning",
-            "rendered",
-            f"special tokens, as letters, begin or end texts: {_of(len(rendered), train.rows)}",
-            "take these tokens out (they are put where they belong), and give turns as `messages`",
-            rendered[0].place,
-            rendered[0].line,
-        )
+    yield from rules.findings()
     if train.unknown_share > MANY_UNKNOWN:
-        yield AuditFinding(
-            "error" if train.unknown_share > MOST_UNKNOWN else "warning",
-            "unknown",
-            f"{percent(train.unknown_share)} of the tokens are unknown to the tokenizer",
-            "use a model whose tokenizer knows the characters of this text",
-        )
+        yield unknown_finding(train.unknown_share)
 
 
 def _check_ends(
@@ -202,14 +182,15 @@ def _check_lengths(
         yield AuditFinding(
             "warning",
             "dropped",
-            f"left out for more than {data.max_length:,} tokens: {data.dropped:,} sequences",
+            f"left out for more than {data.max_length:,} tokens: "
+            f"{counted(data.dropped, 'sequence')}",
             "raise --max-length to keep them",
         )
     if train.short:
         yield AuditFinding(
             "warning",
             "short",
-            f"fewer than two tokens, and nothing to predict: {train.short:,} sequences",
+            f"fewer than two tokens, and nothing to predict: {counted(train.short, 'sequence')}",
             "look for empty rows",
         )
 
@@ -240,7 +221,7 @@ def _check_validation(
         yield AuditFinding(
             "error",
             "untrained_validation",
-            f"none of the {val.rows:,} rows that validate has a token that counts in the loss",
+            f"none of {counted(val.rows, 'row')} to validate has a token that counts in the loss",
             "raise --max-length, or check these rows and --train-on",
         )
     if data.shared_prompts:
@@ -252,7 +233,9 @@ def _check_validation(
         )
 
 
-def _check_rows(data: SftData, roles: TokenRoles) -> Iterator[AuditFinding]:
+def _check_rows(
+    data: SftData, config: SftConfig | AuditConfig, roles: TokenRoles
+) -> Iterator[AuditFinding]:
     """Check for duplicates, skipped rows and a padding token that ends turns."""
     if data.duplicates > MANY_DUPLICATES * data.row_count:
         yield AuditFinding(
@@ -261,14 +244,15 @@ def _check_rows(data: SftData, roles: TokenRoles) -> Iterator[AuditFinding]:
             f"near-equal to an earlier one: {_of(data.duplicates, data.row_count)}",
             "leave them out, unless they are meant to weigh more",
         )
-    if data.skipped:
+    if data.bad.count:
         yield AuditFinding(
             "warning",
             "skipped",
-            f"left out because they could not be read: {data.skipped:,} rows",
+            f"left out because they could not be used: {counted(data.bad.count, 'row')}",
             "see what is wrong with them: --skip-bad-rows 0",
         )
-    if data.tokenizer.pad_token_id in roles.stops:
+    is_told = isinstance(config, SftConfig) and is_of_run(config.model)  # when that run was made
+    if data.tokenizer.pad_token_id in roles.stops and not is_told:
         yield AuditFinding(
             "warning",
             "pad_is_eos",
@@ -285,10 +269,5 @@ def _place(data: SftData, sequence: int | None) -> tuple[str | None, int | None]
     return example.place, example.line
 
 
-def _of(count: int, total: int, what: str = "rows") -> str:
-    return f"{count:,} of {total:,} {what}"
-
-
-def percent(share: float) -> str:
-    """Format a share in percent."""
-    return f"{100 * share:.1f} %"
+def _of(count: int, total: int, what: str = "row") -> str:
+    return f"{count:,} of {counted(total, what)}"

@@ -1,4 +1,4 @@
-"""Print an audit: a table, the findings, and one example with its trained tokens marked.
+"""Print an audit: a table, the findings, and examples with their trained tokens marked.
 
 In: an audit and its examples. Out: text on stdout, in colour on a terminal, plain and aligned
 elsewhere. The examples are untrusted: no control character of theirs reaches a terminal.
@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from llmctl.data.audit.audit import Audit
-from llmctl.data.audit.checks import AuditFinding, percent
+from llmctl.data.audit.rules import AuditFinding, percent
 from llmctl.data.audit.statistics import SequenceStatistics, is_in
+from llmctl.data.chat.omissions import kinds_of
 from llmctl.data.chat.render import special_token_ids
+from llmctl.data.examples import Example
 from llmctl.data.sft import SftData
+from llmctl.errors import UserError
 from llmctl.redact import redact
 
 if TYPE_CHECKING:
@@ -29,6 +32,8 @@ SCREEN, SPAN = 1600, 480
 """Characters of an example that are shown, and of one span of it."""
 LINE = 60
 """Characters that a line counts for that ends early."""
+SHAPES = 6
+"""Examples of different shapes that are shown at most."""
 DECODED = 4000
 """Tokens at the beginning of an example that are decoded: more than a screen holds."""
 
@@ -41,13 +46,17 @@ class Span(NamedTuple):
     is_special: bool
 
 
-def print_report(report: Audit, data: SftData) -> None:
-    """Print everything to stdout."""
-    rows, number = table(report), choose_example(data)
-    place = None if number is None else str(data.example_of(number).name)
-    spans = [] if number is None else list(spans_of(data, number))
+def print_report(report: Audit, data: SftData, example: int | None = None) -> None:
+    """Print everything to stdout, with an example (from 1), or one of each shape.
+
+    Raises:
+        UserError: there is no such example.
+    """
+    rows = table(report)
+    numbers = choose_examples(data) if example is None else [_sequence_of(data, example)]
+    shown = [(str(data.example_of(n).name), list(spans_of(data, n))) for n in numbers]
     if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
-        _print_rich(rows, report, place, spans)
+        _print_rich(rows, report, shown)
         return
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for name, *values in rows:
@@ -55,7 +64,7 @@ def print_report(report: Audit, data: SftData) -> None:
         print("  ".join([name.ljust(widths[0]), *aligned]).rstrip())
     for finding in report.findings:
         print(f"\n{finding.level}: {_finding_line(finding)}\n  {escape_unprintable(finding.hint)}")
-    if place is not None:
+    for place, spans in shown:
         print(f"\n{_title(place)}\n{mark_trained(spans)}")
 
 
@@ -69,7 +78,8 @@ def table(report: Audit) -> list[tuple[str, str, str]]:
         "turns trained on": "-" if turns is None else f"{turns.total:,}",
         "  with no end": "-" if turns is None else f"{turns.open:,}",
         "  with an end that does not stop": "-" if turns is None else f"{turns.foreign:,}",
-        "rows that could not be read": f"{report.skipped:,}",
+        "rows that could not be used": f"{report.skipped:,}",
+        "lost characters": f"{report.lost_characters:,} ({percent(report.lost_share)})",
         "left out for their length": f"{report.dropped:,}",
         "duplicates, both sides": f"{report.duplicates:,}",
         "rows that also validate": f"{report.overlap:,}",
@@ -89,12 +99,39 @@ def table(report: Audit) -> list[tuple[str, str, str]]:
     ]
 
 
-def choose_example(data: SftData) -> int | None:
-    """Choose the sequence to show: the first that is trained on and whole, else the first."""
-    if not len(data.train):
-        return None
-    wanted = (data.train.trained_counts > 0) & ~data.train.cut
-    return int(np.argmax(wanted))
+def choose_examples(data: SftData) -> list[int]:
+    """Choose the sequences to show: of each shape the first that is trained on and whole.
+
+    Where none is, the first of all.
+    """
+    wanted = np.flatnonzero((data.train.trained_counts > 0) & ~data.train.cut)
+    chosen: dict[tuple[str, ...], int] = {}
+    for number in wanted.tolist():
+        chosen.setdefault(_shape(data.example_of(number)), number)
+        if len(chosen) == SHAPES:
+            break
+    return list(chosen.values()) or [0][: len(data.train)]
+
+
+def _shape(example: Example) -> tuple[str, ...]:
+    """What an example has: roles, tools, calls, reasoning, several turns of the user."""
+    if example.messages is None:
+        return ("text",)
+    roles = [message["role"] for message in example.messages]
+    return (
+        *sorted({*roles, *kinds_of(example.messages)}),
+        *(["tools"] if example.tools else []),
+        *(["turns"] if roles.count("user") > 1 else []),
+    )
+
+
+def _sequence_of(data: SftData, example: int) -> int:
+    """Number of the first sequence of an example (from 1)."""
+    numbers = np.flatnonzero(data.train.rows == example - 1)
+    if not len(numbers):
+        count = len(data.train_examples)
+        raise UserError(f"--example {example}: no such example, of the {count:,} that train")
+    return int(numbers[0])
 
 
 def spans_of(data: SftData, number: int) -> Iterator[Span]:
@@ -211,7 +248,7 @@ def _title(place: str) -> str:
 
 
 def _print_rich(
-    rows: list[tuple[str, str, str]], report: Audit, place: str | None, spans: list[Span]
+    rows: list[tuple[str, str, str]], report: Audit, shown: list[tuple[str, list[Span]]]
 ) -> None:
     from rich.console import Console  # a third of the time that the command takes in a pipe
     from rich.table import Table
@@ -229,16 +266,14 @@ def _print_rich(
         level = Text(f"\n{finding.level}: ", style=COLORS[finding.level])
         console.print(level.append(_finding_line(finding), style="default not bold"))
         console.print(Text(f"  {escape_unprintable(finding.hint)}"))
-    if place is None:
-        return
     has_color = console.color_system is not None and not console.no_color
-    if not has_color:
-        console.print(Text(f"\n{_title(place)}\n{mark_trained(spans)}"))
-        return
-    console.print(
-        Text(f"\nexample {escape_unprintable(place)}, trained tokens underlined:", style="bold")
-    )
-    console.print(_colored(spans, Text()))
+    for place, spans in shown:
+        if not has_color:
+            console.print(Text(f"\n{_title(place)}\n{mark_trained(spans)}"))
+            continue
+        title = f"\nexample {escape_unprintable(place)}, trained tokens underlined:"
+        console.print(Text(title, style="bold"))
+        console.print(_colored(spans, Text()))
 
 
 def _colored(spans: list[Span], text: "Text") -> "Text":

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from llmctl.data.audit.rules import unknown_token
 from llmctl.data.chat.render import special_token_ids
 from llmctl.data.tokenized import Tokenized
 
@@ -90,14 +91,11 @@ def token_roles(
 ) -> TokenRoles:
     """Look up the roles of a tokenizer's tokens."""
     added = tokenizer.convert_tokens_to_ids(list(added_tokens))
-    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, *stops)
-    # Byte-level tokenizers write everything, and often call their only special token unknown too.
-    unknown = None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
     return TokenRoles(
         stops,
         special_token_ids(tokenizer),
         tokenizer.bos_token_id,
-        unknown,
+        unknown_token(tokenizer, stops),
         frozenset(map(int, added)),
         embedding_rows,
     )

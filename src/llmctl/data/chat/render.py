@@ -11,15 +11,18 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from llmctl.data.chat.sandbox import render_cuts
+from llmctl.data.bad_rows import BadRows
+from llmctl.data.chat import omissions
+from llmctl.data.chat.sandbox import TemplateRefusal, render_cuts
 from llmctl.data.chat.templates import TRUSTED
 from llmctl.data.tokenized import EncodedSequence
-from llmctl.errors import ModelError
+from llmctl.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from llmctl.data.examples import Example
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 PROBE = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."})
 HINT = "choose another template: --chat-template FILE, or a name such as chatml"
+ROW_HINT = "leave the row out (--skip-bad-rows)"
 TrainOn = Literal["assistant", "completion", "prompt", "all"]
 
 BREAK = "\ufdd0"
@@ -60,6 +64,8 @@ class ChatFormat:
         self.tokenizer, self._clock = tokenizer, clock
         self._specials = SpecialTokens(tokenizer)
         self._variables = tokenizer.special_tokens_map
+        self._known_kinds: dict[str, bool] = {}
+        self._is_probing = False
 
     @cached_property
     def template(self) -> str:
@@ -68,14 +74,26 @@ class ChatFormat:
         Raises:
             ModelError: there is none, or there are several.
         """
+        return self._template_for(None)
+
+    @cached_property
+    def _tools_template(self) -> str:
+        """The chat template of conversations with tools: some models have one of their own."""
+        return self._template_for(omissions.PROBE_TOOLS)
+
+    def _template_for(self, tools: list[Any] | None) -> str:
         if self.tokenizer.chat_template is None:
             raise ModelError(
                 "this model has no chat template", hint="drop --chat to continue plain text"
             )
         try:
-            template = self.tokenizer.get_chat_template()
+            template = self.tokenizer.get_chat_template(tools=tools)
         except ValueError:
-            raise ModelError("several chat templates, and none of them is the default") from None
+            names = ", ".join(sorted(self.tokenizer.chat_template))
+            raise ModelError(
+                f"several chat templates ({names}), and none of them is called `default`",
+                hint="choose one: save it to a file, and pass --chat-template FILE",
+            ) from None
         if not isinstance(template, str):
             raise ModelError("the chat template is not text")
         return template
@@ -85,8 +103,15 @@ class ChatFormat:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
-        """Encode what precedes an assistant's turn; raise a ModelError if the template refuses."""
-        (text,) = self._render(messages, [(len(messages), True)], tools)
+        """Encode what precedes an assistant's turn.
+
+        Raises:
+            DataError: the template refuses these messages, or leaves out a part of them.
+            ModelError: it is broken, or has no place for a kind of part that they have.
+        """
+        hidden = self._specials.hide(self._prepared(messages, tools))
+        (text,) = self._render(hidden, [(len(messages), True)], tools)
+        self._require_whole(text, hidden)
         return self._specials.encode([text])[0]
 
     def encode_conversation(
@@ -106,26 +131,30 @@ class ChatFormat:
         else, or `all`. `tools` are JSON schemas of what the assistant may call.
 
         Raises:
-            ModelError: the template refuses these messages, or begins a turn of the assistant in
-                another way than it asks for one.
+            DataError: the template refuses these messages, leaves out a part of them, or begins a
+                turn of the assistant in another way than it asks for one.
+            ModelError: it does so with the simplest conversation, too.
         """
+        hidden = self._specials.hide(self._prepared(messages, tools))
         answers = _assistant_turns(messages)[-1 if train_on == "completion" else 0 :]
-        cuts = [(i, True) for i in answers] + [(i + 1, False) for i in answers]
+        cuts = [cut for i in answers for cut in ((i, True), (i + 1, False))]
         whole_cut = (len(messages), False)
-        distinct = list(dict.fromkeys([*cuts, whole_cut]))
-        text_of = dict(zip(distinct, self._render(messages, distinct, tools), strict=True))
-        whole, answered = text_of[whole_cut], [text_of[i + 1, False] for i in answers]
-        turns = [
-            self._find_turn(text_of[i, True], text_of[i + 1, False], messages[i]) for i in answers
-        ]
-        if all(whole.startswith(text) for text in answered):
+        rendered = self._render(hidden, list(dict.fromkeys([whole_cut, *cuts])), tools)
+        whole = next(rendered)
+        self._require_whole(whole, hidden)
+        turns, answered = [], []
+        for i in answers:
+            prompt = next(rendered)
+            text = whole if i + 1 == len(messages) else next(rendered)
+            turns.append(self._find_turn(prompt, text, messages[i]))
+            answered.append(len(text) if whole.startswith(text) else text)
+        if all(isinstance(text, int) for text in answered):
             sequence = self._encode_together(whole, turns, train_on)
             if sequence is not None:
                 return [sequence]
         elif train_on == "prompt":
-            raise ModelError(
-                "the chat template writes earlier turns anew: there is no one text of prompts",
-                hint=HINT,
+            raise self._refusal(
+                "the chat template writes earlier turns anew: there is no one text of prompts"
             )
         return self._encode_apart(answered, whole, turns, train_on)
 
@@ -137,12 +166,14 @@ class ChatFormat:
         return _sequence(tokens, [True] * len(tokens), eos is not None and len(tokens) > 1)
 
     def encode_examples(
-        self, examples: "Iterable[Example]", train_on: TrainOn
+        self, examples: "Iterable[Example]", train_on: TrainOn, bad: BadRows
     ) -> Iterator[list[EncodedSequence]]:
-        """Encode the training sequences of each example.
+        """Encode the training sequences of each example; none of one that is left out.
+
+        `bad` counts those that cannot be rendered.
 
         Raises:
-            ModelError: as `encode_conversation` does, with the place of the example.
+            DataError, ModelError: as `encode_conversation` does, with the place of the example.
         """
         for example in examples:
             if example.messages is None:
@@ -150,15 +181,13 @@ class ChatFormat:
                 continue
             try:
                 yield self.encode_conversation(example.messages, train_on, example.tools)
+            except DataError as error:
+                error.file, error.line = example.place, example.line
+                bad(error)
+                yield []
             except ModelError as error:
                 error.file, error.line = example.place, example.line
                 raise
-
-    def is_rendered(self, text: str) -> bool:
-        """Whether a text begins or ends with a special token, as one rendered before does."""
-        inner = text.strip()
-        tokens = self._specials.pattern.finditer(inner)
-        return any(token.start() == 0 or token.end() == len(inner) for token in tokens)
 
     @cached_property
     def probe(self) -> EncodedSequence:
@@ -170,6 +199,16 @@ class ChatFormat:
         return self.encode_conversation(PROBE, "assistant")[0]
 
     @cached_property
+    def after_turn(self) -> str:
+        """Text that the template writes after the end of the last turn, such as a line break.
+
+        Raises:
+            ModelError: the template cannot render a question and its answer.
+        """
+        prompt, text = self._render(PROBE, [(1, True), (2, False)], None)
+        return text[self._find_turn(prompt, text, PROBE[1]).end :]
+
+    @cached_property
     def end_of_turn(self) -> int | None:
         """Id of the special token that ends a turn of the assistant; None where there is none."""
         if self.tokenizer.chat_template is None or not self.probe.ends:
@@ -177,37 +216,138 @@ class ChatFormat:
         last = max(k for k, trained in enumerate(self.probe.trained) if trained)
         return self.probe.tokens[last]
 
+    def _prepared(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+    ) -> Sequence[Mapping[str, Any]]:
+        """Check that the template has a place for every kind of part; write calls as it asks for.
+
+        Raises:
+            ModelError: it never writes one of them.
+        """
+        if tools and "tools" not in self._tools_template:
+            raise ModelError("the chat template has no place for tools", hint=HINT)
+        kinds = omissions.kinds_of(messages)
+        for kind in kinds:
+            if not self._writes(kind):
+                what = omissions.NAMES.get(kind, f"`{kind}`")
+                raise ModelError(f"the chat template has no place for {what}", hint=HINT)
+        if "tool_calls" in kinds and self._takes_text_arguments:
+            return omissions.with_text_arguments(messages)
+        return messages
+
+    @cached_property
+    def _takes_text_arguments(self) -> bool:
+        """Whether the template adds the arguments of a call to a text, as DeepSeek's do."""
+        probe = omissions.PROBES["tool_calls"]
+        if self._rendered_probe(probe) is not None:
+            return False
+        return self._rendered_probe(omissions.with_text_arguments(probe)) is not None
+
+    def _writes(self, kind: str) -> bool:
+        """Whether the template writes a kind of part; where it refuses it, the row is at fault."""
+        if kind not in self._known_kinds:
+            probe: Sequence[Mapping[str, Any]] = omissions.PROBES[kind]
+            if kind in ("tool", "tool_calls") and self._takes_text_arguments:
+                probe = omissions.with_text_arguments(probe)
+            text = self._rendered_probe(probe)
+            self._known_kinds[kind] = text is None or omissions.writes(text, kind)
+        return self._known_kinds[kind]
+
+    def _rendered_probe(self, messages: Sequence[Mapping[str, Any]]) -> str | None:
+        """Render a conversation of ours; None where the template refuses it."""
+        is_call = any(message.get("tool_calls") for message in messages)
+        tools = omissions.PROBE_TOOLS if is_call else None
+        try:
+            return next(self._raw(messages, [(len(messages), False)], tools))
+        except TemplateRefusal:
+            return None
+
+    def _require_whole(self, text: str, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Raise a DataError for messages of which the template leaves out a part."""
+        missing = omissions.missing_part(text, messages)
+        if missing is not None:
+            raise DataError(
+                f"the chat template leaves out {missing}",
+                hint="take it out of the row, or choose a template that writes it: --chat-template",
+            )
+
+    @cached_property
+    def end_of_answer(self) -> int | None:
+        """The same for use alone, where the template may ask otherwise than it begins a turn.
+
+        Raises:
+            ModelError: the template refuses even a question and its answer.
+        """
+        if self.tokenizer.chat_template is None:
+            return None
+        (text,) = self._raw(PROBE, [(len(PROBE), False)], None)
+        answer = text.rfind(PROBE[-1]["content"])
+        *_, last = [None, *self._specials.pattern.finditer(text, max(answer, 0))]
+        if answer < 0 or last is None or text[last.end() :].strip():
+            return None
+        return int(self.tokenizer.convert_tokens_to_ids(last[0]))
+
     def _render(
         self,
         messages: Sequence[Mapping[str, Any]],
         cuts: Sequence[tuple[int, bool]],
         tools: Sequence[Mapping[str, Any]] | None,
-    ) -> list[str]:
-        """Render several cuts, with a BREAK in every special token that a user spelled."""
+    ) -> Iterator[str]:
+        """Render several cuts of messages that have a BREAK in every special token spelled.
+
+        Raises:
+            DataError: the template refuses them, and renders the simplest conversation.
+            ModelError: it renders not even that.
+        """
+        try:
+            yield from self._raw(messages, cuts, tools)
+        except TemplateRefusal as error:
+            if self._rendered_probe(PROBE) is None:
+                raise
+            raise DataError(error.message, hint=_row_hint(error.message, messages)) from None
+
+    def _raw(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        cuts: Sequence[tuple[int, bool]],
+        tools: Sequence[Mapping[str, Any]] | None,
+    ) -> Iterator[str]:
         bare = [{k: v for k, v in message.items() if k != "weight"} for message in messages]
-        for name, is_used in (
-            ("tools", bool(tools)),
-            ("tool_calls", any(message.get("tool_calls") for message in bare)),
-        ):
-            if is_used and name not in self.template:
-                raise ModelError(f"the chat template has no place for {name}", hint=HINT)
+        template = self._tools_template if tools else self.template
         return render_cuts(
-            self.template,
-            self._specials.hide(bare),
+            template,
+            bare,
             cuts,
             self._variables,
             self._specials.hide(tools),
             clock=self._clock,
-            trusted=self.template in TRUSTED,
+            trusted=template in TRUSTED,
         )
+
+    def _refusal(self, message: str) -> ModelError | DataError:
+        """Blame the template for what it does to the simplest conversation, too; else the row."""
+        if self._is_probing or not self._suits_training:
+            return ModelError(message, hint=HINT)
+        return DataError(message, hint=f"{ROW_HINT}, or {HINT}")
+
+    @cached_property
+    def _suits_training(self) -> bool:
+        """Whether the simplest conversation can be trained on."""
+        self._is_probing = True
+        try:
+            _ = self.probe
+        except ModelError:
+            return False
+        finally:
+            self._is_probing = False
+        return True
 
     def _find_turn(self, prompt: str, text: str, message: Mapping[str, Any]) -> _Turn:
         """Find the assistant's turn in a text that ends with it."""
         if not text.startswith(prompt):
-            raise ModelError(
+            raise self._refusal(
                 f"the chat template asks for an answer with {_tail(prompt)} but begins one"
-                f" otherwise, with {_tail(text[: len(prompt)])}: training and use would differ",
-                hint=HINT,
+                f" otherwise, with {_tail(text[: len(prompt)])}: training and use would differ"
             )
         start, is_trainable = len(prompt), message.get("weight") != 0
         specials = self._specials.pattern.finditer(text, start)
@@ -238,11 +378,16 @@ class ChatFormat:
         return _sequence(tokens, trained, ends)
 
     def _encode_apart(
-        self, texts: Sequence[str], whole: str, turns: Sequence[_Turn], train_on: TrainOn
+        self, texts: Sequence[str | int], whole: str, turns: Sequence[_Turn], train_on: TrainOn
     ) -> list[EncodedSequence]:
-        """Encode a sequence for each turn: the tokens of its prompt, then those that it adds."""
+        """Encode a sequence for each turn: the tokens of its prompt, then those that it adds.
+
+        Of a text with which the `whole` begins, the length is enough.
+        """
         sequences: list[EncodedSequence] = []
-        for text, turn in zip(texts, turns, strict=True):
+        text = ""
+        for given, turn in zip(texts, turns, strict=True):
+            text = whole[:given] if isinstance(given, int) else given
             if train_on != "all" and not turn.is_trainable:
                 continue
             tokens, start, end = self._encode_turn(text, turn)
@@ -252,7 +397,7 @@ class ChatFormat:
                 trained[known:] = [True] * (len(tokens) - known)
             trained[start:end] = [turn.is_trainable] * (end - start)
             sequences.append(_sequence(tokens, trained, turn.is_trainable and turn.is_ended))
-        if not sequences or (train_on == "all" and whole != texts[-1]):
+        if not sequences or (train_on == "all" and whole != text):
             (tokens,) = self._specials.encode([whole])
             known = common_prefix(sequences[-1].tokens, tokens) if sequences else len(tokens)
             sequences.append(_sequence(tokens, [k >= known for k in range(len(tokens))], False))
@@ -278,6 +423,17 @@ def _sequence(tokens: list[int], trained: list[bool], ends: bool) -> EncodedSequ
     )
 
 
+def _row_hint(message: str, messages: Sequence[Mapping[str, Any]]) -> str:
+    """Say what can be done with a row that a template refuses."""
+    roles = [message["role"] for message in messages]
+    said = message.lower()
+    if "system" in said and roles[0] in ("system", "developer"):
+        return "take the system message out, or put it at the head of the first user's turn"
+    if "alternat" in said or any(a == b for a, b in pairwise(roles)):
+        return "merge messages of the same role that follow each other, or choose another template"
+    return f"{ROW_HINT}, or choose another template"
+
+
 def _assistant_turns(messages: Sequence[Mapping[str, Any]]) -> list[int]:
     """Number the assistant's messages, from the first of a user on."""
     roles = [message["role"] for message in messages]
@@ -300,8 +456,8 @@ class SpecialTokens:
             for number, token in tokenizer.added_tokens_decoder.items()
             if token.special or token.content in tokenizer.all_special_tokens
         }
-        names = sorted(special.values(), key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        self.names = tuple(special.values())
+        self.pattern = any_of(self.names)
         self._ids = frozenset(special)
 
     def hide(self, value: Any) -> Any:
@@ -382,6 +538,12 @@ class SpecialTokens:
             if name:
                 tokens.append(int(self.tokenizer.convert_tokens_to_ids(name)))
         return tokens
+
+
+def any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Compile a pattern of all these tokens, the longest first."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

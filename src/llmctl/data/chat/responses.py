@@ -6,14 +6,17 @@ joins: `[CLS] prompt [SEP] response [SEP]`.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from llmctl.config.sections import ScoreAt
 from llmctl.data.chat.render import ChatFormat, common_prefix, encode_text, special_token_ids
-from llmctl.data.chat.templates import set_chat_template
+from llmctl.data.chat.templates import ending_at_turn, set_chat_template
 from llmctl.data.examples import Example
 from llmctl.data.tokenized import EncodedSequence
+from llmctl.errors import ModelError
 from llmctl.models.causality import is_encoder
 
 
@@ -30,6 +33,16 @@ def prepare_template(
     return set_chat_template(tokenizer, choice)
 
 
+def end_at_turn(tokenizer: PreTrainedTokenizerBase, shape: PreTrainedConfig) -> None:
+    """Have the chat template write nothing after the last turn.
+
+    So the last token is the one that is scored, for whoever renders a conversation with it.
+    """
+    response_format = ResponseFormat(tokenizer, shape)
+    if after := response_format.after_turn:
+        tokenizer.chat_template = ending_at_turn(response_format.chat.template, after)
+
+
 class ResponseFormat:
     """Encode responses after their prompts by one tokenizer, which changes no more."""
 
@@ -38,14 +51,31 @@ class ResponseFormat:
         tokenizer: PreTrainedTokenizerBase,
         shape: PreTrainedConfig,
         clock: str | None = None,
+        score_at: ScoreAt = "end-of-turn",
     ) -> None:
         """Take the tokenizer of a model.
 
-        Its chat template and padding token are set; `clock` as in `ChatFormat`.
+        Its chat template and padding token are set; `clock` as in `ChatFormat`. `score_at` says
+        where a conversation ends.
         """
         self.tokenizer, self.chat = tokenizer, ChatFormat(tokenizer, clock)
+        self.score_at = score_at
         self.is_pair = is_encoder(shape) and tokenizer.chat_template is None
         self._special = special_token_ids(tokenizer)
+
+    @cached_property
+    def after_turn(self) -> str:
+        """Text that the chat template writes after the end of the last turn.
+
+        Empty without a template, and for one that refuses a question and its answer: it will refuse
+        others, too.
+        """
+        if self.tokenizer.chat_template is None:
+            return ""
+        try:
+            return self.chat.after_turn
+        except ModelError:
+            return ""
 
     def encode_example(self, example: Example, prompt: int) -> EncodedSequence:
         """Encode a conversation whose first `prompt` messages are the prompt, or a plain text.
@@ -68,14 +98,18 @@ class ResponseFormat:
     ) -> EncodedSequence:
         """Encode a conversation: the first `prompt` messages, and the response to them.
 
-        Text of the template after the response's end is left out. A response that was cut off (not
+        Of two texts the second is the last message: how a conversation is split depends on nothing
+        but itself.
+
+        Text of the template after the response's end is left out, unless the score stands at the
+        last token. A response that was cut off (not
         `ended`) loses the token that would end it, except for encoders, which have no such token.
 
         Raises:
             ModelError: the chat template refuses it.
         """
         if self.is_pair:
-            return self._pair(_flat(messages[:prompt]), _flat(messages[prompt:]))
+            return self._pair(_flat(messages[:-1]), _flat(messages[-1:]))
         marked: list[dict[str, Any]] = [
             {k: v for k, v in message.items() if k != "weight"}
             | ({"weight": 0} if place < prompt and message["role"] == "assistant" else {})
@@ -84,6 +118,8 @@ class ResponseFormat:
         train_on: Any = "completion" if prompt == len(messages) - 1 else "assistant"
         sequence = self.chat.encode_conversation(marked, train_on, tools)[-1]
         end = max((k + 1 for k, counts in enumerate(sequence.trained) if counts), default=0)
+        if self.score_at == "last-token" and ended:
+            end = len(sequence.tokens)
         if not end:  # an empty response, in a template that ends it with nothing
             tokens = self.chat.encode_prompt(messages[:prompt], tools)
             return EncodedSequence(tokens, [False] * len(tokens), False)

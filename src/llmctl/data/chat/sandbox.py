@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -25,7 +25,15 @@ PASSED_ON = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG")
 """Environment variables that the sandbox process gets: no secret."""
 TEMPLATE_SIZE = 250_000
 """Characters of a template at most; the longest of well-known models have a tenth of it."""
+SHARE = 4_000_000
+"""Characters of messages that a request may have rendered, over all its cuts: the time that a row
+may take grows with it, and a request's does not."""
 HINT = "such a template is broken or hostile: use another tokenizer, or continue plain text"
+
+
+class TemplateRefusal(ModelError):
+    """A chat template does not render some messages."""
+
 
 CHATML_TEMPLATE = """\
 {{- bos_token }}
@@ -56,8 +64,8 @@ def render_cuts(
     *,
     clock: str | None = None,
     trusted: bool = False,
-) -> list[str]:
-    """Render several cuts of a conversation at the cost of one request.
+) -> Iterator[str]:
+    """Render several cuts of a conversation, as many at the cost of one request as it may take.
 
     Each text is to the letter that of `apply_chat_template`.
 
@@ -71,34 +79,38 @@ def render_cuts(
         trusted: llmctl wrote the template, which then runs in this process.
 
     Raises:
-        ModelError: the template refuses the messages, is broken, or takes too much time or memory.
+        TemplateRefusal: the template refuses the messages, is broken, or takes too much time or
+            memory.
     """
     if len(template) > TEMPLATE_SIZE:
-        raise ModelError(f"the chat template is larger than {TEMPLATE_SIZE:,} characters")
+        raise TemplateRefusal(f"the chat template is larger than {TEMPLATE_SIZE:,} characters")
     present = [{k: v for k, v in message.items() if v is not None} for message in messages]
     request: dict[str, Any] = {
         "template": template,
         "messages": present,
-        "cuts": list(cuts),
         "tools": None if tools is None else list(tools),
         "variables": dict(variables),
     }
     if trusted:  # none of ours writes the date
-        return _render_here(request)
-    answer = _request(json.dumps({**request, "clock": clock}))
-    if "texts" in answer:
-        return answer["texts"]  # type: ignore[no-any-return]
-    raise ModelError(f"the chat template {answer['refusal']}", hint=HINT)
+        yield from _render_here({**request, "cuts": list(cuts)})
+        return
+    step = max(1, SHARE // (1 + len(json.dumps(present)))) if len(cuts) > 2 else 2
+    for start in range(0, len(cuts), step):
+        share = list(cuts[start : start + step])
+        answer = _request(json.dumps({**request, "cuts": share, "clock": clock}))
+        if "texts" not in answer:
+            raise TemplateRefusal(f"the chat template {answer['refusal']}", hint=HINT)
+        yield from answer["texts"]
 
 
-def _render_here(request: dict[str, Any]) -> list[str]:
+def _render_here(request: dict[str, Any]) -> Iterator[str]:
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
-        return list(sandbox_process.render_cuts(render_jinja_template, **request))
+        yield from sandbox_process.render_cuts(render_jinja_template, **request)
     except TemplateError as error:
-        raise ModelError(f"the chat template refuses these messages: {error}") from None
+        raise TemplateRefusal(f"the chat template refuses these messages: {error}") from None
 
 
 def _request(request: str) -> dict[str, Any]:
@@ -116,8 +128,9 @@ def _request(request: str) -> dict[str, Any]:
             return {"refusal": "cannot be rendered: its process ended"}
         answer = process.stdout.readline()
         if not answer.endswith(b"\n"):
-            if process.wait() == -signal.SIGALRM:
-                return {"refusal": f"takes too long: more than {sandbox_process.SECONDS:.0f} s"}
+            if process.wait() == -signal.SIGPROF:
+                limit = f"{sandbox_process.SECONDS:.0f} s of a processor"
+                return {"refusal": f"takes too long: more than {limit}"}
             return {"refusal": f"ends its process (exit code {process.returncode})"}
         undo.pop_all()
     return json.loads(answer)  # type: ignore[no-any-return]

@@ -16,7 +16,8 @@ from datetime import datetime
 from typing import Any
 
 SECONDS = 3.0
-"""Limit for one conversation; a template takes milliseconds."""
+"""Time of a processor that a request may take, however busy the machine is; a template takes
+milliseconds."""
 MEMORY = 512 * 2**20
 """Bytes of this process at most, of which Python and its libraries take a fifth."""
 TEXT = 1_000_000
@@ -40,18 +41,18 @@ def main() -> None:
     from jinja2 import TemplateError
 
     _bound_memory()
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     for line in sys.stdin.buffer:
         # The kernel ends this process, wherever it is: no Python code has to get its turn for it.
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             answer = _answer(render, line)
         except (TemplateError, *FAILURES) as error:
             answer = {"refusal": f"refuses these messages: {_one_line(error)}"}
         except MemoryError:
             answer = {"refusal": f"takes too much memory: more than {MEMORY >> 20} MB"}
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
         sys.stdout.buffer.flush()
 

@@ -5,6 +5,7 @@ and the names of the tokens that were added to it, for which a model needs embed
 """
 
 import difflib
+import re
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -23,7 +24,32 @@ TEMPLATES = {
 }
 """Conversation formats of well-known models; the jinja is llmctl's own."""
 
-TRUSTED = frozenset(TEMPLATES.values())
+
+def ending_at_turn(template: str, after: str) -> str:
+    """Rewrite a template so that it leaves out `after` at the end of a whole conversation.
+
+    The text is captured and shortened, whatever the template is made of. Markers of what the
+    assistant wrote become blocks without a meaning: in a captured text they have no place.
+    """
+    body = re.sub(r"(\r\n|\r|\n)\Z", "", template)  # which jinja leaves out
+    body = re.sub(r"\{%([-+]?)\s*generation\b", r"{%\1 if true", body)
+    body = re.sub(r"\{%([-+]?)\s*endgeneration\b", r"{%\1 endif", body)
+    text = "conversation_text"
+    return (
+        f"{{% set {text} +%}}{body}{{%+ endset %}}"
+        f"{{%- if not add_generation_prompt and {text}.endswith({after!r}) %}}"
+        f"{{{{- {text}[:-{len(after)}] }}}}"
+        f"{{%- else %}}{{{{- {text} }}}}{{%- endif %}}"
+    )
+
+
+TRUSTED = frozenset(
+    [
+        *TEMPLATES.values(),
+        *(ending_at_turn(text, after) for text in TEMPLATES.values() for after in ("\n", "\n\n")),
+    ]
+)
+"""Templates of llmctl's, also as reward models have them."""
 
 TEMPLATE_TOKENS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),

@@ -9,19 +9,21 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from llmctl.data.tokenizer.train import WORDS
+from llmctl.models.tokenizer_file import TORTURE
 
 FlatIds = tuple[NDArray[np.uint32], NDArray[np.int64]]
 """The ids of all texts one after the other, and the number of ids of each text."""
 
 EncodeTexts = Callable[[list[str]], FlatIds]
-CutPoints = Literal["anywhere", "words", "spaces", "nowhere"]
+CutPoints = Literal["anywhere", "words", "spaces", "marks", "nowhere"]
+"""At marks, the space before a piece is left out: the tokenizer puts a mark before every text."""
 
 PIECE_CHARACTERS = 1 << 15
 RUN_CHARACTERS = 1 << 21
@@ -32,12 +34,16 @@ CHECK_EVERY = 1 << 24
 
 CHECK_CHARACTERS = 1 << 14
 
-TORTURE = (
-    "Hello world,  it's  2024!\tTabs\tand\nlines\r\nand\u00a0spaces \u3000 here.   \n\n  x\n y\n"
-    "\n\nz "
-    "caf\u00e9 e\u0301 \u4e2d\u6587 \u0442\u0435\u0441\u0442 \U0001f468\u200d\U0001f469 'LL 'tis "
-    "don't ##x a_b <|eos|> <s> [SEP] 1234567 a\x1cb \x85 \u2028 end\n"
-)
+
+MARK = "\u2581"
+MARKS = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": MARK},
+        {"type": "Replace", "pattern": {"String": " "}, "content": MARK},
+    ],
+}
+"""Normalizer of Llama 2's tokenizer, and of those made like it."""
 
 
 class Mismatch(Exception):
@@ -86,11 +92,14 @@ def _fastokens_encoder(tokenizer: Tokenizer) -> EncodeTexts | None:
         fast = fastokens.Tokenizer.from_json_str(tokenizer.to_str())
     except (ImportError, ValueError):
         return None
-    unchecked = CHECK_EVERY
+    unchecked, slow = CHECK_EVERY, _tokenizers_encoder(tokenizer)
 
     def encode(texts: list[str]) -> FlatIds:
         nonlocal unchecked
-        raw, offsets = fast.encode_batch_flat(texts, split_special_tokens=True)
+        try:
+            raw, offsets = fast.encode_batch_flat(texts, split_special_tokens=True)
+        except ValueError:  # a byte without a token, which `tokenizers` drops
+            return slow(texts)
         flat = np.frombuffer(raw, "<u4")
         stops = np.frombuffer(offsets, "<u8").astype(np.int64)
         unchecked += sum(map(len, texts))
@@ -146,6 +155,8 @@ def _cut_points(tokenizer: Tokenizer, content: dict[str, object], sample: str) -
         llama = {"type": "Sequence", "pretokenizers": [_pattern(WORDS), _byte_level(False)]}
         if split in (llama, _byte_level(True)):
             return "words"
+    if content["normalizer"] == MARKS and split is None and not ordinary and _is_marked(model):
+        return "marks"
     text = TORTURE + sample[:PIECE_CHARACTERS]
     whole = tokenizer.encode(text, add_special_tokens=False).ids
     pieces = tokenizer.encode_batch_fast(
@@ -154,6 +165,15 @@ def _cut_points(tokenizer: Tokenizer, content: dict[str, object], sample: str) -
     spaced = any(t.rstrip or " " in t.content[1:] for t in ordinary)
     joined = [i for piece in pieces for i in piece.ids]
     return "spaces" if joined == whole and not spaced else "nowhere"
+
+
+def _is_marked(model: dict[str, Any]) -> bool:
+    """Whether a model has the mark, and no token with one after another character.
+
+    Then no merge reaches over a space into the word before it.
+    """
+    is_whole = model["type"] == "BPE" and MARK in model["vocab"]
+    return is_whole and not any(re.search(f"[^{MARK}]{MARK}", token) for token in model["vocab"])
 
 
 def _pattern(regex: str) -> dict[str, object]:
@@ -193,6 +213,8 @@ class Cutter:
     def feed(self, text: str, is_last: bool) -> Iterator[str]:
         """Yield the pieces that are ready; together they are the document. The last may be empty.
 
+        Cut at marks they are so with a space between two.
+
         Raises:
             RunTooLong: more than `RUN_CHARACTERS` without a cut point.
         """
@@ -208,7 +230,7 @@ class Cutter:
                 searched = len(rest) - start - 2
                 break
             yield rest[start:cut]
-            start, searched = cut, 0
+            start, searched = cut + (self.cuts == "marks"), 0
         self._rest, self._searched = ("", 0) if is_last else (rest[start:], searched)
         if len(rest) - start > RUN_CHARACTERS:
             raise RunTooLong
@@ -222,7 +244,7 @@ class Cutter:
             return stop
         if self.cuts == "nowhere":
             return None
-        pattern = _SPACE_CUT if self.cuts == "spaces" else _WORD_CUT
+        pattern = _CUTS.get(self.cuts, _WORD_CUT)
         if searched == 0:
             near = text.rfind(" ", start + 1, stop)
             while near > start:
@@ -237,3 +259,4 @@ class Cutter:
 
 _SPACE_CUT = re.compile(r"(?<=\S)(?= \S)")
 _WORD_CUT = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
+_CUTS = {"spaces": _SPACE_CUT, "marks": re.compile(rf"(?<=[^\s{MARK}])(?= [^\s{MARK}])")}

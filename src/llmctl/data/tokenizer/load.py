@@ -15,10 +15,11 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from llmctl.errors import ModelError
+from llmctl.files import FETCH_LFS, is_lfs_pointer
 from llmctl.models import hub
+from llmctl.models.tokenizer_file import PLAIN_CLASSES, read_tokenizer, switch_off_dropout
 from llmctl.runs.directory import resolve_tokenizer
 
-PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -43,6 +44,11 @@ class Vocabulary:
 
     prefix: tuple[int, ...]
     """Ids that the tokenizer puts before every text, such as bos."""
+
+    @property
+    def frame(self) -> tuple[int, ...]:
+        """Ids that stand around every document."""
+        return (*self.prefix, self.eos)
 
     @property
     def size(self) -> int:
@@ -89,10 +95,11 @@ def load_vocabulary(reference: str) -> tuple[Vocabulary, Callable[[Path], None]]
     is_plain = config.get("tokenizer_class") in PLAIN_CLASSES
     if not is_plain or not (folder / "tokenizer.json").is_file():
         return _load_through_transformers(folder)
-    try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the library raises nothing narrower
-        raise ModelError(f"not a tokenizer: {error}", file=folder / "tokenizer.json") from None
+    if is_lfs_pointer(folder / "tokenizer.json"):
+        what = "a pointer of git-lfs, not the file itself"
+        raise ModelError(what, file=folder / "tokenizer.json", hint=FETCH_LFS)
+    tokenizer = read_tokenizer(folder / "tokenizer.json")
+    is_changed = switch_off_dropout(tokenizer, folder)
     names = {role: _token_text(config.get(f"{role}_token")) for role in ("eos", "bos", "unk")}
     vocabulary = vocabulary_of(tokenizer, eos=names["eos"], bos=names["bos"], unknown=names["unk"])
 
@@ -101,6 +108,8 @@ def load_vocabulary(reference: str) -> tuple[Vocabulary, Callable[[Path], None]]
         for name in FILES:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, target / name)
+        if is_changed:
+            tokenizer.save(str(target / "tokenizer.json"))
 
     return vocabulary, save
 
@@ -123,14 +132,10 @@ def _token_text(token: Any) -> str | None:
 
 
 def _load_through_transformers(folder: Path) -> tuple[Vocabulary, Callable[[Path], None]]:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from llmctl.models.loading import load_tokenizer  # transformers
 
-    try:
-        loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"no tokenizer that can be opened: {reason}", file=folder) from None
-    if not isinstance(loaded, PreTrainedTokenizerFast):
+    loaded: Any = load_tokenizer(str(folder))
+    if not loaded.is_fast:
         raise ModelError(
             f"{type(loaded).__name__} has no `tokenizers` form, which encoding needs", file=folder
         )

@@ -227,10 +227,15 @@ const ACTIONS = {
 };
 for (const [id, act] of Object.entries(ACTIONS)) $(id).addEventListener("click", act);
 
-// a button that was clicked must not take the Enter that confirms
+let clickedOn = null; // the view of the first click of several
+
 document.addEventListener("click", (event) => {
+  // a button that was clicked must not take the Enter that confirms
   if (event.detail > 0) document.activeElement?.blur();
-});
+  // the second click of a double one must not act on what the first has brought
+  if (event.detail <= 1) clickedOn = view;
+  else if (busy || clickedOn !== view) event.stopImmediatePropagation();
+}, true);
 
 document.addEventListener("keydown", (event) => {
   if (!view || event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;

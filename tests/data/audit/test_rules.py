@@ -1,0 +1,121 @@
+"""Every command that reads rows keeps the same rules, as the table of the docs says."""
+
+import pytest
+
+from llmctl.cli import COMMANDS
+from llmctl.data.audit.rule_table import NO_ROWS, READERS, RULES
+from tests.conftest import sentences
+from tests.run_files import write_rows
+
+COUNT = 40
+
+
+def test_no_command_is_missing_from_the_table():
+    readers = {reader.split()[0] for reader in READERS}
+    assert readers | set(NO_ROWS) == set(COMMANDS)
+    assert not readers & set(NO_ROWS)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_a_rule_has_an_answer_or_a_reason_for_each(rule):
+    assert set(rule.refused_by) <= set(READERS)
+    assert set(rule.warned_by) <= set(READERS) - set(rule.refused_by)
+    rest = set(READERS) - set(rule.refused_by) - set(rule.warned_by)
+    assert bool(rest) == bool(rule.reason)
+    assert [rule.answer(reader) for reader in rule.refused_by] == ["refuse"] * len(rule.refused_by)
+
+
+@pytest.fixture(scope="module")
+def judge(cli, roomy, tmp_path_factory):
+    """A reward model of a few steps."""
+    out = tmp_path_factory.mktemp("judge") / "run"
+    rows = [{"prompt": a, "chosen": a, "rejected": b} for a, b in pairs()]
+    file = write_rows(out.parent / "pairs.jsonl", rows)
+    result = cli("reward", "--model", roomy, "--data", file, "--max-steps", 1, "-o", out, "-q")
+    assert result.code == 0, result.err
+    return out
+
+
+def pairs():
+    lines = sentences(2 * COUNT, seed=3)
+    return list(zip(lines[::2], lines[1::2], strict=True))
+
+
+@pytest.fixture
+def run(cli, roomy, judge, tmp_path):
+    """Run a reader on texts, in the columns that it takes."""
+
+    def read(reader, spoil, share=1.0):
+        rows = [
+            {
+                "prompt": spoil(a) if number < share * COUNT else a,
+                "response": b,
+                "chosen": b,
+                "rejected": a + " No.",
+                "text": spoil(a) if number < share * COUNT else a,
+                "label": "xy"[number % 2],
+            }
+            for number, (a, b) in enumerate(pairs())
+        ]
+        columns = {
+            "sft --task classify": ("text", "label"),
+            "tokenize": ("text",),
+            "generate": ("prompt",),
+            "rank": ("prompt",),
+            **dict.fromkeys(("reward", "dpo"), ("prompt", "chosen", "rejected")),
+        }.get(reader, ("prompt", "response"))
+        file = write_rows(
+            tmp_path / "rows.jsonl", [{key: row[key] for key in columns} for row in rows]
+        )
+        model, out = ("--model", roomy), ("-o", tmp_path / f"out-{share}-{len(rows[0]['prompt'])}")
+        quick = (*out, "--dry-run")
+        name, *flags = reader.split()
+        more = {
+            "tokenize": ("--tokenizer", roomy, "--data", file, "--val-fraction", 0, *out),
+            "audit": (file, *model),
+            "ppo": (*model, "--data", file, "--reward-rule", "length:5", *quick),
+            "evaluate": (*model, "--data", file, "--metrics", "exact", *quick),
+            "reward --score": (file, "--model", judge, "--dry-run"),
+            "rank": (*model, "--data", file, "--annotator", "a", *quick),
+            "generate": (*model, "--prompts-file", file, "--max-new-tokens", 2, "--json"),
+        }.get(reader, (*model, "--data", file, *quick))
+        return cli(name, *flags, *more)
+
+    return read
+
+
+FILE_READERS = [reader for reader in READERS if reader not in ("chat", "quantize")]
+RENDERED = next(rule for rule in RULES if rule.name == "rendered")
+LOST = next(rule for rule in RULES if rule.name == "lost")
+
+
+@pytest.mark.parametrize("token", ["<|eos|>", "<|im_start|>"])
+@pytest.mark.parametrize("reader", FILE_READERS)
+def test_texts_that_were_rendered_before(run, reader, token):
+    """Also with the tokens of a template that the model does not have."""
+    answer = RENDERED.answer(reader)
+    few = run(reader, lambda text: f"{token}{text}", share=0.05)
+    assert few.code == 0, few.err
+    result = run(reader, lambda text: f"{token}{text}")
+    assert result.code == (3 if answer == "refuse" else 0), result.err
+    if answer == "refuse":
+        assert "special tokens, as letters, begin or end texts" in result.err
+    elif answer == "warn":
+        assert result.err.count(f"spells special tokens ({token}), which are text here") == 1
+
+
+@pytest.mark.parametrize("reader", FILE_READERS)
+def test_characters_that_the_tokenizer_loses(run, reader, judge, monkeypatch):
+    from llmctl.data.tokenizer import lost
+
+    monkeypatch.setattr(lost.LostCharacters, "_loses", True)
+    monkeypatch.setattr(lost.LostCharacters, "_bytes", b"Z")
+    answer = LOST.answer(reader)
+    few = run(reader, lambda text: f"{text} Z")
+    assert few.code == 0, few.err
+    assert few.err.count('characters have no token and are lost, such as "Z"') == (
+        0 if reader == "audit" else 1
+    )
+    result = run(reader, lambda text: "Z" * 2 * len(text) + text)
+    assert result.code == (3 if answer == "refuse" else 0), result.err
+    assert "characters have no token and are lost" in result.err
