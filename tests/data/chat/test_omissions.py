@@ -189,6 +189,11 @@ def test_a_template_that_renders_nothing_is_to_blame_itself(chat_of):
         )
 
 
+def test_a_template_that_writes_nothing_that_is_said_is_to_blame_itself(chat_of):
+    with pytest.raises(ModelError, match="does not write what is said"):
+        chat_of("{% for m in messages %}<s>{{ m.role }}</s>{% endfor %}").encode_prompt([USER])
+
+
 def test_a_long_conversation_is_rendered_in_shares(chat_of, monkeypatch):
     """800 exchanges took more than the limit of one request; the limit is of a share."""
     from llmctl.data.chat import sandbox

@@ -263,13 +263,22 @@ class ChatFormat:
             return None
 
     def _require_whole(self, text: str, messages: Sequence[Mapping[str, Any]]) -> None:
-        """Raise a DataError for messages of which the template leaves out a part."""
+        """Refuse messages of which the template leaves out a part.
+
+        Raises:
+            DataError: it writes the simplest conversation whole.
+            ModelError: it leaves out a part of that, too.
+        """
         missing = omissions.missing_part(text, messages)
-        if missing is not None:
-            raise DataError(
-                f"the chat template leaves out {missing}",
-                hint="take it out of the row, or choose a template that writes it: --chat-template",
-            )
+        if missing is None:
+            return
+        probe = self._rendered_probe(PROBE)
+        if probe is not None and omissions.missing_part(probe, PROBE) is not None:
+            raise ModelError("the chat template does not write what is said", hint=HINT)
+        raise DataError(
+            f"the chat template leaves out {missing}",
+            hint="take it out of the row, or choose a template that writes it: --chat-template",
+        )
 
     @cached_property
     def end_of_answer(self) -> int | None:
