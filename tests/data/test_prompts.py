@@ -92,6 +92,13 @@ def test_a_row_without_a_prompt_is_refused_with_its_line(tmp_path, row, message)
     assert bad.count == 1
 
 
+def test_columns_beside_the_prompt_and_its_answer_are_named(tmp_path):
+    row = {"prompt": "Hi", "answer": "Ho", "system": "Be kind.", "context": "x", "id": 3}
+    bad = BadRows()
+    read_prompts([str(write_rows(tmp_path / "a.jsonl", [row]))], [], 0, bad)
+    assert bad.unread == ["context", "id"]
+
+
 def test_structured_text_is_text(tmp_path):
     """A JSON list of objects that have no role is what a user or a model may well write."""
     text = json.dumps([{"name": "Ann", "age": 3}])

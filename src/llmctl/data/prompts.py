@@ -201,6 +201,8 @@ def _read_source(source: Source, bad: BadRows) -> Iterator[tuple[PromptExample, 
             error.file, error.line = record.place, record.line
             bad(error)
         else:
+            unread = _layout_of(record.values).unread(record.values)
+            bad.note_unread(unread.difference(ANSWER_COLUMNS))
             yield prompt, record.values
 
 
@@ -210,13 +212,7 @@ def parse_prompt(record: SourceRow) -> PromptExample:
     Raises:
         DataError: no prompt, or one that training would refuse.
     """
-    row = record.values
-    layout = next((known for known in LAYOUTS if row.keys() >= set(known.needed.values())), None)
-    if layout is None:
-        raise DataError(
-            f"no prompt in these columns: {quote_names(list(row))}",
-            hint="it takes `messages`, `prompt`, `instruction` (with its `input`) or `question`",
-        )
+    row, layout = record.values, _layout_of(record.values)
     columns = layout.columns(row)
     values = {role: row.get(column) for role, column in columns.items()}
     role = next(iter(layout.needed))
@@ -231,6 +227,17 @@ def parse_prompt(record: SourceRow) -> PromptExample:
     is_text = role == "prompt" and not isinstance(value, list) and len(messages) == 1 and not tools
     prompt = messages[0]["content"] if is_text else messages
     return PromptExample(prompt, record.place, record.line, _answer(row) or answer, tools)
+
+
+def _layout_of(row: dict[str, Any]) -> Layout:
+    """Return the layout of a row by its columns; raise a DataError where it has no prompt."""
+    for layout in LAYOUTS:
+        if row.keys() >= set(layout.needed.values()):
+            return layout
+    raise DataError(
+        f"no prompt in these columns: {quote_names(list(row))}",
+        hint="it takes `messages`, `prompt`, `instruction` (with its `input`) or `question`",
+    )
 
 
 def _answer(row: dict[str, Any]) -> str | None:

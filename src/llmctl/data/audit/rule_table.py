@@ -68,7 +68,7 @@ RULES = (
         "unread_columns",
         "columns, and keys of messages, that say something and that nothing reads",
         (),
-        (*SFT, "sft --task classify", *PAIRS, "evaluate"),
+        (*SFT, "sft --task classify", *PAIRS, "ppo", "evaluate"),
         reason="other files carry columns of their own, which stay in what is written",
     ),
     Rule(
