@@ -74,6 +74,7 @@ class SplitWriter:
         self._texts: list[str] = []
         self._ends: list[bool] = []
         self._places: list[Place] = []
+        self._origins: list[Place] = []
         self._characters = 0
         self._is_within = False
         self._carried = 0
@@ -91,11 +92,10 @@ class SplitWriter:
         Raises:
             DataError: the text cannot be cut and is too long to be encoded at once.
         """
-        if self.lost.add(text) and self.first_lost[0] is None:
-            self.first_lost = place, line
         try:
             for piece in self._cutter.feed(text, is_last):
                 self._texts.append(piece)
+                self._origins.append((place, line))
                 self._ends.append(False)
                 self._characters += len(piece)
                 if self._characters >= BATCH_CHARACTERS and not is_last:
@@ -126,8 +126,7 @@ class SplitWriter:
         """Encode the batch, put the prefix and EOS around each document, and write it."""
         if not self._texts:
             return
-        if self.lost.characters > EARLY_CHARACTERS:
-            self.lost.refuse(MOST_LOST, *self.first_lost)
+        self._count_lost()
         ids, lengths = self.encoder.encode(self._texts)
         ends = np.array(self._ends)
         starts = np.append(not self._is_within, ends[:-1])
@@ -146,6 +145,7 @@ class SplitWriter:
         self._shards.write(tokens, last)
         self._count(tokens, last)
         self._texts, self._ends, self._places, self._characters = [], [], [], 0
+        self._origins = []
         self._is_within = not ends[-1]
 
     def _count(self, tokens: NDArray[Any], last: NDArray[np.int64]) -> None:
@@ -162,6 +162,14 @@ class SplitWriter:
             self.longest = Extreme(int(sizes[most]), *self._places[most])
         if self.shortest is None or sizes[least] < self.shortest.tokens:
             self.shortest = Extreme(int(sizes[least]), *self._places[least])
+
+    def _count_lost(self) -> None:
+        """Count what the tokenizer loses of the batch; refuse at once where it is most."""
+        first = self.lost.add_all(self._texts)
+        if first is not None and self.first_lost[0] is None:
+            self.first_lost = self._origins[first]
+        if self.lost.characters > EARLY_CHARACTERS:
+            self.lost.refuse(MOST_LOST, *self.first_lost)
 
     def check_lost(self) -> None:
         """Warn of characters that the tokenizer loses; raise a DataError where they are many."""

@@ -67,3 +67,14 @@ def test_an_alphabet_of_characters():
     counted.refuse(0.2, "a.txt", None)
     with pytest.raises(DataError, match="2 of 13 characters"):
         counted.refuse(0.1, "a.txt", 3)
+
+
+def test_many_texts_are_counted_as_each_alone():
+    tokenizer = byte_level(CAT)
+    texts = ["the cat", "on\x04 the mat", "Zoë", ""]
+    one, all_, none = (LostCharacters(tokenizer) for _ in range(3))
+    assert [one.add(text) for text in texts] == [0, 1, 2, 0]
+    assert all_.add_all(texts) == 1
+    assert none.add_all(texts[:1]) is None
+    assert (all_.lost, all_.characters, all_.example) == (one.lost, one.characters, one.example)
+    assert (none.lost, none.characters) == (0, 7)

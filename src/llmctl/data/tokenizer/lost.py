@@ -6,6 +6,7 @@ leaves out what its alphabet lacks: bytes that a byte-level one was trained with
 """
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 
 from tokenizers import Tokenizer
@@ -57,6 +58,14 @@ class LostCharacters:
         self.lost += len(missing)
         self.example = self.example or (missing[0] if missing else "")
         return len(missing)
+
+    def add_all(self, texts: Sequence[str]) -> int | None:
+        """Count texts, all at once where nothing is lost; the number of the first that loses."""
+        if not self._loses or not self._lost_of("".join(texts)):
+            self.characters += sum(map(len, texts))
+            return None
+        lost = [self.add(text) for text in texts]
+        return next((number for number, count in enumerate(lost) if count), None)
 
     def _lost_of(self, text: str) -> list[str]:
         if self._bytes is not None:
