@@ -297,7 +297,7 @@ def _encode(
     """Encode the pairs of both splits, and hold them against the rules on rows."""
     embedding_rows = int(model_config.get_text_config().vocab_size)
     rules = RowRules(
-        response_format.tokenizer, embedding_rows=embedding_rows, added=added, noun="pairs"
+        response_format.tokenizer, embedding_rows=embedding_rows, added=added, noun="pair"
     )
     encode = partial(
         encode_pairs, max_length=max_length, truncation=config.truncation, bad=bad, rules=rules

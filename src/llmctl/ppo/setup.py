@@ -82,7 +82,7 @@ def prepare_ppo(
     rows = read_prompts(config.data, config.val_data, config.val_size, bad)
     model_config, tokenizer = load_config(config.model), load_tokenizer(config.model)
     prompt_format = PromptFormat(tokenizer, config, clock)
-    rules = RowRules(tokenizer, noun="prompts")
+    rules = RowRules(tokenizer, noun="prompt")
     prompts = encode_prompts(rows.train, prompt_format, model_config, config, bad, rules)
     held_out = encode_prompts(rows.val, prompt_format, model_config, config, bad, rules)
     bad.report()

@@ -242,6 +242,7 @@ def test_turns_in_the_middle_without_an_end_are_a_warning(look):
     report = look([EncodedSequence(tokens, trained, True)] * 5)
     assert found(report) == {"open_turns": "warning"}
     assert (report.turns.total, report.turns.open) == (10, 5)
+    assert "ends 5 of 10 turns: " in report.findings[0].message
 
 
 def test_double_bos_is_an_error(look):
@@ -249,6 +250,7 @@ def test_double_bos_is_an_error(look):
     assert found(report) == {"double_bos": "error"}
     assert (report.train.double_bos, report.val.double_bos) == (1, 1)
     assert report.findings[0].line == 2
+    assert report.findings[0].message.endswith(" 2 of 3 sequences")
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def _check_tokens(
         yield AuditFinding(
             "error",
             "double_bos",
-            f"BOS twice at the beginning of {_of(twice, total, 'sequences')}",
+            f"BOS twice at the beginning of {_of(twice, total, 'sequence')}",
             "take bos_token out of the chat template, or choose another: --chat-template NAME",
             *_place(data, int(places[0]) if len(places) else None),
         )
@@ -135,7 +135,7 @@ def _check_ends(
             "error" if many else "warning",
             "foreign_end",
             f"generation does not stop at {name} ({turns.foreign_token}), and that ends"
-            f" {_of(turns.foreign, turns.total, 'turns')}",
+            f" {_of(turns.foreign, turns.total, 'turn')}",
             "add it to eos_token_id in the model's generation_config.json, or choose another"
             " template: --chat-template NAME",
             *_place(data, turns.foreign_sequence),
@@ -158,7 +158,7 @@ def _check_ends(
         yield AuditFinding(
             "warning",
             "open_turns",
-            f"no special token ends {_of(turns.open, turns.total, 'turns')}: the model learns to"
+            f"no special token ends {_of(turns.open, turns.total, 'turn')}: the model learns to"
             " stop only after the last turn of a conversation",
             "choose a template that ends every turn: --chat-template chatml",
         )

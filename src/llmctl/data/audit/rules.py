@@ -15,6 +15,7 @@ from llmctl.data.chat.render import SpecialTokens, any_of
 from llmctl.data.chat.templates import TEMPLATE_TOKENS
 from llmctl.data.tokenizer.lost import MOST_LOST, LostCharacters
 from llmctl.errors import DataError
+from llmctl.numbers import counted
 
 MOST_UNKNOWN, MANY_UNKNOWN = 0.2, 0.01
 """Shares of unknown tokens: above the first the text is not the tokenizer's language at all; above
@@ -50,7 +51,7 @@ class RowRules:
         *,
         embedding_rows: int | None = None,
         added: Iterable[str] = (),
-        noun: str = "rows",
+        noun: str = "row",
     ) -> None:
         """Take the tokenizer, which changes no more.
 
@@ -115,7 +116,7 @@ class RowRules:
                 "error" if many else "warning",
                 "rendered",
                 f"special tokens, as letters, begin or end texts: {self.rendered:,} of "
-                f"{self.rows:,} {self._noun}",
+                f"{counted(self.rows, self._noun)}",
                 "take these tokens out (they are put where they belong), and give turns as"
                 " `messages`",
             )
@@ -133,7 +134,7 @@ class RowRules:
             yield self._finding(
                 "error",
                 "double_bos",
-                f"BOS twice at the beginning of {self.doubled:,} sequences",
+                f"BOS twice at the beginning of {counted(self.doubled, 'sequence')}",
                 "take bos_token out of the chat template, or choose another: --chat-template NAME",
             )
         if self.foreign:
@@ -141,7 +142,7 @@ class RowRules:
                 "error",
                 "beyond_embedding",
                 f"token ids that the model has no embedding for ({self._embedding_rows:,} rows) in "
-                f"{self.foreign:,} sequences: the tokenizer is another model's",
+                f"{counted(self.foreign, 'sequence')}: the tokenizer is another model's",
                 "put the model's own tokenizer into its folder",
             )
 
