@@ -27,6 +27,8 @@ CHATS = ("audit", "sft", "reward", "dpo", "ppo", "evaluate", "reward --score")
 IN_USE = ("rank", "generate", "chat")
 PAIRS = ("reward", "dpo")
 SFT = ("audit", "sft")
+TRAINED = (*SFT, "sft --task classify", *PAIRS)
+"""What trains on rows that are split, and its audit."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ RULES = (
         "unread_columns",
         "columns, and keys of messages, that say something and that nothing reads",
         (),
-        (*SFT, "sft --task classify", *PAIRS, "ppo", "evaluate"),
+        (*TRAINED, "ppo", "evaluate"),
         reason="other files carry columns of their own, which stay in what is written",
     ),
     Rule(
@@ -94,7 +96,7 @@ RULES = (
     Rule(
         "double_bos",
         "BOS twice at the beginning",
-        (*SFT, "sft --task classify", *PAIRS, "ppo", "evaluate", "reward --score"),
+        (*TRAINED, "ppo", "evaluate", "reward --score"),
         reason="documents get theirs from llmctl alone; a model in use was trained on its template",
     ),
     Rule(
@@ -120,20 +122,20 @@ RULES = (
         "duplicates",
         "rows near-equal to an earlier one",
         (),
-        (*SFT, "sft --task classify", *PAIRS),
+        TRAINED,
         reason="prompts are taken once; elsewhere each row is wanted",
     ),
     Rule(
         "overlap",
         "rows that train and validate",
-        (*SFT, "sft --task classify", *PAIRS, "tokenize"),
+        (*TRAINED, "tokenize"),
         reason="ppo takes such prompts out of training; elsewhere nothing is trained",
     ),
     Rule(
         "shared_prompts",
         "validation prompts that are trained on with another answer",
         (),
-        (*SFT, "sft --task classify", *PAIRS),
+        TRAINED,
         reason="nothing is trained, or no answer is given",
     ),
     Rule(

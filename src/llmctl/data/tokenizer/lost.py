@@ -122,6 +122,7 @@ def _byte_names() -> dict[int, str]:
     Printable bytes stand for themselves, the others are numbered from U+0100 (Radford et al., 2019,
     GPT-2's encoder).
     """
-    names = {value: chr(value) for value in range(256) if chr(value) in ByteLevel.alphabet()}
+    alphabet = frozenset(ByteLevel.alphabet())
+    names = {value: chr(value) for value in range(256) if chr(value) in alphabet}
     others = (value for value in range(256) if value not in names)
     return names | {value: chr(256 + number) for number, value in enumerate(others)}
