@@ -215,7 +215,8 @@ class Evaluation(Fields):
     """Validation while training."""
 
     eval_every: Annotated[PositiveInt | None, Also("eval-steps", "eval-interval")] = None
-    """Steps between evaluations; by default a tenth of the run."""
+    """Steps between evaluations; by default a tenth of the run, or as many more as keep evaluation
+    within a tenth of its work. The last step is always followed by one."""
 
     early_stop: Annotated[PositiveInt | None, Also("patience", "early-stopping-patience")] = None
     """Stop after this many evaluations without a better validation loss."""

@@ -81,6 +81,7 @@ class Outlook:
                 "length": workload.length,
                 "precision": workload.precision,
                 "optimizer": workload.optimizer,
+                "evaluation": None if workload.evaluation is None else asdict(workload.evaluation),
             },
             "memory": {
                 "parts": {name: round(size) for name, size in memory.parts.items()},
@@ -255,7 +256,10 @@ def _compute(outlook: Outlook) -> list[tuple[str, str]]:
     if outlook.rate is not None:
         origin = f"{outlook.rate.flops / 1e12:.3g} TFLOP/s a device, {outlook.rate.origin}"
     speed = f"{short_number(outlook.tokens_per_second)} tokens/s ({origin})"
-    rows.append(("time", f"{duration(outlook.seconds)} at {speed}, without evaluation"))
+    without = "without evaluation"
+    if workload.evaluation is not None:
+        without += f", {100 * workload.evaluation.evaluation_share:.2g} % of the tokens"
+    rows.append(("time", f"{duration(outlook.seconds)} at {speed}, {without}"))
     return rows
 
 

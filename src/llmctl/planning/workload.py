@@ -11,7 +11,7 @@ from llmctl.models.quantized import LoadIn
 from llmctl.planning.shape import ModelShape
 from llmctl.ppo.hyperparameters import CPU_PASS_LOGITS, GPU_PASS_LOGITS
 from llmctl.training.base_model import load_in
-from llmctl.training.hyperparameters import Hyperparameters, method_of
+from llmctl.training.hyperparameters import EvaluationShare, Hyperparameters, method_of
 
 PAIRED = ("reward", "dpo")
 """Methods whose rows have two sequences."""
@@ -74,6 +74,8 @@ class Workload:
     """Whether validation computes all logits of a pass twice as large, as pretraining does."""
     can_shard: bool = False
     """Whether the command runs under FSDP."""
+    evaluation: EvaluationShare | None = None
+    """None where nothing says what an evaluation reads."""
     ppo: PpoWorkload | None = None
 
     @property
@@ -118,6 +120,7 @@ def pretrain_workload(values: Hyperparameters, shape: ModelShape, device: str) -
         steps=values.max_steps,
         keeps_logits=True,
         can_shard=True,
+        evaluation=values.evaluation,
     )
 
 
@@ -159,6 +162,7 @@ def finetuning_workload(
         is_checkpointed=config.activation_checkpointing,
         steps=values.max_steps if knows_steps else None,
         can_shard=base_load_in(config) == "full",
+        evaluation=values.evaluation,
     )
 
 
@@ -198,6 +202,7 @@ def ppo_workload(
         mean_length=sum(prompt_lengths) / len(prompt_lengths) + config.max_new_tokens,
         logit_share=config.max_new_tokens / length,
         steps=values.max_steps if knows_steps else None,
+        evaluation=values.evaluation,
         ppo=PpoWorkload(
             episodes=values.batch_size,
             prompt_tokens=max(prompt_lengths),

@@ -1,6 +1,6 @@
 """Set up a PPO run: a config in, a trainer that is ready to fit and its win rate out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
@@ -31,6 +31,7 @@ from llmctl.training.base_model import Loaded, base_of, to_pure_bf16
 from llmctl.training.batches import Order
 from llmctl.training.consistency import require_same
 from llmctl.training.distributed import autocast, is_sharded
+from llmctl.training.evaluation_share import TRAINED, Work, announce_evaluation, plan_evaluation
 from llmctl.training.hyperparameters import Hyperparameters
 from llmctl.training.optimizers import decay_groups
 from llmctl.training.run_state import RunState
@@ -106,6 +107,7 @@ def prepare_ppo(
         world_size=accelerator.num_processes,
         device=device,
     )
+    values = _with_evaluation(config, values, prompts, held_out)
     _set_precision(config, models, values, device)
     eos = stop_tokens(policy, tokenizer, prompt_format.end_of_turn)
     prepared = PreparedPpo(
@@ -115,6 +117,32 @@ def prepare_ppo(
     if accelerator.is_main_process:
         _announce(config, prepared)
     return prepared
+
+
+def _with_evaluation(
+    config: PpoConfig, values: Hyperparameters, prompts: EncodedPrompts, held_out: EncodedPrompts
+) -> Hyperparameters:
+    """Plan the evaluations on held-out prompts.
+
+    Each episode is sampled, and read by the policy, the reference and the reward models.
+    """
+    assert values.ppo is not None
+    passes = 3 + len(config.reward_model)
+    lengths = [
+        [len(t) + config.max_new_tokens for t in part.tokens] for part in (prompts, held_out)
+    ]
+    episodes = values.batch_size * values.world_size
+    step = episodes * sum(lengths[0]) / len(lengths[0]) * (passes + TRAINED * values.ppo.ppo_epochs)
+    pieces = [passes * length for length in lengths[1]]
+    once = sum(lengths[1]) * (1 + len(config.reward_model))  # at most: the reference's responses
+    is_open = not (config.val_data or config.val_size)
+    planned, read = plan_evaluation(
+        values,
+        config,
+        Work(step=step, pieces=pieces, once=once),
+        pieces=None if is_open else len(pieces),
+    )
+    return planned if read == len(pieces) else replace(planned, eval_rows=read)
 
 
 def _set_precision(config: PpoConfig, models: Models, values: Hyperparameters, device: str) -> None:
@@ -268,5 +296,7 @@ def _announce(config: PpoConfig, prepared: PreparedPpo) -> None:
         values.precision,
         "the policy" if origin is None else f"the reward model {origin.name}",
     )
+    held_out = len(prepared.held_out)
+    announce_evaluation(values, read=values.eval_rows or held_out, total=held_out, unit="prompt")
     if config.reward_rule and not config.reward_model:
         log.info("rules are not normalised: --kl-coef is in their units")

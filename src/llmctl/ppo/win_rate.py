@@ -14,6 +14,7 @@ from llmctl.ppo.rollout import Rollout
 from llmctl.ppo.trainer import PpoTrainer
 from llmctl.runs.ownership import SAMPLES
 from llmctl.signals import StopFlag
+from llmctl.training.evaluation_share import spread
 from llmctl.training.fault_tolerance import together
 from llmctl.training.reward_report import wilson
 
@@ -29,7 +30,9 @@ class WinRate:
         self.trainer = trainer
         self._reference: ScoredRollout | None = None
         state = trainer.state
-        self._indices = list(range(len(trainer.held_out)))[state.rank :: state.world]
+        total = len(trainer.held_out)
+        read = spread(total, state.values.eval_rows or total)
+        self._indices = read[state.rank :: state.world]
         """Numbers of this rank's share of the prompts."""
 
     def sample_reference(self, flag: StopFlag) -> None:

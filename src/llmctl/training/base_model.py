@@ -5,7 +5,7 @@ hyperparameters.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmctl import hardware
 from llmctl.config.commands import DpoConfig, PpoConfig, RewardConfig, SftConfig
-from llmctl.config.finetuning import Quantized, Tuning
+from llmctl.config.finetuning import Quantized, Samples, Tuning
 from llmctl.console import log
 from llmctl.data.classification import ClassificationData
 from llmctl.data.preference_pairs import PreferenceData
@@ -42,10 +42,18 @@ from llmctl.runs.resume import earlier_manifest
 from llmctl.training.adapters import adapt, trainable_parameters
 from llmctl.training.batches import Batch, Order, RowBatches, Rows, on_device, validation_shares
 from llmctl.training.distributed import autocast, is_sharded
+from llmctl.training.evaluation_share import (
+    TRAINED,
+    Work,
+    announce_evaluation,
+    plan_evaluation,
+    spread,
+)
 from llmctl.training.hyperparameters import Hyperparameters, for_finetuning
 from llmctl.training.loop import Trainer, assemble
 from llmctl.training.objective import Loss, Objective, Validation
 from llmctl.training.probe import agreed_batch, checkpoint_activations, fitting_batch
+from llmctl.training.samples import sampled_tokens
 from llmctl.training.state import architecture
 
 
@@ -222,10 +230,12 @@ class Prepared(Loaded):
         if rows is None:
             return None
         rank, world = accelerator.process_index, accelerator.num_processes
+        read = spread(len(rows), values.eval_rows or len(rows))
+        lengths = [rows.lengths[number] for number in read]
 
         def batches() -> Iterator[tuple[Batch, bool]]:
-            for numbers, counts in validation_shares(rows.lengths, values.batch_size, rank, world):
-                yield rows.batch(numbers), counts
+            for places, counts in validation_shares(lengths, values.batch_size, rank, world):
+                yield rows.batch([read[place] for place in places]), counts
 
         return Validation(batches, accelerator, device, values.precision)
 
@@ -308,10 +318,16 @@ def prepare(
         check()
     if config.find_batch_size:
         values = _with_largest_batch(config, values, model, train, loss, accelerator, device)
+    writes = isinstance(config, Samples) and not is_classifier
+    values = _with_evaluation(config, values, train, val, writes=writes)
     if config.activation_checkpointing:
         checkpoint_activations(model)
     if accelerator.is_main_process:
         _announce(values, trained, total, unit)
+        rows = 0 if val is None else len(val)
+        announce_evaluation(
+            values, read=values.eval_rows or rows, total=rows, unit=unit.removesuffix("s")
+        )
     set_seed(config.seed)  # what the checks drew must not change what training draws
     loaded = (values, base_of(config.model), total, trained)
     return Prepared(*loaded, model.train(), train, val, list(stops), is_classifier)
@@ -381,6 +397,40 @@ def _with_largest_batch(
         accelerator,
         device,
     )
+
+
+def _with_evaluation(
+    config: SftConfig | RewardConfig | DpoConfig,
+    values: Hyperparameters,
+    train: Rows,
+    val: Rows | None,
+    *,
+    writes: bool,
+) -> Hyperparameters:
+    """Plan the evaluations on validation rows, and the texts that it `writes` at them.
+
+    A pair is taken for two texts as long as its longer side. Of rows that were held out by default
+    an evaluation may read a part; those that the user gave or counted are all read.
+    """
+    lengths = [] if val is None else val.lengths
+    sides = 1 if isinstance(config, SftConfig) else 2
+    # the reference below an adapter is asked at each step; another one has read all pairs before
+    passes = 1 if isinstance(config, DpoConfig) and config.has_adapter else 0
+    pieces = [sides * length for length in lengths]
+    samples = 0.0
+    if writes and lengths:
+        assert isinstance(config, Samples)
+        samples = sampled_tokens(config, sum(lengths) / len(lengths))
+    work = Work(
+        step=(TRAINED + passes) * values.rows_per_step * sides * sum(train.lengths) / len(train),
+        pieces=pieces,
+        samples=samples,
+        # dpo's reference reads the validation pairs, and a reward model is judged on them
+        once=0 if isinstance(config, SftConfig) else sum(pieces),
+    )
+    is_open = not (config.val_data or config.val_fraction or config.val_size)
+    planned, read = plan_evaluation(values, config, work, pieces=None if is_open else len(pieces))
+    return planned if read == len(pieces) else replace(planned, eval_rows=read)
 
 
 def _announce(values: Hyperparameters, trained: int, parameters: int, unit: str) -> None:

@@ -301,9 +301,8 @@ def validation_windows(
         Batches as `Windows` makes them, and whether each counts: every rank yields as many, as
         sharded models need. The last window may be shorter.
     """
-    full = (split.tokens - 1) // context
+    full, partial = divmod(split.tokens - 1, context)
     starts = np.arange(full) * context
-    partial = (split.tokens - 1) % context
     if limit and full * context > limit:
         starts = starts[np.linspace(0, full - 1, max(1, limit // context)).astype(int)]
         partial = 0
@@ -315,6 +314,14 @@ def validation_windows(
     if partial:
         tokens = split.windows(np.array([full * context]), partial + 1)
         yield _window_batch(tokens), rank == 0
+
+
+def validation_sizes(split: "TokenSplit", context: int, limit: int) -> list[int]:
+    """Targets of each window that `validation_windows` yields under this limit, over all ranks."""
+    full, partial = divmod(split.tokens - 1, context)
+    if limit and full * context > limit:
+        return [context] * max(1, limit // context)
+    return [context] * full + [partial] * bool(partial)
 
 
 def validation_shares(

@@ -44,6 +44,20 @@ class PpoHyperparameters:
 
 
 @dataclass(frozen=True)
+class EvaluationShare:
+    """What evaluation takes of a run, as planned."""
+
+    evaluations: int
+    """Times that the run evaluates, after the last step included."""
+    evaluation_tokens: int
+    """Forward tokens of all of them."""
+    training_tokens: int
+    """Forward tokens of all steps, of which a trained token is three."""
+    evaluation_share: float
+    """Share of evaluation in both together."""
+
+
+@dataclass(frozen=True)
 class Hyperparameters:
     """Everything numeric that decides a run; a resumed run must have the same.
 
@@ -75,7 +89,10 @@ class Hyperparameters:
     momentum: float | None = None
     """Muon's."""
     eval_tokens: int | None = None
-    """Validation tokens that pretraining looks at."""
+    """Validation tokens that an evaluation of pretraining reads; 0 for all."""
+    eval_rows: int | None = None
+    """Validation rows that an evaluation of other training reads, where it does not read all."""
+    evaluation: EvaluationShare | None = None
     ppo: PpoHyperparameters | None = None
 
     @property
@@ -91,7 +108,8 @@ class Hyperparameters:
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the weights, by flag; how often to look at them or save does not."""
-        free = ("eval_every", "eval_tokens", "save_every", "log_every", "early_stop", "ppo")
+        looks = ("eval_every", "eval_tokens", "eval_rows", "evaluation", "early_stop")
+        free = (*looks, "save_every", "log_every", "ppo")
         return {
             name.removesuffix("_steps") if name in ("warmup_steps", "decay_steps") else name: value
             for name, value in asdict(self).items()
@@ -100,8 +118,9 @@ class Hyperparameters:
 
     def as_json(self) -> dict[str, Any]:
         """Return all that applies, for the manifest."""
-        own = {name: value for name, value in asdict(self).items() if name != "ppo"}
-        return {**own, **(asdict(self.ppo) if self.ppo else {})}
+        groups = [part for part in (self.evaluation, self.ppo) if part is not None]
+        own = {k: v for k, v in asdict(self).items() if k not in ("evaluation", "ppo")}
+        return own | {name: value for part in groups for name, value in asdict(part).items()}
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step number `step`, counted from 0."""
@@ -198,9 +217,7 @@ def for_pretraining(
         parameters=parameters,
         device=device,
     )
-    return replace(
-        filled, context=context, momentum=config.momentum, eval_tokens=config.eval_tokens
-    )
+    return replace(filled, context=context, momentum=config.momentum)
 
 
 def for_finetuning(

@@ -26,18 +26,27 @@ from llmctl.models.quantized import require_full
 from llmctl.numbers import counted, short_number
 from llmctl.runs.directory import Run
 from llmctl.training.base_model import flops_of, to_pure_bf16
-from llmctl.training.batches import Batch, WindowBatches, Windows, validation_windows
+from llmctl.training.batches import (
+    Batch,
+    WindowBatches,
+    Windows,
+    validation_sizes,
+    validation_windows,
+)
 from llmctl.training.distributed import autocast, is_sharded
+from llmctl.training.evaluation_share import TRAINED, Work, announce_evaluation, plan_evaluation
 from llmctl.training.hyperparameters import Hyperparameters, for_pretraining, preset_for
 from llmctl.training.loop import Trainer, assemble
 from llmctl.training.model_checks import CAUSAL_TOKENS, require_causal
 from llmctl.training.objective import Loss, Validation
 from llmctl.training.optimizers import make_optimizers
 from llmctl.training.probe import agreed_batch, largest_batch
-from llmctl.training.samples import TextSampler, beginnings
+from llmctl.training.samples import BEGINNING, TextSampler, beginnings, sampled_tokens
 from llmctl.training.state import architecture
 from llmctl.training.token_loss import router_loss
 
+EVAL_TOKENS = 131_072
+"""Validation tokens that an evaluation reads by default, at most."""
 LONGEST_CONTEXT = 4096
 """Training sequences of a model with more positions than this are cut to it by default."""
 
@@ -101,6 +110,7 @@ def prepare_pretraining(
         device=device,
         sharded=is_sharded(accelerator),
     )
+    hyperparameters = _with_evaluation(config, hyperparameters, index.val)
     prepared = PreparedPretraining(
         index, tokenizer, architecture, parameters, hyperparameters, accelerator, device
     )
@@ -304,6 +314,27 @@ def _require_match(tokenizer: Any, index: TokenIndex, tokens: Path) -> None:
         )
 
 
+def _with_evaluation(
+    config: PretrainConfig, values: Hyperparameters, split: TokenSplit | None
+) -> Hyperparameters:
+    """Plan the evaluations on validation windows, and the texts that are written at them."""
+    context = values.context
+    assert context is not None
+    limit = EVAL_TOKENS if config.eval_tokens is None else config.eval_tokens
+    sizes = [] if split is None else validation_sizes(split, context, limit)
+    planned, read = plan_evaluation(
+        values,
+        config,
+        Work(
+            step=TRAINED * values.tokens_per_step,
+            pieces=sizes,
+            samples=sampled_tokens(config, BEGINNING),
+        ),
+        pieces=None if config.eval_tokens is None else len(sizes),
+    )
+    return replace(planned, eval_tokens=limit if read == len(sizes) else read * context)
+
+
 def _announce(prepared: PreparedPretraining) -> None:
     values, shape = prepared.hyperparameters, prepared.architecture
     log.info(
@@ -328,3 +359,6 @@ def _announce(prepared: PreparedPretraining) -> None:
         values.optimizer,
         values.lr,
     )
+    if prepared.index.val is not None and values.eval_tokens is not None:
+        total = prepared.index.val.tokens - 1
+        announce_evaluation(values, read=values.eval_tokens or total, total=total, unit="token")

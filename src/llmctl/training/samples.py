@@ -100,6 +100,12 @@ def _as_generating(model: Any) -> Iterator[None]:
             model.set_attn_implementation(attention)
 
 
+def sampled_tokens(config: Samples, prompt_tokens: float) -> float:
+    """Most tokens that one evaluation's samples take, with prompts of so many tokens."""
+    count = len(config.sample_prompt) or config.samples
+    return count * (prompt_tokens + config.sample_tokens)
+
+
 def beginnings(
     config: Samples, tokenizer: PreTrainedTokenizerBase, split: TokenSplit
 ) -> list[PromptTokens]:

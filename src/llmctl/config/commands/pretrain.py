@@ -98,8 +98,9 @@ class PretrainConfig(
     batch_tokens: Annotated[PositiveCount | None, Also("total-batch-size")] = None
     """Tokens per step over all devices, reached by accumulation."""
 
-    eval_tokens: NonNegativeCount = 131_072
-    """Validation tokens to evaluate on, spread over the split; 0 takes the whole split."""
+    eval_tokens: NonNegativeCount | None = None
+    """Validation tokens to evaluate on, spread over the split; 0 takes the whole split. By default
+    131,072, or fewer where a single evaluation were more than a tenth of the run."""
 
     log_every: Annotated[PositiveInt | None, Also("logging-steps", "log-interval")] = None
     """Steps between lines of metrics; by default a hundredth of the run."""
