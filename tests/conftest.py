@@ -163,7 +163,7 @@ SMALL = ("--layers", 2, "--hidden", 32, "--heads", 2, "--context", 32, "--batch-
 
 def pretrained(cli, tokens: Path, out: Path, shape: tuple[object, ...], steps: int) -> Path:
     """Pretrain a model of a shape on the tokens; its run."""
-    flags = (*shape, "--max-steps", steps, "--threads", 1)
+    flags = (*shape, "--max-steps", steps, "--eval-every", steps // 10, "--threads", 1)
     result = cli("pretrain", "--tokens", tokens, *flags, "-o", out)
     assert result.code == 0, result.err
     return out

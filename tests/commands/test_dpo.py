@@ -223,7 +223,8 @@ def learned(cli, base, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "dpo"
     result = cli(
         *("dpo", "--model", base, "--data", "builtin:preferences", *RUN, "--max-steps", 100),
-        *("--lr", 2e-3, "--val-size", 200, "--max-length", 96, "-o", out, "--json"),
+        *("--lr", 2e-3, "--val-size", 200, "--max-length", 96, "--eval-every", 10),
+        *("-o", out, "--json"),
     )
     assert result.code == 0, result.err
     return out, json.loads(result.out)
@@ -432,7 +433,7 @@ def test_an_adapter_and_its_merged_model_agree_and_the_copy_is_gone(cli, base, p
     out = tmp_path / "run"
     result = cli(
         *("dpo", "--model", base, "--data", pairs, *QUICK, *LORA, "--merge", "-o", out, "--json"),
-        *("--samples", 2, "--sample-tokens", 8),
+        *("--samples", 2, "--sample-tokens", 8, "--eval-every", 1),
     )
     assert result.code == 0, result.err
     found = json.loads(result.out)

@@ -81,8 +81,8 @@ class Outlook:
                 "length": workload.length,
                 "precision": workload.precision,
                 "optimizer": workload.optimizer,
-                "evaluation": None if workload.evaluation is None else asdict(workload.evaluation),
             },
+            "evaluation": None if workload.evaluation is None else asdict(workload.evaluation),
             "memory": {
                 "parts": {name: round(size) for name, size in memory.parts.items()},
                 "phases": {name: round(size) for name, size in memory.phases.items()},

@@ -3,7 +3,8 @@
 In: forward tokens of a step, of an evaluation and of its samples. Out: hyperparameters that say
 when to evaluate and on what. Work is counted in tokens and never in seconds, so a run is planned
 alike on every machine. What the user has set stays; the rest is chosen so that evaluation is at
-most a tenth of the run's work: fewer evaluations first, then one on less data.
+most a tenth of the run's work: fewer evaluations first, since losses on the same data compare, then
+four on less data, and fewer than four where even these are more.
 """
 
 import math
@@ -19,6 +20,8 @@ from llmctl.training.hyperparameters import EvaluationShare, Hyperparameters
 
 LARGEST_SHARE = 0.1
 """Of the forward tokens of a run, what its evaluations are at most, unless flags say otherwise."""
+FEWEST = 4
+"""Evaluations that a run keeps rather than read all of the validation data: they show a trend."""
 TRAINED = 3
 """Forward tokens that a training token counts: the backward pass takes twice as many operations
 (Kaplan et al., 2020, arXiv:2001.08361, section 2.1)."""
@@ -55,13 +58,16 @@ def plan_evaluation(
     room = training * LARGEST_SHARE / (1 - LARGEST_SHARE) - work.samples - work.once
     if config.eval_every is None:
         each = reading(work.pieces, most) + work.samples
-        fewest = wanted if config.early_stop else 1  # patience counts evaluations
+        least = wanted if config.early_stop else 1  # patience counts evaluations
+        fewest = max(least, min(FEWEST, wanted)) if pieces is None else least
         if each and wanted * each > room:
             count = max(fewest, int(room // each))
-            every = max(every, math.ceil(values.max_steps / count))
-            count = evaluations(values.max_steps, every)
         if count * each > room and pieces is None:
             most = fitting(work.pieces, room / count - work.samples)
+            each = reading(work.pieces, most) + work.samples
+            count = max(least, min(count, int(room // each)))
+        every = max(every, math.ceil(values.max_steps / count))
+        count = evaluations(values.max_steps, every)
     total = count * (reading(work.pieces, most) + work.samples) + work.samples + work.once
     share = total / (total + training)
     planned = EvaluationShare(count, round(total), round(training), float(f"{share:.4g}"))

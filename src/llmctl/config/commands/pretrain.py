@@ -100,7 +100,7 @@ class PretrainConfig(
 
     eval_tokens: NonNegativeCount | None = None
     """Validation tokens to evaluate on, spread over the split; 0 takes the whole split. By default
-    131,072, or fewer where a single evaluation were more than a tenth of the run."""
+    131,072, or fewer where four evaluations were more than a tenth of the run's work."""
 
     log_every: Annotated[PositiveInt | None, Also("logging-steps", "log-interval")] = None
     """Steps between lines of metrics; by default a hundredth of the run."""
