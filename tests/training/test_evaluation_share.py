@@ -99,7 +99,7 @@ def test_what_flags_say_stays(cli, inputs, tmp_path, objective, flags, steps, ro
     assert plan["eval_rows" if objective is SFT else "eval_tokens"] == rows
 
 
-def test_a_short_run_reads_part_of_what_was_held_out(cli, inputs, tmp_path):
+def test_a_short_run_reads_part_of_what_was_held_out(cli, inputs, read, tmp_path):
     """And says so: on how many of how many, and that it keeps to a tenth."""
     out, flags = tmp_path / "run", ("--max-steps", 2, "--batch-size", 1, "--samples", 0)
     result = cli(*open_arguments(SFT, inputs, out, *flags))
@@ -107,6 +107,7 @@ def test_a_short_run_reads_part_of_what_was_held_out(cli, inputs, tmp_path):
     plan = plan_of(out)
     held_out = json.loads((out / "manifest.json").read_text())["held_out"]
     assert 1 <= plan["eval_rows"] < len(held_out)
+    assert read["evaluation"] == plan["evaluation_tokens"]
     assert f"evaluation on {plan['eval_rows']:,} of {len(held_out)} rows" in result.err
 
 
