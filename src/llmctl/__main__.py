@@ -1,5 +1,6 @@
 """`llmctl` and `python -m llmctl`: the process starts here."""
 
+import gc
 import os
 import signal
 
@@ -9,6 +10,7 @@ from llmctl.signals import exit_on_signals
 def start() -> None:
     """Mind signals first: importing the rest takes long enough to be interrupted."""
     exit_on_signals()
+    gc.disable()  # of a million new objects of modules none is garbage; the command enables it
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice, once for each rank
     from llmctl.cli import main
 

@@ -1,5 +1,6 @@
 """The `llmctl` command: a table of commands; the chosen one is imported when it runs."""
 
+import gc
 import json
 import os
 import sys
@@ -165,6 +166,8 @@ def _run_command(name: str, config: "Reporting") -> dict[str, Any] | None:
     package = "pipeline" if name in ("run", "demo") else "commands"
     with console.said_if_slow("loading torch and transformers"):
         run: Callable[[Any], dict[str, Any] | None] = import_module(f"llmctl.{package}.{name}").run
+    gc.freeze()
+    gc.enable()
     with raising_on_signals():
         return run(config)
 

@@ -31,7 +31,7 @@ from transformers import (
 
 from llmctl.config.sections import Sampling
 from llmctl.decode.forward import HuggingFaceForward
-from llmctl.decode.llama import LlamaForward, fast_forward, is_covered
+from llmctl.decode.llama import LlamaForward, LlamaWeights, fast_forward, is_covered
 from llmctl.decode.loop import Prompt, Response, choose_forward, decode
 from llmctl.decode.sampling import draw, penalize, truncate, uniform_stream
 from llmctl.decode.text import TextStream
@@ -152,7 +152,7 @@ def test_the_fast_pass_is_taken_where_it_covers_the_model(name: str) -> None:
 @pytest.mark.parametrize("name", FAST)
 def test_fast_logits_are_transformers_logits(name: str) -> None:
     model = build(name)
-    fast, slow = LlamaForward(model), HuggingFaceForward(model)
+    fast, slow = LlamaForward(LlamaWeights.of_model(model)), HuggingFaceForward(model)
     with torch.inference_mode():
         for forward in (fast, slow):
             forward.logits = [forward.prefill([[3, 4, 5, 6, 7], [8, 9], [10, 11, 12]])]
@@ -246,7 +246,7 @@ def test_equal_prompts_are_read_once(
 ) -> None:
     read = []
     prefill = LlamaForward.prefill
-    forward = LlamaForward(llama)
+    forward = LlamaForward(LlamaWeights.of_model(llama))
     monkeypatch.setattr(
         LlamaForward, "prefill", lambda self, p: read.append(len(p)) or prefill(self, p)
     )

@@ -11,7 +11,7 @@ from typing import Any
 from llmctl.config.commands import ChatConfig
 from llmctl.console import log, show_recipe
 from llmctl.decode.conversation import Conversation, chat_window
-from llmctl.decode.loop import load_for_generation
+from llmctl.decode.loop import config_for_generation, load_for_generation
 from llmctl.decode.prefix import conversation_forward
 from llmctl.decode.slash_commands import COMMANDS, check_command, run_slash_command
 from llmctl.decode.terminal import Pipe, Terminal, UserInput, open_input
@@ -19,7 +19,7 @@ from llmctl.decode.text import stop_ids
 from llmctl.errors import UserError
 from llmctl.files import check_out
 from llmctl.hardware import memory_errors, pick_device
-from llmctl.models.loading import load_config, load_tokenizer, parameter_count
+from llmctl.models.loading import load_tokenizer
 from llmctl.numbers import short_number
 from llmctl.redact import redacted
 
@@ -28,7 +28,7 @@ def run(config: ChatConfig) -> dict[str, Any] | None:
     """Talk until the user leaves; what fails leaves the conversation as it was."""
     check_out(config.out, overwrite=config.overwrite)
     device = pick_device(config.device)
-    shape, tokenizer = load_config(config.model), load_tokenizer(config.model)
+    shape, tokenizer = config_for_generation(config), load_tokenizer(config.model)
     stop_ids(tokenizer, config.stop)  # refused before the model loads
     window = chat_window(tokenizer, shape, config.context, config.system, config.max_new_tokens)
     if config.dry_run:
@@ -41,7 +41,7 @@ def run(config: ChatConfig) -> dict[str, Any] | None:
     with open_input(COMMANDS) as reader:
         conversation.interruptible = reader.interruptible
         if reader.is_terminal:
-            size = short_number(parameter_count(model))
+            size = short_number(model.num_parameters())
             log.info("%s: %s parameters on %s", config.model, size, device)
             log.info("/help lists the commands, Ctrl-D leaves")
         try:

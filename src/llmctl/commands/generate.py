@@ -6,7 +6,12 @@ from typing import Any
 from llmctl.config.commands import GenerateConfig
 from llmctl.console import log, show_recipe
 from llmctl.data.prompts import PromptExample, read_prompt_file
-from llmctl.decode.loop import Response, decode, load_for_generation
+from llmctl.decode.loop import (
+    Response,
+    config_for_generation,
+    decode,
+    load_for_generation,
+)
 from llmctl.decode.output import Row, open_rows, write_rows
 from llmctl.decode.prompts import (
     PromptEncoder,
@@ -18,7 +23,7 @@ from llmctl.decode.prompts import (
 from llmctl.decode.text import stop_ids
 from llmctl.files import check_out
 from llmctl.hardware import memory_errors, pick_device
-from llmctl.models.loading import load_config, load_tokenizer, stop_tokens
+from llmctl.models.loading import load_tokenizer, stop_tokens
 from llmctl.numbers import counted
 
 
@@ -33,7 +38,7 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
         asks = [read_stdin()]
     shots = read_shots(config.shots) if config.shots else []
     device = pick_device(config.device)
-    shape, tokenizer = load_config(config.model), load_tokenizer(config.model)
+    shape, tokenizer = config_for_generation(config), load_tokenizer(config.model)
     stop_ids(tokenizer, config.stop)  # refused before the model loads
     encoder = PromptEncoder(tokenizer, config.chat, config.system, shots)
     prompts = build_prompts(asks, encoder, shape, config.max_new_tokens, config.num_samples)

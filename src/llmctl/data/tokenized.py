@@ -8,18 +8,23 @@ still has room for it. Never more than 11/9 of the fewest bins possible, and in 
 slots full (Ding et al., 2024, arXiv:2404.10830).
 """
 
+from __future__ import annotations
+
 import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llmctl.errors import UserError
 from llmctl.models.loading import context_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 SHORTEST = 8
 """Positions that virtual tokens must leave for the text."""
@@ -97,7 +102,7 @@ class Tokenized(FlatTokens):
             digest.update(np.ascontiguousarray(part).tobytes())
         return digest.hexdigest()
 
-    def select(self, kept: NDArray[np.bool_] | NDArray[np.int64]) -> "Tokenized":
+    def select(self, kept: NDArray[np.bool_] | NDArray[np.int64]) -> Tokenized:
         """Select sequences by a mask (N,) or by their numbers, in that order."""
         numbers = np.flatnonzero(kept) if kept.dtype == np.bool_ else kept
         lengths = self.lengths[numbers]
@@ -113,7 +118,7 @@ class Tokenized(FlatTokens):
             self.rows[numbers],
         )
 
-    def truncated(self, max_length: int, truncation: Literal["cut", "drop"]) -> "Tokenized":
+    def truncated(self, max_length: int, truncation: Literal["cut", "drop"]) -> Tokenized:
         """Cut sequences at `max_length` tokens, or leave out the longer ones."""
         if truncation == "drop":
             return self.select(self.full_lengths <= max_length)

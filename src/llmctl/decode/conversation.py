@@ -3,15 +3,17 @@
 In: messages of the user. Out: replies, piece by piece, and rows of `messages` for fine-tuning.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llmctl.config.sections import Sampling
 from llmctl.console import log
@@ -25,6 +27,12 @@ from llmctl.errors import DataError, ModelError, OutputError, UserError
 from llmctl.files import replace_file, writing
 from llmctl.hardware import memory_errors
 from llmctl.models.loading import context_size, stop_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from llmctl.decode.llama import PlainModel
+    from llmctl.models.plain import PlainConfig
 
 OnPiece = Callable[[str], None]
 
@@ -69,7 +77,7 @@ class ContextWindow:
 
 def chat_window(
     tokenizer: PreTrainedTokenizerBase,
-    shape: PreTrainedConfig,
+    shape: PreTrainedConfig | PlainConfig,
     context: int | None,
     system: str | None,
     max_new_tokens: int,
@@ -111,7 +119,7 @@ def messages(system: str | None, turns: list[Reply]) -> list[Message]:
 class Conversation:
     """The state of a conversation. Replies depend on the seed and the messages before them."""
 
-    model: PreTrainedModel
+    model: PreTrainedModel | PlainModel
     forward: Forward
     window: ContextWindow
     sampling: Sampling

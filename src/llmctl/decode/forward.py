@@ -5,15 +5,19 @@ Prompts of a batch are padded on the left, so that all rows end at the same colu
 transformers, with adapters and quantized layers too; `llama.LlamaForward` is the fast one.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from inspect import signature
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
 
 from llmctl.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
 
 
 class Forward(Protocol):
@@ -66,6 +70,13 @@ def require_cache(model: PreTrainedModel) -> None:
         raise ModelError(f"llmctl cannot generate with {model.config.model_type} yet")
 
 
+def new_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache of keys and values, as a model's layers want it."""
+    from transformers import DynamicCache  # and all code of models
+
+    return DynamicCache(config=model.config)
+
+
 class HuggingFaceForward:
     """Any causal language model of transformers, with explicit positions and masks."""
 
@@ -91,7 +102,7 @@ class HuggingFaceForward:
         """See `Forward.prefill`."""
         self._columns = 0
         self._is_padded = len(set(map(len, prompts))) > 1
-        self._cache = DynamicCache(config=self.model.config)
+        self._cache = new_cache(self.model)
         if self._virtual is None:
             tokens, self._starts = pad_left(prompts, self.device)
             return self._forward(tokens)

@@ -2,28 +2,33 @@
 
 transformers spends some forty Python calls and as many small kernels on every layer; here a layer
 is a dozen kernels. Covered are plain dense Llama, Mistral, Qwen2 and Qwen3. `fast_forward` refuses
-everything else, and compares logits with transformers' own before it trusts itself.
+everything else, and compares logits with transformers' own before it trusts itself. `plain` makes
+the weights of a folder ready without transformers' code of models.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    LlamaForCausalLM,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
-)
 
 from llmctl.decode.forward import pad_left
+from llmctl.models.plain import PlainConfig
 from llmctl.models.quantized import saved_precision
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 WeightsOf = Callable[[nn.Module], Mapping[str, Tensor]]
-COVERED = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+COVERED = {
+    f"transformers.models.{name.lower()}.modeling_{name.lower()}.{name}ForCausalLM"
+    for name in ("Llama", "Mistral", "Qwen2", "Qwen3")
+}
 LARGEST = 300_000_000
 """Parameters up to which a second copy of most weights is worth the calls it saves."""
 PROBE_TOKENS = 16
@@ -99,29 +104,110 @@ def _folded(weights: Sequence[Tensor], norm: Tensor) -> Tensor:
     return (joined.float() * norm.float()).to(joined.dtype).t().contiguous()
 
 
-class LlamaForward:
-    """See `forward.Forward`. Weights are copied: build a new one when they have changed."""
+@dataclass(frozen=True)
+class LlamaWeights:
+    """A model's weights as the pass computes with them."""
 
-    def __init__(
-        self,
+    embedding: Tensor
+    """(vocabulary, hidden)."""
+    layers: Sequence[FusedLayer]
+    norm: Tensor
+    """(hidden,)."""
+    unembedding: Tensor
+    """(hidden, vocabulary)."""
+    frequencies: Tensor
+    """Of rotary positions, (head_size / 2,) in float32."""
+    heads: int
+    kv_heads: int
+    head_size: int
+    epsilon: float
+
+    @classmethod
+    def of_model(
+        cls,
         model: PreTrainedModel,
         weights_of: WeightsOf = plain_weights,
         dtype: torch.dtype | None = None,
-    ) -> None:
-        """Fuse the weights of a model that `is_covered`, in the model's type or another."""
-        config = model.config
-        self.device, self.dtype = model.device, dtype or model.dtype
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_size = model.model.layers[0].self_attn.head_dim
-        self.epsilon = float(config.rms_norm_eps)
-        self.embedding = model.model.embed_tokens.weight.detach().to(self.dtype)
-        self.layers = [
-            fuse_layer(weights_of(layer), self.head_size, self.dtype)
-            for layer in model.model.layers
-        ]
-        self.norm = model.model.norm.weight.detach().to(self.dtype)
-        self.unembedding = model.lm_head.weight.detach().to(self.dtype).t()
-        self.frequencies = model.model.rotary_emb.inv_freq.float()
+    ) -> LlamaWeights:
+        """Copy the weights of a model that `is_covered`, in the model's type or another."""
+        dtype, config = dtype or model.dtype, model.config
+        head_size = model.model.layers[0].self_attn.head_dim
+        return cls.fuse(
+            model.model.embed_tokens.weight.detach(),
+            (weights_of(layer) for layer in model.model.layers),
+            model.model.norm.weight.detach(),
+            model.lm_head.weight.detach(),
+            frequencies=model.model.rotary_emb.inv_freq.float(),
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_size=head_size,
+            epsilon=config.rms_norm_eps,
+            dtype=dtype,
+        )
+
+    @classmethod
+    def fuse(
+        cls,
+        embedding: Tensor,
+        blocks: Iterable[Mapping[str, Tensor]],
+        norm: Tensor,
+        head: Tensor,
+        *,
+        frequencies: Tensor,
+        heads: int,
+        kv_heads: int,
+        head_size: int,
+        epsilon: float,
+        dtype: torch.dtype,
+    ) -> LlamaWeights:
+        """Join the weights of each block, one after the other, in one type.
+
+        `head` (vocabulary, hidden) may be the embedding itself.
+        """
+        table = embedding.to(dtype)
+        return cls(
+            embedding=table,
+            layers=[fuse_layer(block, head_size, dtype) for block in blocks],
+            norm=norm.to(dtype),
+            unembedding=(table if head is embedding else head.to(dtype)).t(),
+            frequencies=frequencies,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_size=head_size,
+            epsilon=float(epsilon),
+        )
+
+
+@dataclass(frozen=True)
+class PlainModel:
+    """A model without transformers' code: its weights, and what the decode loop asks of a model."""
+
+    config: PlainConfig
+    weights: LlamaWeights
+    generation_config: SimpleNamespace
+    """Its `eos_token_id`."""
+    parameters: int
+
+    def num_parameters(self) -> int:
+        """How many, tied ones once."""
+        return self.parameters
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.weights.embedding.device
+
+
+class LlamaForward:
+    """See `forward.Forward`. Weights are copied: build a new one when they have changed."""
+
+    def __init__(self, weights: LlamaWeights) -> None:
+        """Take the weights; a cache comes with the first prompts."""
+        self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
+        self.heads, self.kv_heads = weights.heads, weights.kv_heads
+        self.head_size, self.epsilon = weights.head_size, weights.epsilon
+        self.embedding, self.layers, self.norm = weights.embedding, weights.layers, weights.norm
+        self.unembedding, self.frequencies = weights.unembedding, weights.frequencies
         hidden = self.embedding.shape[1]
         self._mean = self.embedding.new_full((hidden, 1), 1 / hidden)
         self._epsilon = self.embedding.new_full((1,), self.epsilon)
@@ -276,7 +362,8 @@ def is_covered(
     dtype: torch.dtype | None = None,
 ) -> bool:
     """Whether this is a plain dense Llama, Mistral, Qwen2 or Qwen3 of moderate size."""
-    if type(model) not in COVERED or model.device.type not in ("cpu", "cuda"):
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    if kind not in COVERED or model.device.type not in ("cpu", "cuda"):
         return False
     if saved_precision(model.config) == "torchao":  # its weights have the names of full ones
         return False
@@ -295,7 +382,7 @@ def is_covered(
 
 @torch.inference_mode()
 def fast_forward(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PlainModel,
     prompt: Sequence[int],
     weights_of: WeightsOf = plain_weights,
     dtype: torch.dtype | None = None,
@@ -305,13 +392,15 @@ def fast_forward(
     `weights_of` gives the weights that a block computes with where an adapter changes them, and
     `dtype` is that of autocast where it has the model compute in another than its weights'.
     """
+    if isinstance(model, PlainModel):
+        return LlamaForward(model.weights)
     if not is_covered(model, weights_of, dtype):
         return None
     rows = model.get_input_embeddings().num_embeddings
     probe = [*prompt[:PROBE_TOKENS], *(token % rows for token in range(PROBE_TOKENS))]
     probes = [probe, probe[5:]]  # of two lengths, so that padding is checked too
     expected = [model(torch.tensor([p], device=model.device)).logits[0, -3:] for p in probes]
-    forward = LlamaForward(model, weights_of, dtype)
+    forward = LlamaForward(LlamaWeights.of_model(model, weights_of, dtype))
     with torch.autocast(model.device.type, enabled=False):
         return forward if _agrees(forward, probes, expected) else None
 

@@ -3,22 +3,36 @@
 In: a model, prompts as token ids and sampling settings. Out: responses as they finish.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llmctl.config.sections import Loading, Sampling
 from llmctl.decode.forward import Forward, HuggingFaceForward
-from llmctl.decode.llama import fast_forward
+from llmctl.decode.llama import PlainModel, fast_forward
+from llmctl.decode.plain import load_plain
 from llmctl.decode.sampling import TokenSampler, uniform_stream
 from llmctl.decode.text import TextStream, stop_ids
 from llmctl.errors import DataError, ModelError
 from llmctl.hardware import set_threads, usable_cores
-from llmctl.models.loading import context_size, load_causal_lm, parameter_count, parse_dtype
+from llmctl.models.loading import (
+    context_size,
+    load_causal_lm,
+    load_config,
+    local_folder,
+    parse_dtype,
+)
+from llmctl.models.plain import PlainConfig, read_plain_config
 from llmctl.models.quantized import LoadIn
+from llmctl.runs.directory import resolve_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 FinishReason = Literal["eos", "stop", "length"]
 WORTH_THREADS = 3_000_000
@@ -87,12 +101,16 @@ class _Row:
             self.on_text(self.response.index, piece)
 
 
-def choose_forward(model: PreTrainedModel, prompt: Sequence[int]) -> Forward:
+def choose_forward(model: PreTrainedModel | PlainModel, prompt: Sequence[int]) -> Forward:
     """The fast pass where it covers the model and agrees on this prompt, else transformers'."""
-    return fast_forward(model, prompt) or HuggingFaceForward(model)
+    fast = fast_forward(model, prompt)
+    if fast is None:
+        assert not isinstance(model, PlainModel)
+        return HuggingFaceForward(model)
+    return fast
 
 
-def check_prompt(tokens: Sequence[int], config: PreTrainedConfig, name: str) -> None:
+def check_prompt(tokens: Sequence[int], config: PreTrainedConfig | PlainConfig, name: str) -> None:
     """Refuse a prompt that the model cannot read.
 
     Raises:
@@ -114,14 +132,16 @@ def check_prompt(tokens: Sequence[int], config: PreTrainedConfig, name: str) -> 
         )
 
 
-def limit_new_tokens(tokens: Sequence[int], config: PreTrainedConfig, wanted: int) -> int:
+def limit_new_tokens(
+    tokens: Sequence[int], config: PreTrainedConfig | PlainConfig, wanted: int
+) -> int:
     """Lower the number of new tokens to what the context has room for after a prompt."""
     context = context_size(config)
     return wanted if context is None else min(wanted, context - len(tokens))
 
 
 def decode(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PlainModel,
     prompts: Sequence[Prompt],
     sampling: Sampling,
     *,
@@ -228,10 +248,30 @@ def best_threads(parameters: int, rows: int, cores: int) -> int:
     return cores if parameters * rows >= WORTH_THREADS else 1
 
 
+def config_for_generation(config: Loading) -> PreTrainedConfig | PlainConfig:
+    """Configuration of the model to use, read without transformers where that will do.
+
+    Raises:
+        ModelError: there is none, it is broken, or it wants to run code of its own.
+    """
+    if not (config.load_in_8bit or config.load_in_4bit or config.check):
+        plain = read_plain_config(local_folder(resolve_model(config.model)))
+        if plain is not None:
+            return plain
+    return load_config(config.model)
+
+
 def load_for_generation(
-    reference: str, config: Loading, shape: PreTrainedConfig, *, device: str, rows: int
-) -> PreTrainedModel:
+    reference: str,
+    config: Loading,
+    shape: PreTrainedConfig | PlainConfig,
+    *,
+    device: str,
+    rows: int,
+) -> PreTrainedModel | PlainModel:
     """Load the model of a run, a folder or a Hub id, and set the threads for batches of `rows`.
+
+    A model whose configuration is plain is loaded without transformers' code of models.
 
     Raises:
         ModelError: it is broken, not trusted, or no language model.
@@ -239,7 +279,9 @@ def load_for_generation(
     """
     load_in: LoadIn = "8bit" if config.load_in_8bit else "4bit" if config.load_in_4bit else "full"
     dtype = parse_dtype(config.dtype, device, shape.dtype)
-    model = load_causal_lm(reference, dtype=dtype, device=device, load_in=load_in)
-    cores = usable_cores()
-    set_threads(config.threads or best_threads(parameter_count(model), rows, cores))
+    model: PreTrainedModel | PlainModel | None = None
+    if isinstance(shape, PlainConfig):
+        model = load_plain(shape, dtype=dtype, device=device)
+    model = model or load_causal_lm(reference, dtype=dtype, device=device, load_in=load_in)
+    set_threads(config.threads or best_threads(model.num_parameters(), rows, usable_cores()))
     return model

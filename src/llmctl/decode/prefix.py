@@ -3,16 +3,26 @@
 In: the growing prompt of one conversation. Out: logits, as from `forward.HuggingFaceForward`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from llmctl.data.chat.render import common_prefix
-from llmctl.decode.forward import Forward, HuggingFaceForward, learns_prompt, require_cache
-from llmctl.decode.llama import fast_forward
+from llmctl.decode.forward import (
+    Forward,
+    HuggingFaceForward,
+    learns_prompt,
+    new_cache,
+    require_cache,
+)
+from llmctl.decode.llama import PlainModel, fast_forward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class PrefixForward:
@@ -22,7 +32,7 @@ class PrefixForward:
         """Wrap a model in eval mode, which keeps keys and values of all tokens in every layer."""
         self.model = model
         self.device = model.device
-        self._cache = DynamicCache(config=model.config)
+        self._cache = new_cache(model)
         self._read: list[int] = []
         """Tokens whose keys and values are in the cache."""
 
@@ -31,7 +41,7 @@ class PrefixForward:
         (prompt,) = prompts
         kept = common_prefix(self._read, prompt[:-1])
         if kept == 0:
-            self._cache = DynamicCache(config=self.model.config)
+            self._cache = new_cache(self.model)
         elif kept < len(self._read):
             self._cache.crop(kept - len(self._read))
         self._read = list(prompt[:kept])
@@ -60,16 +70,17 @@ class PrefixForward:
         return logits
 
 
-def conversation_forward(model: PreTrainedModel, prompt: Sequence[int]) -> Forward:
+def conversation_forward(model: PreTrainedModel | PlainModel, prompt: Sequence[int]) -> Forward:
     """Choose the forward pass for a conversation: with a kept prefix where the model allows it.
 
     Small models take the fast pass, though it reads every prompt anew: it is faster all the same.
     """
     if fast := fast_forward(model, prompt):
         return fast
+    assert not isinstance(model, PlainModel)
     require_cache(model)
-    layers = DynamicCache(config=model.config).layers
-    keeps_all = all(type(layer) is DynamicLayer for layer in layers)  # unlike a sliding window
+    layers = new_cache(model).layers
+    keeps_all = all(type(layer).__name__ == "DynamicLayer" for layer in layers)  # no sliding window
     return (
         PrefixForward(model)
         if keeps_all and not learns_prompt(model)

@@ -1,12 +1,15 @@
 """Prompts of the user (text, files, conversations) in, the tokens that a model continues out."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llmctl.console import log
 from llmctl.data.audit.rules import RowRules, texts_of
@@ -18,6 +21,11 @@ from llmctl.data.sets import read_sets
 from llmctl.decode.loop import Prompt, check_prompt, limit_new_tokens
 from llmctl.errors import DataError, ModelError, UserError
 from llmctl.numbers import counted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from llmctl.models.plain import PlainConfig
 
 
 def read_stdin() -> PromptExample:
@@ -131,7 +139,7 @@ def answers_in_template(tokenizer: PreTrainedTokenizerBase, eos: Collection[int]
 def build_prompts(
     examples: Sequence[PromptExample],
     encoder: PromptEncoder,
-    shape: PreTrainedConfig,
+    shape: PreTrainedConfig | PlainConfig,
     max_new_tokens: int,
     samples: int,
 ) -> list[Prompt]:

@@ -5,6 +5,8 @@ missing or superfluous. So the base is named, its sha256 stands in the header of
 adapter_model.safetensors, and what does not fit is refused by name.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import warnings
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llmctl.errors import ModelError
 from llmctl.files import filled_folder, sha256_file
@@ -33,6 +35,7 @@ from llmctl.models.vetting import (
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import GenerationConfig, PreTrainedModel
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -99,7 +102,7 @@ def read_adapter(folder: Path) -> AdapterInfo:
 
 
 def save_adapter(
-    model: "PeftModel",
+    model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
@@ -171,7 +174,7 @@ def require_base(adapter: AdapterInfo, base: Path) -> None:
 
 def put_adapter(
     model: PreTrainedModel, adapter: AdapterInfo, kind: Kind = "CAUSAL_LM"
-) -> "PeftModel":
+) -> PeftModel:
     """Put an adapter on a model, in eval mode.
 
     By PEFT's own class: the Auto class of transformers loses DoRA's magnitudes.
@@ -221,6 +224,8 @@ def put_adapter(
             hint="the base has no such layer: it is not the one that this adapter was trained on",
         )
     if (folder / "generation_config.json").exists():
+        from transformers import GenerationConfig
+
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return fuse_lora(adapted.eval())
 

@@ -4,15 +4,15 @@ In: a configuration. Out: nothing, or a refusal that says what else can be done 
 transformers loads a BERT as a language model, too; its predictions would see their own answers.
 """
 
-from pathlib import Path
+from __future__ import annotations
 
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    PreTrainedConfig,
-)
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmctl.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def is_encoder(config: PreTrainedConfig) -> bool:
@@ -20,6 +20,8 @@ def is_encoder(config: PreTrainedConfig) -> bool:
 
     Some architectures do either, by a switch that is off unless a configuration sets it.
     """
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
     is_decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
     can_be_encoder = (
         type(config) in MODEL_FOR_MASKED_LM_MAPPING or config.model_type == "bert-generation"
@@ -30,6 +32,8 @@ def is_encoder(config: PreTrainedConfig) -> bool:
 
 def require_causal_config(config: PreTrainedConfig, source: str | Path) -> None:
     """Raise a ModelError for what is no causal language model; say what it can be used for."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     if config.is_encoder_decoder:
         raise ModelError(
             f"{config.model_type} is an encoder-decoder, not a causal language model",

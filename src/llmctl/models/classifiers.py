@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+import llmctl.models.patched_attention  # noqa: F401 (of every model that is loaded)
 from llmctl.console import said_if_slow
 from llmctl.errors import ModelError, UserError
 from llmctl.models.adapters import is_adapter, put_adapter, read_adapter, require_base

@@ -1,26 +1,21 @@
-"""Load and save models and tokenizers: plain Hugging Face folders, nothing else."""
+"""Load and save models and tokenizers: plain Hugging Face folders, nothing else.
+
+transformers' code of models is imported where a model is loaded, since it takes longer than all
+else; `llmctl generate` does without it for many models (`decode.plain`).
+"""
+
+from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
-from transformers.generation.configuration_utils import METADATA_FIELDS
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from llmctl.console import log, said_if_slow
 from llmctl.errors import ModelError
 from llmctl.files import filled_folder
-from llmctl.models import patched_attention
 from llmctl.models.adapters import (
     AdapterInfo,
     is_adapter,
@@ -45,12 +40,16 @@ from llmctl.models.vetting import (
 )
 from llmctl.runs.directory import resolve_model, resolve_tokenizer, tokenizer_in_parts
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from llmctl.models.plain import PlainConfig
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAFE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
-patched_attention.register_attention()
 
 
 def local_folder(reference: str) -> Path:
@@ -87,9 +86,7 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
         raise parts or ModelError("no tokenizer in this folder", file=folder)
     check_files(folder)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False
-        )
+        tokenizer = _open_tokenizer(folder)
     except (*BROKEN, ImportError) as error:
         what = f"the tokenizer does not load: {first_line(error)}"
         raise parts or ModelError(what, file=folder) from None
@@ -97,6 +94,21 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
         tokenizer = _as_in_file(tokenizer, folder)
     if tokenizer.is_fast:
         switch_off_dropout(tokenizer.backend_tokenizer, folder)
+    return tokenizer
+
+
+def _open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Open a tokenizer; what says that it is its tokenizer.json, without looking for a class."""
+    file = folder / "tokenizer_config.json"
+    settings = read_object(file) if file.exists() else {}
+    is_file = (folder / "tokenizer.json").exists() and "auto_map" not in settings
+    if is_file and settings.get("tokenizer_class") == "TokenizersBackend":
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False
+    )
     return tokenizer
 
 
@@ -144,6 +156,8 @@ def load_config(reference: str) -> PreTrainedConfig:
     check_files(folder)
     raw = read_object(folder / "config.json")
     check_counts(raw, folder)
+    from transformers import AutoConfig
+
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except BROKEN as error:
@@ -166,6 +180,10 @@ def load_causal_lm(
         ModelError: pickles only, remote code, or tensors that are missing, misshapen or not finite.
         NetworkError: a Hub id that cannot be had.
     """
+    from transformers import AutoModelForCausalLM
+
+    import llmctl.models.patched_attention  # noqa: F401 (of every model that is loaded)
+
     folder = local_folder(resolve_model(reference))
     if is_adapter(folder):
         adapter = read_adapter(folder)
@@ -181,7 +199,7 @@ def load_causal_lm(
         dtype = config.dtype or dtype  # scales and kept layers go with the type they were made in
     with said_if_slow(f"loading {folder}"):
         try:
-            check_size(folder, config)
+            check_size(folder, config, AutoModelForCausalLM)
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
@@ -279,6 +297,8 @@ def set_generation_tokens(
     Returns:
         The tokens that end a response, sorted.
     """
+    from transformers import GenerationConfig
+
     stops = stop_tokens(model, tokenizer, *others)
     tokens = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -302,6 +322,8 @@ def set_generation_tokens(
 
 def _generation_settings(model: PreTrainedModel) -> set[str]:
     """Names of what a generation_config.json sets; nothing where the model's is made up."""
+    from transformers.generation.configuration_utils import METADATA_FIELDS
+
     config = model.generation_config
     if config is None or config.to_dict().get("_from_model_config"):
         return set()
@@ -333,7 +355,7 @@ def grow_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         model.resize_token_embeddings(rows, mean_resizing=True)
 
 
-def context_size(config: PreTrainedConfig) -> int | None:
+def context_size(config: PreTrainedConfig | PlainConfig) -> int | None:
     """Return the positions of a model; None where it has no limit."""
     text = config.get_text_config()
     return int(text.max_position_embeddings) if hasattr(text, "max_position_embeddings") else None

@@ -62,6 +62,4 @@ def in_float32(query: Tensor) -> bool:
     return torch.bfloat16 in (query.dtype, rounded) and 1 < length <= SHORT // size
 
 
-def register_attention() -> None:
-    """Make every model that transformers loads with SDPA use `attend`."""
-    AttentionInterface.register("sdpa", attend)
+AttentionInterface.register("sdpa", attend)  # of every model that transformers loads with SDPA

@@ -17,6 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
+import llmctl.models.patched_attention  # noqa: F401 (of every model that is made)
 from llmctl.config.commands.pretrain import Shape
 from llmctl.errors import ModelError, UserError
 from llmctl.models.causality import require_causal_config

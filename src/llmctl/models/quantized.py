@@ -6,18 +6,21 @@ then on gradients, saved files and dequantized weights are wrong, unseen. And NF
 wrongly where a layer's input width is not a multiple of 64.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from llmctl.errors import ModelError, require_extra
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 LoadIn = Literal["full", "8bit", "4bit"]
 BLOCK = 64
@@ -125,7 +128,7 @@ def copy_dequantized(quantized: PreTrainedModel, full: PreTrainedModel) -> None:
             continue
         layer: Any = layers[name]
         # bitsandbytes holds GPT-2's transposed layers the usual way round
-        layer.weight.copy_(weight.T if isinstance(layer, Conv1D) else weight)
+        layer.weight.copy_(weight.T if is_transposed(layer) else weight)
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -201,6 +204,8 @@ def _dequantized(module: Any) -> Tensor | None:
 
 def _kept_layers(config: PreTrainedConfig) -> tuple[list[str], list[str]]:
     """Name the output layers, and layers whose input NF4 cannot divide into blocks."""
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     output = model.get_output_embeddings()
@@ -209,8 +214,15 @@ def _kept_layers(config: PreTrainedConfig) -> tuple[list[str], list[str]]:
     return [*HEADS, *heads], odd
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a layer is a linear one that holds its weight as (in, out), as GPT-2's are."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
 def input_width(module: nn.Module) -> int:
     """Return the input size of a linear layer; 0 for other layers."""
-    if isinstance(module, Conv1D):
-        return int(module.nx)
+    if is_transposed(module):
+        return int(module.nx)  # type: ignore[arg-type]
     return module.in_features if isinstance(module, nn.Linear) else 0

@@ -4,20 +4,24 @@ Libraries read a file whole however large, build as many layers as config.json s
 index to wherever it points. All this is refused here, by name.
 """
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from llmctl.errors import ModelError
 from llmctl.files import FETCH_LFS, is_lfs_pointer
 from llmctl.models.quantized import first_not_finite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 BROKEN = (
     OSError,
@@ -136,7 +140,7 @@ def check_shards(folder: Path, config: PreTrainedConfig) -> None:
 def check_size(
     folder: Path,
     config: PreTrainedConfig,
-    auto_class: Any = AutoModelForCausalLM,
+    auto_class: Any,
     is_new: Callable[[Any, str], bool] = lambda _model, _name: False,
 ) -> None:
     """Refuse a config.json of a model far larger than its weights, before memory is taken for it.
