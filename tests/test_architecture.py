@@ -11,6 +11,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "llmctl"
 BOTTOM = {
     *("console", "errors", "files", "hardware", "launch", "metrics", "numbers", "redact"),
+    "optional_imports",
     *("signals", "text_forms"),
 }
 """Loose files that every folder may import; they import no folder."""

@@ -12,8 +12,10 @@ def start() -> None:
     exit_on_signals()
     gc.disable()  # of a million new objects of modules none is garbage; the command enables it
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice, once for each rank
+    from llmctl import optional_imports
     from llmctl.cli import main
 
+    optional_imports.deny()
     try:
         main()
     finally:  # Python takes its handlers away before it ends: SIGUSR1 would give a code of its own

@@ -24,8 +24,8 @@ from llmctl.config.finetuning import Adapter
 from llmctl.console import log
 from llmctl.errors import ModelError, UserError
 from llmctl.models.adapters import save_adapter, weights_sha256
-from llmctl.models.loading import grow_embeddings, load_causal_lm, load_config
-from llmctl.training.adapters import adapt, trainable_parameters
+from llmctl.models.loading import grow_embeddings, load_causal_lm, load_config, trainable_parameters
+from llmctl.training.adapters import adapt
 from tests.run_files import edit_json, edit_tensors
 
 torch.set_num_threads(1)

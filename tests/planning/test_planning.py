@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Con
 
 from llmctl.config.commands import SftConfig
 from llmctl.errors import UserError
+from llmctl.models.loading import trainable_parameters
 from llmctl.planning import compute, memory
 from llmctl.planning.compute import flops_per_step, flops_per_token
 from llmctl.planning.memory import estimate_memory, weight_bytes
@@ -28,7 +29,7 @@ from llmctl.planning.placement import (
 )
 from llmctl.planning.shape import config_of, shape_of
 from llmctl.planning.workload import PpoWorkload, Workload
-from llmctl.training.adapters import adapt, trainable_parameters
+from llmctl.training.adapters import adapt
 from tests.conftest import sentences
 from tests.run_files import rows_in, write_texts
 

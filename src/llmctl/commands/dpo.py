@@ -8,8 +8,6 @@ from accelerate import Accelerator
 from llmctl import hardware
 from llmctl.config.commands import DpoConfig
 from llmctl.data.preference_pairs import load_dpo_data, log_dpo_data
-from llmctl.planning.outlook import show_dry_run
-from llmctl.planning.recipe import finetuning_outlook, trained_share
 from llmctl.runs.directory import Run
 from llmctl.training.dpo import build_dpo, prepare_dpo
 from llmctl.training.export import export
@@ -25,6 +23,9 @@ def run(config: DpoConfig) -> dict[str, Any] | None:
 
 def _show(config: DpoConfig, accelerator: Accelerator, device: str) -> dict[str, Any] | None:
     """Show a dry run: recipe and outlook."""
+    from llmctl.planning.outlook import show_dry_run  # which training does without
+    from llmctl.planning.recipe import finetuning_outlook, trained_share
+
     data = load_dpo_data(config, None)
     log_dpo_data(data)
     prepared = prepare_dpo(config, data, accelerator, device)

@@ -8,8 +8,6 @@ from accelerate import Accelerator
 
 from llmctl import hardware
 from llmctl.config.commands import PpoConfig
-from llmctl.planning.outlook import show_dry_run
-from llmctl.planning.recipe import ppo_outlook
 from llmctl.ppo.export import export, log_summary
 from llmctl.ppo.loop import fit, resume
 from llmctl.ppo.setup import build_ppo, prepare_ppo
@@ -27,6 +25,9 @@ def run(config: PpoConfig) -> dict[str, Any] | None:
 
 def _show(config: PpoConfig, accelerator: Accelerator, device: str) -> dict[str, Any] | None:
     """Show a dry run: recipe and outlook."""
+    from llmctl.planning.outlook import show_dry_run  # which training does without
+    from llmctl.planning.recipe import ppo_outlook
+
     prepared = prepare_ppo(config, accelerator, device)
     return show_dry_run("ppo", config, ppo_outlook(config, prepared, device))
 

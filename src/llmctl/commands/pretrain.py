@@ -16,8 +16,6 @@ from llmctl.data.corpus import open_corpus, tokenize_once
 from llmctl.data.tokenizer.load import load_vocabulary
 from llmctl.files import sha256_file
 from llmctl.numbers import byte_size, counted
-from llmctl.planning.outlook import show_dry_run
-from llmctl.planning.recipe import corpus_outlook, pretrain_outlook
 from llmctl.runs.directory import Run
 from llmctl.runs.resume import earlier_manifest
 from llmctl.training.base_model import base_of
@@ -74,6 +72,9 @@ def _tokens(config: PretrainConfig, run: Run) -> tuple[Path, list[dict[str, Any]
 
 def _show(config: PretrainConfig, accelerator: Accelerator, device: str) -> dict[str, Any] | None:
     """Check what can be checked without writing; print the recipe, and the plan on stderr."""
+    from llmctl.planning.outlook import show_dry_run  # which training does without
+    from llmctl.planning.recipe import corpus_outlook, pretrain_outlook
+
     if config.tokens is not None:
         prepared = prepare_pretraining(
             config, Path(config.tokens).expanduser(), accelerator, device

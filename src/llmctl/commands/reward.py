@@ -8,8 +8,6 @@ from accelerate import Accelerator
 from llmctl import hardware
 from llmctl.config.commands import RewardConfig
 from llmctl.data.preference_pairs import load_reward_data, log_reward_data
-from llmctl.planning.outlook import show_dry_run
-from llmctl.planning.recipe import finetuning_outlook
 from llmctl.reward.score_file import score_file
 from llmctl.runs.directory import Run
 from llmctl.training.export import export
@@ -28,6 +26,9 @@ def run(config: RewardConfig) -> dict[str, Any] | None:
 
 def _show(config: RewardConfig, accelerator: Accelerator, device: str) -> dict[str, Any] | None:
     """Show a dry run: recipe and outlook."""
+    from llmctl.planning.outlook import show_dry_run  # which training does without
+    from llmctl.planning.recipe import finetuning_outlook
+
     data = load_reward_data(config, None)
     log_reward_data(data)
     prepared = prepare_reward(config, data, accelerator, device)

@@ -10,8 +10,6 @@ from llmctl.config.commands import SftConfig
 from llmctl.data.audit.audit import Audit
 from llmctl.data.classification import load_classification_data, log_classification_data
 from llmctl.data.sft import SftData, load_sft_data
-from llmctl.planning.outlook import show_dry_run
-from llmctl.planning.recipe import finetuning_outlook, trained_share
 from llmctl.runs.directory import Run
 from llmctl.training.classify import build_classification, prepare_classification
 from llmctl.training.export import export
@@ -34,6 +32,9 @@ def run(config: SftConfig) -> dict[str, Any] | None:
 
 def _show(config: SftConfig, accelerator: Accelerator, device: str) -> dict[str, Any] | None:
     """Show a dry run: recipe and outlook."""
+    from llmctl.planning.outlook import show_dry_run  # which training does without
+    from llmctl.planning.recipe import finetuning_outlook, trained_share
+
     data, _ = _examples(config, accelerator)
     prepared = prepare_sft(config, data, accelerator, device)
     outlook = finetuning_outlook(config, prepared, device, trained_share(data.train))
@@ -66,6 +67,9 @@ def _show_classification(
     config: SftConfig, accelerator: Accelerator, device: str
 ) -> dict[str, Any] | None:
     """Show a dry run with `--task classify`."""
+    from llmctl.planning.outlook import show_dry_run  # which training does without
+    from llmctl.planning.recipe import finetuning_outlook
+
     data = load_classification_data(config)
     log_classification_data(data)
     prepared = prepare_classification(config, data, accelerator, device)

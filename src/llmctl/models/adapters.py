@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import warnings
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
 from safetensors import safe_open
@@ -65,6 +66,11 @@ class AdapterInfo:
     """Whether it is prompt tuning: virtual tokens, which no weight of a model can hold."""
     rows: frozenset[int]
     """Rows of the embedding that it has."""
+
+
+def is_adapted(model: Any) -> TypeGuard[PeftModel]:
+    """Whether a model has an adapter; PEFT, which takes long to import, made it then."""
+    return "peft" in sys.modules and isinstance(model, sys.modules["peft"].PeftModel)
 
 
 def is_adapter(folder: Path) -> bool:

@@ -278,6 +278,19 @@ def parameter_count(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def trainable_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Parameters that train, and all of them; tied ones count once, packed ones as what they are.
+
+    Four-bit weights are stored two to a byte.
+    """
+    trained = total = 0
+    for weight in model.parameters():
+        packed = 2 * weight.element_size() if type(weight).__name__ == "Params4bit" else 1
+        total += weight.numel() * packed
+        trained += weight.numel() if weight.requires_grad else 0
+    return trained, total
+
+
 def stop_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *others: int | None
 ) -> list[int]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from llmctl import optional_imports
 from llmctl.errors import ModelError, require_extra
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def prepare_library(library: str) -> None:
     name = library.split()[0]
     if name == "torchao":
         require_extra("torchao", "torchao", "a model in its numbers")
+        optional_imports.allow("torchao")
     if name == "bitsandbytes":
         import bitsandbytes.nn.modules as bitsandbytes_modules
 

@@ -30,7 +30,13 @@ from llmctl.data.sft import load_sft_data
 from llmctl.data.tokenized import Tokenized
 from llmctl.errors import UserError
 from llmctl.models import presets
-from llmctl.models.loading import context_size, load_config, load_tokenizer, parameter_count
+from llmctl.models.loading import (
+    context_size,
+    load_config,
+    load_tokenizer,
+    parameter_count,
+    trainable_parameters,
+)
 from llmctl.planning.outlook import Outlook, make_outlook
 from llmctl.planning.shape import VOCABULARY, config_of, shape_of, too_long
 from llmctl.planning.workload import (
@@ -45,7 +51,7 @@ from llmctl.ppo.encoded_prompts import PromptFormat, encode_prompts
 from llmctl.ppo.hyperparameters import for_ppo
 from llmctl.ppo.rewards import parse_weight
 from llmctl.ppo.setup import PreparedPpo
-from llmctl.training.adapters import adapt, trainable_parameters
+from llmctl.training.adapters import adapt
 from llmctl.training.base_model import Prepared
 from llmctl.training.batches import SequenceRows
 from llmctl.training.hyperparameters import (

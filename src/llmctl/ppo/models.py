@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import (
@@ -26,7 +26,7 @@ from transformers import (
 from llmctl.config.commands import PpoConfig
 from llmctl.console import log
 from llmctl.errors import ModelError, UserError
-from llmctl.models.adapters import is_adapter, read_adapter, weights_sha256
+from llmctl.models.adapters import is_adapted, is_adapter, read_adapter, weights_sha256
 from llmctl.models.hub import model_input
 from llmctl.models.loading import find_base, local_folder
 from llmctl.models.patched_lora import fuse_lora
@@ -269,7 +269,7 @@ def _can_value(reward_model: RewardModel, tokenizer: PreTrainedTokenizerBase) ->
     same_ids = all(vocabulary.get(token) == id_ for token, id_ in tokenizer.get_vocab().items())
     encodes_alike = reward_model.tokenizer(PROBE)["input_ids"] == tokenizer(PROBE)["input_ids"]
     model = reward_model.model
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    plain = model.get_base_model() if is_adapted(model) else model
     is_decoder = not reward_model.response_format.is_pair and HEAD in dict(plain.named_children())
     return is_decoder and same_ids and encodes_alike
 
@@ -280,7 +280,7 @@ def _value_model(config: PpoConfig, base: Any, origin: RewardModel | None) -> An
         if origin is None:
             return deepcopy(classifier_on(base)).requires_grad_(True)
         copied = deepcopy(origin.model)
-        merged = copied.merge_and_unload() if isinstance(copied, PeftModel) else copied
+        merged = copied.merge_and_unload() if is_adapted(copied) else copied
         return merged.requires_grad_(True)
     if origin is None:
         return adapt(classifier_on(base), config, task="classify")

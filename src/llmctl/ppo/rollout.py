@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from llmctl.config.sections import Sampling
 from llmctl.decode.forward import Forward, HuggingFaceForward
 from llmctl.decode.llama import fast_forward
 from llmctl.decode.loop import Prompt, Response, decode
+from llmctl.models.adapters import is_adapted
 from llmctl.ppo.episodes import EpisodeTokens
 from llmctl.signals import StopFlag
 
@@ -111,7 +111,7 @@ class _InterruptibleForward:
     def __init__(
         self, model: Any, prompt: Sequence[int], flag: StopFlag, autocast: Autocast
     ) -> None:
-        plain = model.get_base_model() if isinstance(model, PeftModel) else model
+        plain = model.get_base_model() if is_adapted(model) else model
         with autocast():
             half = torch.is_autocast_enabled(plain.device.type)
             dtype = torch.get_autocast_dtype(plain.device.type) if half else None

@@ -16,7 +16,7 @@ from llmctl.data.audit.rules import RowRules
 from llmctl.data.bad_rows import BadRows
 from llmctl.data.prompts import read_prompts
 from llmctl.errors import DataError, ResourceError, UserError
-from llmctl.models.loading import load_config, load_tokenizer, stop_tokens
+from llmctl.models.loading import load_config, load_tokenizer, stop_tokens, trainable_parameters
 from llmctl.numbers import counted, short_number
 from llmctl.ppo.encoded_prompts import EncodedPrompts, PromptFormat, encode_prompts
 from llmctl.ppo.hyperparameters import for_ppo, ppo_identity
@@ -26,7 +26,6 @@ from llmctl.ppo.rollout import RolloutSampler
 from llmctl.ppo.trainer import PpoTrainer
 from llmctl.ppo.win_rate import WinRate
 from llmctl.runs.directory import Run
-from llmctl.training.adapters import trainable_parameters
 from llmctl.training.base_model import Loaded, base_of, to_pure_bf16
 from llmctl.training.batches import Order
 from llmctl.training.consistency import require_same

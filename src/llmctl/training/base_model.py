@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -25,7 +24,7 @@ from llmctl.data.preference_pairs import PreferenceData
 from llmctl.data.sft import SftData
 from llmctl.errors import ModelError, UserError
 from llmctl.models import presets
-from llmctl.models.adapters import weights_sha256
+from llmctl.models.adapters import is_adapted, weights_sha256
 from llmctl.models.classifiers import load_classifier, require_padding_unseen, require_positions
 from llmctl.models.hub import model_input
 from llmctl.models.loading import (
@@ -34,12 +33,12 @@ from llmctl.models.loading import (
     load_config,
     local_folder,
     set_generation_tokens,
+    trainable_parameters,
 )
 from llmctl.models.quantized import HEADS, LoadIn, require_full
 from llmctl.numbers import counted, short_number
 from llmctl.runs.directory import Run, resolve_model
 from llmctl.runs.resume import earlier_manifest
-from llmctl.training.adapters import adapt, trainable_parameters
 from llmctl.training.batches import Batch, Order, RowBatches, Rows, on_device, validation_shares
 from llmctl.training.distributed import autocast, is_sharded
 from llmctl.training.evaluation_share import (
@@ -96,6 +95,8 @@ def load_language_model(
     grow_embeddings(model, data.tokenizer)
     stops = set_generation_tokens(model, data.tokenizer, data.end_of_turn)
     if config.has_adapter:
+        from llmctl.training.adapters import adapt  # peft, which takes long to import
+
         model = adapt(model, config, added_tokens=new_tokens_of(model, data))
     return model, stops
 
@@ -131,6 +132,8 @@ def load_with_head(
     require_positions(model, longest)
     require_padding_unseen(model.to(device), *texts, pad)
     if config.has_adapter:
+        from llmctl.training.adapters import adapt  # peft, which takes long to import
+
         model = adapt(
             model,
             config,
@@ -213,7 +216,7 @@ class Prepared(Loaded):
     def identity(self, data: LanguageData | ClassificationData, config: Tuning) -> dict[str, Any]:
         """Return what decides the weights beside hyperparameters: a resumed run must share it."""
         model = self.model
-        adapters = model.peft_config.values() if isinstance(model, PeftModel) else ()
+        adapters = model.peft_config.values() if is_adapted(model) else ()
         return {
             "data": data.train.digest(),
             "validation": None if data.val is None else data.val.digest(),
@@ -482,7 +485,7 @@ def load_base(config: SftConfig | DpoConfig | PpoConfig, device: str) -> Any:
         halves = device == "cuda" and hardware.has_bf16(device) and config.precision != "fp32"
         dtype = torch.bfloat16 if halves else torch.float32
         model = load_causal_lm(config.model, dtype=dtype, device=device, load_in=how)
-    if isinstance(model, PeftModel):
+    if is_adapted(model):
         is_prompt = model.active_peft_config.is_prompt_learning
         raise ModelError(
             "this model is an adapter, and a second one on it could not be loaded again",

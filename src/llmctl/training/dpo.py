@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -26,6 +25,7 @@ from llmctl.console import log
 from llmctl.data.preference_pairs import Pairs, PreferenceData
 from llmctl.data.tokenized import Tokenized
 from llmctl.errors import ModelError
+from llmctl.models.adapters import is_adapted
 from llmctl.runs.directory import Run
 from llmctl.training.base_model import (
     Prepared,
@@ -172,7 +172,7 @@ class DirectPreference:
         Before anything is trained or restored; with an adapter that is the validation data, since
         the base below it can be asked at any time.
         """
-        sets = {"train": None if isinstance(self.model, PeftModel) else self.train, "val": self.val}
+        sets = {"train": None if is_adapted(self.model) else self.train, "val": self.val}
         rank, world = accelerator.process_index, accelerator.num_processes
         for name, pairs in sets.items():
             if pairs is None:
@@ -242,7 +242,7 @@ class DirectPreference:
 
     def _base_alone(self) -> AbstractContextManager[Any]:
         """The base without its adapter; the model itself where there is none."""
-        if not isinstance(self.model, PeftModel):
+        if not is_adapted(self.model):
             return nullcontext()
         alone: AbstractContextManager[Any] = self.model.disable_adapter()
         return alone
