@@ -2,8 +2,8 @@
 
 python startup.py MODEL TEXT [--rounds 10] [--only generate,sft]
 
-MODEL is a small model, such as stories260K; TEXT a text file of some kilobytes. generate and chat are
-timed to the first character on stdout, what trains to its first line of metrics, evaluate and
+MODEL is a small model, such as stories260K; TEXT a text file of some kilobytes. generate and chat
+are timed to the first character on stdout, what trains to its first line of metrics, evaluate and
 quantize to the end.
 """
 
@@ -98,7 +98,10 @@ def sides_of(model: str, text: str, folder: Path) -> dict[str, Callable[[], floa
         "chat": lambda: to_first_output(
             "chat", "--model", str(folder / "chatty"), *new, say="Hello\n"
         ),
-        "pretrain": lambda: to_first_step(folder, "pretrain", "--tokens", str(tokens)),
+        "pretrain": lambda: to_first_step(
+            *(folder, "pretrain", "--tokens", str(tokens), "--config-from", model),
+            *("--context", "64", "--batch-size", "8"),
+        ),
         "sft": lambda: to_first_step(folder, "sft", "--model", model, "--data", str(rows)),
         "evaluate": lambda: to_end("evaluate", "--model", model, "--data", text, "--limit", "1"),
         "quantize": lambda: to_end(

@@ -1,13 +1,13 @@
 """Benchmarks of lm-eval: the model as llmctl loaded it in, a row for each task out."""
 
+from __future__ import annotations
+
 import difflib
 import io
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
-from typing import Any
-
-from transformers import PreTrainedModel, set_seed
+from typing import TYPE_CHECKING, Any
 
 from llmctl.config.commands import EvaluateConfig
 from llmctl.console import is_terminal, log
@@ -17,6 +17,9 @@ from llmctl.evaluate.task import EvaluationTask, Row
 from llmctl.numbers import is_number
 from llmctl.runs.directory import Run
 from llmctl.runs.ownership import SAMPLES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SKIPPED = ("alias", "sample_len", "sample_count", "name")
 
@@ -99,6 +102,8 @@ def _evaluate(
         batch_size=config.batch_size,
         max_length=config.context or evaluated.positions,
     )
+    from transformers import set_seed  # with all of its trainer
+
     with _without_bars():
         loaded = _load_task(manager, task)
     for name, benchmark in loaded["tasks"].items():
