@@ -221,7 +221,7 @@ ALLOWED = {
     *("httpx", "httpcore", "httpx2", "httpcore2", "h11", "anyio", "sniffio", "truststore"),
     *("typer", "click", "shellingham", "rich", "pygments", "annotated_doc", "psutil", "dill"),
     *("pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"),
-    *("PIL", "defusedxml", "hf_xet", "fsspec", "mypyc", "cython_runtime", "_cython_3_2_4"),
+    *("PIL", "defusedxml", "hf_xet", "fsspec", "mypyc", "cython_runtime", "brotli", "zstandard"),
 }
 """Packages that generating with a plain model may import."""
 WHOLE = {"sympy", "scipy", "torchao", "accelerate", "peft", "trl", "datasets", "bitsandbytes"}
