@@ -106,18 +106,24 @@ def read_prompt_file(file: Path) -> list[PromptExample]:
     return [prompt for prompt, _ in read_prompt_rows(file)]
 
 
-def read_prompt_rows(file: Path) -> list[tuple[PromptExample, dict[str, Any]]]:
+def read_prompt_rows(
+    file: Path, also: Sequence[str] = ()
+) -> list[tuple[PromptExample, dict[str, Any]]]:
     """Read the prompts of a file, each with its row, which is empty for a line of plain text.
+
+    Names the columns that nothing reads; `also` are those that the caller reads.
 
     Raises:
         DataError: unreadable, not UTF-8, empty, or a row without a prompt.
     """
     prompts: list[tuple[PromptExample, dict[str, Any]]] = []
+    bad = BadRows()
     with tempfile.TemporaryDirectory(prefix="llmctl-") as spool:
         for source in find_sources([str(file)], Path(spool)):
-            prompts += _read_source(source, BadRows())
+            prompts += _read_source(source, bad, also)
     if not prompts:
         raise DataError("no prompts in this file", file=file)
+    bad.report()
     return prompts
 
 
@@ -186,8 +192,10 @@ def _read_sources(
     return list(prompts.values()), inputs
 
 
-def _read_source(source: Source, bad: BadRows) -> Iterator[tuple[PromptExample, dict[str, Any]]]:
-    """Yield each prompt and the row that it is of."""
+def _read_source(
+    source: Source, bad: BadRows, also: Sequence[str] = ()
+) -> Iterator[tuple[PromptExample, dict[str, Any]]]:
+    """Yield each prompt and the row that it is of; the columns `also` are read elsewhere."""
     if source.kind == "text":
         with open_source(source) as file:
             for number, line in read_lines(file, source.name):
@@ -202,7 +210,7 @@ def _read_source(source: Source, bad: BadRows) -> Iterator[tuple[PromptExample, 
             bad(error)
         else:
             unread = _layout_of(record.values).unread(record.values)
-            bad.note_unread(unread.difference(ANSWER_COLUMNS))
+            bad.note_unread(unread.difference(ANSWER_COLUMNS, also))
             yield prompt, record.values
 
 

@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from typing import IO, Any, NamedTuple, NoReturn
@@ -242,6 +242,23 @@ def checked_text(value: Any, name: str, place: str | None = None, line: int | No
                 line=line,
             ) from None
     return value
+
+
+def said_columns(row: Mapping[str, Any], read: Set[str]) -> set[str]:
+    """Return the columns of a row that say something, without those that are `read`."""
+    return {name for name in row.keys() - read if row[name] not in (None, "", [], {})}
+
+
+def arrow_columns(source: Source) -> list[str]:
+    """Return the columns of a parquet or Arrow file, of which only some may be read; else none.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    if source.kind not in ("parquet", "arrow"):
+        return []
+    with _seekable(source) as file:
+        return ArrowFile(file, source.kind, source.name).columns
 
 
 def quote_names(names: Sequence[str]) -> str:

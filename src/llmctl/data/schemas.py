@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, Literal
 
-from llmctl.data.rows import DECODER, checked_text, json_type, quote_names
+from llmctl.data.rows import DECODER, checked_text, json_type, quote_names, said_columns
 from llmctl.errors import DataError, UserError
 
 Task = Literal["chat", "classify", "preferences"]
@@ -107,7 +107,7 @@ class Layout:
 
     def unread(self, row: Row) -> set[str]:
         """Return the columns of a row that say something and that nothing reads."""
-        unread = {name for name in row.keys() - self._known if row[name] not in (None, "", [], {})}
+        unread = said_columns(row, self._known)
         if (column := self.needed.get("messages")) is not None:
             unread |= {f"{column}[].{key}" for key in unread_keys(row[column])}
         return unread
@@ -335,8 +335,7 @@ def unread_keys(value: Any) -> set[str]:
         key
         for item in (items if isinstance(items, list) else ())
         if isinstance(item, dict)
-        for key in item.keys() - READ
-        if item[key] not in (None, "", [], {})
+        for key in said_columns(item, READ)
     }
 
 

@@ -98,7 +98,9 @@ def _ancestor_runs(reference: str) -> Iterator[Path]:
 
 def _from_data(data: list[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> HeldOut:
     texts, rows, inputs = read_texts(data, limit * CHARACTERS_PER_TOKEN)
-    sets = read_examples(rows) if rows else []
+    bad = BadRows()
+    sets = read_examples(rows, bad=bad) if rows else []
+    bad.report()
     examples = [example for data_set in sets for example in data_set.examples]
     inputs += [entry for data_set in sets for entry in data_set.inputs]
     documents, prompts = _render(examples, tokenizer, limit)

@@ -45,7 +45,7 @@ def pairs():
 def run(cli, roomy, judge, tmp_path):
     """Run a reader on texts, in the columns that it takes."""
 
-    def read(reader, spoil, share=1.0):
+    def read(reader, spoil, share=1.0, more=()):
         rows = [
             {
                 "prompt": spoil(a) if number < share * COUNT else a,
@@ -65,12 +65,13 @@ def run(cli, roomy, judge, tmp_path):
             **dict.fromkeys(("reward", "dpo"), ("prompt", "chosen", "rejected")),
         }.get(reader, ("prompt", "response"))
         file = write_rows(
-            tmp_path / "rows.jsonl", [{key: row[key] for key in columns} for row in rows]
+            tmp_path / "rows.jsonl",
+            [{**{key: row[key] for key in columns}, **dict(more)} for row in rows],
         )
         model, out = ("--model", roomy), ("-o", tmp_path / f"out-{share}-{len(rows[0]['prompt'])}")
         quick = (*out, "--dry-run")
         name, *flags = reader.split()
-        more = {
+        whole = {
             "tokenize": ("--tokenizer", roomy, "--data", file, "--val-fraction", 0, *out),
             "audit": (file, *model),
             "ppo": (*model, "--data", file, "--reward-rule", "length:5", *quick),
@@ -78,12 +79,14 @@ def run(cli, roomy, judge, tmp_path):
             "reward --score": (file, "--model", judge, "--dry-run"),
             "rank": (*model, "--data", file, "--annotator", "a", *quick),
             "generate": (*model, "--prompts-file", file, "--max-new-tokens", 2, "--json"),
+            "quantize": (*model, "--data", file, "--dtype", "bf16", *quick),
         }.get(reader, (*model, "--data", file, *quick))
-        return cli(name, *flags, *more)
+        return cli(name, *flags, *whole)
 
     return read
 
 
+UNREAD = next(rule for rule in RULES if rule.name == "unread_columns")
 FILE_READERS = [reader for reader in READERS if reader not in ("chat", "quantize")]
 RENDERED = next(rule for rule in RULES if rule.name == "rendered")
 LOST = next(rule for rule in RULES if rule.name == "lost")
@@ -119,3 +122,10 @@ def test_characters_that_the_tokenizer_loses(run, reader, judge, monkeypatch):
     result = run(reader, lambda text: "Z" * 2 * len(text) + text)
     assert result.code == (3 if answer == "refuse" else 0), result.err
     assert "characters have no token and are lost" in result.err
+
+
+@pytest.mark.parametrize("reader", UNREAD.warned_by)
+def test_columns_that_nothing_reads_are_named_once(run, reader):
+    result = run(reader, str, more={"topic": "x", "notes": "y", "empty": ""})
+    assert result.code == 0, result.err
+    assert result.err.count("columns not read: `notes`, `topic`\n") == 1, result.err
