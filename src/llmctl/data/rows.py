@@ -424,7 +424,7 @@ def _hub(source: Source) -> Iterator[SourceRow]:
         repository, _ = split_revision(name)
         rows = load_dataset(repository, split="train", streaming=True, revision=source.revision)
         for number, row in enumerate(rows, start=1):
-            yield SourceRow(plain_row(row, name), name, number)
+            yield SourceRow(plain_row(row, name, rows.features), name, number)
     except ConnectionError as error:
         raise NetworkError(str(error), file=name, hint="try again, or pass a local file") from None
     except (DatasetNotFoundError, ValueError) as error:
