@@ -57,6 +57,14 @@ FORMS = [
     ({"question": "Hi", **PAIR}, (ASKED,)),
     (
         {
+            "input": {"messages": [SYSTEM, ASKED], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [KIND],
+            "non_preferred_output": [CURT],
+        },
+        (SYSTEM, ASKED),
+    ),
+    (
+        {
             "chosen": "\n\nHuman: Hi\n\nAssistant: Hello.",
             "rejected": "\n\nHuman: Hi\n\nAssistant: What?",
         },

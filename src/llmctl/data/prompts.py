@@ -22,6 +22,8 @@ from llmctl.data.rows import SourceRow, open_source, quote_names, read_lines, re
 from llmctl.data.schemas import (
     INSTRUCTION,
     MORE,
+    MORE_OF_OPENAI,
+    OPENAI_PAIR,
     Layout,
     Message,
     check_beginning,
@@ -40,8 +42,9 @@ LAYOUTS = (
     Layout({"prompt": "prompt"}, MORE),
     Layout({"prompt": "instruction"}, {**MORE, **INSTRUCTION}),
     Layout({"prompt": "question"}, MORE),
+    Layout({"prompt": "input.messages"}, MORE_OF_OPENAI),
 )
-ANSWER_COLUMNS = ("answer", "response", "completion", "output", "chosen")
+ANSWER_COLUMNS = ("answer", "response", "completion", "output", "chosen", OPENAI_PAIR["chosen"])
 VAL_SIZE = 64
 """Prompts held out at most, where no number was given."""
 
@@ -209,7 +212,8 @@ def _read_source(
             error.file, error.line = record.place, record.line
             bad(error)
         else:
-            unread = _layout_of(record.values).unread(record.values)
+            layout = _layout_of(record.values)
+            unread = layout.unread(layout.flat(record.values))
             bad.note_unread(unread.difference(ANSWER_COLUMNS, also))
             yield prompt, record.values
 
@@ -220,7 +224,8 @@ def parse_prompt(record: SourceRow) -> PromptExample:
     Raises:
         DataError: no prompt, or one that training would refuse.
     """
-    row, layout = record.values, _layout_of(record.values)
+    layout = _layout_of(record.values)
+    row = layout.flat(record.values)
     columns = layout.columns(row)
     values = {role: row.get(column) for role, column in columns.items()}
     role = next(iter(layout.needed))
@@ -240,11 +245,12 @@ def parse_prompt(record: SourceRow) -> PromptExample:
 def _layout_of(row: dict[str, Any]) -> Layout:
     """Return the layout of a row by its columns; raise a DataError where it has no prompt."""
     for layout in LAYOUTS:
-        if row.keys() >= set(layout.needed.values()):
+        if layout.fits(row):
             return layout
     raise DataError(
         f"no prompt in these columns: {quote_names(list(row))}",
-        hint="it takes `messages`, `prompt`, `instruction` (with its `input`) or `question`",
+        hint="it takes `messages`, `prompt`, `instruction` (with its `input`), `question` or "
+        "`input.messages`",
     )
 
 

@@ -26,6 +26,7 @@ from llmctl.data.schemas import (
     PAIR_LAYOUTS,
     Layout,
     Message,
+    Row,
     conversation,
     from_json,
     parse_tools,
@@ -110,7 +111,8 @@ def _encode(
     except (DataError, ModelError) as error:
         error.file, error.line = record.place, record.line
         raise
-    bad.note_unread(_layout_of(record.values).unread(record.values))
+    layout = _layout_of(record.values)
+    bad.note_unread(layout.unread(layout.flat(record.values)))
     texts = [text for sample in samples.values() for text in _texts(sample)]
     rules.see(texts, record.place, record.line, [row.tokens for row in encoded.values()])
     return encoded
@@ -124,10 +126,10 @@ def _texts(sample: PromptResponse | Example) -> list[str]:
     return texts_of(sample.prompt, sample.response)
 
 
-def _layout_of(row: Mapping[str, Any]) -> Layout:
+def _layout_of(row: Row) -> Layout:
     """Return the layout of a row to score; raise a DataError where it is of none."""
-    for layout in (PAIR_LAYOUTS if PAIR.keys() <= row.keys() else ()) + LAYOUTS:
-        if row.keys() >= set(layout.needed.values()):
+    for layout in (*PAIR_LAYOUTS, *LAYOUTS):
+        if layout.fits(row):
             return layout
     raise DataError(
         f"nothing to score in these columns: {quote_names(list(row))}",
@@ -143,8 +145,9 @@ def samples_of(record: SourceRow, *, has_turns: bool) -> dict[str, PromptRespons
     Raises:
         DataError: nothing in it can be scored.
     """
-    row, layout = record.values, _layout_of(record.values)
-    needed = layout.needed
+    layout = _layout_of(record.values)
+    record = record._replace(values=layout.flat(record.values))
+    row, needed = record.values, layout.needed
     if needed.keys() >= PAIR.keys():
         sides = parse_sides(record, layout)
         return {f"score_{name}": side for name, side in zip(PAIR, sides, strict=True)}
