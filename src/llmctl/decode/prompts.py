@@ -147,7 +147,8 @@ def build_prompts(
     rules = RowRules(encoder.tokenizer)
     for example in examples:
         tokens = encoder.encode(example)
-        rules.see(texts_of(example.messages), None, None)
+        in_turns = encoder.chat or not example.is_text
+        rules.see(texts_of(example.messages), None, None, in_turns=in_turns)
         check_prompt(tokens, shape, example.name)
         limit = limit_new_tokens(tokens, shape, max_new_tokens)
         if limit < max_new_tokens:

@@ -114,7 +114,9 @@ def _encode(
     layout = _layout_of(record.values)
     bad.note_unread(layout.unread(layout.flat(record.values)))
     texts = [text for sample in samples.values() for text in _texts(sample)]
-    rules.see(texts, record.place, record.line, [row.tokens for row in encoded.values()])
+    tokens = [row.tokens for row in encoded.values()]
+    in_turns = model.tokenizer.chat_template is not None and "text" not in layout.needed
+    rules.see(texts, record.place, record.line, tokens, in_turns=in_turns)
     return encoded
 
 

@@ -92,7 +92,7 @@ RENDERED = next(rule for rule in RULES if rule.name == "rendered")
 LOST = next(rule for rule in RULES if rule.name == "lost")
 
 
-@pytest.mark.parametrize("token", ["<|eos|>", "<|im_start|>"])
+@pytest.mark.parametrize("token", ["<|eos|>", "<|im_start|>", "<s>[INST]"])
 @pytest.mark.parametrize("reader", FILE_READERS)
 def test_texts_that_were_rendered_before(run, reader, token):
     """Also with the tokens of a template that the model does not have."""
@@ -105,6 +105,16 @@ def test_texts_that_were_rendered_before(run, reader, token):
         assert "special tokens, as letters, begin or end texts" in result.err
     elif answer == "warn":
         assert result.err.count(f"spells special tokens ({token}), which are text here") == 1
+
+
+@pytest.mark.parametrize("reader", FILE_READERS)
+def test_turns_of_llama_2_are_text_but_in_another_template(run, reader):
+    """In a vocabulary that has no such token a whole text in that form is what it should be."""
+    result = run(reader, lambda text: f"[INST] {text} [/INST]")
+    refuses = RENDERED.answer(reader) == "refuse" and reader != "sft --task classify"
+    assert result.code == (3 if refuses else 0), result.err
+    says = refuses or reader == "rank"  # a prompt is only text to `generate` without --chat
+    assert ("special tokens" in result.err) == says, result.err
 
 
 @pytest.mark.parametrize("reader", FILE_READERS)
