@@ -1,10 +1,15 @@
 """What rows say is obeyed, refused, or named as not read; nothing vanishes."""
 
+import json
+
 import pytest
 
 from llmctl.data.bad_rows import BadRows
 from llmctl.data.examples import read_examples
+from llmctl.data.prompts import read_prompts
+from llmctl.data.rows import SourceRow
 from llmctl.errors import DataError, UserError
+from llmctl.reward.score_file import samples_of
 from tests.run_files import write_rows
 
 USER = {"role": "user", "content": "Hi"}
@@ -50,6 +55,49 @@ def test_columns_beside_the_prompt_are_read_or_named(tmp_path, row, columns, pro
     example, named = read(tmp_path, row, columns)
     assert example.messages[0]["content"] == prompt
     assert named == unread
+
+
+OPENAI_PAIR = {
+    "input": {"messages": [USER], "tools": [{"type": "function"}], "parallel_tool_calls": True},
+    "preferred_output": [ANSWER],
+    "non_preferred_output": [{"role": "assistant", "content": "No"}],
+}
+
+
+def test_openais_preferences_are_read_by_every_reader(tmp_path):
+    """Trained on as chats, asked as prompts, scored as pairs; what is not read is named."""
+    tools = OPENAI_PAIR["input"]["tools"]
+    example, unread = read(tmp_path, OPENAI_PAIR)
+    assert (list(example.messages), example.tools) == ([USER, ANSWER], tools)
+    assert unread == ["input.parallel_tool_calls", "non_preferred_output"]
+    file = write_rows(tmp_path / "a.jsonl", [OPENAI_PAIR])
+    bad = BadRows()
+    (asked,) = read_prompts([str(file)], [], 0, bad).train
+    assert (asked.messages, asked.answer, asked.tools) == ([USER], "Ho", tools)
+    assert bad.unread == unread
+    sides = samples_of(SourceRow(OPENAI_PAIR, "a.jsonl", 1), has_turns=True)
+    assert [side.messages[-1]["content"] for side in sides.values()] == ["Ho", "No"]
+    assert {side.messages[0]["content"] for side in sides.values()} == {"Hi"}
+    text = {**OPENAI_PAIR, "input": json.dumps(OPENAI_PAIR["input"])}
+    assert read(tmp_path, text) == (example, unread), "as a table has it"
+    for spoiled, error in (
+        ({"input": "Hi"}, "no example in these columns"),
+        ({"input": {"messages": 3}}, "`input.messages` is a number"),
+    ):
+        with pytest.raises(DataError, match=error):
+            read(tmp_path, {**OPENAI_PAIR, **spoiled})
+
+
+def test_columns_may_be_keys_of_objects(tmp_path):
+    row = {"data": {"q": "Say", "a": "A", "id": 3}, "data.q": "Other", "id": 4}
+    example, unread = read(tmp_path, row, ["prompt=data.q,response=data.a"])
+    assert [message["content"] for message in example.messages] == ["Other", "A"]
+    del row["data.q"]
+    example, unread = read(tmp_path, row, ["prompt=data.q,response=data.a"])
+    assert [message["content"] for message in example.messages] == ["Say", "A"]
+    assert unread == ["data.id", "id"]
+    with pytest.raises(DataError, match=r"no column `data\.b`; there is `data`, `id`"):
+        read(tmp_path, row, ["prompt=data.q,response=data.b"])
 
 
 def test_orcas_system_prompt_is_the_system_message(tmp_path):

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, Literal
 
-from llmctl.data.rows import DECODER, checked_text, json_type, quote_names
+from llmctl.data.rows import DECODER, checked_text, json_type, quote_names, said_columns
 from llmctl.errors import DataError, UserError
 
 Task = Literal["chat", "classify", "preferences"]
@@ -34,6 +34,9 @@ INSTRUCTION = {"input": ("input", "context"), "history": ("history",)}
 """Optional columns beside `instruction`: of Alpaca, Dolly and LLaMA-Factory."""
 PAIR = {"chosen": "chosen", "rejected": "rejected"}
 MORE_OF_PAIR = {**MORE, "margin": ("margin",)}
+OPENAI_PAIR = {"chosen": "preferred_output", "rejected": "non_preferred_output"}
+MORE_OF_OPENAI = {"tools": ("input.tools",)}
+"""Optional columns beside `input.messages`, in OpenAI's format of preferences."""
 MEDIA = ("images", "videos", "audios")
 """Columns and keys of what a model of texts cannot read."""
 
@@ -72,7 +75,10 @@ READ = frozenset(
 
 @dataclass(frozen=True)
 class Layout:
-    """Columns that make an example."""
+    """Columns that make an example.
+
+    A name with a dot, `input.messages`, is that of a key of the objects in a column.
+    """
 
     needed: dict[str, str]
     """Column of each role."""
@@ -82,6 +88,20 @@ class Layout:
     def __str__(self) -> str:
         """Name it for messages."""
         return " + ".join(f"`{column}`" for column in self.needed.values())
+
+    def fits(self, row: Row) -> bool:
+        """Whether a row has the columns that are needed."""
+        return self.flat(row).keys() >= set(self.needed.values())
+
+    def flat(self, row: Row) -> Row:
+        """Return a row with the keys of its objects as columns, where this layout names them."""
+        for name in self._nested - row.keys():
+            head, _, _ = name.partition(".")
+            value = from_json(row.get(head))
+            if isinstance(value, dict):
+                rest = {column: inner for column, inner in row.items() if column != head}
+                row = {**{f"{head}.{key}": inner for key, inner in value.items()}, **rest}
+        return row
 
     def columns(self, row: Row) -> dict[str, str]:
         """Return the column of each role in a row; the first one of a role that is in none.
@@ -100,6 +120,11 @@ class Layout:
         return {**columns, **self.needed}
 
     @cached_property
+    def _nested(self) -> frozenset[str]:
+        """Columns that may be keys of objects."""
+        return frozenset(name for name in self.needed.values() if "." in name)
+
+    @cached_property
     def _known(self) -> frozenset[str]:
         """Columns that are read."""
         more = (name for names in self.more.values() for name in names)
@@ -107,7 +132,7 @@ class Layout:
 
     def unread(self, row: Row) -> set[str]:
         """Return the columns of a row that say something and that nothing reads."""
-        unread = {name for name in row.keys() - self._known if row[name] not in (None, "", [], {})}
+        unread = said_columns(row, self._known)
         if (column := self.needed.get("messages")) is not None:
             unread |= {f"{column}[].{key}" for key in unread_keys(row[column])}
         return unread
@@ -123,6 +148,7 @@ PAIR_LAYOUTS = (
     Layout({"prompt": "conversations", **PAIR}, MORE_OF_PAIR),
     Layout({"prompt": "messages", **PAIR}, MORE_OF_PAIR),
     Layout(PAIR, MORE_OF_PAIR),
+    Layout({"prompt": "input.messages", **OPENAI_PAIR}, MORE_OF_OPENAI),
 )
 LAYOUTS: dict[Task, tuple[Layout, ...]] = {  # a row is of the first that it has the columns of
     "chat": (
@@ -135,6 +161,7 @@ LAYOUTS: dict[Task, tuple[Layout, ...]] = {  # a row is of the first that it has
         Layout({"prompt": "question", "response": "answer"}, MORE),
         Layout({"prompt": "question", "response": "response"}, MORE),
         Layout({"prompt": "prompt", "response": "chosen"}, MORE),
+        Layout({"prompt": "input.messages", "response": OPENAI_PAIR["chosen"]}, MORE_OF_OPENAI),
         Layout({"text": "text"}, {}),
     ),
     "classify": (Layout({"text": "text", "label": "label"}, {}),),
@@ -176,7 +203,7 @@ def match_layout(
     Raises:
         DataError: it is none of them, or another than that of the rows before it.
     """
-    layout = next((c for c in layouts if row.keys() >= set(c.needed.values())), None)
+    layout = next((c for c in layouts if c.fits(row)), None)
     if layout is not None and known is not None and layout is not known:
         raise DataError(f"this row is {layout}, but that of line {first} is {known}")
     if layout is not None:
@@ -189,7 +216,8 @@ def match_layout(
             f"else {_how(layouts[0])}",
         )
     needed = (known or layouts[0]).needed
-    missing = next(column for column in needed.values() if column not in row)
+    flat = (known or layouts[0]).flat(row)
+    missing = next(column for column in needed.values() if column not in flat)
     raise DataError(f"no column `{missing}`; there is {there}", hint=_how(layouts[0]))
 
 
@@ -335,8 +363,7 @@ def unread_keys(value: Any) -> set[str]:
         key
         for item in (items if isinstance(items, list) else ())
         if isinstance(item, dict)
-        for key in item.keys() - READ
-        if item[key] not in (None, "", [], {})
+        for key in said_columns(item, READ)
     }
 
 
