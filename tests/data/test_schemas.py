@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from llmctl.config.finetuning import Preferred
 from llmctl.data.bad_rows import BadRows
 from llmctl.data.examples import read_examples
+from llmctl.data.preferences import read_preferences
 from llmctl.data.prompts import read_prompts
 from llmctl.data.rows import SourceRow
 from llmctl.errors import DataError, UserError
@@ -86,6 +88,49 @@ def test_openais_preferences_are_read_by_every_reader(tmp_path):
     ):
         with pytest.raises(DataError, match=error):
             read(tmp_path, {**OPENAI_PAIR, **spoiled})
+
+
+EXPORTS = {
+    "axolotl": {"segments": [{"label": False, "text": "<s>Hi"}, {"label": True, "text": "Ho"}]},
+    "Argilla": {
+        "id": "1",
+        "fields": {"question": "Say", "reply": "A"},
+        "suggestions": {},
+        "responses": {"good": [{"value": "yes", "user_id": "u"}]},
+    },
+    "Label Studio": {
+        "id": 1,
+        "data": {"text": "Good"},
+        "annotations": [{"result": [{"type": "choices", "value": {"choices": ["pos"]}}]}],
+    },
+    "OpenAssistant": {"message_tree_id": "a", "prompt": {"text": "Hi", "replies": []}},
+    "the Hub's viewer": {"row_idx": 0, "row": {"prompt": "Hi"}, "truncated_cells": []},
+}
+
+
+@pytest.mark.parametrize("tool", EXPORTS)
+def test_what_another_tool_exports_is_called_so(tmp_path, tool):
+    """With what to do; the columns that the hint names are then read."""
+    row = EXPORTS[tool]
+    file = write_rows(tmp_path / "a.jsonl", [row])
+    tasks = ("chat", "classify")
+    readers = [lambda task=task: read_examples([str(file)], task=task) for task in tasks]
+    readers.append(lambda: read_preferences(Preferred(val_size=0), [str(file)], 0))
+    if "prompt" not in row:
+        readers.append(lambda: samples_of(SourceRow(row, "a.jsonl", 1), has_turns=True))
+        readers.append(lambda: read_prompts([str(file)], [], 0, BadRows()))
+    for reads in readers:
+        with pytest.raises(DataError, match=r"no \w+ in|no column|nothing to score") as caught:
+            reads()
+        assert f"of {tool}" in caught.value.hint
+    if tool == "Argilla":
+        columns = ["prompt=fields.question,response=fields.reply"]
+        example, unread = read(tmp_path, row, columns)
+        assert [message["content"] for message in example.messages] == ["Say", "A"]
+        assert unread == ["id", "responses"]
+    if tool == "Label Studio":
+        example, _ = read(tmp_path, {"text": "Good", "tone": "pos"}, ["label=tone"], "classify")
+        assert (example.text, example.label) == ("Good", "pos")
 
 
 def test_columns_may_be_keys_of_objects(tmp_path):

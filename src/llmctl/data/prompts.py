@@ -28,6 +28,7 @@ from llmctl.data.schemas import (
     Message,
     check_beginning,
     conversation,
+    hint_for,
     messages_or_text,
     parse_tools,
 )
@@ -249,7 +250,8 @@ def _layout_of(row: dict[str, Any]) -> Layout:
             return layout
     raise DataError(
         f"no prompt in these columns: {quote_names(list(row))}",
-        hint="it takes `messages`, `prompt`, `instruction` (with its `input`), `question` or "
+        hint=hint_for(row)
+        or "it takes `messages`, `prompt`, `instruction` (with its `input`), `question` or "
         "`input.messages`",
     )
 

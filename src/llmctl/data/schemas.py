@@ -172,6 +172,27 @@ LAYOUTS: dict[Task, tuple[Layout, ...]] = {  # a row is of the first that it has
 }
 
 
+OTHER_TOOLS = {
+    frozenset({"segments"}): "segments of axolotl, which no chat template cuts so: give turns as "
+    "`messages`, each of the assistant's with `train` true or false",
+    frozenset({"fields", "responses"}): "records of Argilla: name the fields, as in --columns "
+    "prompt=fields.NAME,response=fields.NAME; what annotators said goes into columns of its own "
+    "first, one answer for each record",
+    frozenset({"data", "annotations"}): "tasks of Label Studio: export them as JSON-MIN or CSV, "
+    "which have a column for each label, and name it: --columns text=NAME,label=NAME",
+    frozenset({"message_tree_id", "prompt"}): "trees of OpenAssistant: write each conversation "
+    "from the root to a leaf as `messages`",
+    frozenset({"row_idx", "row"}): "rows of the Hub's viewer, which cuts long texts: pass the data "
+    "set itself, as owner/name",
+}
+"""Columns of what other tools export and nothing reads as it is; what it is, and what to do."""
+
+
+def hint_for(row: Row) -> str | None:
+    """Return what to do with a row that another tool exported; None where none is known."""
+    return next((hint for names, hint in OTHER_TOOLS.items() if names <= row.keys()), None)
+
+
 def choose_layouts(columns: Sequence[str], task: Task) -> tuple[Layout, ...]:
     """Return a task's layouts, or the one of `--columns`; raise a UserError if it is senseless."""
     roles = _roles(columns, task)
@@ -212,13 +233,16 @@ def match_layout(
     if known is None and len(layouts) > 1:
         raise DataError(
             f"no example in these columns: {there}",
-            hint=f"it takes {', '.join(map(str, layouts[:-1]))} or {layouts[-1]}; "
+            hint=hint_for(row)
+            or f"it takes {', '.join(map(str, layouts[:-1]))} or {layouts[-1]}; "
             f"else {_how(layouts[0])}",
         )
     needed = (known or layouts[0]).needed
     flat = (known or layouts[0]).flat(row)
     missing = next(column for column in needed.values() if column not in flat)
-    raise DataError(f"no column `{missing}`; there is {there}", hint=_how(layouts[0]))
+    raise DataError(
+        f"no column `{missing}`; there is {there}", hint=hint_for(row) or _how(layouts[0])
+    )
 
 
 def _how(layout: Layout) -> str:

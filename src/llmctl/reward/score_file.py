@@ -29,6 +29,7 @@ from llmctl.data.schemas import (
     Row,
     conversation,
     from_json,
+    hint_for,
     parse_tools,
 )
 from llmctl.data.sources import find_sources
@@ -135,7 +136,8 @@ def _layout_of(row: Row) -> Layout:
             return layout
     raise DataError(
         f"nothing to score in these columns: {quote_names(list(row))}",
-        hint="it takes `prompt` + `response`, `messages`, `text`, or `chosen` + `rejected`",
+        hint=hint_for(row)
+        or "it takes `prompt` + `response`, `messages`, `text`, or `chosen` + `rejected`",
     )
 
 
