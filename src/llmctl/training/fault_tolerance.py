@@ -77,8 +77,8 @@ def together(accelerator: Accelerator) -> Iterator[None]:
         rank, host = accelerator.process_index, socket.gethostname()
         told = gather_object([(host, mine)])
         told[rank] = host, mine  # with its traceback
-        if error := first_error(told, rank):
-            raise error
+        if first := first_error(told, rank):
+            raise first
 
 
 @contextmanager

@@ -12,9 +12,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 from uuid import uuid4
 
-from torch.distributed import PrefixStore, Store, is_initialized
+from torch.distributed import is_initialized
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from llmctl import console, launch
@@ -119,21 +121,30 @@ def _answers(store: Store, mine: Answer, seconds: float) -> list[Answer]:
     rank, others = console.rank(), range(1, launch.group_size())
     if rank == 0:
         store.set("meeting", mine.token)
-        came = [pickle.loads(store.get(f"{mine.token}/{other}")) for other in others]
-        store.set(f"{mine.token}/all", pickle.dumps([mine, *came]))
+        came = [_got(store, f"{mine.token}/{other}") for other in others]
+        _put(store, f"{mine.token}/all", [mine, *came])
         return [mine, *came]
     limit, known = time.monotonic() + seconds, None
     while time.monotonic() < limit:
         if (meeting := store.get("meeting").decode()) != known:
-            store.set(f"{meeting}/{rank}", pickle.dumps(mine))
+            _put(store, f"{meeting}/{rank}", mine)
             known = meeting
         if store.check([f"{meeting}/all"]):
-            answers: list[Answer] = pickle.loads(store.get(f"{meeting}/all"))
+            answers: list[Answer] = _got(store, f"{meeting}/all")
             if answers[rank].token == mine.token:
                 answers[rank] = mine
                 return answers
         time.sleep(POLL)
     raise RuntimeError(f"timed out after {seconds:g} s")
+
+
+def _put(store: Store, key: str, value: object) -> None:
+    store.set(key, pickle.dumps(value).hex())
+
+
+def _got(store: Store, key: str) -> Any:
+    """Wait for what a process put there, and return it."""
+    return pickle.loads(bytes.fromhex(store.get(key).decode()))
 
 
 def _unlike(answers: Sequence[Answer]) -> UserError | None:
