@@ -112,6 +112,12 @@ def grouped(monkeypatch):
         ("[../gloo/pair.cc:547] Connection closed by peer [127.0.0.1]:9174", "ended"),
         ("Remote peer closed the connection", "ended"),
         ("Read error [10.0.0.2]:38710: Connection reset by peer", "ended"),
+        ("Read error [10.0.0.2]:38710: Broken pipe", "ended"),
+        ("Application error caused pair closure", "ended"),
+        ("Unexpected poll result on socket 17", "ended"),
+        ("connect [10.0.0.2]:38710: Network is unreachable", "ended"),
+        ("connect [10.0.0.2]:38710: No route to host", "ended"),
+        ("ncclRemoteError: a remote process exiting prematurely", "ended"),
     ],
 )
 def test_errors_of_the_network_become_words(grouped, text, said):

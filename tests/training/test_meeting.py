@@ -4,8 +4,10 @@ import os
 import time
 
 import pytest
+from accelerate import Accelerator
 
 from llmctl.errors import DataError, ModelError
+from llmctl.training.fault_tolerance import together
 from llmctl.training.meeting import Answer, first_error, met
 from tests.processes import call_llmctl
 from tests.training.objectives import SFT, run_ranks
@@ -111,6 +113,25 @@ def meet_anew(_):
 @pytest.mark.slow
 def test_answers_of_an_earlier_start_do_not_count(tmp_path):
     ended = run_ranks(meet_anew, (None,), tmp_path / "logs")
+    assert [code for code, _ in ended] == [3, 3], ended
+
+
+def fail_before_others_agree(_):
+    """Fail on rank 1, before the other has something to agree on."""
+    accelerator = Accelerator(cpu=True)
+    try:
+        with together(accelerator):
+            if accelerator.process_index == 1:
+                raise DataError("bad row")
+            with together(accelerator):
+                return 0
+    except DataError as error:
+        return error.code
+
+
+@pytest.mark.slow
+def test_an_error_that_comes_before_others_agree_ends_all_alike(tmp_path):
+    ended = run_ranks(fail_before_others_agree, (None,), tmp_path / "logs")
     assert [code for code, _ in ended] == [3, 3], ended
 
 
