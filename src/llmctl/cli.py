@@ -135,6 +135,10 @@ def _run(name: str, config: "Reporting") -> int:
             if processes and processes > 1 and "RANK" not in os.environ:
                 return launch.run(processes)
             result = _run_command(name, config)
+        elif trains and launch.is_one_of_several():
+            from llmctl.training.meeting import confirm_completed  # torch, which one does without
+
+            confirm_completed()
         if result is not None and console.rank() == 0:
             shown = redacted(result)
             print(_json(shown) if config.as_json else shown["out"])
@@ -207,14 +211,28 @@ def _guarded(app: typer.Typer, arguments: list[str]) -> int:
     except UserError as error:
         if "--debug" in arguments:
             print(redact(traceback.format_exc()), end="", file=sys.stderr)
-        return _report(error, arguments)
+        return _report(_told_to_all(error, arguments), arguments)
     except typer.TyperException as error:
         command = next((f"{word} " for word in arguments if word in COMMANDS), "")
         hint = f"see: llmctl {command}--help"
-        return _report(UserError(error.format_message().rstrip("."), hint=hint), arguments)
+        refusal = UserError(error.format_message().rstrip("."), hint=hint)
+        return _report(_told_to_all(refusal, arguments), arguments)
     except (KeyboardInterrupt, typer.Abort):
         return 130
     return result if isinstance(result, int) else 0
+
+
+def _told_to_all(error: UserError, arguments: list[str]) -> UserError:
+    """Return the error that all processes of a run end with: others wait for one that is refused.
+
+    What they do not refuse together is told before their group forms, whatever refused it.
+    """
+    trains = any(word in LAUNCHED for word in arguments)
+    if not (trains and launch.is_one_of_several()) or signal_error(error):
+        return error
+    from llmctl.training.meeting import tell  # torch, which a single process does without
+
+    return tell(error)
 
 
 def _report(error: UserError, arguments: list[str]) -> int:

@@ -38,6 +38,8 @@ class UserError(Exception):
         self.hint = hint
         self.is_reported = False
         """Whether another rank prints it already."""
+        self.is_shared = False
+        """Whether all processes of the run raise it."""
         self.report: dict[str, Any] = {}
         """Partial result that `--json` prints beside the error."""
 

@@ -38,7 +38,7 @@ def require_placed(command: str, *, trains: bool) -> None:
             hint="start it without the launcher"
             + ("; `processes: N` in a stage starts N for it" if command in ("run", "demo") else ""),
         )
-        error.is_reported = os.environ["RANK"] != "0"
+        error.is_reported, error.is_shared = os.environ["RANK"] != "0", True
         raise error
 
 
@@ -75,7 +75,10 @@ def group_size() -> int:
 
 def is_one_of_several() -> bool:
     """Whether this process trains with others."""
-    return _number("WORLD_SIZE") > 1
+    try:
+        return group_size() > 1
+    except UserError:
+        return False
 
 
 def machines() -> int:

@@ -307,6 +307,35 @@ def test_so_do_those_that_are_ranked_and_evaluated(cli, talker, tmp_path) -> Non
     assert json.loads(result.out)["exact"] == 1
 
 
+@pytest.mark.filterwarnings("ignore")  # lm-eval's
+def test_so_do_those_of_benchmarks(cli, talker, tmp_path) -> None:
+    """What follows the end of the turn, `OkOkO`, would not be the answer."""
+    file = tmp_path / "asks.jsonl"
+    file.write_text("".join(json.dumps({"q": q, "a": "Ok"}) + "\n" for q in ("hi", "hello you")))
+    (tmp_path / "says.yaml").write_text(
+        f"task: says\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {file}\n"
+        "output_type: generate_until\ntest_split: test\ndoc_to_text: '{{q}}'\n"
+        "doc_to_target: '{{a}}'\nmetric_list:\n  - metric: exact_match\n"
+        "generation_kwargs: {max_gen_toks: 7, until: ['z'], do_sample: false}\n"
+    )
+    asked = ("--model", talker, "--tasks", "says", "--task-path", tmp_path, "--json")
+    result = cli("evaluate", *asked, "-o", tmp_path / "run")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["says/exact_match"] == 1
+    plain = cli("evaluate", *asked, "--plain", "-o", tmp_path / "plain")
+    assert json.loads(plain.out)["says/exact_match"] == 0
+
+
+def test_so_do_the_samples_of_quantization(cli, talker, tmp_path) -> None:
+    file = tmp_path / "asks.jsonl"
+    file.write_text(json.dumps({"prompt": "hi", "response": "Ok"}) + "\n")
+    flags = ("--model", talker, "--data", file, "--dtype", "bf16", "--sample-tokens", 7, "--json")
+    result = cli("quantize", *flags, "-o", tmp_path / "small")
+    assert result.code == 0, result.err
+    (sample,) = json.loads(result.out)["samples"]
+    assert (sample["before"], sample["after"]) == ("Ok", "Ok")
+
+
 def test_a_template_that_asks_otherwise_than_it_answers_still_ends_turns(model) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = (

@@ -10,8 +10,9 @@ import pytest
 
 from llmctl.data.arrow import plain_row
 from llmctl.data.rows import checked_text, read_rows
-from llmctl.data.sources import find_sources
+from llmctl.data.sources import Source, find_sources
 from llmctl.errors import DataError
+from tests.run_files import write_rows
 
 
 def read(path, spool, columns=None):
@@ -84,6 +85,28 @@ def test_objects_have_the_keys_they_were_written_with(save, spool, said):
 def test_rows_of_the_hub_have_them_too():
     rows = pa.Table.from_pylist(ROWS).to_pylist()
     assert [plain_row(row, "owner/name") for row in rows] == ROWS
+
+
+def test_a_null_that_was_written_is_kept_where_the_hub_keeps_json(tmp_path, spool, monkeypatch):
+    """`datasets` keeps objects of other keys as JSON, and those of equal keys as Arrow does."""
+    import datasets
+
+    written = [
+        {"tools": [{"name": "f", "parameters": {"unit": None, "city": "Oslo"}}], "meta": {"n": 1}},
+        {"tools": [{"name": "g", "parameters": {"day": 1}}], "meta": {"n": None}},
+    ]
+    file = write_rows(tmp_path / "a.jsonl", written)
+    streamed = datasets.load_dataset(
+        "json", data_files=str(file), split="train", streaming=True, cache_dir=str(tmp_path / "c")
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: streamed)
+    found = [record.values for record in read_rows(Source("owner/name", "hub", revision="a"))]
+    assert found == [written[0], {**written[1], "meta": {}}]
+    kept = tmp_path / "kept.parquet"
+    table = datasets.Dataset.from_list([dict(row) for row in streamed], streamed.features)
+    table.to_parquet(str(kept))
+    (source,) = find_sources([str(kept)], spool)
+    assert [record.values for record in read_rows(source)] == found
 
 
 def test_jsonl_keeps_a_null_that_is_written(tmp_path, spool):

@@ -10,6 +10,7 @@ import zstandard
 
 from llmctl.data import documents
 from llmctl.data import rows as rows_module
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.builtin import python_docs
 from llmctl.data.documents import read_pieces
 from llmctl.data.sources import find_sources
@@ -247,6 +248,18 @@ def test_bad_parquet_is_refused(tmp_path, spool, columns, message):
     pq.write_table(pa.table(columns), path)
     with pytest.raises(DataError, match=message):
         texts(spool, path)
+
+
+def test_columns_beside_the_text_are_noted(tmp_path, spool):
+    rows = [{"text": "a", "id": 1, "note": ""}, {"text": "b", "url": "u"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.table({"text": ["c"], "id": [1]}), tmp_path / "b.parquet")
+    (tmp_path / "c.txt").write_text("d")
+    for name, unread in (("a.jsonl", ["id", "url"]), ("b.parquet", ["id"]), ("c.txt", [])):
+        (source,) = find_sources([str(tmp_path / name)], spool)
+        bad = BadRows()
+        list(read_pieces(source, "text", bad))
+        assert bad.unread == unread
 
 
 def test_a_file_that_is_not_parquet_is_refused(tmp_path, spool):

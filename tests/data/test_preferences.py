@@ -57,6 +57,14 @@ FORMS = [
     ({"question": "Hi", **PAIR}, (ASKED,)),
     (
         {
+            "input": {"messages": [SYSTEM, ASKED], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [KIND],
+            "non_preferred_output": [CURT],
+        },
+        (SYSTEM, ASKED),
+    ),
+    (
+        {
             "chosen": "\n\nHuman: Hi\n\nAssistant: Hello.",
             "rejected": "\n\nHuman: Hi\n\nAssistant: What?",
         },
@@ -375,6 +383,40 @@ def test_the_prompt_of_texts_is_what_they_begin_with(tmp_path):
     assert (statistics["prompts"], statistics["shared_prompts"]) == (10, 0)
     trained = {pair.chosen.text.split("\n")[0] for pair in found.train}
     assert not trained & {pair.chosen.text.split("\n")[0] for pair in found.val}
+
+
+FORMS_OF_TEXT = {
+    "alpaca": "Below is a task.\n\n### Instruction:\nAdd {}\n\n### Response:\n",
+    "alpaca in a line": "### Instruction: Add {}\n### Response: ",
+    "guanaco": "### Human: Add {}\n### Assistant: ",
+    "vicuna": "A chat.\n\nUSER: Hi ASSISTANT: Ho</s>USER: Add {} ASSISTANT: ",
+    "llama-2": "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nAdd {} [/INST] ",
+    "zephyr": "<|user|>\nAdd {}</s>\n<|assistant|>\n",
+    "chatml": "<|im_start|>user\nAdd {}<|im_end|>\n<|im_start|>assistant\n",
+    "llama-3": "<|start_header_id|>user<|end_header_id|>\n\nAdd {}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "gemma": "<start_of_turn>user\nAdd {}<end_of_turn>\n<start_of_turn>model\n",
+    "lines": "Human: Add {}\nAssistant: ",
+}
+
+
+@pytest.mark.parametrize("form", FORMS_OF_TEXT.values(), ids=FORMS_OF_TEXT)
+def test_the_prompt_of_a_known_form_ends_where_the_response_begins(tmp_path, form):
+    """Also where both responses begin with the same line, which is not of the prompt."""
+    rows = [
+        {
+            "chosen": f"{form.format(prompt)}Well {answer}.\nIt is {answer}.",
+            "rejected": f"{form.format(prompt)}Well {answer}.\nIt is no {answer}.",
+        }
+        for prompt in range(10)
+        for answer in range(3)
+    ]
+    found = read(write_rows(tmp_path / "a.jsonl", rows), val_size=6)
+    assert len(found.val) == 6
+    statistics = found.statistics()
+    assert (statistics["prompts"], statistics["shared_prompts"]) == (10, 0)
+    trained = {pair.chosen.text.partition("Well")[0] for pair in found.train}
+    assert not trained & {pair.chosen.text.partition("Well")[0] for pair in found.val}
 
 
 def test_hh_rlhf_without_its_empty_lines_is_a_dialogue(tmp_path):

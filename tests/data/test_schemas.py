@@ -1,10 +1,17 @@
 """What rows say is obeyed, refused, or named as not read; nothing vanishes."""
 
+import json
+
 import pytest
 
+from llmctl.config.finetuning import Preferred
 from llmctl.data.bad_rows import BadRows
 from llmctl.data.examples import read_examples
+from llmctl.data.preferences import read_preferences
+from llmctl.data.prompts import read_prompts
+from llmctl.data.rows import SourceRow
 from llmctl.errors import DataError, UserError
+from llmctl.reward.score_file import samples_of
 from tests.run_files import write_rows
 
 USER = {"role": "user", "content": "Hi"}
@@ -50,6 +57,92 @@ def test_columns_beside_the_prompt_are_read_or_named(tmp_path, row, columns, pro
     example, named = read(tmp_path, row, columns)
     assert example.messages[0]["content"] == prompt
     assert named == unread
+
+
+OPENAI_PAIR = {
+    "input": {"messages": [USER], "tools": [{"type": "function"}], "parallel_tool_calls": True},
+    "preferred_output": [ANSWER],
+    "non_preferred_output": [{"role": "assistant", "content": "No"}],
+}
+
+
+def test_openais_preferences_are_read_by_every_reader(tmp_path):
+    """Trained on as chats, asked as prompts, scored as pairs; what is not read is named."""
+    tools = OPENAI_PAIR["input"]["tools"]
+    example, unread = read(tmp_path, OPENAI_PAIR)
+    assert (list(example.messages), example.tools) == ([USER, ANSWER], tools)
+    assert unread == ["input.parallel_tool_calls", "non_preferred_output"]
+    file = write_rows(tmp_path / "a.jsonl", [OPENAI_PAIR])
+    bad = BadRows()
+    (asked,) = read_prompts([str(file)], [], 0, bad).train
+    assert (asked.messages, asked.answer, asked.tools) == ([USER], "Ho", tools)
+    assert bad.unread == unread
+    sides = samples_of(SourceRow(OPENAI_PAIR, "a.jsonl", 1), has_turns=True)
+    assert [side.messages[-1]["content"] for side in sides.values()] == ["Ho", "No"]
+    assert {side.messages[0]["content"] for side in sides.values()} == {"Hi"}
+    text = {**OPENAI_PAIR, "input": json.dumps(OPENAI_PAIR["input"])}
+    assert read(tmp_path, text) == (example, unread), "as a table has it"
+    for spoiled, error in (
+        ({"input": "Hi"}, "no example in these columns"),
+        ({"input": {"messages": 3}}, "`input.messages` is a number"),
+    ):
+        with pytest.raises(DataError, match=error):
+            read(tmp_path, {**OPENAI_PAIR, **spoiled})
+
+
+EXPORTS = {
+    "axolotl": {"segments": [{"label": False, "text": "<s>Hi"}, {"label": True, "text": "Ho"}]},
+    "Argilla": {
+        "id": "1",
+        "fields": {"question": "Say", "reply": "A"},
+        "suggestions": {},
+        "responses": {"good": [{"value": "yes", "user_id": "u"}]},
+    },
+    "Label Studio": {
+        "id": 1,
+        "data": {"text": "Good"},
+        "annotations": [{"result": [{"type": "choices", "value": {"choices": ["pos"]}}]}],
+    },
+    "OpenAssistant": {"message_tree_id": "a", "prompt": {"text": "Hi", "replies": []}},
+    "the Hub's viewer": {"row_idx": 0, "row": {"prompt": "Hi"}, "truncated_cells": []},
+}
+
+
+@pytest.mark.parametrize("tool", EXPORTS)
+def test_what_another_tool_exports_is_called_so(tmp_path, tool):
+    """With what to do; the columns that the hint names are then read."""
+    row = EXPORTS[tool]
+    file = write_rows(tmp_path / "a.jsonl", [row])
+    tasks = ("chat", "classify")
+    readers = [lambda task=task: read_examples([str(file)], task=task) for task in tasks]
+    readers.append(lambda: read_preferences(Preferred(val_size=0), [str(file)], 0))
+    if "prompt" not in row:
+        readers.append(lambda: samples_of(SourceRow(row, "a.jsonl", 1), has_turns=True))
+        readers.append(lambda: read_prompts([str(file)], [], 0, BadRows()))
+    for reads in readers:
+        with pytest.raises(DataError, match=r"no \w+ in|no column|nothing to score") as caught:
+            reads()
+        assert f"of {tool}" in caught.value.hint
+    if tool == "Argilla":
+        columns = ["prompt=fields.question,response=fields.reply"]
+        example, unread = read(tmp_path, row, columns)
+        assert [message["content"] for message in example.messages] == ["Say", "A"]
+        assert unread == ["id", "responses"]
+    if tool == "Label Studio":
+        example, _ = read(tmp_path, {"text": "Good", "tone": "pos"}, ["label=tone"], "classify")
+        assert (example.text, example.label) == ("Good", "pos")
+
+
+def test_columns_may_be_keys_of_objects(tmp_path):
+    row = {"data": {"q": "Say", "a": "A", "id": 3}, "data.q": "Other", "id": 4}
+    example, unread = read(tmp_path, row, ["prompt=data.q,response=data.a"])
+    assert [message["content"] for message in example.messages] == ["Other", "A"]
+    del row["data.q"]
+    example, unread = read(tmp_path, row, ["prompt=data.q,response=data.a"])
+    assert [message["content"] for message in example.messages] == ["Say", "A"]
+    assert unread == ["data.id", "id"]
+    with pytest.raises(DataError, match=r"no column `data\.b`; there is `data`, `id`"):
+        read(tmp_path, row, ["prompt=data.q,response=data.b"])
 
 
 def test_orcas_system_prompt_is_the_system_message(tmp_path):

@@ -1,7 +1,10 @@
 """Folders, links and data sets saved to disk."""
 
+import gzip
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
@@ -84,6 +87,35 @@ def test_a_folder_of_other_files_says_which(tmp_path, spool):
         find_sources([str(folder)], spool)
     pattern = caught.value.hint.split("'")[1]
     assert len(find_sources([pattern], spool)) == 3
+
+
+def test_rows_in_a_folder_are_read_whatever_the_file_is_called(tmp_path, spool, said):
+    """By the rule of a single file; what holds no rows is left out, and both are said."""
+    folder = tree(tmp_path / "data", a="from text")
+    lines = [{"text": "one"}, {"text": "two"}]
+    written = {
+        "part-0": "\n".join(map(json.dumps, lines)),
+        "part-1.2024": 'id,text\n1,three\n2,"four, five"\n',
+        "part-2.dump": json.dumps([{"text": "six"}], indent=1),
+        "a.jsonl": json.dumps({"text": "seven"}),
+        "a.jsonl.bak": json.dumps({"text": "seven"}),
+        "a.jsonl~": json.dumps({"text": "seven"}),
+        "b.bak": json.dumps({"text": "eight"}),
+        "README": "Ann, Bob\nand others: a list.\n",
+        "make.py": 'import json\nROWS = [{"text": "no"}]\n',
+        "notes.ipynb": '{\n "cells": []\n}\n',
+        "log": json.dumps({"text": "no"}) + "\nthen words\n",
+    }
+    for name, text in written.items():
+        (folder / name).write_text(text)
+    (folder / "plot.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
+    pq.write_table(pa.table({"text": ["nine"]}), folder / "part-3")
+    (folder / "part-4.gz").write_bytes(gzip.compress(b'{"text": "ten"}\n'))
+    found = ["from text", "seven", "eight", "onetwo", "threefour, five", "six", "nine", "ten"]
+    assert sorted(texts(spool, folder)) == sorted(found)
+    assert "begins with a JSON object" not in said.text, "it is not read as text"
+    assert "rows by what they begin as, in 6 files (b.bak, part-0, part-1.2024" in said.text
+    assert "left out 7 files of other kinds (README, .bak, .jsonl~, log, .py)" in said.text
 
 
 def test_a_folder_of_documents_says_what_to_do(tmp_path, spool):

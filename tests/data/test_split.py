@@ -133,6 +133,16 @@ def test_prompts_with_another_answer_are_counted():
     assert count_shared_prompts([text], [text]) == 0
 
 
+def test_prompts_of_rendered_texts_are_counted_too():
+    def rendered(said, answer):
+        text = f"### Instruction:\n{said}\n\n### Response:\n{answer}"
+        return Example(None, text, None, None, "a.jsonl", 1)
+
+    train = [rendered("Add 1", "2"), rendered("Add 2", "3"), rendered("Add 3", "4")]
+    val = [rendered("Add 1", "Two"), rendered("Add 2", "3"), rendered("Add 9", "Ten")]
+    assert count_shared_prompts(train, val) == 1
+
+
 @pytest.mark.parametrize(
     ("sizes", "weights", "counts"),
     [

@@ -20,7 +20,8 @@ TEMPLATE = (
     "{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+FUNCTION = {"name": "look", "parameters": {}}
+TOOLS = [{"type": "function", "function": FUNCTION}]
 ASKED = {"role": "user", "content": "Hi"}
 KIND = {"role": "system", "content": "Be kind."}
 CALL = {
@@ -64,6 +65,12 @@ def tokens_of(scorer, row):
         ({"prompt": [ASKED], "response": "No.", "tools": TOOLS}, [ASKED, CURT], TOOLS),
         ({"messages": [ASKED, CALL], "tools": TOOLS}, [ASKED, CALL], TOOLS),
         ({"messages": [ASKED, CURT], "system": "Be kind."}, [KIND, ASKED, CURT], None),
+        (
+            {"prompt": "Hi", "response": "No.", "system_prompt": "Be kind."},
+            [KIND, ASKED, CURT],
+            None,
+        ),
+        ({"messages": [ASKED, CURT], "functions": [FUNCTION]}, [ASKED, CURT], TOOLS),
     ],
 )
 def test_system_tools_calls_and_reasoning_are_scored(scorer, row, messages, tools):

@@ -124,6 +124,22 @@ def test_a_resumed_run_goes_on_and_no_step_is_there_twice(cli, tokens, homes):
     assert in_wandb(runs[1])[1]["best_step"] is not None
 
 
+def test_wandb_has_written_its_file_when_the_run_is_over(cli, tokens, homes, monkeypatch):
+    """Also where its own process is slow to: it is told that a run ended, and answers nothing."""
+    told = []
+    connection = "wandb.sdk.lib.service.service_connection.ServiceConnection"
+    monkeypatch.setattr(f"{connection}.inform_finish", lambda _, run_id: told.append(run_id))
+    out = homes / "run"
+    ran = cli("pretrain", "--tokens", tokens, *TRAINING, "--report-to", "wandb", "-o", out)
+    assert ran.code == 0, ran.err
+    known = json.loads((out / "manifest.json").read_text())["trackers"]["wandb"]
+    assert told == [known["id"]]
+    (folder,) = (homes / "wandb").glob(f"offline-run-*-{known['id']}")
+    losses, summary = in_wandb(folder)
+    assert losses == points(out, "loss")
+    assert summary["best_step"] is not None
+
+
 def in_trackio(homes, name, figure):
     with sqlite3.connect(homes / "trackio" / "llmctl.db") as database:
         found = database.execute(
@@ -183,6 +199,11 @@ def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(cli, tokens, tmp_
         "warning: wandb failed, and the run goes on without it: the disk of the tracker is full"
     ]
     assert len(points(tmp_path / "run", "loss")) == 6
+
+
+def test_a_tracker_that_would_end_the_process_does_not():
+    """As W&B does where its own process ended badly."""
+    assert trackers._safely("wandb", sys.exit, 1) is None
 
 
 @pytest.mark.parametrize("flags", [(), ("--dry-run",)])

@@ -9,6 +9,7 @@ import pytest
 
 from llmctl.config.commands import SftConfig
 from llmctl.errors import ResourceError
+from llmctl.launch import GROUP
 from llmctl.training import distributed, loop
 from tests.processes import call_llmctl
 from tests.run_files import digest
@@ -89,6 +90,18 @@ def test_preparation_may_take_longer(inputs, tmp_path):
     assert [code for code, _ in ended] == [0, 0], ended
 
 
+@pytest.fixture
+def grouped(monkeypatch):
+    """Set what a launcher sets for the first of so many processes."""
+
+    def put(world):
+        values = (0, world, 0, "127.0.0.1", 29500)
+        for name, value in zip(GROUP, values, strict=True):
+            monkeypatch.setenv(name, str(value))
+
+    return put
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -99,10 +112,16 @@ def test_preparation_may_take_longer(inputs, tmp_path):
         ("[../gloo/pair.cc:547] Connection closed by peer [127.0.0.1]:9174", "ended"),
         ("Remote peer closed the connection", "ended"),
         ("Read error [10.0.0.2]:38710: Connection reset by peer", "ended"),
+        ("Read error [10.0.0.2]:38710: Broken pipe", "ended"),
+        ("Application error caused pair closure", "ended"),
+        ("Unexpected poll result on socket 17", "ended"),
+        ("connect [10.0.0.2]:38710: Network is unreachable", "ended"),
+        ("connect [10.0.0.2]:38710: No route to host", "ended"),
+        ("ncclRemoteError: a remote process exiting prematurely", "ended"),
     ],
 )
-def test_errors_of_the_network_become_words(monkeypatch, text, said):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_errors_of_the_network_become_words(grouped, text, said):
+    grouped(2)
     with (
         pytest.raises(ResourceError, match=f"another process of this run .*{said}"),
         distributed.lost_peers_named(600),
@@ -110,9 +129,9 @@ def test_errors_of_the_network_become_words(monkeypatch, text, said):
         raise RuntimeError(text)
 
 
-def test_other_errors_and_those_of_one_process_stay(monkeypatch):
-    for world, text in (("2", "shapes do not match"), ("1", "Timed out waiting 20ms")):
-        monkeypatch.setenv("WORLD_SIZE", world)
+def test_other_errors_and_those_of_one_process_stay(grouped):
+    for world, text in ((2, "shapes do not match"), (1, "Timed out waiting 20ms")):
+        grouped(world)
         with pytest.raises(RuntimeError, match=text), distributed.lost_peers_named(600):
             raise RuntimeError(text)
 

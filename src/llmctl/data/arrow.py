@@ -2,8 +2,8 @@
 
 In: a parquet or Arrow file, or rows of the Hub. Out: dicts. Arrow gives all objects of a column the
 same keys, so an object has null for each key that only others have: those are taken out of what is
-nested in a row. Columns stay. Maps become objects, columns of JSON what they spell, bytes that are
-UTF-8 text.
+nested in a row. Columns stay, and so do nulls in what is kept as JSON. Maps become objects, columns
+of JSON what they spell, bytes that are UTF-8 text.
 """
 
 import json
@@ -79,20 +79,27 @@ class ArrowFile:
         return DataError(f"not a sound {name} file: {what}", file=self.name)
 
 
-def plain_row(row: dict[str, Any], name: str) -> dict[str, Any]:
+def plain_row(row: dict[str, Any], name: str, features: Any = None) -> dict[str, Any]:
     """Return a row that a library read from Arrow, without the nulls of other rows' keys.
 
-    `name` is the source's, for the message that says so.
+    `name` is the source's, for the message that says so; `features` are those of `datasets`, which
+    tell what was kept as JSON: a null in that was written.
     """
 
-    def plain(value: Any) -> Any:
+    def plain(value: Any, feature: Any) -> Any:
+        if getattr(feature, "_type", None) == "Json":
+            return value
         if isinstance(value, dict):
-            return _object({key: plain(inner) for key, inner in value.items()}, name)
+            kinds = feature if isinstance(feature, dict) else {}
+            pruned = {key: plain(inner, kinds.get(key)) for key, inner in value.items()}
+            return _object(pruned, name)
         if isinstance(value, list):
-            return [plain(inner) for inner in value]
+            item = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+            return [plain(inner, item) for inner in value]
         return _text(value) if isinstance(value, bytes) else value
 
-    return {column: plain(value) for column, value in row.items()}
+    kinds = features or {}
+    return {column: plain(value, kinds.get(column)) for column, value in row.items()}
 
 
 def _open_arrow(file: Any) -> Any:

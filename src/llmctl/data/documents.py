@@ -18,11 +18,13 @@ from llmctl.data.bad_rows import BadRows
 from llmctl.data.builtin import PREFERENCES
 from llmctl.data.kinds import BLOCK_BYTES
 from llmctl.data.rows import (
+    arrow_columns,
     checked_text,
     no_column,
     not_utf8,
     open_source,
     read_rows,
+    said_columns,
 )
 from llmctl.data.sources import Source, find_sources, manifest_input
 from llmctl.errors import DataError
@@ -63,6 +65,7 @@ def _built_in(name: str) -> Iterator[str]:
 
 
 def _rows(source: Source, column: str, bad: BadRows) -> Iterator[Piece]:
+    bad.note_unread(set(arrow_columns(source)) - {column})
     for row, place, line in read_rows(source, [column], bad):
         try:
             if column not in row:
@@ -71,6 +74,7 @@ def _rows(source: Source, column: str, bad: BadRows) -> Iterator[Piece]:
         except DataError as error:
             bad(error)
         else:
+            bad.note_unread(said_columns(row, {column}))
             yield Piece(text, place, line, True)
 
 

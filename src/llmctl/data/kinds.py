@@ -98,6 +98,50 @@ def file_kind(path: Path, name: str) -> FileKind:
         DataError: unreadable, or a file that holds no text: an archive, a document of a word
             processor, the pointer of a file that git-lfs has not fetched.
     """
+    found, head = _look_into(path, name)
+    suffix = suffix_of(name)
+    if suffix in SUFFIXES and found.kind == "text" and _is_jsonl(head):
+        say_once(
+            f"{name}: each line is a JSON object, but the suffix {suffix} says plain text: it is "
+            "read as text; name it .jsonl to read its rows",
+            is_warning=True,
+        )
+    elif suffix not in SUFFIXES and found.kind == "text" and any(map(_is_object, _lines(head)[:1])):
+        say_once(
+            f"{name}: begins with a JSON object, but not every line is one: read as plain text",
+            is_warning=True,
+        )
+    _log_kind(found, name)
+    return found
+
+
+def kind_in_folder(path: Path, name: str) -> FileKind | None:
+    """Find the kind of a file that stands in a folder; None where it is no data.
+
+    It is data where its suffix is known, or where what it begins as are rows: not a README, a
+    picture or code.
+
+    Raises:
+        DataError: as `file_kind`, for a file of a known suffix.
+    """
+    if suffix_of(name) in SUFFIXES:
+        return file_kind(path, name)
+    try:
+        found, _ = _look_into(path, name)
+    except DataError:
+        return None
+    if found.kind == "text":
+        return None
+    _log_kind(found, name)
+    return found
+
+
+def _log_kind(found: FileKind, name: str) -> None:
+    log.debug("%s: read as %s", name, ", ".join(filter(None, found)))
+
+
+def _look_into(path: Path, name: str) -> tuple[FileKind, bytes]:
+    """Find the kind of a file, and return its beginning, too."""
     suffix = suffix_of(name)
     if suffix in REFUSED:
         raise DataError(f"cannot read {suffix} files", file=name, hint=REFUSED[suffix])
@@ -108,15 +152,7 @@ def file_kind(path: Path, name: str) -> FileKind:
         _refuse_foreign(head, name)
         if known is None or known == "text":
             head += file.readline(LINE_BYTES) if _JSON.match(head) else b""
-        kind = known or _sniffed(head, file, name)
-    if known == "text" and _is_jsonl(head):
-        say_once(
-            f"{name}: each line is a JSON object, but the suffix {suffix} says plain text: it is "
-            "read as text; name it .jsonl to read its rows",
-            is_warning=True,
-        )
-    log.debug("%s: read as %s%s", name, kind, f", {packing}" if packing else "")
-    return FileKind(kind, packing)
+        return FileKind(known or _sniffed(head, file), packing), head
 
 
 @contextmanager
@@ -177,7 +213,7 @@ def _refuse_foreign(head: bytes, name: str) -> None:
             raise DataError(f"{what}, which is no text", file=name, hint=hint)
 
 
-def _sniffed(head: bytes, rest: IO[bytes], name: str) -> Kind:
+def _sniffed(head: bytes, rest: IO[bytes]) -> Kind:
     """Tell the kind by the beginning of a file; `rest` is the open file after it."""
     if head.startswith(b"PAR1"):
         return "parquet"
@@ -191,11 +227,6 @@ def _sniffed(head: bytes, rest: IO[bytes], name: str) -> Kind:
         return "csv"
     if _is_table(head, "\t"):
         return "tsv"
-    if any(map(_is_object, _lines(head)[:1])):
-        say_once(
-            f"{name}: begins with a JSON object, but not every line is one: read as plain text",
-            is_warning=True,
-        )
     return "text"
 
 

@@ -139,7 +139,8 @@ def _see(
     chosen, rejected = preference.sides
     texts = texts_of(chosen.messages, chosen.text)
     texts += texts_of((rejected.messages or ())[preference.shared :], rejected.text)
-    rules.see(texts, chosen.place, chosen.line, [side.tokens for side in pair])
+    tokens = [side.tokens for side in pair]
+    rules.see(texts, chosen.place, chosen.line, tokens, in_turns=chosen.messages is not None)
 
 
 def _encode_pair(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from llmctl.config.finetuning import Preferred
 from llmctl.data.bad_rows import BadRows
 from llmctl.data.examples import Example, checked_example, prompt_response
+from llmctl.data.rendered import prompt_of_text
 from llmctl.data.rows import SourceRow, checked_text, json_type
 from llmctl.data.schemas import (
     PAIR,
@@ -291,14 +292,16 @@ def read_preferences(
 def prompt_hash(pair: Preference) -> int:
     """Hash a prompt, but for case, white space and sentence marks.
 
-    The prompt of two texts is what they begin with in common, up to the end of a line.
+    The prompt of two texts is what they begin with in common, up to the mark of the response in a
+    well-known form of rendered text, else up to the end of a line.
     """
     if pair.shared:
         return conversation_hash(pair.prompt)
     chosen, rejected = (side.text or "" for side in pair.sides)
     same = (a == b for a, b in zip(chosen, rejected, strict=False))
     common = chosen[: len(list(takewhile(bool, same)))]
-    prompt = common[: common.rfind("\n") + 1].strip()
+    prompt = prompt_of_text(common) or common[: common.rfind("\n") + 1]
+    prompt = prompt.strip()
     return fingerprint(replace(pair.chosen, text=prompt) if prompt else pair.chosen)
 
 

@@ -22,10 +22,13 @@ from llmctl.data.rows import SourceRow, open_source, quote_names, read_lines, re
 from llmctl.data.schemas import (
     INSTRUCTION,
     MORE,
+    MORE_OF_OPENAI,
+    OPENAI_PAIR,
     Layout,
     Message,
     check_beginning,
     conversation,
+    hint_for,
     messages_or_text,
     parse_tools,
 )
@@ -40,8 +43,9 @@ LAYOUTS = (
     Layout({"prompt": "prompt"}, MORE),
     Layout({"prompt": "instruction"}, {**MORE, **INSTRUCTION}),
     Layout({"prompt": "question"}, MORE),
+    Layout({"prompt": "input.messages"}, MORE_OF_OPENAI),
 )
-ANSWER_COLUMNS = ("answer", "response", "completion", "output", "chosen")
+ANSWER_COLUMNS = ("answer", "response", "completion", "output", "chosen", OPENAI_PAIR["chosen"])
 VAL_SIZE = 64
 """Prompts held out at most, where no number was given."""
 
@@ -106,18 +110,24 @@ def read_prompt_file(file: Path) -> list[PromptExample]:
     return [prompt for prompt, _ in read_prompt_rows(file)]
 
 
-def read_prompt_rows(file: Path) -> list[tuple[PromptExample, dict[str, Any]]]:
+def read_prompt_rows(
+    file: Path, also: Sequence[str] = ()
+) -> list[tuple[PromptExample, dict[str, Any]]]:
     """Read the prompts of a file, each with its row, which is empty for a line of plain text.
+
+    Names the columns that nothing reads; `also` are those that the caller reads.
 
     Raises:
         DataError: unreadable, not UTF-8, empty, or a row without a prompt.
     """
     prompts: list[tuple[PromptExample, dict[str, Any]]] = []
+    bad = BadRows()
     with tempfile.TemporaryDirectory(prefix="llmctl-") as spool:
         for source in find_sources([str(file)], Path(spool)):
-            prompts += _read_source(source, BadRows())
+            prompts += _read_source(source, bad, also)
     if not prompts:
         raise DataError("no prompts in this file", file=file)
+    bad.report()
     return prompts
 
 
@@ -186,8 +196,10 @@ def _read_sources(
     return list(prompts.values()), inputs
 
 
-def _read_source(source: Source, bad: BadRows) -> Iterator[tuple[PromptExample, dict[str, Any]]]:
-    """Yield each prompt and the row that it is of."""
+def _read_source(
+    source: Source, bad: BadRows, also: Sequence[str] = ()
+) -> Iterator[tuple[PromptExample, dict[str, Any]]]:
+    """Yield each prompt and the row that it is of; the columns `also` are read elsewhere."""
     if source.kind == "text":
         with open_source(source) as file:
             for number, line in read_lines(file, source.name):
@@ -201,8 +213,9 @@ def _read_source(source: Source, bad: BadRows) -> Iterator[tuple[PromptExample, 
             error.file, error.line = record.place, record.line
             bad(error)
         else:
-            unread = _layout_of(record.values).unread(record.values)
-            bad.note_unread(unread.difference(ANSWER_COLUMNS))
+            layout = _layout_of(record.values)
+            unread = layout.unread(layout.flat(record.values))
+            bad.note_unread(unread.difference(ANSWER_COLUMNS, also))
             yield prompt, record.values
 
 
@@ -212,7 +225,8 @@ def parse_prompt(record: SourceRow) -> PromptExample:
     Raises:
         DataError: no prompt, or one that training would refuse.
     """
-    row, layout = record.values, _layout_of(record.values)
+    layout = _layout_of(record.values)
+    row = layout.flat(record.values)
     columns = layout.columns(row)
     values = {role: row.get(column) for role, column in columns.items()}
     role = next(iter(layout.needed))
@@ -232,11 +246,13 @@ def parse_prompt(record: SourceRow) -> PromptExample:
 def _layout_of(row: dict[str, Any]) -> Layout:
     """Return the layout of a row by its columns; raise a DataError where it has no prompt."""
     for layout in LAYOUTS:
-        if row.keys() >= set(layout.needed.values()):
+        if layout.fits(row):
             return layout
     raise DataError(
         f"no prompt in these columns: {quote_names(list(row))}",
-        hint="it takes `messages`, `prompt`, `instruction` (with its `input`) or `question`",
+        hint=hint_for(row)
+        or "it takes `messages`, `prompt`, `instruction` (with its `input`), `question` or "
+        "`input.messages`",
     )
 
 

@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from typing import IO, Any, NamedTuple, NoReturn
@@ -244,6 +244,23 @@ def checked_text(value: Any, name: str, place: str | None = None, line: int | No
     return value
 
 
+def said_columns(row: Mapping[str, Any], read: Set[str]) -> set[str]:
+    """Return the columns of a row that say something, without those that are `read`."""
+    return {name for name in row.keys() - read if row[name] not in (None, "", [], {})}
+
+
+def arrow_columns(source: Source) -> list[str]:
+    """Return the columns of a parquet or Arrow file, of which only some may be read; else none.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    if source.kind not in ("parquet", "arrow"):
+        return []
+    with _seekable(source) as file:
+        return ArrowFile(file, source.kind, source.name).columns
+
+
 def quote_names(names: Sequence[str]) -> str:
     """List names of columns for a message."""
     return ", ".join(f"`{name}`" for name in names[:20]) or "none"
@@ -407,7 +424,7 @@ def _hub(source: Source) -> Iterator[SourceRow]:
         repository, _ = split_revision(name)
         rows = load_dataset(repository, split="train", streaming=True, revision=source.revision)
         for number, row in enumerate(rows, start=1):
-            yield SourceRow(plain_row(row, name), name, number)
+            yield SourceRow(plain_row(row, name, rows.features), name, number)
     except ConnectionError as error:
         raise NetworkError(str(error), file=name, hint="try again, or pass a local file") from None
     except (DatasetNotFoundError, ValueError) as error:

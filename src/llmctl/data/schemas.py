@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, Literal
 
-from llmctl.data.rows import DECODER, checked_text, json_type, quote_names
+from llmctl.data.rows import DECODER, checked_text, json_type, quote_names, said_columns
 from llmctl.errors import DataError, UserError
 
 Task = Literal["chat", "classify", "preferences"]
@@ -34,6 +34,9 @@ INSTRUCTION = {"input": ("input", "context"), "history": ("history",)}
 """Optional columns beside `instruction`: of Alpaca, Dolly and LLaMA-Factory."""
 PAIR = {"chosen": "chosen", "rejected": "rejected"}
 MORE_OF_PAIR = {**MORE, "margin": ("margin",)}
+OPENAI_PAIR = {"chosen": "preferred_output", "rejected": "non_preferred_output"}
+MORE_OF_OPENAI = {"tools": ("input.tools",)}
+"""Optional columns beside `input.messages`, in OpenAI's format of preferences."""
 MEDIA = ("images", "videos", "audios")
 """Columns and keys of what a model of texts cannot read."""
 
@@ -72,7 +75,10 @@ READ = frozenset(
 
 @dataclass(frozen=True)
 class Layout:
-    """Columns that make an example."""
+    """Columns that make an example.
+
+    A name with a dot, `input.messages`, is that of a key of the objects in a column.
+    """
 
     needed: dict[str, str]
     """Column of each role."""
@@ -82,6 +88,20 @@ class Layout:
     def __str__(self) -> str:
         """Name it for messages."""
         return " + ".join(f"`{column}`" for column in self.needed.values())
+
+    def fits(self, row: Row) -> bool:
+        """Whether a row has the columns that are needed."""
+        return self.flat(row).keys() >= set(self.needed.values())
+
+    def flat(self, row: Row) -> Row:
+        """Return a row with the keys of its objects as columns, where this layout names them."""
+        for name in self._nested - row.keys():
+            head, _, _ = name.partition(".")
+            value = from_json(row.get(head))
+            if isinstance(value, dict):
+                rest = {column: inner for column, inner in row.items() if column != head}
+                row = {**{f"{head}.{key}": inner for key, inner in value.items()}, **rest}
+        return row
 
     def columns(self, row: Row) -> dict[str, str]:
         """Return the column of each role in a row; the first one of a role that is in none.
@@ -100,6 +120,11 @@ class Layout:
         return {**columns, **self.needed}
 
     @cached_property
+    def _nested(self) -> frozenset[str]:
+        """Columns that may be keys of objects."""
+        return frozenset(name for name in self.needed.values() if "." in name)
+
+    @cached_property
     def _known(self) -> frozenset[str]:
         """Columns that are read."""
         more = (name for names in self.more.values() for name in names)
@@ -107,7 +132,7 @@ class Layout:
 
     def unread(self, row: Row) -> set[str]:
         """Return the columns of a row that say something and that nothing reads."""
-        unread = {name for name in row.keys() - self._known if row[name] not in (None, "", [], {})}
+        unread = said_columns(row, self._known)
         if (column := self.needed.get("messages")) is not None:
             unread |= {f"{column}[].{key}" for key in unread_keys(row[column])}
         return unread
@@ -123,6 +148,7 @@ PAIR_LAYOUTS = (
     Layout({"prompt": "conversations", **PAIR}, MORE_OF_PAIR),
     Layout({"prompt": "messages", **PAIR}, MORE_OF_PAIR),
     Layout(PAIR, MORE_OF_PAIR),
+    Layout({"prompt": "input.messages", **OPENAI_PAIR}, MORE_OF_OPENAI),
 )
 LAYOUTS: dict[Task, tuple[Layout, ...]] = {  # a row is of the first that it has the columns of
     "chat": (
@@ -135,6 +161,7 @@ LAYOUTS: dict[Task, tuple[Layout, ...]] = {  # a row is of the first that it has
         Layout({"prompt": "question", "response": "answer"}, MORE),
         Layout({"prompt": "question", "response": "response"}, MORE),
         Layout({"prompt": "prompt", "response": "chosen"}, MORE),
+        Layout({"prompt": "input.messages", "response": OPENAI_PAIR["chosen"]}, MORE_OF_OPENAI),
         Layout({"text": "text"}, {}),
     ),
     "classify": (Layout({"text": "text", "label": "label"}, {}),),
@@ -143,6 +170,27 @@ LAYOUTS: dict[Task, tuple[Layout, ...]] = {  # a row is of the first that it has
         Layout({"prompt": "prompt", "responses": "responses", "ranks": "ranks"}, MORE),
     ),
 }
+
+
+OTHER_TOOLS = {
+    frozenset({"segments"}): "segments of axolotl, which no chat template cuts so: give turns as "
+    "`messages`, each of the assistant's with `train` true or false",
+    frozenset({"fields", "responses"}): "records of Argilla: name the fields, as in --columns "
+    "prompt=fields.NAME,response=fields.NAME; what annotators said goes into columns of its own "
+    "first, one answer for each record",
+    frozenset({"data", "annotations"}): "tasks of Label Studio: export them as JSON-MIN or CSV, "
+    "which have a column for each label, and name it: --columns text=NAME,label=NAME",
+    frozenset({"message_tree_id", "prompt"}): "trees of OpenAssistant: write each conversation "
+    "from the root to a leaf as `messages`",
+    frozenset({"row_idx", "row"}): "rows of the Hub's viewer, which cuts long texts: pass the data "
+    "set itself, as owner/name",
+}
+"""Columns of what other tools export and nothing reads as it is; what it is, and what to do."""
+
+
+def hint_for(row: Row) -> str | None:
+    """Return what to do with a row that another tool exported; None where none is known."""
+    return next((hint for names, hint in OTHER_TOOLS.items() if names <= row.keys()), None)
 
 
 def choose_layouts(columns: Sequence[str], task: Task) -> tuple[Layout, ...]:
@@ -176,7 +224,7 @@ def match_layout(
     Raises:
         DataError: it is none of them, or another than that of the rows before it.
     """
-    layout = next((c for c in layouts if row.keys() >= set(c.needed.values())), None)
+    layout = next((c for c in layouts if c.fits(row)), None)
     if layout is not None and known is not None and layout is not known:
         raise DataError(f"this row is {layout}, but that of line {first} is {known}")
     if layout is not None:
@@ -185,12 +233,16 @@ def match_layout(
     if known is None and len(layouts) > 1:
         raise DataError(
             f"no example in these columns: {there}",
-            hint=f"it takes {', '.join(map(str, layouts[:-1]))} or {layouts[-1]}; "
+            hint=hint_for(row)
+            or f"it takes {', '.join(map(str, layouts[:-1]))} or {layouts[-1]}; "
             f"else {_how(layouts[0])}",
         )
     needed = (known or layouts[0]).needed
-    missing = next(column for column in needed.values() if column not in row)
-    raise DataError(f"no column `{missing}`; there is {there}", hint=_how(layouts[0]))
+    flat = (known or layouts[0]).flat(row)
+    missing = next(column for column in needed.values() if column not in flat)
+    raise DataError(
+        f"no column `{missing}`; there is {there}", hint=hint_for(row) or _how(layouts[0])
+    )
 
 
 def _how(layout: Layout) -> str:
@@ -335,8 +387,7 @@ def unread_keys(value: Any) -> set[str]:
         key
         for item in (items if isinstance(items, list) else ())
         if isinstance(item, dict)
-        for key in item.keys() - READ
-        if item[key] not in (None, "", [], {})
+        for key in said_columns(item, READ)
     }
 
 

@@ -130,6 +130,7 @@ def _read(
         is_empty = False
         try:
             layout = match_layout(record.values, layouts, known, first)
+            record = record._replace(values=layout.flat(record.values))
             items.extend(make(record, layout))
         except DataError as error:
             error.file, error.line = record.place, record.line

@@ -72,7 +72,7 @@ class SftData:
         rules = RowRules(self.tokenizer)
         for example in (*self.train_examples, *self.val_examples):
             texts = texts_of(example.messages, example.text)
-            rules.see(texts, example.place, example.line)
+            rules.see(texts, example.place, example.line, in_turns=example.messages is not None)
         return rules
 
     def example_of(self, sequence: int) -> Example:

@@ -13,16 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llmctl.console import log, say_once
+from llmctl.console import say_once
 from llmctl.data.builtin import PREFERENCES, TASKS, named_tasks
 from llmctl.data.kinds import (
     KNOWN,
     PACKINGS,
     REFUSED,
     SUFFIXES,
+    FileKind,
     Kind,
     Packing,
     file_kind,
+    kind_in_folder,
     suffix_of,
 )
 from llmctl.errors import DataError
@@ -32,6 +34,8 @@ from llmctl.numbers import counted
 from llmctl.runs.ownership import read_json
 
 PYTHON_DOCS = "builtin:python-docs"
+COPIES = (".bak", ".backup", ".orig", ".old", ".save", ".tmp", ".part")
+"""Suffixes of copies that stand beside what they are of."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,11 @@ def file_source(path: Path, name: str | None = None) -> Source:
         DataError: it cannot be read, or holds no text.
     """
     name = str(path) if name is None else name
-    kind, packing = file_kind(path, name)
-    return Source(name, kind, path, path.stat().st_size, packing=packing)
+    return _source_of(path, name, file_kind(path, name))
+
+
+def _source_of(path: Path, name: str, found: FileKind) -> Source:
+    return Source(name, found.kind, path, path.stat().st_size, packing=found.packing)
 
 
 def identity(source: Source) -> str:
@@ -158,15 +165,19 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _in_folder(folder: Path) -> Iterator[Source]:
-    """Yield the files of known kinds under a folder, without hidden ones."""
+    """Yield the files of data under a folder, without hidden ones, and say what is left out."""
     left_out: Counter[str] = Counter()
+    told_by_content: list[str] = []
     is_empty = True
     for path in _files_under(folder):
-        if suffix_of(path) in SUFFIXES:
-            is_empty = False
-            yield file_source(path)
-        else:
+        found = None if _is_copy(path) else kind_in_folder(path, str(path))
+        if found is None:
             left_out[suffix_of(path) or path.name] += 1
+            continue
+        is_empty = False
+        if suffix_of(path) not in SUFFIXES:
+            told_by_content.append(str(path.relative_to(folder)))
+        yield _source_of(path, str(path), found)
     most = [suffix for suffix, _ in left_out.most_common(5)]
     others = f"{counted(left_out.total(), 'file')} of other kinds ({', '.join(most)})"
     if is_empty:
@@ -178,8 +189,23 @@ def _in_folder(folder: Path) -> Iterator[Source]:
             if most
             else None,
         )
+    if told_by_content:
+        files = counted(len(told_by_content), "file")
+        names = ", ".join(told_by_content[:5])
+        say_once(f"{folder}: rows by what they begin as, in {files} ({names})")
     if left_out:
-        log.info("%s: left out %s; a glob takes any kind as text", folder, others)
+        say_once(f"{folder}: left out {others}; a glob takes any kind as text")
+
+
+def _is_copy(path: Path) -> bool:
+    """Whether a file is the copy that an editor or a download left beside the file itself."""
+    if path.name.endswith("~"):
+        return path.with_name(path.name[:-1]).exists()
+    original = path.with_suffix("")
+    is_named_so = path.suffix.lower() in COPIES
+    return is_named_so and any(
+        original.with_name(original.name + s).exists() for s in ("", *SUFFIXES)
+    )
 
 
 def _files_under(folder: Path) -> list[Path]:

@@ -20,6 +20,7 @@ from llmctl.console import log
 from llmctl.data.bad_rows import BadRows
 from llmctl.data.documents import hash_text
 from llmctl.data.examples import Example, read_examples
+from llmctl.data.rendered import prompt_of_text
 from llmctl.data.schemas import Message, Task
 from llmctl.data.sets import Item, ItemSet
 from llmctl.errors import DataError
@@ -240,9 +241,11 @@ def sample_numbers(
 
 
 def _prompt(example: Example) -> int | None:
-    """Hash all messages before the last answer; None for plain text."""
+    """Hash all messages before the last answer; None for plain text without a mark of one."""
     if example.messages is None:
-        return None if example.label is None else _hash([example.text or ""])
+        text = example.text or ""
+        prompt = text if example.label is not None else prompt_of_text(text)
+        return None if prompt is None else _hash([prompt])
     roles = [message["role"] for message in example.messages]
     last = len(roles) - 1 - roles[::-1].index("assistant")
     return conversation_hash(example.messages[:last])

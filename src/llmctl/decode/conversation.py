@@ -143,7 +143,7 @@ class Conversation:
         """
         if not self.has_warned:
             rules = RowRules(self.window.tokenizer)
-            rules.see([text], None, None)
+            rules.see([text], None, None, in_turns=True)
             rules.warn_in_use(chat=True)
             self.has_warned = bool(rules.spelled)
         reply = self._generate(self.turns, text, on_piece)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmctl.console import log
 from llmctl.data.audit.rules import RowRules, texts_of
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.chat.render import ChatFormat, encode_text
 from llmctl.data.prompts import PromptExample
 from llmctl.data.rows import SourceRow, checked_text
@@ -62,11 +63,13 @@ def read_shots(file: Path) -> list[tuple[str, str]]:
             )
         ]
 
+    bad = BadRows()
     try:
-        (shots,) = read_sets([str(file)], (layout,), parse)
+        (shots,) = read_sets([str(file)], (layout,), parse, bad=bad)
     except DataError as error:
         error.hint = "an example is a row of `prompt` and `response`"
         raise
+    bad.report()
     return shots.examples
 
 
@@ -152,7 +155,8 @@ def build_prompts(
     rules = RowRules(encoder.tokenizer)
     for example in examples:
         tokens = encoder.encode(example)
-        rules.see(texts_of(example.messages), None, None)
+        in_turns = encoder.chat or not example.is_text
+        rules.see(texts_of(example.messages), None, None, in_turns=in_turns)
         check_prompt(tokens, shape, example.name)
         limit = limit_new_tokens(tokens, shape, max_new_tokens)
         if limit < max_new_tokens:

@@ -14,8 +14,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmctl.decode.prompts import PromptEncoder
 from llmctl.errors import DataError, ModelError
 from llmctl.evaluate.perplexity import document_start, text_frame
+from llmctl.models.loading import stop_tokens
 
 Doc = Mapping[str, Any]
 
@@ -24,7 +26,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval has no types
     """lm-eval's model, which gives every text one beginning and no end.
 
     lm-eval puts a token before a text to predict, where a tokenizer may have put BOS already, and
-    takes what a tokenizer puts after a text for a part of it.
+    takes what a tokenizer puts after a text for a part of it. It does not know with which token
+    the chat template ends a turn.
     """
 
     def __init__(
@@ -40,6 +43,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval has no types
         self._begin, _ = text_frame(tokenizer)
         self._templated = templated
         self._is_rolling = False
+        end_of_answer = PromptEncoder(tokenizer, chat=templated).end_of_answer([])
+        self._stops = stop_tokens(model, tokenizer, end_of_answer)
         self.cut = 0
         """Prompts that lost their beginning, being longer than the context."""
         super().__init__(
@@ -125,6 +130,18 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval has no types
                     hint="set a smaller max_gen_toks in a copy of the task: --task-path",
                 )
         return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any
+    ) -> Tensor:
+        """Continue prompts (B, T) up to where `generate` ends a response; padding stands there."""
+        rows: Tensor = super()._model_generate(
+            context, max_length, stop, **{**kwargs, "eos_token_id": self._stops or None}
+        )
+        new = rows[:, context.shape[1] :]
+        is_over = torch.isin(new, torch.tensor(self._stops, device=new.device)).cumsum(1) > 0
+        new[is_over] = int(self.tokenizer.pad_token_id)
+        return rows
 
 
 class OtherQuestions:

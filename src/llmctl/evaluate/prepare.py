@@ -159,12 +159,16 @@ def _require_used(config: EvaluateConfig, kind: Kind, metrics: tuple[str, ...]) 
             raise UserError(f"{config.flag(name)} goes with --metrics {list_labels(list(wanted))}")
 
 
-def _require_sound(data: EvaluationData, tokenizer: PreTrainedTokenizerBase) -> None:
+def _require_sound(
+    data: EvaluationData, tokenizer: PreTrainedTokenizerBase, *, plain: bool
+) -> None:
     """Hold the texts to evaluate against the rules on rows, as one model reads them."""
+    in_turns = not plain and tokenizer.chat_template is not None and data.kind == "questions"
     rules = RowRules(tokenizer)
     for row in data.examples:
         texts = texts_of(row.messages, row.reference)
-        rules.see(texts, row.place, row.line, [encode_text(tokenizer, text) for text in texts])
+        encoded = [encode_text(tokenizer, text) for text in texts]
+        rules.see(texts, row.place, row.line, encoded, in_turns=in_turns)
     for document in data.documents:
         tokens = encode_text(tokenizer, document.text)
         rules.see([document.text], document.place, document.line, [tokens])
@@ -184,7 +188,7 @@ def inspect_model(
     shape, tokenizer = load_config(reference), load_tokenizer(reference)
     folder = local_folder(resolve_model(reference))
     if plan is not None:
-        _require_sound(plan.data, tokenizer)
+        _require_sound(plan.data, tokenizer, plain=config.plain)
     adapter = read_object(folder / "adapter_config.json") if is_adapter(folder) else None
     virtual = int((adapter or {}).get("num_virtual_tokens") or 0)
     evaluated = EvaluatedModel(

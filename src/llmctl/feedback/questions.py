@@ -106,7 +106,7 @@ def read_entries(file: Path) -> list[Entry]:
             cannot be ranked.
     """
     entries: dict[str, Entry] = {}
-    for example, row in read_prompt_rows(file):
+    for example, row in read_prompt_rows(file, also=["responses"]):
         try:
             entry = Entry(example, _responses(row))
         except DataError as error:

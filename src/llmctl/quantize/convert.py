@@ -130,7 +130,9 @@ def _measure(
         after=WeightBytes(None, memory_bytes_of(after)),
         fidelity=measure_fidelity(before, after, windows),
         speeds=time_generation(timed, prompts, count),
-        samples=generate_samples(before, after, job.tokenizer, prompts, count),
+        samples=generate_samples(
+            before, after, job.tokenizer, prompts, count, job.text.end_of_answer
+        ),
     )
     report.check_gate(config.max_perplexity_increase)
     return report, windows

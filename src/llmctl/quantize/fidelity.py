@@ -106,15 +106,19 @@ def generate_samples(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     tokens: int,
+    end_of_answer: int | None = None,
 ) -> list[dict[str, str]]:
-    """Continue the prompts greedily with both models: texts `prompt`, `before` and `after`."""
+    """Continue the prompts greedily with both models: texts `prompt`, `before` and `after`.
+
+    What ends a response of either model ends these, and `end_of_answer`.
+    """
     encoded = [
         Prompt(prompt, row) for row, prompt in enumerate(_fit_prompts(prompts, before, tokens))
     ]
     greedy = Sampling(max_new_tokens=tokens, greedy=True)
     continuations = []
     for model in (before, after):
-        eos = stop_tokens(model, tokenizer)
+        eos = stop_tokens(model, tokenizer, end_of_answer)
         responses = decode(model, encoded, greedy, eos=eos, tokenizer=tokenizer)
         ordered = sorted(responses, key=lambda response: response.index)
         continuations.append([response.text for response in ordered])

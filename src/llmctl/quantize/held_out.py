@@ -19,6 +19,7 @@ from llmctl.data.examples import Example, read_examples
 from llmctl.data.shards import TokenIndex, open_tokens
 from llmctl.data.split import read_split
 from llmctl.data.tokenizer.train import fingerprint
+from llmctl.decode.prompts import PromptEncoder
 from llmctl.errors import DataError
 from llmctl.evaluate.perplexity import encode_documents
 from llmctl.files import sha256_file
@@ -43,6 +44,8 @@ class HeldOut:
     """Description of the text for messages."""
     inputs: list[dict[str, Any]]
     """For the manifest."""
+    end_of_answer: int | None = None
+    """Id of the token that ends answers, where the prompts are in the chat template."""
 
     @property
     def tokens(self) -> int:
@@ -95,13 +98,15 @@ def _ancestor_runs(reference: str) -> Iterator[Path]:
 
 def _from_data(data: list[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> HeldOut:
     texts, rows, inputs = read_texts(data, limit * CHARACTERS_PER_TOKEN)
-    sets = read_examples(rows) if rows else []
+    bad = BadRows()
+    sets = read_examples(rows, bad=bad) if rows else []
+    bad.report()
     examples = [example for data_set in sets for example in data_set.examples]
     inputs += [entry for data_set in sets for entry in data_set.inputs]
     documents, prompts = _render(examples, tokenizer, limit)
     plain = encode_documents(tokenizer, texts, end=False)
     documents = _truncate([*documents, *plain], limit)
-    return HeldOut(documents, prompts or _opening_prompts(documents), ", ".join(data), inputs)
+    return _from_rendered(documents, prompts, tokenizer, ", ".join(data), inputs)
 
 
 def _from_pretrain_run(run: Path, tokenizer: PreTrainedTokenizerBase, limit: int) -> HeldOut | None:
@@ -152,7 +157,21 @@ def _from_sft_run(run: Path, tokenizer: PreTrainedTokenizerBase, limit: int) -> 
         raise _changed(run, ", ".join([*config.data, *config.val_data]))
     documents, prompts = _render(split.val, tokenizer, limit)
     name = f"the examples that {run} held out"
-    return HeldOut(documents, prompts or _opening_prompts(documents), name, split.inputs)
+    return _from_rendered(documents, prompts, tokenizer, name, split.inputs)
+
+
+def _from_rendered(
+    documents: list[list[int]],
+    prompts: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    inputs: list[dict[str, Any]],
+) -> HeldOut:
+    """Take the prompts of conversations, or beginnings where there are none."""
+    if not prompts:
+        return HeldOut(documents, _opening_prompts(documents), name, inputs)
+    end_of_answer = PromptEncoder(tokenizer, chat=True).end_of_answer([])
+    return HeldOut(documents, prompts, name, inputs, end_of_answer)
 
 
 def _render(

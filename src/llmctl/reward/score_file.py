@@ -16,16 +16,20 @@ from llmctl import hardware
 from llmctl.config.commands import RewardConfig
 from llmctl.console import ProgressBar, show_recipe
 from llmctl.data.audit.rules import RowRules, texts_of
-from llmctl.data.examples import Example, checked_example
+from llmctl.data.bad_rows import BadRows
+from llmctl.data.examples import Example, checked_example, with_system
 from llmctl.data.preferences import parse_sides
 from llmctl.data.rows import SourceRow, checked_text, quote_names, read_rows
 from llmctl.data.schemas import (
+    MORE,
     PAIR,
     PAIR_LAYOUTS,
+    Layout,
     Message,
+    Row,
     conversation,
     from_json,
-    match_layout,
+    hint_for,
     parse_tools,
 )
 from llmctl.data.sources import find_sources
@@ -37,6 +41,14 @@ from llmctl.reward.model import PromptResponse, RewardModel, load_reward_model
 
 AT_ONCE = 2048
 """Rows that are scored before the next ones are read."""
+
+LAYOUTS = (
+    Layout(
+        {"prompt": "prompt", "response": "response"}, {**MORE, "finish_reason": ("finish_reason",)}
+    ),
+    Layout({"messages": "messages"}, MORE),
+    Layout({"text": "text"}, {}),
+)
 
 
 def score_file(config: RewardConfig) -> dict[str, Any] | None:
@@ -57,8 +69,9 @@ def score_file(config: RewardConfig) -> dict[str, Any] | None:
         raise DataError("an empty file: no rows in it", file=config.score)
     device = hardware.pick_device(config.device)
     model = load_reward_model(config.model, device=device, score_at=config.score_at)
-    rules = RowRules(model.response_format.tokenizer)
-    encoded = [_encode(model, record, rules) for record in records]
+    rules, bad = RowRules(model.response_format.tokenizer), BadRows()
+    encoded = [_encode(model, record, rules, bad) for record in records]
+    bad.report()
     rules.enforce()
     if config.dry_run:
         return show_recipe("reward", config, {"rows": len(records)})
@@ -89,7 +102,9 @@ def score_file(config: RewardConfig) -> dict[str, Any] | None:
     }
 
 
-def _encode(model: RewardModel, record: SourceRow, rules: RowRules) -> dict[str, EncodedSequence]:
+def _encode(
+    model: RewardModel, record: SourceRow, rules: RowRules, bad: BadRows
+) -> dict[str, EncodedSequence]:
     """The texts of a row to score, encoded, by the names of their scores."""
     try:
         samples = samples_of(record, has_turns=model.has_turns)
@@ -97,8 +112,12 @@ def _encode(model: RewardModel, record: SourceRow, rules: RowRules) -> dict[str,
     except (DataError, ModelError) as error:
         error.file, error.line = record.place, record.line
         raise
+    layout = _layout_of(record.values)
+    bad.note_unread(layout.unread(layout.flat(record.values)))
     texts = [text for sample in samples.values() for text in _texts(sample)]
-    rules.see(texts, record.place, record.line, [row.tokens for row in encoded.values()])
+    tokens = [row.tokens for row in encoded.values()]
+    in_turns = model.tokenizer.chat_template is not None and "text" not in layout.needed
+    rules.see(texts, record.place, record.line, tokens, in_turns=in_turns)
     return encoded
 
 
@@ -110,6 +129,18 @@ def _texts(sample: PromptResponse | Example) -> list[str]:
     return texts_of(sample.prompt, sample.response)
 
 
+def _layout_of(row: Row) -> Layout:
+    """Return the layout of a row to score; raise a DataError where it is of none."""
+    for layout in (*PAIR_LAYOUTS, *LAYOUTS):
+        if layout.fits(row):
+            return layout
+    raise DataError(
+        f"nothing to score in these columns: {quote_names(list(row))}",
+        hint=hint_for(row)
+        or "it takes `prompt` + `response`, `messages`, `text`, or `chosen` + `rejected`",
+    )
+
+
 def samples_of(record: SourceRow, *, has_turns: bool) -> dict[str, PromptResponse | Example]:
     """The texts of a row to score, by the names of their scores, read as training reads them.
 
@@ -118,42 +149,40 @@ def samples_of(record: SourceRow, *, has_turns: bool) -> dict[str, PromptRespons
     Raises:
         DataError: nothing in it can be scored.
     """
-    row = record.values
-    if {"chosen", "rejected"} <= row.keys():
-        sides = parse_sides(record, match_layout(row, PAIR_LAYOUTS, None, None))
+    layout = _layout_of(record.values)
+    record = record._replace(values=layout.flat(record.values))
+    row, needed = record.values, layout.needed
+    if needed.keys() >= PAIR.keys():
+        sides = parse_sides(record, layout)
         return {f"score_{name}": side for name, side in zip(PAIR, sides, strict=True)}
-    if {"prompt", "response"} <= row.keys():
-        response = checked_text(row["response"], "response")
-        prompt = _prompt(row, has_turns=has_turns)
-        tools = parse_tools(row.get("tools"), "tools")
-        ended = row.get("finish_reason") != "length"
-        return {"score": PromptResponse(prompt, response, ended, tools)}
-    if "messages" in row:
-        columns = {"messages": "messages", "system": "system"}
-        messages = conversation(row["messages"], "messages")
+    if "text" in needed:
+        return {"score": PromptResponse("", checked_text(row["text"], "text"))}
+    columns = layout.columns(row)
+    values = {role: row.get(column) for role, column in columns.items()}
+    if "messages" in needed:
+        messages = conversation(values["messages"], "messages")
         if messages and messages[-1]["role"] != "assistant":
             raise DataError("`messages` does not end with the assistant: there is nothing to score")
-        return {"score": checked_example(record, messages, row, columns)}
-    if "text" in row:
-        return {"score": PromptResponse("", checked_text(row["text"], "text"))}
-    raise DataError(
-        f"nothing to score in these columns: {quote_names(list(row))}",
-        hint="it takes `prompt` + `response`, `messages`, `text`, or `chosen` + `rejected`",
-    )
+        return {"score": checked_example(record, messages, values, columns)}
+    response = checked_text(values["response"], "response")
+    prompt = _prompt(values, columns, has_turns=has_turns)
+    tools = parse_tools(values["tools"], columns["tools"])
+    return {"score": PromptResponse(prompt, response, values["finish_reason"] != "length", tools)}
 
 
-def _prompt(row: Mapping[str, Any], *, has_turns: bool) -> str | list[Message]:
+def _prompt(
+    values: Mapping[str, Any], columns: Mapping[str, str], *, has_turns: bool
+) -> str | list[Message]:
     """The prompt of a row, with its system message."""
-    prompt = from_json(row["prompt"])
+    prompt = from_json(values["prompt"])
     is_messages = isinstance(prompt, list) and prompt and all(isinstance(m, dict) for m in prompt)
-    text = "" if is_messages else checked_text(row["prompt"], "prompt")
+    text = "" if is_messages else checked_text(values["prompt"], "prompt")
     asked = {"role": "user", "content": text}
     messages = conversation(prompt, "prompt") if is_messages else [asked]
-    system = row.get("system")
-    if system is None or not checked_text(system, "system").strip():
+    with_its_system = with_system(messages, values, columns)
+    if with_its_system is messages:
         return messages if is_messages or (has_turns and text) else text
-    if messages[0]["role"] in ("system", "developer"):
-        raise DataError("`system` beside a message of the system: which counts?")
     if not has_turns:
-        raise DataError("`system` goes with turns, and this reward model reads plain texts")
-    return [{"role": "system", "content": system}, *messages]
+        name = columns["system"]
+        raise DataError(f"`{name}` goes with turns, and this reward model reads plain texts")
+    return with_its_system

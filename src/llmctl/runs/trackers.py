@@ -100,7 +100,7 @@ def _safely(name: str, call: Callable[..., Outcome], *arguments: Any) -> Outcome
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return call(*arguments)
-    except Exception as error:  # trackers raise what they like, and none of it may end a run
+    except (Exception, SystemExit) as error:  # what trackers raise must not end a run
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         log.warning("%s failed, and the run goes on without it: %s", name, reason)
         return None
@@ -237,6 +237,7 @@ def _wandb(
     def finish(result: Row, code: int) -> bool:
         tracker.run.summary.update(dict(result))
         tracker.run.finish(exit_code=code)
+        wandb.teardown()  # `finish` does not wait for the file, which W&B's own process writes
         return True
 
     for row in rows:

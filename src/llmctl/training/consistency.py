@@ -20,6 +20,7 @@ from llmctl.data.tokenizer.train import fingerprint
 from llmctl.errors import DataError, ModelError, OutputError, UserError
 from llmctl.runs.directory import Run, is_resuming, read_manifest
 from llmctl.runs.provenance import versions
+from llmctl.training.meeting import shared, speaks
 
 KINDS: dict[str, type[UserError]] = {
     **dict.fromkeys(("tokenizer", "chat_template", "model", "reward_model"), ModelError),
@@ -48,7 +49,7 @@ def require_same(accelerator: Accelerator, facts: Mapping[str, Any], tokenizer: 
 
     A tokenizer is compared with its chat template, before all else.
 
-    The error is raised on all of them, and rank 0 tells it.
+    The error is raised on all of them, and the first on each machine tells it.
 
     Raises:
         ModelError, DataError: a difference in what `KINDS` names.
@@ -60,19 +61,20 @@ def require_same(accelerator: Accelerator, facts: Mapping[str, Any], tokenizer: 
         facts = {**_tokenizer_digests(tokenizer), **facts}
     names = [name for name in KINDS if name in facts]
     ordered = {name: facts[name] for name in [*names, *facts]}
-    (host, wanted), *others = gather_object([(socket.gethostname(), ordered)])
-    for name in {**wanted, **{key: None for _, told in others for key in told}}:
-        for rank, (other, told) in enumerate(others, start=1):
-            if told.get(name) != wanted.get(name):
-                key, ours, theirs = _narrowed(name, wanted.get(name), told.get(name))
+    told = gather_object([(socket.gethostname(), ordered)])
+    (host, wanted), *others = told
+    for name in {**wanted, **{key: None for _, held in others for key in held}}:
+        for rank, (other, held) in enumerate(others, start=1):
+            if held.get(name) != wanted.get(name):
+                key, ours, theirs = _narrowed(name, wanted.get(name), held.get(name))
                 kind = KINDS.get(name, UserError)
                 error = kind(
                     f"`{key}` differs between processes: {ours} on rank 0 ({host}), "
                     f"{theirs} on rank {rank} ({other})",
                     hint=HINTS[kind],
                 )
-                error.is_reported = accelerator.process_index > 0
-                raise error
+                hosts = [host for host, _ in told]
+                raise shared(error, is_told=speaks(hosts, accelerator.process_index))
 
 
 def settings_of(stage: str, config: Resumable) -> dict[str, Any]:
@@ -132,5 +134,5 @@ def _narrowed(name: str, ours: Any, theirs: Any) -> tuple[str, Any, Any]:
 
 
 def _shown(value: Any) -> str:
-    text = str(value)
+    text = "not set" if value is None else str(value)
     return f"{text[:SHOWN_DIGITS]}…" if SHA256.fullmatch(text) else text

@@ -15,10 +15,11 @@ from torch.distributed import DistError
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.optim import Optimizer
 
-from llmctl import console, hardware, launch
+from llmctl import hardware, launch
 from llmctl.config.sections import Placement
 from llmctl.console import log
 from llmctl.errors import ResourceError, UserError
+from llmctl.training.meeting import Answer, met
 
 ENGINES = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -63,7 +64,8 @@ def make_accelerator(placement: Placement) -> tuple[Accelerator, str]:
     lie are taken out of the environment.
 
     Raises:
-        UserError: an engine was asked for that llmctl does not train with.
+        UserError: an engine was asked for that llmctl does not train with, or another process is
+            refused.
         ResourceError: the device is not there, or other processes are not reached.
     """
     _require_supported()
@@ -73,7 +75,8 @@ def make_accelerator(placement: Placement) -> tuple[Accelerator, str]:
     AcceleratorState._reset_state()  # else an earlier stage of this process decides the precision
     patience = InitProcessGroupKwargs(timeout=timedelta(seconds=placement.peer_timeout))
     try:
-        with lost_peers_named(placement.peer_timeout):
+        seconds = placement.peer_timeout
+        with lost_peers_named(seconds), met(Answer(), seconds):
             accelerator = Accelerator(
                 cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[patience]
             )
@@ -174,12 +177,9 @@ def _require_supported() -> None:
 
 
 def _unsupported(what: str) -> UserError:
-    error = UserError(
-        what,
-        hint="use --processes N, torchrun, or a configuration of recipes/accelerate/",
+    return UserError(
+        what, hint="use --processes N, torchrun, or a configuration of recipes/accelerate/"
     )
-    error.is_reported = console.rank() > 0
-    return error
 
 
 def _drop_settings() -> None:

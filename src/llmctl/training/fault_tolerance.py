@@ -4,6 +4,7 @@ Every step: `agree` on what all ranks saw, `accept` the step or refuse it, then 
 """
 
 import math
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from llmctl.runs.resume import (
 from llmctl.signals import StopFlag
 from llmctl.training.consistency import require_shared
 from llmctl.training.distributed import lost_peers_named
+from llmctl.training.meeting import first_error
 from llmctl.training.meter import Meter
 from llmctl.training.run_state import Progress, RunState
 from llmctl.training.state import surroundings
@@ -56,9 +58,10 @@ class StepOutcome:
 
 @contextmanager
 def together(accelerator: Accelerator) -> Iterator[None]:
-    """Raise a rank's error on all ranks at the end of the body; one of them tells it. Collective.
+    """Raise a rank's error on all ranks at the end of the body; one tells it. Collective.
 
     Else the others would wait for the rank that failed, and end with an error of the network's.
+    What all ranks raise together, in a body that is collective too, stays as it is.
 
     Raises:
         UserError: any rank's.
@@ -67,16 +70,15 @@ def together(accelerator: Accelerator) -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        if error.is_shared or accelerator.num_processes == 1:
+            raise
         mine = error
-    failed: list[UserError | None] = (
-        [mine] if accelerator.num_processes == 1 else gather_object([mine])
-    )
-    speaker = next((rank for rank, error in enumerate(failed) if error is not None), None)
-    if speaker is not None:
-        said = failed[speaker] if mine is None else mine
-        assert said is not None
-        said.is_reported = speaker != accelerator.process_index
-        raise said
+    if accelerator.num_processes > 1:
+        rank, host = accelerator.process_index, socket.gethostname()
+        told = gather_object([(host, mine)])
+        told[rank] = host, mine  # with its traceback
+        if first := first_error(told, rank):
+            raise first
 
 
 @contextmanager

@@ -34,7 +34,8 @@ def run_stage(
         with together(accelerator):
             require_in_force(config, accelerator)
         if config.dry_run:
-            return dry_run(accelerator, device)
+            with together(accelerator):
+                return dry_run(accelerator, device)
         with open_together(accelerator, stage, config) as run:
             run.record(threads=threads)
             result: dict[str, Any] = {"stage": stage, "out": str(run.path), "status": "completed"}

@@ -45,7 +45,7 @@ def pairs():
 def run(cli, roomy, judge, tmp_path):
     """Run a reader on texts, in the columns that it takes."""
 
-    def read(reader, spoil, share=1.0):
+    def read(reader, spoil, share=1.0, more=()):
         rows = [
             {
                 "prompt": spoil(a) if number < share * COUNT else a,
@@ -65,12 +65,13 @@ def run(cli, roomy, judge, tmp_path):
             **dict.fromkeys(("reward", "dpo"), ("prompt", "chosen", "rejected")),
         }.get(reader, ("prompt", "response"))
         file = write_rows(
-            tmp_path / "rows.jsonl", [{key: row[key] for key in columns} for row in rows]
+            tmp_path / "rows.jsonl",
+            [{**{key: row[key] for key in columns}, **dict(more)} for row in rows],
         )
         model, out = ("--model", roomy), ("-o", tmp_path / f"out-{share}-{len(rows[0]['prompt'])}")
         quick = (*out, "--dry-run")
         name, *flags = reader.split()
-        more = {
+        whole = {
             "tokenize": ("--tokenizer", roomy, "--data", file, "--val-fraction", 0, *out),
             "audit": (file, *model),
             "ppo": (*model, "--data", file, "--reward-rule", "length:5", *quick),
@@ -78,18 +79,20 @@ def run(cli, roomy, judge, tmp_path):
             "reward --score": (file, "--model", judge, "--dry-run"),
             "rank": (*model, "--data", file, "--annotator", "a", *quick),
             "generate": (*model, "--prompts-file", file, "--max-new-tokens", 2, "--json"),
+            "quantize": (*model, "--data", file, "--dtype", "bf16", *quick),
         }.get(reader, (*model, "--data", file, *quick))
-        return cli(name, *flags, *more)
+        return cli(name, *flags, *whole)
 
     return read
 
 
+UNREAD = next(rule for rule in RULES if rule.name == "unread_columns")
 FILE_READERS = [reader for reader in READERS if reader not in ("chat", "quantize")]
 RENDERED = next(rule for rule in RULES if rule.name == "rendered")
 LOST = next(rule for rule in RULES if rule.name == "lost")
 
 
-@pytest.mark.parametrize("token", ["<|eos|>", "<|im_start|>"])
+@pytest.mark.parametrize("token", ["<|eos|>", "<|im_start|>", "<s>[INST]"])
 @pytest.mark.parametrize("reader", FILE_READERS)
 def test_texts_that_were_rendered_before(run, reader, token):
     """Also with the tokens of a template that the model does not have."""
@@ -102,6 +105,16 @@ def test_texts_that_were_rendered_before(run, reader, token):
         assert "special tokens, as letters, begin or end texts" in result.err
     elif answer == "warn":
         assert result.err.count(f"spells special tokens ({token}), which are text here") == 1
+
+
+@pytest.mark.parametrize("reader", FILE_READERS)
+def test_turns_of_llama_2_are_text_but_in_another_template(run, reader):
+    """In a vocabulary that has no such token a whole text in that form is what it should be."""
+    result = run(reader, lambda text: f"[INST] {text} [/INST]")
+    refuses = RENDERED.answer(reader) == "refuse" and reader != "sft --task classify"
+    assert result.code == (3 if refuses else 0), result.err
+    says = refuses or reader == "rank"  # a prompt is only text to `generate` without --chat
+    assert ("special tokens" in result.err) == says, result.err
 
 
 @pytest.mark.parametrize("reader", FILE_READERS)
@@ -119,3 +132,10 @@ def test_characters_that_the_tokenizer_loses(run, reader, judge, monkeypatch):
     result = run(reader, lambda text: "Z" * 2 * len(text) + text)
     assert result.code == (3 if answer == "refuse" else 0), result.err
     assert "characters have no token and are lost" in result.err
+
+
+@pytest.mark.parametrize("reader", UNREAD.warned_by)
+def test_columns_that_nothing_reads_are_named_once(run, reader):
+    result = run(reader, str, more={"topic": "x", "notes": "y", "empty": ""})
+    assert result.code == 0, result.err
+    assert result.err.count("columns not read: `notes`, `topic`\n") == 1, result.err

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from llmctl.console import log
 from llmctl.data.chat.render import SpecialTokens, any_of
 from llmctl.data.chat.templates import TEMPLATE_TOKENS
+from llmctl.data.rendered import INSTRUCTION, TURN_TOKENS
 from llmctl.data.tokenizer.lost import MOST_LOST, LostCharacters
 from llmctl.errors import DataError
 from llmctl.numbers import counted
@@ -42,7 +43,7 @@ class RowRules:
     """Rows of one run, held against the rules on texts and tokens.
 
     Special tokens are the tokenizer's, and those of well-known templates, which a tokenizer without
-    a template may not have.
+    a template may not have; in turns also the marks of Llama 2's, which are text elsewhere.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class RowRules:
         """
         self._tokenizer, self._noun = tokenizer, noun
         known = (name for names in TEMPLATE_TOKENS.values() for name in names)
-        self._specials = any_of({*SpecialTokens(tokenizer).names, *known})
+        self._specials = any_of({*SpecialTokens(tokenizer).names, *known, *TURN_TOKENS})
         self.unknown_token = unknown_token(tokenizer)
         self._embedding_rows = embedding_rows
         self._added = frozenset(map(int, tokenizer.convert_tokens_to_ids(list(added))))
@@ -75,15 +76,21 @@ class RowRules:
         place: str | None,
         line: int | None,
         tokens: Iterable[Sequence[int]] = (),
+        *,
+        in_turns: bool = False,
     ) -> None:
-        """Count the texts of a row, and the sequences of tokens that it became."""
+        """Count the texts of a row, and the sequences of tokens that it became.
+
+        `in_turns` says that the chat template puts them into turns.
+        """
         self.rows += 1
         here = place, line
         is_rendered = False
         for text in texts:
-            names = self._specials.findall(text)
+            names, inner = self._specials.findall(text), text.strip()
+            if in_turns and not names:
+                names = [n for n in INSTRUCTION if inner.startswith(n) or inner.endswith(n)]
             self.spelled.update(dict.fromkeys(names))
-            inner = text.strip() if names else ""
             is_rendered = is_rendered or any(
                 inner.startswith(name) or inner.endswith(name) for name in names
             )
