@@ -307,14 +307,18 @@ class Loading(Fields):
     threads: PositiveInt | None = None
     """CPU threads; by default chosen by model size."""
 
-    check: bool = False
-    """Load the model with transformers, and trust the fast forward pass only where it gives the
-    same logits, also for models whose kind has been compared before."""
-
     @model_validator(mode="after")
     def _check_loading(self) -> Self:
         self.at_most_one("load_in_8bit", "load_in_4bit")
         return self
+
+
+class QuickLoading(Loading):
+    """A model to use that may be loaded without transformers' code of models."""
+
+    check: bool = False
+    """Load the model with transformers, and trust the fast forward pass only where it gives the
+    same logits, also for models whose kind has been compared before."""
 
 
 class Sampling(Fields):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llmctl.config.sections import Loading, Sampling
+from llmctl.config.sections import Loading, QuickLoading, Sampling
 from llmctl.decode.forward import Forward, HuggingFaceForward
 from llmctl.decode.llama import PlainModel, fast_forward
 from llmctl.decode.plain import load_plain
@@ -248,7 +248,7 @@ def best_threads(parameters: int, rows: int, cores: int) -> int:
     return cores if parameters * rows >= WORTH_THREADS else 1
 
 
-def config_for_generation(config: Loading) -> PreTrainedConfig | PlainConfig:
+def config_for_generation(config: QuickLoading) -> PreTrainedConfig | PlainConfig:
     """Configuration of the model to use, read without transformers where that will do.
 
     Raises:

@@ -6,10 +6,10 @@ from typing import Annotated, Self
 from pydantic import PositiveInt, model_validator
 
 from llmctl.config.base import Also, Flag
-from llmctl.config.sections import Control, Loading, Sampling, StageConfig, require_utf8
+from llmctl.config.sections import Control, QuickLoading, Sampling, StageConfig, require_utf8
 
 
-class ChatConfig(Loading, Sampling, StageConfig):
+class ChatConfig(QuickLoading, Sampling, StageConfig):
     """Talk with a model in the terminal."""
 
     system: Annotated[str | None, Also("system-prompt")] = None

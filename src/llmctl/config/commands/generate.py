@@ -6,10 +6,10 @@ from typing import Annotated, ClassVar, Self
 from pydantic import PositiveInt, model_validator
 
 from llmctl.config.base import Also, Flag, Input
-from llmctl.config.sections import Control, Loading, Sampling, StageConfig, require_utf8
+from llmctl.config.sections import Control, QuickLoading, Sampling, StageConfig, require_utf8
 
 
-class GenerateConfig(Loading, Sampling, StageConfig):
+class GenerateConfig(QuickLoading, Sampling, StageConfig):
     """Generate text from a model."""
 
     makes: ClassVar = ("data",)
