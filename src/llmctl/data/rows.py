@@ -263,7 +263,12 @@ def arrow_columns(source: Source) -> list[str]:
 
 def quote_names(names: Sequence[str]) -> str:
     """List names of columns for a message."""
-    return ", ".join(f"`{name}`" for name in names[:20]) or "none"
+    return ", ".join(f"`{shown_name(name)}`" for name in names[:20]) or "none"
+
+
+def shown_name(name: str) -> str:
+    """Return the name of a column, in which half surrogate pairs are escaped."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def no_column(name: str, columns: Sequence[str], place: str, line: int | None) -> DataError:

@@ -87,7 +87,7 @@ def score_file(config: RewardConfig) -> dict[str, Any] | None:
             for record, row in zip(records[start : start + AT_ONCE], batch, strict=True):
                 row_scores = {name: next(scores) for name in row}
                 total += sum(row_scores.values()) / len(row_scores)
-                emit(json.loads(json.dumps({**record.values, **row_scores}, default=str)))
+                emit(_json_values({**record.values, **row_scores}))
             progress.update(start + len(batch))
     if config.out is None:
         return None
@@ -99,6 +99,13 @@ def score_file(config: RewardConfig) -> dict[str, Any] | None:
         "score_at": model.score_at,
         "score_mean": total / len(records),
     }
+
+
+def _json_values(row: Row) -> Row:
+    """Return a row as JSON can hold it: a time as text, what is no number as null."""
+    values = json.loads(json.dumps(row, default=str), parse_constant=lambda _: None)
+    assert isinstance(values, dict)
+    return values
 
 
 def _encode(
