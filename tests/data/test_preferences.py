@@ -148,6 +148,12 @@ REFUSED = [
     ({"prompt": "Hi", "responses": "a", "ranks": [1, 2]}, "`responses` is text, expected a list"),
     ({"prompt": "Hi", **PAIR, "margin": -1}, "`margin` is -1: the chosen response would be"),
     ({"prompt": "Hi", **PAIR, "margin": "big"}, "`margin` is 'big', expected a number"),
+    ({"prompt": "Hi", **PAIR, "margin": 10**400}, r"`margin` is 10{39}, expected a number of at"),
+    ({"prompt": "Hi", **PAIR, "margin": -(10**400)}, "`margin` is -10{38}: the chosen"),
+    (
+        {"prompt": "Hi", **PAIR, "margin": 1e39},
+        r"`margin` is 1e\+39, expected a number of at most 3",
+    ),
     ({"chosen": [ASKED, KIND], "rejected": [SYSTEM, ASKED, CURT]}, "answer different prompts"),
     ({"chosen": [ASKED, KIND], "rejected": "What?"}, "one response is a conversation"),
     ({"prompt": "Bye", "chosen": [ASKED, KIND], "rejected": [ASKED, CURT]}, "`prompt` is not in"),

@@ -5,13 +5,14 @@ which one is preferred; no prompt is in both splits. A ranking of several respon
 pairs of different rank. Errors of a row say what is wrong; the caller adds file and line.
 """
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import permutations, takewhile
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from llmctl.config.finetuning import Preferred
 from llmctl.data.bad_rows import BadRows
@@ -34,6 +35,9 @@ from llmctl.data.sets import ItemSet, read_sets
 from llmctl.data.split import Split, conversation_hash, fingerprint, split
 from llmctl.errors import DataError
 from llmctl.numbers import counted
+
+LARGEST = float(np.finfo(np.float32).max)
+"""What a margin may be: losses are computed in float32."""
 
 EQUAL, UNDECIDED = "equal", "undecided"
 """Reasons to leave out a sound row: both responses are the same, or no rank tells them apart."""
@@ -215,15 +219,21 @@ def _shared(chosen: Example, rejected: Example) -> int:
 
 
 def _margin(value: Any, name: str) -> float | None:
-    """Check the margin of a row."""
+    """Check the margin of a row, which may be an integer of any size."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or value != value:  # NaN
         raise DataError(f"`{name}` is {value!r:.40}, expected a number")
     if value < 0:
         raise DataError(
-            f"`{name}` is {value:g}: the chosen response would be the worse one",
+            f"`{name}` is {value!r:.40}: the chosen response would be the worse one",
             hint="swap the two, or leave the row out",
+        )
+    if value > LARGEST:
+        raise DataError(
+            f"`{name}` is {value!r:.40}, expected a number of at most {LARGEST:.2g}",
+            hint="scores, which it is a difference of, are numbers such as 1.5",
         )
     return float(value)
 
