@@ -26,10 +26,8 @@ from llmctl.data.schemas import (
     choose_layouts,
     conversation,
     from_json,
-    is_message,
     messages_or_text,
     parse_hh_rlhf,
-    text_message,
 )
 from llmctl.data.sets import ItemSet, read_sets
 from llmctl.data.split import Split, conversation_hash, fingerprint, split
@@ -161,47 +159,22 @@ def _side(
 ) -> Example:
     """Make an example of one response and its prompt."""
     name, value = response.name, messages_or_text(response.value)
-    value = [value] if is_message(value) else value
-    if "prompt" not in columns and not isinstance(value, list):
+    if "prompt" in columns:
+        messages = prompt_response({**values, "response": value}, {**columns, "response": name})
+    elif isinstance(value, list):
+        messages = conversation(value, name)
+    else:
         text = checked_text(value, name)
-        messages = parse_hh_rlhf(text, name)
-        if messages is None:
+        turns = parse_hh_rlhf(text, name)
+        if turns is None:
             if not text.strip():
                 raise DataError(f"`{name}` is empty or nothing but white space")
             return Example(None, text, None, None, record.place, record.line)
-    elif isinstance(value, list):
-        messages = conversation(value, name)
-        is_answer = bool(messages) and messages[0]["role"] in ("assistant", "tool")
-        if is_answer and "prompt" in columns:
-            messages = _with_prompt(values, columns, value, name)
-        elif "prompt" in columns:
-            _require_prompt(messages, values["prompt"], columns["prompt"], name)
-    else:
-        messages = _with_prompt(values, columns, value, name)
+        messages = turns
     example = checked_example(record, messages, values, {**columns, "messages": name})
     if messages[-1]["role"] != "assistant":
         raise DataError(f"`{name}` ends with the {messages[-1]['role']}, expected the assistant")
     return example
-
-
-def _with_prompt(
-    values: Mapping[str, Any], columns: Mapping[str, str], response: Any, name: str
-) -> list[Message]:
-    values = {**values, "prompt": messages_or_text(values["prompt"]), "response": response}
-    return prompt_response(values, {**columns, "response": name})
-
-
-def _require_prompt(messages: list[Message], prompt: Any, column: str, name: str) -> None:
-    """Refuse a whole conversation without the row's prompt in it."""
-    prompt = messages_or_text(prompt)
-    prompt_messages = (
-        conversation(prompt, column)
-        if isinstance(prompt, list)
-        else [text_message("user", prompt, column)]
-    )
-    texts = [message["content"].strip() for message in messages]
-    if any(message["content"].strip() not in texts for message in prompt_messages):
-        raise DataError(f"`{name}` is a whole conversation, and `{column}` is not in it")
 
 
 def _shared(chosen: Example, rejected: Example) -> int:

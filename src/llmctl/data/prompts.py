@@ -233,7 +233,7 @@ def parse_prompt(record: SourceRow) -> PromptExample:
     if role == "messages":
         messages = conversation(value, columns[role])
     else:
-        messages = prompt_messages({**values, "prompt": value}, columns)
+        messages = prompt_messages(values, columns)
     check_beginning(messages, columns[role])
     messages, answer = _split_answer(with_system(messages, values, columns), columns[role])
     tools = parse_tools(values.get("tools"), columns["tools"])

@@ -292,18 +292,29 @@ def parse_hh_rlhf(text: str, name: str) -> list[Message] | None:
 
 
 def messages_or_text(value: Any) -> Any:
-    """Parse messages that a column of text spells in JSON; return all else as it is.
+    """Return messages, or a single one, as a list, also those that text spells in JSON.
 
-    Structured output, such as a list of objects that have no role, is text.
+    All else comes back as it is. Structured output is text: all objects of a list of messages have
+    a role, and one at least has a known one, and says something.
     """
-    parsed = from_json(value)
-    is_messages = isinstance(parsed, list) and all(map(is_message, parsed))
-    return parsed if is_messages and parsed else value
+    items = from_json(value)
+    items = [items] if isinstance(items, dict) else items
+    return items if _are_messages(items) else value
 
 
-def is_message(item: Any) -> bool:
-    """Whether a value is a message: only an object with a role is one."""
-    return isinstance(item, dict) and ("role" in item or "from" in item)
+def _are_messages(items: Any) -> bool:
+    """Whether a value is a list of messages; one whose roles are misspelled is, too."""
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        return False
+    roles = [item.get("from") if item.get("role") is None else item["role"] for item in items]
+    says = [
+        item.keys() & ({"value"} if item.get("role") is None else {"content", "tool_calls"})
+        for item in items
+    ]
+    return None not in roles and any(
+        said and isinstance(role, str) and _nearest_role(role) is not None
+        for role, said in zip(roles, says, strict=True)
+    )
 
 
 def require_no_media(item: Row, name: str = "") -> None:
@@ -411,10 +422,15 @@ def _bad_role(role: Any, name: str) -> DataError:
     if not isinstance(role, str):
         what = "missing" if role is None else json_type(role)
     else:
-        what = f"`{role[:40]}`"
-        close = get_close_matches(role.lower(), [*ROLES, *OTHER_ROLES], n=1)
-        hint = f"did you mean `{OTHER_ROLES.get(close[0], close[0])}`?" if close else None
+        what, close = f"`{role[:40]}`", _nearest_role(role)
+        hint = f"did you mean `{close}`?" if close else None
     return DataError(f"the role of `{name}` is {what}, expected {', '.join(ROLES)}", hint=hint)
+
+
+def _nearest_role(role: str) -> str | None:
+    """Return the role that a name may stand for."""
+    close = get_close_matches(role.lower(), [*ROLES, *OTHER_ROLES], n=1)
+    return OTHER_ROLES.get(close[0], close[0]) if close else None
 
 
 def _content(item: dict[str, Any], key: str, name: str, *, may_miss: bool) -> str:
