@@ -674,6 +674,20 @@ def test_bad_data_is_refused_with_its_line(train, llama, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_lines_that_may_be_prompts_on_both_sides_are_warned_of(train, llama, tmp_path):
+    words = ["Hi", "Hello", "there", "What"]
+    given = [
+        {side: f"{a} {b} ?\n{c} .\n{word}" for side, word in (("chosen", "Hi"), ("rejected", "?"))}
+        for a in words
+        for b in words
+        for c in words[:3]
+    ]
+    path = write_rows(tmp_path / "texts.jsonl", given)
+    result = train(llama, path, tmp_path / "run", val_size=6, max_steps=1)
+    assert result.code == 0, result.err
+    assert "6 validation texts begin with lines that other texts train on" in result.err
+
+
 def test_models_that_cannot_become_one_are_refused(train, llama, data, adapted, tmp_path):
     three = tmp_path / "three"
     LlamaForSequenceClassification(

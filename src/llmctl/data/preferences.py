@@ -6,7 +6,7 @@ pairs of different rank. Errors of a row say what is wrong; the caller adds file
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import permutations, takewhile
@@ -36,6 +36,12 @@ from llmctl.numbers import counted
 
 LARGEST = float(np.finfo(np.float32).max)
 """What a margin may be: losses are computed in float32."""
+
+LEAST_SHARE = 1 / 2
+"""Part of two texts from which on words that both begin with are their prompt, and no chance."""
+
+FEW_PROMPTS = 10
+"""Prompts, at most, that a line of theirs begins on average, if it is no preamble."""
 
 EQUAL, UNDECIDED = "equal", "undecided"
 """Reasons to leave out a sound row: both responses are the same, or no rank tells them apart."""
@@ -276,16 +282,53 @@ def prompt_hash(pair: Preference) -> int:
     """Hash a prompt, but for case, white space and sentence marks.
 
     The prompt of two texts is what they begin with in common, up to the mark of the response in a
-    well-known form of rendered text, else up to the end of a line.
+    well-known form of rendered text, else up to the end of a line, else of a word where it is no
+    small part of them.
     """
     if pair.shared:
         return conversation_hash(pair.prompt)
+    common = _common_beginning(pair)
+    words = common[: common.rfind(" ") + 1]
+    if len(words) < LEAST_SHARE * min(len(side.text or "") for side in pair.sides):
+        words = ""
+    prompt = (prompt_of_text(common) or "".join(_lines(common)) or words).strip()
+    return fingerprint(replace(pair.chosen, text=prompt) if prompt else pair.chosen)
+
+
+def count_shared_lines(train: Sequence[Preference], val: Sequence[Preference]) -> int:
+    """Count validation texts whose first lines may be a prompt that trains, too.
+
+    Lines that both responses begin with are taken for their prompt's. First lines that many prompts
+    have in common are a preamble.
+    """
+    parts = [[_unmarked_lines(pair) for pair in pairs] for pairs in (train, val)]
+    whole = {tuple(lines) for part in parts for lines in part}
+    for depth in range(1, max(map(len, whole), default=0)):
+        longer = [{tuple(lines[:depth]) for lines in part if len(lines) > depth} for part in parts]
+        prompts = sum(len(lines) > depth for lines in whole)
+        if prompts <= FEW_PROMPTS * len(longer[0] | longer[1]):
+            return sum(
+                tuple(lines[:depth]) in longer[0] for lines in parts[1] if len(lines) > depth
+            )
+    return 0
+
+
+def _unmarked_lines(pair: Preference) -> list[str]:
+    """List the lines that two texts begin with, where no mark of a response stands in them."""
+    common = _common_beginning(pair)
+    return [] if prompt_of_text(common) else _lines(common)
+
+
+def _common_beginning(pair: Preference) -> str:
+    """Return what two texts begin with; nothing of conversations."""
     chosen, rejected = (side.text or "" for side in pair.sides)
     same = (a == b for a, b in zip(chosen, rejected, strict=False))
-    common = chosen[: len(list(takewhile(bool, same)))]
-    prompt = prompt_of_text(common) or common[: common.rfind("\n") + 1]
-    prompt = prompt.strip()
-    return fingerprint(replace(pair.chosen, text=prompt) if prompt else pair.chosen)
+    return chosen[: len(list(takewhile(bool, same)))]
+
+
+def _lines(text: str) -> list[str]:
+    """List the lines of a text that end, their ends included."""
+    return text[: text.rfind("\n") + 1].splitlines(keepends=True)
 
 
 def _pair_hash(pair: Preference) -> tuple[int, int]:
