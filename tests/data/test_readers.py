@@ -118,6 +118,32 @@ def test_messages_whose_role_is_misspelled_are_not_text(tmp_path, reader, role):
         reader(tmp_path, "Hi", text)
 
 
+SHOWN = [
+    str([USER, ANSWER]),
+    str([{"from": "human", "value": "It's \\d."}]),
+    str(ANSWER),
+    f"[{USER}\n {ANSWER}]",
+    f"array([{USER},\n       {ANSWER}], dtype=object)",
+]
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("text", SHOWN, ids=range(len(SHOWN)))
+def test_messages_as_python_shows_them_are_refused(tmp_path, reader, text):
+    """So pandas writes lists of objects, and NumPy's arrays of them, to csv."""
+    for prompt, response, name in ((text, "Ho", "prompt"), ("Hi", text, "response|chosen")):
+        with pytest.raises(DataError, match=f"`({name})` is text that shows objects as") as caught:
+            reader(tmp_path, prompt, response)
+        assert "json.dumps" in caught.value.hint
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("text", ["[{'a': 1}]", "[{'role': 'user'", "{'role': 1}", "[{'a' 1}]"])
+def test_other_text_of_python_is_text(tmp_path, reader, text):
+    found = reader(tmp_path, text, text)
+    assert found == [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+
+
 @pytest.mark.parametrize("reader", [trained, paired, scored])
 def test_a_whole_conversation_without_the_prompt_is_refused(tmp_path, reader):
     with pytest.raises(DataError, match="is a whole conversation, and `prompt` is not in it"):

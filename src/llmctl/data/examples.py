@@ -162,14 +162,14 @@ def join_input(values: Mapping[str, Any], columns: Mapping[str, str]) -> Any:
     Raises:
         DataError: an `input` that is no text, or that goes with no text.
     """
-    prompt, extra = messages_or_text(values["prompt"]), values.get("input")
+    prompt, extra = messages_or_text(values["prompt"], columns["prompt"]), values.get("input")
     if extra is None or not checked_text(extra, columns["input"]).strip():
         return prompt
     return f"{checked_text(prompt, columns['prompt'])}\n\n{extra}"
 
 
 def _messages(role: str, value: Any, name: str) -> list[Message]:
-    value = messages_or_text(value)
+    value = messages_or_text(value, name)
     return (
         conversation(value, name) if isinstance(value, list) else [text_message(role, value, name)]
     )

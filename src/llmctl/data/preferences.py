@@ -164,7 +164,8 @@ def _side(
     record: SourceRow, values: Mapping[str, Any], columns: Mapping[str, str], response: _Response
 ) -> Example:
     """Make an example of one response and its prompt."""
-    name, value = response.name, messages_or_text(response.value)
+    name = response.name
+    value = messages_or_text(response.value, name)
     if "prompt" in columns:
         messages = prompt_response({**values, "response": value}, {**columns, "response": name})
     elif isinstance(value, list):

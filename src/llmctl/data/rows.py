@@ -11,6 +11,7 @@ import decimal
 import json
 import re
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -148,12 +149,31 @@ def json_type(value: Any) -> str:
     return next((name for kind, name in TYPES.items() if isinstance(value, kind)), other)
 
 
-def _not_json(error: ValueError | RecursionError, place: str, line: int) -> DataError:
-    """Build the error for text that is no JSON and begins in this line."""
+def json_problem(text: str) -> str | None:
+    """Say why a text cannot be read as JSON; None where it can."""
+    try:
+        DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        return _problem(error)
+    return None
+
+
+def _problem(error: ValueError | RecursionError) -> str:
+    """Say what is wrong with text that cannot be read: some of it is JSON."""
     if isinstance(error, json.JSONDecodeError):
-        what, line = f"{error.msg} at column {error.colno}", max(line, error.lineno)
-        return DataError(f"not JSON: {what}", file=place, line=line)
-    return DataError(f"not JSON: {error}", file=place, line=line)
+        return f"not JSON: {error.msg} at column {error.colno}"
+    if isinstance(error, RecursionError):
+        return "arrays or objects within each other, more than can be read"
+    if str(error).startswith("Exceeds the limit"):
+        return f"a number of more than {sys.get_int_max_str_digits():,} digits"
+    return f"not JSON: {error}"
+
+
+def _not_json(error: ValueError | RecursionError, place: str, line: int) -> DataError:
+    """Build the error for text that cannot be read as JSON and begins in this line."""
+    if isinstance(error, json.JSONDecodeError):
+        line = max(line, error.lineno)
+    return DataError(_problem(error), file=place, line=line)
 
 
 def _skip(text: str, at: int) -> int:
@@ -167,7 +187,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"duplicate key `{twice}`")
+        raise ValueError(f"duplicate key `{shown_name(twice)}`")
     return row
 
 

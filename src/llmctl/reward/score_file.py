@@ -196,12 +196,12 @@ def _response(
     record: SourceRow, values: Mapping[str, Any], columns: Mapping[str, str], *, has_turns: bool
 ) -> PromptResponse | Example:
     """A response after its prompt, each a text or messages; a text may have been cut off."""
-    response = messages_or_text(values["response"])
+    response = messages_or_text(values["response"], columns["response"])
     if isinstance(response, list):
         return _conversation(record, prompt_response(values, columns), values, columns)
     text = checked_text(response, columns["response"])
     has_ended = values["finish_reason"] != "length"
-    prompt = messages_or_text(values["prompt"])
+    prompt = messages_or_text(values["prompt"], columns["prompt"])
     turns = next((columns[role] for role in ("system", "history") if values.get(role)), None)
     if isinstance(prompt, str) and not (has_turns and (prompt or turns)):
         if turns is not None:
