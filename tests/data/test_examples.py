@@ -343,6 +343,22 @@ def test_a_bad_row_of_csv_is_left_out(tmp_path):
     assert refused(path, bad=BadRows(9)).message.startswith("not CSV")
 
 
+@pytest.mark.parametrize(
+    ("raw", "line", "what", "hint"),
+    [
+        (b"prompt,response\rWhat?,That\r", 1, "a carriage return without a line feed", "tr '"),
+        (b'prompt,response\na,b\n"open,c\nd,e\n', 3, "is not closed by the end", "double each"),
+    ],
+)
+def test_what_is_wrong_with_csv_is_said_in_words_of_the_file(tmp_path, raw, line, what, hint):
+    path = tmp_path / "a.csv"
+    path.write_bytes(raw)
+    error = refused(path)
+    assert (error.file, error.line, error.code) == (str(path), line, 3)
+    assert what in error.message
+    assert hint in error.hint
+
+
 def test_two_columns_of_one_name_are_refused(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("prompt,response,prompt\na,b,c\n")

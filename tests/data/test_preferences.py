@@ -71,6 +71,26 @@ FORMS = [
         (ASKED,),
     ),
     ({"prompt": "Hi", "responses": ["What?", "Hello."], "ranks": [2, 1]}, (ASKED,)),
+    (
+        {"messages": [ASKED, KIND], "chosen": [ASKED, KIND], "rejected": [ASKED, CURT]},
+        (ASKED,),
+    ),
+    (
+        {
+            "messages": [SYSTEM, ASKED, CURT],
+            "chosen": [SYSTEM, ASKED, CURT, ASKED, KIND],
+            "rejected": [SYSTEM, ASKED, CURT, ASKED, CURT],
+        },
+        (SYSTEM, ASKED, CURT, ASKED),
+    ),
+    (
+        {
+            "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}],
+            "chosen": [ASKED, KIND],
+            "rejected": [ASKED, CURT],
+        },
+        (ASKED,),
+    ),
 ]
 
 
@@ -158,6 +178,10 @@ REFUSED = [
     ({"chosen": [ASKED, KIND], "rejected": "What?"}, "one response is a conversation"),
     ({"prompt": "Bye", "chosen": [ASKED, KIND], "rejected": [ASKED, CURT]}, "`prompt` is not in"),
     ({"chosen": [ASKED, KIND, ASKED], "rejected": [ASKED, CURT]}, "ends with the user"),
+    (
+        {"prompt": [ASKED, CURT], "chosen": [ASKED, KIND], "rejected": [ASKED, CURT]},
+        "`chosen` is a whole conversation, and `prompt` is not in it",
+    ),
     ({"prompt": [SYSTEM, ASKED], **PAIR, "system": "No."}, "beside a message of the system"),
 ]
 

@@ -121,7 +121,23 @@ def parse_sides(record: SourceRow, layout: Layout) -> tuple[Example, Example]:
 def _values(record: SourceRow, layout: Layout) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the value and the column of each role in a row."""
     columns = layout.columns(record.values)
-    return {role: record.values.get(column) for role, column in columns.items()}, columns
+    values = {role: record.values.get(column) for role, column in columns.items()}
+    if "chosen" in columns and "prompt" in columns and _begins_chosen(values, columns):
+        del values["prompt"], columns["prompt"]
+    return values, columns
+
+
+def _begins_chosen(values: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
+    """Whether the prompt is the chosen conversation, or the beginning of it, with an answer.
+
+    So rows have it that tell the whole conversation in `messages`, too.
+    """
+    prompt, chosen = (messages_or_text(values[r], columns[r]) for r in ("prompt", "chosen"))
+    if not isinstance(prompt, list) or not isinstance(chosen, list):
+        return False
+    turns = conversation(prompt, columns["prompt"])
+    begins = conversation(chosen, columns["chosen"])[: len(turns)] == turns
+    return begins and bool(turns) and turns[-1]["role"] == "assistant"
 
 
 class _Response(NamedTuple):

@@ -383,7 +383,7 @@ def _csv(source: Source, columns: Sequence[str] | None, skip: OnBad) -> Iterator
             try:
                 row = next(rows, None)
             except csv.Error as error:
-                bad = DataError(f"not {source.kind.upper()}: {error}", file=source.name, line=line)
+                bad = _not_csv(error, source, line)
                 (skip if header else _refuse)(bad)
                 continue
             if row is None:
@@ -397,6 +397,18 @@ def _csv(source: Source, columns: Sequence[str] | None, skip: OnBad) -> Iterator
             elif row:
                 what = f"{len(row)} fields, but the header has {len(header)}"
                 skip(DataError(what, file=source.name, line=line))
+
+
+def _not_csv(error: csv.Error, source: Source, line: int) -> DataError:
+    """Build the error for a row of CSV that begins in this line."""
+    what, hint = f"not {source.kind.upper()}: {error}", None
+    if "new-line character" in str(error):
+        what = "a carriage return without a line feed after it, in a field without quotation marks"
+        hint = "of lines that end as on old Macs make others: tr '\\r' '\\n' < OLD > NEW"
+    elif "unexpected end of data" in str(error):
+        what = 'the quotation mark " that begins a field is not closed by the end of the file'
+        hint = 'quote the field, and double each " in it: """So,"" he said"; or save it as .jsonl'
+    return DataError(what, file=source.name, line=line, hint=hint)
 
 
 def _delimiter(source: Source, header: str) -> str:
