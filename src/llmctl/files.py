@@ -126,6 +126,15 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     replace_file(path, f"{text}\n".encode())
 
 
+def json_line(value: Any, *, sort_keys: bool = False) -> str:
+    """Return JSON on one line, characters as they are.
+
+    Half a surrogate pair, which UTF-8 cannot hold, is escaped as JSON escapes it.
+    """
+    text = json.dumps(value, ensure_ascii=False, sort_keys=sort_keys)
+    return text.encode(errors="backslashreplace").decode()
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Replace a file atomically: a reader sees the old or the new one, also after a power cut."""
     temporary = staged(path)

@@ -1,5 +1,6 @@
 """`llmctl reward`: it learns, its result scores the same anywhere, and bad input is refused."""
 
+import datetime
 import json
 import math
 import random
@@ -11,6 +12,8 @@ import sys
 import time
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -594,6 +597,40 @@ def test_a_file_is_scored_row_by_row(cli, adapted, tmp_path):
     assert (result.code, "the output file exists" in result.err) == (3, True)
 
 
+def test_columns_that_are_not_scored_are_written_as_json_has_them(cli, adapted, tmp_path):
+    """Half a surrogate pair, in a key and in a value, is escaped: UTF-8 cannot hold it."""
+    out, _ = adapted
+    row = {"prompt": "Hi", "response": "Hello .", "\ud83d": "x", "note": ["\udc00", "é"]}
+    path, file = write_rows(tmp_path / "texts.jsonl", [row]), tmp_path / "scored.jsonl"
+    arguments = ["reward", "--model", out, "--score", path]
+    ran = subprocess.run([sys.executable, "-m", "llmctl", *arguments], capture_output=True)
+    assert ran.returncode == 0, ran.stderr
+    assert b"columns not read: `\\ud83d`, `note`" in ran.stderr
+    result = cli(*arguments, "-o", file)
+    assert result.code == 0, result.err
+    for written in (ran.stdout, file.read_bytes()):
+        assert '"\\ud83d": "x", "note": ["\\udc00", "é"], "score": ' in written.decode()
+        found = json.loads(written)
+        assert {key: found[key] for key in row} == row
+
+
+def test_times_and_what_is_no_number_are_written_as_json(cli, adapted, tmp_path):
+    out, _ = adapted
+    table = pyarrow.table(
+        {
+            "prompt": ["Hi"],
+            "response": ["Hello ."],
+            "share": [float("nan")],
+            "at": [datetime.datetime(2026, 1, 2, 3, 4)],
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    result = cli("reward", "--score", tmp_path / "a.parquet", "--model", out)
+    assert result.code == 0, result.err
+    row = json.loads(result.out, parse_constant=pytest.fail)
+    assert (row["share"], row["at"]) == (None, "2026-01-02 03:04:00")
+
+
 def test_what_cannot_be_scored_is_refused(cli, adapted, llama, tmp_path):
     out, _ = adapted
     fine = {"prompt": "Hi", "response": "Hello ."}
@@ -635,6 +672,20 @@ def test_bad_data_is_refused_with_its_line(train, llama, tmp_path):
     result = train(llama, path, tmp_path / "run")
     assert (result.code, f"{path}:1: 2 responses, but 1 rank" in result.err) == (3, True)
     assert not (tmp_path / "run").exists()
+
+
+def test_lines_that_may_be_prompts_on_both_sides_are_warned_of(train, llama, tmp_path):
+    words = ["Hi", "Hello", "there", "What"]
+    given = [
+        {side: f"{a} {b} ?\n{c} .\n{word}" for side, word in (("chosen", "Hi"), ("rejected", "?"))}
+        for a in words
+        for b in words
+        for c in words[:3]
+    ]
+    path = write_rows(tmp_path / "texts.jsonl", given)
+    result = train(llama, path, tmp_path / "run", val_size=6, max_steps=1)
+    assert result.code == 0, result.err
+    assert "6 validation texts begin with lines that other texts train on" in result.err
 
 
 def test_models_that_cannot_become_one_are_refused(train, llama, data, adapted, tmp_path):

@@ -178,8 +178,8 @@ def test_a_byte_order_mark_before_jsonl_is_dropped(tmp_path, spool):
         ('{"text": 7}', "`text` is a number"),
         ('{"text": ["a"]}', "`text` is an array"),
         ('{"text": "a\\ud800"}', r"half a surrogate pair, \\ud800"),
-        ('{"text": "a", "n": ' + "9" * 5000 + "}", "not JSON"),
-        ("[" * 100_000, "not JSON"),
+        ('{"text": "a", "n": ' + "9" * 5000 + "}", "a number of more than 4,300 digits"),
+        ("[" * 100_000, "arrays or objects within each other"),
     ],
 )
 def test_a_bad_line_of_jsonl_is_refused_with_its_number(tmp_path, spool, line, message):

@@ -134,7 +134,7 @@ def test_elements_of_an_array_have_their_lines(tmp_path):
         ('[\n{"text": "a", "text": "b"}]', "not JSON: duplicate key `text`", 2),
         ('[\n\n{"text": "a", "n": NaN}]', "not JSON: NaN is no JSON number", 3),
         ('[\n"a"]', "expected an object, got text", 2),
-        ("[\n" + "[" * 100_000, "not JSON", 2),
+        ("[\n" + "[" * 100_000, "arrays or objects within each other, more than can be read", 2),
         ('{\n"text": "a"}', "one object over several lines", 1),
         ('{"data": [\n{"text": "a"}\n]}', "its rows may be those of `data`", 1),
         ('{"text": "a"}\n{\n"text": "b"}', "not JSON: Expecting property name", 2),
@@ -186,6 +186,17 @@ BAD_ROWS = [
     (turns({"role": "tool", "content": "4"}, SAID), "begins with the tool"),
     (turns(SYSTEM, ASKED, SAID) | {"system": "B"}, "`system` beside a message of the system"),
     (turns(ASKED, SAID) | {"tools": "f"}, "`tools` is text, expected a list of objects"),
+    (
+        turns(ASKED, SAID) | {"tools": '[{"name": "f", "name": "g"}]'},
+        "`tools` is text (not JSON: duplicate key `name`), expected a list of objects",
+    ),
+    (turns(ASKED, SAID) | {"tools": "[{'name': 'f'}]"}, "`tools` is text that shows objects as"),
+    ({"messages": str([ASKED, SAID])}, "`messages` is text that shows objects as Python does"),
+    (
+        {"messages": '[{"role"}]'},
+        "`messages` is text (not JSON: Expecting ':' delimiter at column 9), expected a list of",
+    ),
+    (turns(ASKED, SAID) | {"tools": '[{"\\ud83d": 1, "\\ud83d": 2}]'}, "duplicate key `\\ud83d`"),
     ({"conversations": [{"from": "humam", "value": "Hi"}]}, "`conversations[0]` is `humam`"),
     ({"prompt": None, "completion": "a"}, "`prompt` is null, expected text"),
     ({"prompt": " \t", "completion": "a"}, "`prompt` is nothing but white space"),
@@ -330,6 +341,22 @@ def test_a_bad_row_of_csv_is_left_out(tmp_path):
     assert [example.line for example in read(path, bad=BadRows(2))] == [2, 5]
     path.write_text('prompt,"resp"onse\na,b\n')
     assert refused(path, bad=BadRows(9)).message.startswith("not CSV")
+
+
+@pytest.mark.parametrize(
+    ("raw", "line", "what", "hint"),
+    [
+        (b"prompt,response\rWhat?,That\r", 1, "a carriage return without a line feed", "tr '"),
+        (b'prompt,response\na,b\n"open,c\nd,e\n', 3, "is not closed by the end", "double each"),
+    ],
+)
+def test_what_is_wrong_with_csv_is_said_in_words_of_the_file(tmp_path, raw, line, what, hint):
+    path = tmp_path / "a.csv"
+    path.write_bytes(raw)
+    error = refused(path)
+    assert (error.file, error.line, error.code) == (str(path), line, 3)
+    assert what in error.message
+    assert hint in error.hint
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):

@@ -59,7 +59,7 @@ SEEDS = [
     {"messages": TURNS[1:2], "functions": [{"name": "f"}]},
 ]
 VALUES = [
-    *(None, True, False, 0, 1, -1, 2.5, 1e308, 10**30, "", " ", "Hi", "\ud800", "\x00", "[", "{}"),
+    *(None, True, False, 0, 1, -1, 2.5, 1e308, 10**400, "", " ", "Hi", "\ud800", "\x00", "[", "{}"),
     *('[{"role": "user"}]', "[1]", [], {}, [None], [[]], [{}], ["Hi"], [["a"]], {"a": None}),
     *({"role": "user", "content": "Hi"}, [{"role": [], "content": {}}], {"type": "text"}),
 ]

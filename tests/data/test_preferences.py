@@ -12,7 +12,7 @@ from llmctl.data.bad_rows import BadRows
 from llmctl.data.builtin import named_preferences, tasks
 from llmctl.data.chat.responses import ResponseFormat, prepare_template
 from llmctl.data.preference_pairs import encode_pairs
-from llmctl.data.preferences import read_preferences
+from llmctl.data.preferences import count_shared_lines, read_preferences
 from llmctl.data.sources import find_sources
 from llmctl.errors import DataError, UserError
 from tests.run_files import write_rows
@@ -71,6 +71,26 @@ FORMS = [
         (ASKED,),
     ),
     ({"prompt": "Hi", "responses": ["What?", "Hello."], "ranks": [2, 1]}, (ASKED,)),
+    (
+        {"messages": [ASKED, KIND], "chosen": [ASKED, KIND], "rejected": [ASKED, CURT]},
+        (ASKED,),
+    ),
+    (
+        {
+            "messages": [SYSTEM, ASKED, CURT],
+            "chosen": [SYSTEM, ASKED, CURT, ASKED, KIND],
+            "rejected": [SYSTEM, ASKED, CURT, ASKED, CURT],
+        },
+        (SYSTEM, ASKED, CURT, ASKED),
+    ),
+    (
+        {
+            "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}],
+            "chosen": [ASKED, KIND],
+            "rejected": [ASKED, CURT],
+        },
+        (ASKED,),
+    ),
 ]
 
 
@@ -148,10 +168,20 @@ REFUSED = [
     ({"prompt": "Hi", "responses": "a", "ranks": [1, 2]}, "`responses` is text, expected a list"),
     ({"prompt": "Hi", **PAIR, "margin": -1}, "`margin` is -1: the chosen response would be"),
     ({"prompt": "Hi", **PAIR, "margin": "big"}, "`margin` is 'big', expected a number"),
+    ({"prompt": "Hi", **PAIR, "margin": 10**400}, r"`margin` is 10{39}, expected a number of at"),
+    ({"prompt": "Hi", **PAIR, "margin": -(10**400)}, "`margin` is -10{38}: the chosen"),
+    (
+        {"prompt": "Hi", **PAIR, "margin": 1e39},
+        r"`margin` is 1e\+39, expected a number of at most 3",
+    ),
     ({"chosen": [ASKED, KIND], "rejected": [SYSTEM, ASKED, CURT]}, "answer different prompts"),
     ({"chosen": [ASKED, KIND], "rejected": "What?"}, "one response is a conversation"),
     ({"prompt": "Bye", "chosen": [ASKED, KIND], "rejected": [ASKED, CURT]}, "`prompt` is not in"),
     ({"chosen": [ASKED, KIND, ASKED], "rejected": [ASKED, CURT]}, "ends with the user"),
+    (
+        {"prompt": [ASKED, CURT], "chosen": [ASKED, KIND], "rejected": [ASKED, CURT]},
+        "`chosen` is a whole conversation, and `prompt` is not in it",
+    ),
     ({"prompt": [SYSTEM, ASKED], **PAIR, "system": "No."}, "beside a message of the system"),
 ]
 
@@ -417,6 +447,54 @@ def test_the_prompt_of_a_known_form_ends_where_the_response_begins(tmp_path, for
     assert (statistics["prompts"], statistics["shared_prompts"]) == (10, 0)
     trained = {pair.chosen.text.partition("Well")[0] for pair in found.train}
     assert not trained & {pair.chosen.text.partition("Well")[0] for pair in found.val}
+
+
+def test_the_prompt_of_a_line_is_the_words_that_both_texts_begin_with(tmp_path):
+    rows = [
+        {"chosen": f"Q{prompt}? -> good {answer}", "rejected": f"Q{prompt}? -> bad {answer}"}
+        for prompt in range(10)
+        for answer in range(3)
+    ]
+    found = read(write_rows(tmp_path / "a.jsonl", rows), val_size=6)
+    statistics = found.statistics()
+    assert (len(found.val), statistics["prompts"], statistics["shared_prompts"]) == (6, 10, 0)
+    stories = [
+        {"chosen": f"Once upon a time {n} cats sat.", "rejected": f"Once upon {n} dogs ran far."}
+        for n in range(30)
+    ]
+    found = read(write_rows(tmp_path / "b.jsonl", stories), val_size=6)
+    assert found.statistics()["prompts"] == 30, "a beginning by chance is no prompt"
+
+
+def texts(first, second, *, preamble=""):
+    """Pairs that begin with a first and a second line, and end with yes or no."""
+    return [
+        {"chosen": f"{preamble}{a}\n{b}\nyes", "rejected": f"{preamble}{a}\n{b}\nno"}
+        for a in first
+        for b in second
+    ]
+
+
+ASKS = [f"What is {n}?" for n in range(10)]
+SAYS = [f"It is so, {n} times." for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (texts(ASKS, SAYS), 6),
+        (texts(ASKS, SAYS, preamble="Be kind.\nBe brief.\n"), 6),
+        (texts(["Sum up:"], map(str, range(30))), 0),
+        (texts(["Sum up:", "Go on:"], map(str, range(30))), 0),
+        (texts(map(str, range(30)), ["### Response:"]), 0),
+        ([{"chosen": f"{n}?\nyes", "rejected": f"{n}?\nno"} for n in range(30)], 0),
+        (many(30), 0),
+    ],
+)
+def test_first_lines_on_both_sides_of_the_split_are_counted(tmp_path, rows, expected):
+    """Responses that begin alike hide where the prompt ends."""
+    found = read(write_rows(tmp_path / "a.jsonl", rows), val_size=6)
+    assert count_shared_lines(found.train, found.val) == expected
 
 
 def test_hh_rlhf_without_its_empty_lines_is_a_dialogue(tmp_path):

@@ -97,13 +97,3 @@ def test_columns_beside_the_prompt_and_its_answer_are_named(tmp_path):
     bad = BadRows()
     read_prompts([str(write_rows(tmp_path / "a.jsonl", [row]))], [], 0, bad)
     assert bad.unread == ["context", "id"]
-
-
-def test_structured_text_is_text(tmp_path):
-    """A JSON list of objects that have no role is what a user or a model may well write."""
-    text = json.dumps([{"name": "Ann", "age": 3}])
-    row = {"prompt": text, "response": text}
-    file = write_rows(tmp_path / "a.jsonl", [row])
-    assert [p.prompt for p in read_prompt_file(file)] == [text]
-    written = write_rows(tmp_path / "b.jsonl", [{"prompt": json.dumps([USER]), "response": "x"}])
-    assert [p.prompt for p in read_prompt_file(written)] == [[USER]]

@@ -298,8 +298,13 @@ def test_too_few_rows_for_the_examples_are_refused(evaluate, roomy, folder):
     for shots, code in ((4, 0), (5, 3), (9, 3)):
         result = evaluate(roomy, "few", "--shots", shots, "--limit", 1)
         assert result.code == code, result.err
-    assert "--shots 9: few has only 4 rows to take them from" in result.err
-    assert "--shots 4" in result.err
+    assert "few is to show 9 examples, and has only 4 rows that ask something else" in result.err
+    assert "show fewer: --shots 4" in result.err
+    own = f"test_split: test\n{SAY}{STOPS}num_fewshot: 2\n"
+    write_task(folder, "own", "generate_until", own, test=ROWS[:2])
+    result = evaluate(roomy, "own", "--limit", 1)
+    assert result.code == 3, "as many as the task itself asks for"
+    assert "own is to show 2 examples, and has only 1 row that asks something else" in result.err
 
 
 def test_what_does_not_fit_the_context_is_refused(evaluate, roomy, folder):

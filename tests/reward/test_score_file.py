@@ -10,7 +10,7 @@ from llmctl.data.preferences import parse_preferences
 from llmctl.data.rows import SourceRow
 from llmctl.data.schemas import PAIR_LAYOUTS, match_layout
 from llmctl.errors import DataError
-from llmctl.reward.model import load_reward_model
+from llmctl.reward.model import PromptResponse, load_reward_model
 from llmctl.reward.score_file import samples_of
 from tests.data.chat.test_responses import byte_tokenizer
 
@@ -101,9 +101,72 @@ def test_a_pair_is_scored_as_it_is_trained_on(scorer):
         assert found[f"score_{side}"] == scorer.tokenizer(text)["input_ids"]
 
 
+DIALOGUE = "Human: Hi\n\nAssistant: Ho.\n\nHuman: And?\n\nAssistant:"
+SPOKEN = [ASKED, {"role": "assistant", "content": "Ho."}, {"role": "user", "content": "And?"}]
+ADD = {"role": "user", "content": "Add.\n\n1 2"}
+
+
+@pytest.mark.parametrize(
+    ("row", "other", "messages"),
+    [
+        (
+            {"prompt": DIALOGUE, "response": "No."},
+            {"prompt": DIALOGUE, "chosen": "No.", "rejected": "No."},
+            SPOKEN,
+        ),
+        (
+            {"prompt": "Hi", "response": '[{"role": "assistant", "content": "No."}]'},
+            {"prompt": "Hi", "chosen": [CURT], "rejected": "No."},
+            [ASKED],
+        ),
+        (
+            {"instruction": "Add.", "input": "1 2", "output": "No."},
+            {"instruction": "Add.", "input": "1 2", "chosen": "No.", "rejected": "No."},
+            [ADD],
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "Hi"}, CURT]},
+            {"conversations": [{"from": "human", "value": "Hi"}], "chosen": CURT, "rejected": CURT},
+            [ASKED],
+        ),
+        (
+            {"prompt": '[{"name": "x"}]', "response": "No."},
+            {"prompt": '[{"name": "x"}]', "chosen": "No.", "rejected": "No."},
+            [{"role": "user", "content": '[{"name": "x"}]'}],
+        ),
+    ],
+    ids=range(5),
+)
+def test_a_text_has_one_score_in_whatever_columns(scorer, row, other, messages):
+    text = scorer.tokenizer.apply_chat_template([*messages, CURT], tokenize=False)
+    wanted = scorer.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokens_of(scorer, row)["score"] == wanted
+    assert tokens_of(scorer, other)["score_chosen"] == wanted
+    if "response" in row and row["response"] == "No.":
+        cut = tokens_of(scorer, {**row, "finish_reason": "length"})["score"]
+        assert cut == wanted[: len(cut)]
+        assert len(cut) == len(wanted) - 1, "without the end of the turn"
+
+
+def test_an_empty_response_after_a_dialogue_is_scored(scorer):
+    tokens = tokens_of(scorer, {"prompt": DIALOGUE, "response": ""})["score"]
+    said = [*SPOKEN, {"role": "assistant", "content": ""}]
+    text = scorer.tokenizer.apply_chat_template(said, tokenize=False)
+    assert tokens == scorer.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 def test_a_system_message_that_has_no_place_is_refused(scorer):
     row = {"prompt": [KIND, ASKED], "response": "No.", "system": "Be kind."}
     with pytest.raises(DataError, match="which counts"):
         tokens_of(scorer, row)
     with pytest.raises(DataError, match="reads plain texts"):
         samples_of(SourceRow({**row, "prompt": "Hi"}, "a", 1), has_turns=False)
+    plain = {"instruction": "Hi", "output": "No.", "history": [["a", "b"]]}
+    with pytest.raises(DataError, match="`history` goes with turns"):
+        samples_of(SourceRow(plain, "a", 1), has_turns=False)
+
+
+def test_without_turns_a_prompt_is_the_beginning_of_a_text():
+    row = {"prompt": DIALOGUE, "response": " No.", "finish_reason": "length"}
+    found = samples_of(SourceRow(row, "a", 1), has_turns=False)
+    assert found == {"score": PromptResponse(DIALOGUE, " No.", ended=False)}

@@ -17,7 +17,7 @@ from llmctl.decode.slash_commands import COMMANDS, check_command, run_slash_comm
 from llmctl.decode.terminal import Pipe, Terminal, UserInput, open_input
 from llmctl.decode.text import stop_ids
 from llmctl.errors import UserError
-from llmctl.files import check_out
+from llmctl.files import check_out, json_line
 from llmctl.hardware import memory_errors, pick_device
 from llmctl.models.loading import load_tokenizer
 from llmctl.numbers import short_number
@@ -98,7 +98,7 @@ def _reply(
             "finish_reason": reply.finish_reason,
             "seed": conversation.seed,
         }
-        print(json.dumps(row, ensure_ascii=False), flush=True)
+        print(json_line(row), flush=True)
         return
     show("\n\n" if reader.is_terminal else "\n")
     if reply.finish_reason == "interrupted" and not reply.text:

@@ -4,7 +4,6 @@ In: rows, and a function that checks those already there. Out: a file that survi
 cut off at its end was never acknowledged, and is dropped. Only the last row can be taken back.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from llmctl.console import log
 from llmctl.data.kinds import LINE_BYTES
 from llmctl.data.rows import DECODER
 from llmctl.errors import OutputError
-from llmctl.files import fsync, writing
+from llmctl.files import fsync, json_line, writing
 
 Row = dict[str, Any]
 Check = Callable[[Row], str | None]
@@ -97,7 +96,7 @@ class AppendLog:
             OutputError: another program wrote to the file, or replaced it.
             ResourceError: the disk is full or fails.
         """
-        line = f"{json.dumps(row, ensure_ascii=False)}\n".encode()
+        line = f"{json_line(row)}\n".encode()
         assert line.startswith(self._prefix), "a reader could not tell that it was cut off"
         self._require_unchanged()
         with writing(self.path):

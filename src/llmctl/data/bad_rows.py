@@ -7,7 +7,7 @@ error that is one too many.
 from collections.abc import Iterable
 
 from llmctl.console import log
-from llmctl.data.rows import quote_names
+from llmctl.data.rows import quote_names, shown_name
 from llmctl.errors import DataError
 from llmctl.numbers import counted
 
@@ -35,7 +35,7 @@ class BadRows:
 
     def note_unread(self, names: Iterable[str]) -> None:
         """Remember columns, or keys of messages, that say something and that nothing reads."""
-        self._unread.update(dict.fromkeys(names))
+        self._unread.update(dict.fromkeys(map(shown_name, names)))
 
     @property
     def unread(self) -> list[str]:

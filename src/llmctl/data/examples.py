@@ -19,6 +19,7 @@ from llmctl.data.schemas import (
     choose_layouts,
     conversation,
     from_json,
+    messages_or_text,
     parse_dialogue_prompt,
     parse_tools,
     text_message,
@@ -125,13 +126,20 @@ def with_system(
 def prompt_response(values: Mapping[str, Any], columns: Mapping[str, str]) -> list[Message]:
     """Make a conversation of a prompt and its response, each a text or a list of messages.
 
+    A response that is a whole conversation has the prompt in it.
+
     Raises:
         DataError: one of them is blank, or neither a text nor messages.
     """
-    return [
-        *prompt_messages(values, columns),
-        *_messages("assistant", values["response"], columns["response"]),
-    ]
+    response, prompt = values["response"], prompt_messages(values, columns)
+    messages = _messages("assistant", response, columns["response"])
+    if not messages or messages[0]["role"] in ("assistant", "tool"):
+        return [*prompt, *messages]
+    texts = [message["content"].strip() for message in messages]
+    if any(message["content"].strip() not in texts for message in prompt):
+        names = f"`{columns['response']}` is a whole conversation, and `{columns['prompt']}`"
+        raise DataError(f"{names} is not in it")
+    return messages
 
 
 def prompt_messages(values: Mapping[str, Any], columns: Mapping[str, str]) -> list[Message]:
@@ -140,9 +148,7 @@ def prompt_messages(values: Mapping[str, Any], columns: Mapping[str, str]) -> li
     Raises:
         DataError: the prompt is blank, or neither a text nor messages.
     """
-    prompt, extra = values["prompt"], values.get("input")
-    if extra is not None and checked_text(extra, columns["input"]).strip():
-        prompt = f"{checked_text(prompt, columns['prompt'])}\n\n{extra}"
+    prompt = join_input(values, columns)
     dialogue = parse_dialogue_prompt(prompt, columns["prompt"]) if isinstance(prompt, str) else None
     return [
         *_history(values.get("history")),
@@ -150,7 +156,20 @@ def prompt_messages(values: Mapping[str, Any], columns: Mapping[str, str]) -> li
     ]
 
 
+def join_input(values: Mapping[str, Any], columns: Mapping[str, str]) -> Any:
+    """Return the prompt of a row, messages as a list; after a text stands its `input`.
+
+    Raises:
+        DataError: an `input` that is no text, or that goes with no text.
+    """
+    prompt, extra = messages_or_text(values["prompt"], columns["prompt"]), values.get("input")
+    if extra is None or not checked_text(extra, columns["input"]).strip():
+        return prompt
+    return f"{checked_text(prompt, columns['prompt'])}\n\n{extra}"
+
+
 def _messages(role: str, value: Any, name: str) -> list[Message]:
+    value = messages_or_text(value, name)
     return (
         conversation(value, name) if isinstance(value, list) else [text_message(role, value, name)]
     )

@@ -24,7 +24,14 @@ from llmctl.data.chat.responses import ResponseFormat, end_at_turn, prepare_temp
 from llmctl.data.chat.templates import set_chat_template
 from llmctl.data.classification import configure_padding
 from llmctl.data.examples import Example
-from llmctl.data.preferences import EQUAL, UNDECIDED, Preference, Preferences, read_preferences
+from llmctl.data.preferences import (
+    EQUAL,
+    UNDECIDED,
+    Preference,
+    Preferences,
+    count_shared_lines,
+    read_preferences,
+)
 from llmctl.data.sft import require_template
 from llmctl.data.tokenized import EncodedSequence, Tokenized, collect, resolve_max_length
 from llmctl.errors import DataError, ModelError
@@ -34,6 +41,10 @@ from llmctl.numbers import counted
 
 MOST_DROPPED = 0.2
 """Largest share of the pairs that `--truncation auto` leaves out."""
+
+
+MOST_SHARED = 0.1
+"""Largest share of the validation texts whose first lines may train without a warning."""
 
 
 @dataclass(frozen=True)
@@ -364,6 +375,14 @@ def log_reward_data(data: PreferenceData) -> None:
     if shared := statistics["shared_prompts"]:
         pairs = counted(shared, "validation pair has", "validation pairs have")
         log.warning("%s a prompt that also trains", pairs)
+    shared = count_shared_lines(data.preferences.train, data.preferences.val)
+    if shared > MOST_SHARED * len(data.preferences.val):
+        texts = counted(shared, "validation text begins", "validation texts begin")
+        log.warning(
+            "%s with lines that other texts train on: where these are the prompt, it is on both "
+            "sides; give it a column, `prompt`, or pass --val-data",
+            texts,
+        )
 
 
 def log_dpo_data(data: PreferenceData) -> None:

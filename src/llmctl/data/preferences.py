@@ -5,13 +5,14 @@ which one is preferred; no prompt is in both splits. A ranking of several respon
 pairs of different rank. Errors of a row say what is wrong; the caller adds file and line.
 """
 
-import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import permutations, takewhile
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from llmctl.config.finetuning import Preferred
 from llmctl.data.bad_rows import BadRows
@@ -25,15 +26,22 @@ from llmctl.data.schemas import (
     choose_layouts,
     conversation,
     from_json,
-    is_message,
     messages_or_text,
     parse_hh_rlhf,
-    text_message,
 )
 from llmctl.data.sets import ItemSet, read_sets
 from llmctl.data.split import Split, conversation_hash, fingerprint, split
 from llmctl.errors import DataError
 from llmctl.numbers import counted
+
+LARGEST = float(np.finfo(np.float32).max)
+"""What a margin may be: losses are computed in float32."""
+
+LEAST_SHARE = 1 / 2
+"""Part of two texts from which on words that both begin with are their prompt, and no chance."""
+
+FEW_PROMPTS = 10
+"""Prompts, at most, that a line of theirs begins on average, if it is no preamble."""
 
 EQUAL, UNDECIDED = "equal", "undecided"
 """Reasons to leave out a sound row: both responses are the same, or no rank tells them apart."""
@@ -113,7 +121,23 @@ def parse_sides(record: SourceRow, layout: Layout) -> tuple[Example, Example]:
 def _values(record: SourceRow, layout: Layout) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the value and the column of each role in a row."""
     columns = layout.columns(record.values)
-    return {role: record.values.get(column) for role, column in columns.items()}, columns
+    values = {role: record.values.get(column) for role, column in columns.items()}
+    if "chosen" in columns and "prompt" in columns and _begins_chosen(values, columns):
+        del values["prompt"], columns["prompt"]
+    return values, columns
+
+
+def _begins_chosen(values: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
+    """Whether the prompt is the chosen conversation, or the beginning of it, with an answer.
+
+    So rows have it that tell the whole conversation in `messages`, too.
+    """
+    prompt, chosen = (messages_or_text(values[r], columns[r]) for r in ("prompt", "chosen"))
+    if not isinstance(prompt, list) or not isinstance(chosen, list):
+        return False
+    turns = conversation(prompt, columns["prompt"])
+    begins = conversation(chosen, columns["chosen"])[: len(turns)] == turns
+    return begins and bool(turns) and turns[-1]["role"] == "assistant"
 
 
 class _Response(NamedTuple):
@@ -156,48 +180,24 @@ def _side(
     record: SourceRow, values: Mapping[str, Any], columns: Mapping[str, str], response: _Response
 ) -> Example:
     """Make an example of one response and its prompt."""
-    name, value = response.name, messages_or_text(response.value)
-    value = [value] if is_message(value) else value
-    if "prompt" not in columns and not isinstance(value, list):
+    name = response.name
+    value = messages_or_text(response.value, name)
+    if "prompt" in columns:
+        messages = prompt_response({**values, "response": value}, {**columns, "response": name})
+    elif isinstance(value, list):
+        messages = conversation(value, name)
+    else:
         text = checked_text(value, name)
-        messages = parse_hh_rlhf(text, name)
-        if messages is None:
+        turns = parse_hh_rlhf(text, name)
+        if turns is None:
             if not text.strip():
                 raise DataError(f"`{name}` is empty or nothing but white space")
             return Example(None, text, None, None, record.place, record.line)
-    elif isinstance(value, list):
-        messages = conversation(value, name)
-        is_answer = bool(messages) and messages[0]["role"] in ("assistant", "tool")
-        if is_answer and "prompt" in columns:
-            messages = _with_prompt(values, columns, value, name)
-        elif "prompt" in columns:
-            _require_prompt(messages, values["prompt"], columns["prompt"], name)
-    else:
-        messages = _with_prompt(values, columns, value, name)
+        messages = turns
     example = checked_example(record, messages, values, {**columns, "messages": name})
     if messages[-1]["role"] != "assistant":
         raise DataError(f"`{name}` ends with the {messages[-1]['role']}, expected the assistant")
     return example
-
-
-def _with_prompt(
-    values: Mapping[str, Any], columns: Mapping[str, str], response: Any, name: str
-) -> list[Message]:
-    values = {**values, "prompt": messages_or_text(values["prompt"]), "response": response}
-    return prompt_response(values, {**columns, "response": name})
-
-
-def _require_prompt(messages: list[Message], prompt: Any, column: str, name: str) -> None:
-    """Refuse a whole conversation without the row's prompt in it."""
-    prompt = messages_or_text(prompt)
-    prompt_messages = (
-        conversation(prompt, column)
-        if isinstance(prompt, list)
-        else [text_message("user", prompt, column)]
-    )
-    texts = [message["content"].strip() for message in messages]
-    if any(message["content"].strip() not in texts for message in prompt_messages):
-        raise DataError(f"`{name}` is a whole conversation, and `{column}` is not in it")
 
 
 def _shared(chosen: Example, rejected: Example) -> int:
@@ -215,15 +215,21 @@ def _shared(chosen: Example, rejected: Example) -> int:
 
 
 def _margin(value: Any, name: str) -> float | None:
-    """Check the margin of a row."""
+    """Check the margin of a row, which may be an integer of any size."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or value != value:  # NaN
         raise DataError(f"`{name}` is {value!r:.40}, expected a number")
     if value < 0:
         raise DataError(
-            f"`{name}` is {value:g}: the chosen response would be the worse one",
+            f"`{name}` is {value!r:.40}: the chosen response would be the worse one",
             hint="swap the two, or leave the row out",
+        )
+    if value > LARGEST:
+        raise DataError(
+            f"`{name}` is {value!r:.40}, expected a number of at most {LARGEST:.2g}",
+            hint="scores, which it is a difference of, are numbers such as 1.5",
         )
     return float(value)
 
@@ -293,16 +299,53 @@ def prompt_hash(pair: Preference) -> int:
     """Hash a prompt, but for case, white space and sentence marks.
 
     The prompt of two texts is what they begin with in common, up to the mark of the response in a
-    well-known form of rendered text, else up to the end of a line.
+    well-known form of rendered text, else up to the end of a line, else of a word where it is no
+    small part of them.
     """
     if pair.shared:
         return conversation_hash(pair.prompt)
+    common = _common_beginning(pair)
+    words = common[: common.rfind(" ") + 1]
+    if len(words) < LEAST_SHARE * min(len(side.text or "") for side in pair.sides):
+        words = ""
+    prompt = (prompt_of_text(common) or "".join(_lines(common)) or words).strip()
+    return fingerprint(replace(pair.chosen, text=prompt) if prompt else pair.chosen)
+
+
+def count_shared_lines(train: Sequence[Preference], val: Sequence[Preference]) -> int:
+    """Count validation texts whose first lines may be a prompt that trains, too.
+
+    Lines that both responses begin with are taken for their prompt's. First lines that many prompts
+    have in common are a preamble.
+    """
+    parts = [[_unmarked_lines(pair) for pair in pairs] for pairs in (train, val)]
+    whole = {tuple(lines) for part in parts for lines in part}
+    for depth in range(1, max(map(len, whole), default=0)):
+        longer = [{tuple(lines[:depth]) for lines in part if len(lines) > depth} for part in parts]
+        prompts = sum(len(lines) > depth for lines in whole)
+        if prompts <= FEW_PROMPTS * len(longer[0] | longer[1]):
+            return sum(
+                tuple(lines[:depth]) in longer[0] for lines in parts[1] if len(lines) > depth
+            )
+    return 0
+
+
+def _unmarked_lines(pair: Preference) -> list[str]:
+    """List the lines that two texts begin with, where no mark of a response stands in them."""
+    common = _common_beginning(pair)
+    return [] if prompt_of_text(common) else _lines(common)
+
+
+def _common_beginning(pair: Preference) -> str:
+    """Return what two texts begin with; nothing of conversations."""
     chosen, rejected = (side.text or "" for side in pair.sides)
     same = (a == b for a, b in zip(chosen, rejected, strict=False))
-    common = chosen[: len(list(takewhile(bool, same)))]
-    prompt = prompt_of_text(common) or common[: common.rfind("\n") + 1]
-    prompt = prompt.strip()
-    return fingerprint(replace(pair.chosen, text=prompt) if prompt else pair.chosen)
+    return chosen[: len(list(takewhile(bool, same)))]
+
+
+def _lines(text: str) -> list[str]:
+    """List the lines of a text that end, their ends included."""
+    return text[: text.rfind("\n") + 1].splitlines(keepends=True)
 
 
 def _pair_hash(pair: Preference) -> tuple[int, int]:

@@ -230,11 +230,11 @@ def parse_prompt(record: SourceRow) -> PromptExample:
     columns = layout.columns(row)
     values = {role: row.get(column) for role, column in columns.items()}
     role = next(iter(layout.needed))
-    value = messages_or_text(values[role])
+    value = messages_or_text(values[role], columns[role])
     if role == "messages":
         messages = conversation(value, columns[role])
     else:
-        messages = prompt_messages({**values, "prompt": value}, columns)
+        messages = prompt_messages(values, columns)
     check_beginning(messages, columns[role])
     messages, answer = _split_answer(with_system(messages, values, columns), columns[role])
     tools = parse_tools(values.get("tools"), columns["tools"])
@@ -259,7 +259,7 @@ def _layout_of(row: dict[str, Any]) -> Layout:
 def _answer(row: dict[str, Any]) -> str | None:
     """Find the reference answer that stands in a column of its own."""
     for key in ANSWER_COLUMNS:
-        value = messages_or_text(row.get(key))
+        value = messages_or_text(row.get(key), key)
         if isinstance(value, str):
             return value
         if isinstance(value, list) and value:

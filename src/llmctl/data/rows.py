@@ -11,6 +11,7 @@ import decimal
 import json
 import re
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -148,12 +149,31 @@ def json_type(value: Any) -> str:
     return next((name for kind, name in TYPES.items() if isinstance(value, kind)), other)
 
 
-def _not_json(error: ValueError | RecursionError, place: str, line: int) -> DataError:
-    """Build the error for text that is no JSON and begins in this line."""
+def json_problem(text: str) -> str | None:
+    """Say why a text cannot be read as JSON; None where it can."""
+    try:
+        DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        return _problem(error)
+    return None
+
+
+def _problem(error: ValueError | RecursionError) -> str:
+    """Say what is wrong with text that cannot be read: some of it is JSON."""
     if isinstance(error, json.JSONDecodeError):
-        what, line = f"{error.msg} at column {error.colno}", max(line, error.lineno)
-        return DataError(f"not JSON: {what}", file=place, line=line)
-    return DataError(f"not JSON: {error}", file=place, line=line)
+        return f"not JSON: {error.msg} at column {error.colno}"
+    if isinstance(error, RecursionError):
+        return "arrays or objects within each other, more than can be read"
+    if str(error).startswith("Exceeds the limit"):
+        return f"a number of more than {sys.get_int_max_str_digits():,} digits"
+    return f"not JSON: {error}"
+
+
+def _not_json(error: ValueError | RecursionError, place: str, line: int) -> DataError:
+    """Build the error for text that cannot be read as JSON and begins in this line."""
+    if isinstance(error, json.JSONDecodeError):
+        line = max(line, error.lineno)
+    return DataError(_problem(error), file=place, line=line)
 
 
 def _skip(text: str, at: int) -> int:
@@ -167,7 +187,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"duplicate key `{twice}`")
+        raise ValueError(f"duplicate key `{shown_name(twice)}`")
     return row
 
 
@@ -263,7 +283,12 @@ def arrow_columns(source: Source) -> list[str]:
 
 def quote_names(names: Sequence[str]) -> str:
     """List names of columns for a message."""
-    return ", ".join(f"`{name}`" for name in names[:20]) or "none"
+    return ", ".join(f"`{shown_name(name)}`" for name in names[:20]) or "none"
+
+
+def shown_name(name: str) -> str:
+    """Return the name of a column, in which half surrogate pairs are escaped."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def no_column(name: str, columns: Sequence[str], place: str, line: int | None) -> DataError:
@@ -358,7 +383,7 @@ def _csv(source: Source, columns: Sequence[str] | None, skip: OnBad) -> Iterator
             try:
                 row = next(rows, None)
             except csv.Error as error:
-                bad = DataError(f"not {source.kind.upper()}: {error}", file=source.name, line=line)
+                bad = _not_csv(error, source, line)
                 (skip if header else _refuse)(bad)
                 continue
             if row is None:
@@ -372,6 +397,18 @@ def _csv(source: Source, columns: Sequence[str] | None, skip: OnBad) -> Iterator
             elif row:
                 what = f"{len(row)} fields, but the header has {len(header)}"
                 skip(DataError(what, file=source.name, line=line))
+
+
+def _not_csv(error: csv.Error, source: Source, line: int) -> DataError:
+    """Build the error for a row of CSV that begins in this line."""
+    what, hint = f"not {source.kind.upper()}: {error}", None
+    if "new-line character" in str(error):
+        what = "a carriage return without a line feed after it, in a field without quotation marks"
+        hint = "of lines that end as on old Macs make others: tr '\\r' '\\n' < OLD > NEW"
+    elif "unexpected end of data" in str(error):
+        what = 'the quotation mark " that begins a field is not closed by the end of the file'
+        hint = 'quote the field, and double each " in it: """So,"" he said"; or save it as .jsonl'
+    return DataError(what, file=source.name, line=line, hint=hint)
 
 
 def _delimiter(source: Source, header: str) -> str:

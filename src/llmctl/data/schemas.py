@@ -7,15 +7,24 @@ each a dict of `role` and `content` and, where there are any, `name`, `tool_call
 reasoning and `weight`. Errors name the message; the caller adds file and line.
 """
 
+import ast
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, Literal
 
-from llmctl.data.rows import DECODER, checked_text, json_type, quote_names, said_columns
+from llmctl.data.rows import (
+    DECODER,
+    checked_text,
+    json_problem,
+    json_type,
+    quote_names,
+    said_columns,
+)
 from llmctl.errors import DataError, UserError
 
 Task = Literal["chat", "classify", "preferences"]
@@ -65,6 +74,11 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of what the assistant thinks before it answers; a chat template knows one of them."""
 KEPT = ("name", "tool_call_id", *REASONING)
 """Fields of text that chat templates may use beside the content."""
+JSON_BEGINNINGS = ("[", "{")
+PYTHON_OBJECTS = re.compile(
+    r"\s*(?:array\()?(\[\s*\{'.*\}\s*\]|\{'.*\})(?:,\s*dtype=object\))?\s*", re.DOTALL
+)
+"""Text that may show objects as Python or NumPy does."""
 TRAINED = ("weight", "train", "loss", "trainable")
 """Keys that say whether a turn is trained on, of OpenAI, axolotl and ms-swift."""
 READ = frozenset(
@@ -278,7 +292,7 @@ def conversation(value: Any, name: str) -> list[Message]:
     """
     value = from_json(value)
     if not isinstance(value, list):
-        raise DataError(f"`{name}` is {json_type(value)}, expected a list of messages")
+        raise _no_list(value, name, "messages")
     return [_message(item, f"{name}[{number}]") for number, item in enumerate(value)]
 
 
@@ -315,19 +329,37 @@ def parse_hh_rlhf(text: str, name: str) -> list[Message] | None:
     ]
 
 
-def messages_or_text(value: Any) -> Any:
-    """Parse messages that a column of text spells in JSON; return all else as it is.
+def messages_or_text(value: Any, name: str) -> Any:
+    """Return messages, or a single one, as a list, also those that text spells in JSON.
 
-    Structured output, such as a list of objects that have no role, is text.
+    All else comes back as it is. Structured output is text: all objects of a list of messages have
+    a role, and one at least has a known one, and says something.
+
+    Raises:
+        DataError: the column `name` has text that shows messages as Python does.
     """
-    parsed = from_json(value)
-    is_messages = isinstance(parsed, list) and all(map(is_message, parsed))
-    return parsed if is_messages and parsed else value
+    items = from_json(value)
+    items = [items] if isinstance(items, dict) else items
+    if not _are_messages(items):
+        if _are_messages(_shown_by_python(value)):
+            raise _python_error(name)
+        return value
+    return items
 
 
-def is_message(item: Any) -> bool:
-    """Whether a value is a message: only an object with a role is one."""
-    return isinstance(item, dict) and ("role" in item or "from" in item)
+def _are_messages(items: Any) -> bool:
+    """Whether a value is a list of messages; one whose roles are misspelled is, too."""
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        return False
+    roles = [item.get("from") if item.get("role") is None else item["role"] for item in items]
+    says = [
+        item.keys() & ({"value"} if item.get("role") is None else {"content", "tool_calls"})
+        for item in items
+    ]
+    return None not in roles and any(
+        said and isinstance(role, str) and _nearest_role(role) is not None
+        for role, said in zip(roles, says, strict=True)
+    )
 
 
 def require_no_media(item: Row, name: str = "") -> None:
@@ -363,16 +395,47 @@ def parse_tools(value: Any, name: str) -> list[Any] | None:
     if value is None:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise DataError(f"`{name}` is {json_type(value)}, expected a list of objects")
+        raise _no_list(value, name, "objects")
     _check_json(value, name)
     if name == "functions":
         value = [{"type": "function", "function": tool} for tool in value]
     return value or None
 
 
+def _no_list(value: Any, name: str, items: str) -> DataError:
+    """Build the error for a column without a list; of text that looks like one it says why."""
+    if _shown_by_python(value) is not None:
+        return _python_error(name)
+    is_meant = isinstance(value, str) and value.lstrip()[:1] in JSON_BEGINNINGS
+    why = f" ({json_problem(value.strip())})" if is_meant else ""
+    return DataError(f"`{name}` is {json_type(value)}{why}, expected a list of {items}")
+
+
+def _python_error(name: str) -> DataError:
+    """Build the error for objects that were written with `str`, as pandas writes them to csv."""
+    return DataError(
+        f"`{name}` is text that shows objects as Python does, which is no JSON",
+        hint="write the rows as jsonl or parquet, or the column with json.dumps, not str",
+    )
+
+
+def _shown_by_python(value: Any) -> list[Row] | None:
+    """Parse objects that text shows as Python or NumPy does; None for all else."""
+    match = PYTHON_OBJECTS.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        return None
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            items = ast.literal_eval(re.sub(r"\}\s+\{", "}, {", match[1]))
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
+    items = [items] if isinstance(items, dict) else items
+    return items if all(isinstance(item, dict) for item in items) else None
+
+
 def from_json(value: Any) -> Any:
     """Parse JSON in a column of text; return any other value as it is."""
-    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+    if not isinstance(value, str) or value.lstrip()[:1] not in JSON_BEGINNINGS:
         return value
     try:
         return DECODER.decode(value.strip())
@@ -435,10 +498,15 @@ def _bad_role(role: Any, name: str) -> DataError:
     if not isinstance(role, str):
         what = "missing" if role is None else json_type(role)
     else:
-        what = f"`{role[:40]}`"
-        close = get_close_matches(role.lower(), [*ROLES, *OTHER_ROLES], n=1)
-        hint = f"did you mean `{OTHER_ROLES.get(close[0], close[0])}`?" if close else None
+        what, close = f"`{role[:40]}`", _nearest_role(role)
+        hint = f"did you mean `{close}`?" if close else None
     return DataError(f"the role of `{name}` is {what}, expected {', '.join(ROLES)}", hint=hint)
+
+
+def _nearest_role(role: str) -> str | None:
+    """Return the role that a name may stand for."""
+    close = get_close_matches(role.lower(), [*ROLES, *OTHER_ROLES], n=1)
+    return OTHER_ROLES.get(close[0], close[0]) if close else None
 
 
 def _content(item: dict[str, Any], key: str, name: str, *, may_miss: bool) -> str:

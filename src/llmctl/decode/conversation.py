@@ -5,7 +5,6 @@ In: messages of the user. Out: replies, piece by piece, and rows of `messages` f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from llmctl.decode.forward import Forward
 from llmctl.decode.loop import FinishReason, Prompt, check_prompt, decode
 from llmctl.decode.terminal import ReplyInterrupt
 from llmctl.errors import DataError, ModelError, OutputError, UserError
-from llmctl.files import replace_file, writing
+from llmctl.files import json_line, replace_file, writing
 from llmctl.hardware import memory_errors
 from llmctl.models.loading import context_size, stop_tokens
 
@@ -205,7 +204,7 @@ class Conversation:
             raise OutputError("no such directory", file=path.parent)
         row = {"messages": messages(self.system, self.turns)}
         with writing(path):
-            replace_file(path, f"{json.dumps(row, ensure_ascii=False)}\n".encode())
+            replace_file(path, f"{json_line(row)}\n".encode())
 
     def _require_turns(self, purpose: str) -> None:
         if not self.turns:

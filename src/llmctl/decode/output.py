@@ -1,6 +1,5 @@
 """Write responses: rows of jsonl in a file or on stdout, or plain texts with a line between."""
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from typing import Any
 
 from llmctl.console import log
 from llmctl.decode.loop import Response
-from llmctl.files import staged, writing
+from llmctl.files import json_line, staged, writing
 from llmctl.numbers import counted
 
 Row = dict[str, Any]
@@ -21,14 +20,14 @@ def open_rows(out: Path | None, *, as_json: bool) -> Iterator[Emit]:
     """Give a function that writes a row; a file appears whole, or as an interrupt left it."""
     if out is None:
         if as_json:
-            yield lambda row: print(json.dumps(row, ensure_ascii=False), flush=True)
+            yield lambda row: print(json_line(row), flush=True)
         else:
             yield _printer()
         return
     staging = staged(out)
     try:
         with writing(out), staging.open("w", encoding="utf-8") as file:
-            yield lambda row: print(json.dumps(row, ensure_ascii=False), file=file)
+            yield lambda row: print(json_line(row), file=file)
     except KeyboardInterrupt:
         staging.replace(out)
         raise

@@ -18,6 +18,7 @@ from llmctl.decode.prompts import PromptEncoder
 from llmctl.errors import DataError, ModelError
 from llmctl.evaluate.perplexity import document_start, text_frame
 from llmctl.models.loading import stop_tokens
+from llmctl.numbers import counted
 
 Doc = Mapping[str, Any]
 
@@ -187,9 +188,10 @@ class OtherQuestions:
         ]
         if len(others) < n:
             raise DataError(
-                f"--shots {n}: {self._task.task_name} has only {len(others):,} rows to take them "
-                "from that ask something else than the question",
-                hint=f"--shots {len(others)}" if others else "leave --shots out",
+                f"{self._task.task_name} is to show {counted(n, 'example')}, and has only "
+                f"{counted(len(others), 'row that asks', 'rows that ask')} something else than the "
+                "question",
+                hint=f"show fewer: --shots {len(others)}",
             )
         rest = copy.copy(self._sampler)
         rest.replace_df(others)

@@ -5,7 +5,6 @@ an entry in an order of their own, and ranks translated back from it.
 """
 
 import hashlib
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from llmctl.data.prompts import PromptExample, read_prompt_rows
 from llmctl.data.rows import checked_text
 from llmctl.data.schemas import Message, from_json
 from llmctl.errors import DataError
+from llmctl.files import json_line
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def is_ranking(ranks: object, count: int) -> TypeGuard[list[int]]:
 
 def canonical_json(value: Any) -> str:
     """Return the JSON that equal values share."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return json_line(value, sort_keys=True)
 
 
 def prompt_key(prompt: str | list[Message], tools: list[Any] | None) -> str:

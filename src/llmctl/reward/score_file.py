@@ -1,14 +1,14 @@
 """Score a file: rows of prompts and responses in, the same rows with their scores out.
 
-A row holds `prompt` and `response` (as `generate` writes them, with `finish_reason`), `messages`,
-`text`, or a pair with `chosen` and `rejected`; `system` and `tools` count as they do in training. A
-prompt that is text is a user's turn where the reward model has a chat template, as it was in
-training, and else the beginning of a text.
+A row is one that `sft` or `reward` trains on, read as they read it; beside a `response`, as
+`generate` writes it, stands its `finish_reason`. A prompt that is text is a user's turn where the
+reward model has a chat template, as it was in training, and else the beginning of a text.
 """
 
 import json
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,25 @@ from llmctl.config.commands import RewardConfig
 from llmctl.console import ProgressBar, show_recipe
 from llmctl.data.audit.rules import RowRules, texts_of
 from llmctl.data.bad_rows import BadRows
-from llmctl.data.examples import Example, checked_example, with_system
+from llmctl.data.examples import (
+    Example,
+    checked_example,
+    join_input,
+    prompt_messages,
+    prompt_response,
+)
 from llmctl.data.preferences import parse_sides
 from llmctl.data.rows import SourceRow, checked_text, quote_names, read_rows
 from llmctl.data.schemas import (
-    MORE,
+    LAYOUTS,
     PAIR,
     PAIR_LAYOUTS,
     Layout,
     Message,
     Row,
     conversation,
-    from_json,
     hint_for,
+    messages_or_text,
     parse_tools,
 )
 from llmctl.data.sources import find_sources
@@ -42,12 +48,15 @@ from llmctl.reward.model import PromptResponse, RewardModel, load_reward_model
 AT_ONCE = 2048
 """Rows that are scored before the next ones are read."""
 
-LAYOUTS = (
-    Layout(
-        {"prompt": "prompt", "response": "response"}, {**MORE, "finish_reason": ("finish_reason",)}
+FINISHED = {"finish_reason": ("finish_reason",)}
+"""Column of how a response ended, beside those that training reads."""
+
+ROW_LAYOUTS = (
+    *PAIR_LAYOUTS,
+    *(
+        replace(layout, more={**layout.more, **FINISHED}) if "response" in layout.needed else layout
+        for layout in LAYOUTS["chat"]
     ),
-    Layout({"messages": "messages"}, MORE),
-    Layout({"text": "text"}, {}),
 )
 
 
@@ -88,7 +97,7 @@ def score_file(config: RewardConfig) -> dict[str, Any] | None:
             for record, row in zip(records[start : start + AT_ONCE], batch, strict=True):
                 row_scores = {name: next(scores) for name in row}
                 total += sum(row_scores.values()) / len(row_scores)
-                emit(json.loads(json.dumps({**record.values, **row_scores}, default=str)))
+                emit(_json_values({**record.values, **row_scores}))
             progress.update(start + len(batch))
     if config.out is None:
         return None
@@ -100,6 +109,13 @@ def score_file(config: RewardConfig) -> dict[str, Any] | None:
         "score_at": model.score_at,
         "score_mean": total / len(records),
     }
+
+
+def _json_values(row: Row) -> Row:
+    """Return a row as JSON can hold it: a time as text, what is no number as null."""
+    values = json.loads(json.dumps(row, default=str), parse_constant=lambda _: None)
+    assert isinstance(values, dict)
+    return values
 
 
 def _encode(
@@ -131,7 +147,7 @@ def _texts(sample: PromptResponse | Example) -> list[str]:
 
 def _layout_of(row: Row) -> Layout:
     """Return the layout of a row to score; raise a DataError where it is of none."""
-    for layout in (*PAIR_LAYOUTS, *LAYOUTS):
+    for layout in ROW_LAYOUTS:
         if layout.fits(row):
             return layout
     raise DataError(
@@ -159,30 +175,44 @@ def samples_of(record: SourceRow, *, has_turns: bool) -> dict[str, PromptRespons
         return {"score": PromptResponse("", checked_text(row["text"], "text"))}
     columns = layout.columns(row)
     values = {role: row.get(column) for role, column in columns.items()}
-    if "messages" in needed:
-        messages = conversation(values["messages"], "messages")
-        if messages and messages[-1]["role"] != "assistant":
-            raise DataError("`messages` does not end with the assistant: there is nothing to score")
-        return {"score": checked_example(record, messages, values, columns)}
-    response = checked_text(values["response"], "response")
-    prompt = _prompt(values, columns, has_turns=has_turns)
-    tools = parse_tools(values["tools"], columns["tools"])
-    return {"score": PromptResponse(prompt, response, values["finish_reason"] != "length", tools)}
+    if "messages" not in needed:
+        return {"score": _response(record, values, columns, has_turns=has_turns)}
+    messages = conversation(values["messages"], columns["messages"])
+    return {"score": _conversation(record, messages, values, columns)}
 
 
-def _prompt(
-    values: Mapping[str, Any], columns: Mapping[str, str], *, has_turns: bool
-) -> str | list[Message]:
-    """The prompt of a row, with its system message."""
-    prompt = from_json(values["prompt"])
-    is_messages = isinstance(prompt, list) and prompt and all(isinstance(m, dict) for m in prompt)
-    text = "" if is_messages else checked_text(values["prompt"], "prompt")
-    asked = {"role": "user", "content": text}
-    messages = conversation(prompt, "prompt") if is_messages else [asked]
-    with_its_system = with_system(messages, values, columns)
-    if with_its_system is messages:
-        return messages if is_messages or (has_turns and text) else text
-    if not has_turns:
-        name = columns["system"]
-        raise DataError(f"`{name}` goes with turns, and this reward model reads plain texts")
-    return with_its_system
+def _conversation(
+    record: SourceRow,
+    messages: list[Message],
+    values: Mapping[str, Any],
+    columns: Mapping[str, str],
+) -> Example:
+    """A conversation whose last message is the response to score."""
+    if messages and messages[-1]["role"] != "assistant":
+        name = columns.get("messages") or columns["response"]
+        raise DataError(f"`{name}` does not end with the assistant: there is nothing to score")
+    return checked_example(record, messages, values, columns)
+
+
+def _response(
+    record: SourceRow, values: Mapping[str, Any], columns: Mapping[str, str], *, has_turns: bool
+) -> PromptResponse | Example:
+    """A response after its prompt, each a text or messages; a text may have been cut off."""
+    response = messages_or_text(values["response"], columns["response"])
+    if isinstance(response, list):
+        return _conversation(record, prompt_response(values, columns), values, columns)
+    text = checked_text(response, columns["response"])
+    has_ended = values["finish_reason"] != "length"
+    prompt = messages_or_text(values["prompt"], columns["prompt"])
+    turns = next((columns[role] for role in ("system", "history") if values.get(role)), None)
+    if isinstance(prompt, str) and not (has_turns and (prompt or turns)):
+        if turns is not None:
+            raise DataError(f"`{turns}` goes with turns, and this reward model reads plain texts")
+        tools = parse_tools(values["tools"], columns["tools"])
+        return PromptResponse(join_input(values, columns), text, has_ended, tools)
+    answer = {"role": "assistant", "content": text}
+    messages = [*prompt_messages(values, columns), answer]
+    example = _conversation(record, messages, values, columns)
+    if has_ended:
+        return example
+    return PromptResponse(list(example.messages or ())[:-1], text, False, example.tools)
