@@ -7,9 +7,8 @@ beside a call.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from functools import cached_property
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from llmctl.data.schemas import REASONING
 
@@ -58,6 +57,7 @@ PROBES: dict[str, tuple[Mapping[str, Any], ...]] = {
 NAMES = {
     "system": "messages of the system",
     "developer": "messages of the developer",
+    "tools": "tools",
     "tool": "what tools answer",
     "tool_calls": "calls of tools",
 }
@@ -97,45 +97,108 @@ def writes(text: str, kind: str) -> bool:
 def missing_part(text: str, messages: Sequence[Mapping[str, Any]]) -> str | None:
     """Name the first part of the messages that the text does not have; None where it has all.
 
-    White space and the escapes of JSON make no difference. Reasoning before the user's last turn
-    may be missing, also where it stands in the content, before `</think>`.
+    Each part stands after the one before, so that words which another part has, too, do not count
+    twice; a system message may stand anywhere. What is said beside a call stands there as often as
+    it is said. White space and the escapes of JSON make no difference. Reasoning before the user's
+    last turn may be missing, also where it stands in the content, before `</think>`.
     """
-    rendered = _Rendered(text)
-    users = [number for number, message in enumerate(messages) if message["role"] == "user"]
-    last = users[-1] if users else -1
-    for number, message in enumerate(messages):
-        content, is_earlier = message["content"], number < last
-        if is_earlier and message["role"] == "assistant" and "</think>" in content:
-            content = _THOUGHT.sub("", content)
-        if not rendered.has(content):
-            return f"the content of message {number + 1}, of the {message['role']}"
-        for key in () if is_earlier else REASONING:
-            if not rendered.has(message.get(key, "")):
-                return f"`{key}` of message {number + 1}"
-        for call in message.get("tool_calls", ()):
-            name = (call.get("function") or call)["name"]
-            if name not in text:
-                return f"the call of {name} in message {number + 1}"
+    parts = [part for part in _parts(messages) if part.text.strip()]
+    calls = [
+        (number, call.get("function") or call)
+        for number, message in enumerate(messages, start=1)
+        for call in message.get("tool_calls", ())
+    ]
+    is_beside = any(part.is_beside_call for part in parts)
+    if is_beside or _first_missing(text, parts, [(part.text,) for part in parts]) is not None:
+        called = [
+            leaf for _, call in calls for leaf in leaves([call["name"], call.get("arguments")])
+        ]
+        missing = _missing_of(_squeezed(text), parts, list(map(_squeezed, called)))
+        if missing is not None:
+            return missing.name
+    for number, call in calls:
+        if call["name"] not in text:
+            return f"the call of {call['name']} in message {number}"
     return None
 
 
-class _Rendered:
-    """Rendered text to look parts up in."""
+def leaves(value: Any) -> Iterator[str]:
+    """Yield the texts of JSON, names of keys included; numbers as they are written."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield key
+            yield from leaves(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from leaves(inner)
+    elif value is not None:
+        yield json.dumps(value)
 
-    def __init__(self, text: str) -> None:
-        self._text = text
 
-    @cached_property
-    def _squeezed(self) -> str:
-        return "".join(self._text.split())
+class _Part(NamedTuple):
+    """Text of a message that a template is to write."""
 
-    def has(self, part: str) -> bool:
-        """Whether a part stands in the text, but for white space and the escapes of JSON."""
-        if part in self._text:
-            return True
-        part = part.strip()
-        forms = (
-            part,
-            *(json.dumps(part, ensure_ascii=is_ascii)[1:-1] for is_ascii in (False, True)),
-        )
-        return any("".join(form.split()) in self._squeezed for form in forms)
+    name: str
+    text: str
+    is_free: bool
+    """It may stand before or after other parts."""
+    is_beside_call: bool
+
+
+def _parts(messages: Sequence[Mapping[str, Any]]) -> Iterator[_Part]:
+    """Yield what is to be written, in order."""
+    users = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    last = users[-1] if users else -1
+    for number, message in enumerate(messages):
+        role, content, is_earlier = message["role"], message["content"], number < last
+        calls = bool(message.get("tool_calls"))
+        thoughts = {message.get(key): key for key in reversed(REASONING)}  # a text under two names
+        for thought, key in () if is_earlier else thoughts.items():
+            yield _Part(f"`{key}` of message {number + 1}", thought or "", False, calls)
+        if is_earlier and role == "assistant" and "</think>" in content:
+            content = _THOUGHT.sub("", content)
+        name = f"the content of message {number + 1}, of the {role}"
+        yield _Part(name, content, role in ("system", "developer"), calls)
+
+
+def _missing_of(text: str, parts: Sequence[_Part], called: Sequence[str]) -> _Part | None:
+    """Find the part that a text without white space lacks; `called` are the texts of calls.
+
+    One that is not found may have lost its place to one before, which is then too rare.
+    """
+    forms = [_forms(part.text) for part in parts]
+    said = [own for own, *_ in forms] + list(called)
+    missing = _first_missing(text, parts, forms)
+    for part, own in zip(parts[:missing], forms, strict=False):
+        is_doubtful = missing is not None or part.is_beside_call
+        if is_doubtful and sum(map(text.count, set(own))) < sum(s.count(own[0]) for s in said):
+            return part
+    return None if missing is None else parts[missing]
+
+
+def _first_missing(
+    text: str, parts: Sequence[_Part], forms: Sequence[tuple[str, ...]]
+) -> int | None:
+    """Number the first part that has none of its forms in the text, after the parts before it."""
+    at = 0
+    for number, part in enumerate(parts):
+        start = 0 if part.is_free else at
+        found = [(text.find(form, start), len(form)) for form in forms[number]]
+        ends = [place + length for place, length in found if place >= 0]
+        if not ends:
+            return number
+        at = at if part.is_free else min(ends)
+    return None
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _forms(part: str) -> tuple[str, ...]:
+    """A part without white space, as it is and as JSON writes it."""
+    part = part.strip()
+    escaped = (json.dumps(part, ensure_ascii=is_ascii)[1:-1] for is_ascii in (False, True))
+    return tuple(map(_squeezed, (part, *escaped)))
