@@ -4,6 +4,8 @@ import pytest
 
 from llmctl.cli import COMMANDS
 from llmctl.data.audit.rule_table import NO_ROWS, READERS, RULES
+from llmctl.data.audit.rules import RowRules
+from llmctl.data.rendered import frame_of
 from tests.conftest import sentences
 from tests.run_files import write_rows
 
@@ -132,6 +134,53 @@ def test_characters_that_the_tokenizer_loses(run, reader, judge, monkeypatch):
     result = run(reader, lambda text: "Z" * 2 * len(text) + text)
     assert result.code == (3 if answer == "refuse" else 0), result.err
     assert "characters have no token and are lost" in result.err
+
+
+RENDERED_BY = {
+    "Mistral": ("<s>[INST] Hi? [/INST]", "Ho</s>"),
+    "Llama 2": ("<s>Hi?", "Ho </s>"),
+    "Llama 3": ("<|begin_of_text|>Hi?", "Ho<|eot_id|>"),
+    "DeepSeek": (
+        "<\uff5cbegin\u2581of\u2581sentence\uff5c>Hi?<\uff5cAssistant\uff5c>",
+        "Ho<\uff5cend\u2581of\u2581sentence\uff5c>",
+    ),
+    "gpt-oss": ("<|start|>user<|message|>Hi?<|end|>", "<|channel|>final<|message|>Ho<|return|>"),
+    "Command R": ("<BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|>Hi?", "Ho<|END_OF_TURN_TOKEN|>"),
+    "Zephyr": ("<|user|>\nHi?</s>\n<|assistant|>", "Ho</s>\n"),
+    "GLM": ("[gMASK]<sop><|user|>\nHi?<|assistant|>", "\nHo<|user|>"),
+    "Granite": ("<|start_of_role|>user<|end_of_role|>Hi?", "Ho<|end_of_text|>"),
+    "GPT": ("Hi?", "Ho<|endoftext|>"),
+}
+"""A prompt and its response as these families' templates write them."""
+
+
+@pytest.mark.parametrize("sides", RENDERED_BY.values(), ids=RENDERED_BY)
+def test_the_tokens_of_other_families_are_known(roomy, sides):
+    from llmctl.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(str(roomy))
+    for texts, level in ((sides, "error"), (sides[1:], "error"), (["Hi?", "Ho"], None)):
+        rules = RowRules(tokenizer)
+        rules.see(texts, "a.jsonl", 3)
+        found = [(f.level, f.name, f.file, f.line) for f in rules.findings()]
+        assert found == ([] if level is None else [(level, "rendered", "a.jsonl", 3)])
+
+
+@pytest.mark.parametrize(
+    ("text", "frame"),
+    [
+        ("<s>Hi</s>", ["<s>", "</s>"]),
+        (" <s> Hi\n", ["<s>"]),
+        ("Hi </s>\n", ["</s>"]),
+        ("<s>$9</s> now $7", []),
+        ("Now <s>$7</s>", []),
+        ("<s>$9</s> or <s>$7</s>", []),
+        ("A line </s> within", []),
+        ("", []),
+    ],
+)
+def test_words_struck_out_in_html_are_no_frame(text, frame):
+    assert frame_of(text) == frame
 
 
 @pytest.mark.parametrize("reader", UNREAD.warned_by)

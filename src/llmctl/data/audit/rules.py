@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from llmctl.console import log
 from llmctl.data.chat.render import SpecialTokens, any_of
 from llmctl.data.chat.templates import TEMPLATE_TOKENS
-from llmctl.data.rendered import INSTRUCTION, TURN_TOKENS
+from llmctl.data.rendered import INSTRUCTION, TURN_TOKENS, frame_of
 from llmctl.data.tokenizer.lost import MOST_LOST, LostCharacters
 from llmctl.errors import DataError
 from llmctl.numbers import counted
@@ -42,8 +42,8 @@ class AuditFinding:
 class RowRules:
     """Rows of one run, held against the rules on texts and tokens.
 
-    Special tokens are the tokenizer's, and those of well-known templates, which a tokenizer without
-    a template may not have; in turns also the marks of Llama 2's, which are text elsewhere.
+    Special tokens are the tokenizer's, and those of well-known templates, which the tokenizer may
+    not have; in turns also the marks of Llama 2's, which are text elsewhere.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class RowRules:
         is_rendered = False
         for text in texts:
             names, inner = self._specials.findall(text), text.strip()
+            names = names or frame_of(inner)
             if in_turns and not names:
                 names = [n for n in INSTRUCTION if inner.startswith(n) or inner.endswith(n)]
             self.spelled.update(dict.fromkeys(names))
