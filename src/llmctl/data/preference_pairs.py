@@ -137,7 +137,7 @@ def _see(
 ) -> None:
     """Hold a pair against the rules on rows."""
     chosen, rejected = preference.sides
-    texts = texts_of(chosen.messages, chosen.text)
+    texts = texts_of(chosen.messages, chosen.text, tools=chosen.tools)
     texts += texts_of((rejected.messages or ())[preference.shared :], rejected.text)
     tokens = [side.tokens for side in pair]
     rules.see(texts, chosen.place, chosen.line, tokens, in_turns=chosen.messages is not None)

@@ -71,7 +71,7 @@ class SftData:
         """Hold the texts of all rows against the rules on them."""
         rules = RowRules(self.tokenizer)
         for example in (*self.train_examples, *self.val_examples):
-            texts = texts_of(example.messages, example.text)
+            texts = texts_of(example.messages, example.text, tools=example.tools)
             rules.see(texts, example.place, example.line, in_turns=example.messages is not None)
         return rules
 

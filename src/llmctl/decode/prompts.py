@@ -148,7 +148,8 @@ def build_prompts(
     for example in examples:
         tokens = encoder.encode(example)
         in_turns = encoder.chat or not example.is_text
-        rules.see(texts_of(example.messages), None, None, in_turns=in_turns)
+        texts = texts_of(example.messages, tools=example.tools)
+        rules.see(texts, None, None, in_turns=in_turns)
         check_prompt(tokens, shape, example.name)
         limit = limit_new_tokens(tokens, shape, max_new_tokens)
         if limit < max_new_tokens:

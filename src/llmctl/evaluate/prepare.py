@@ -166,7 +166,7 @@ def _require_sound(
     in_turns = not plain and tokenizer.chat_template is not None and data.kind == "questions"
     rules = RowRules(tokenizer)
     for row in data.examples:
-        texts = texts_of(row.messages, row.reference)
+        texts = texts_of(row.messages, row.reference, tools=row.tools)
         encoded = [encode_text(tokenizer, text) for text in texts]
         rules.see(texts, row.place, row.line, encoded, in_turns=in_turns)
     for document in data.documents:

@@ -115,7 +115,8 @@ def encode_prompts(
         kept.append(row)
         encoded.append(tokens)
         in_turns = prompt_format.chat is not None
-        rules.see(texts_of(row.messages), row.place, row.line, [tokens], in_turns=in_turns)
+        texts = texts_of(row.messages, tools=row.tools)
+        rules.see(texts, row.place, row.line, [tokens], in_turns=in_turns)
     wanted = config.max_new_tokens
     short = sum(limit_new_tokens(tokens, model_config, wanted) < wanted for tokens in encoded)
     if short:

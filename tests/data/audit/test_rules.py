@@ -4,7 +4,7 @@ import pytest
 
 from llmctl.cli import COMMANDS
 from llmctl.data.audit.rule_table import NO_ROWS, READERS, RULES
-from llmctl.data.audit.rules import RowRules
+from llmctl.data.audit.rules import RowRules, texts_of
 from llmctl.data.rendered import frame_of
 from tests.conftest import sentences
 from tests.run_files import write_rows
@@ -181,6 +181,38 @@ def test_the_tokens_of_other_families_are_known(roomy, sides):
 )
 def test_words_struck_out_in_html_are_no_frame(text, frame):
     assert frame_of(text) == frame
+
+
+TOLD = ("content", "reasoning_content", "argument", "name of an argument", "schema")
+
+
+def told(where, text):
+    """A row with a text in one place."""
+    call = {
+        text if where == "name of an argument" else "city": text if where == "argument" else "Oslo",
+        "days": [1, True, None],
+    }
+    turn = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": call}}],
+    }
+    turn |= {where: text} if where in turn or where == "reasoning_content" else {}
+    schema = {"description": text if where == "schema" else "A call."}
+    return {"messages": [{"role": "user", "content": "Hi"}, turn], "tools": [schema]}
+
+
+@pytest.mark.parametrize("where", TOLD)
+def test_all_texts_of_a_row_are_looked_at(roomy, where):
+    from llmctl.models.loading import load_tokenizer
+
+    row = told(where, "<|im_start|>Hm")
+    texts = texts_of(row["messages"], tools=row["tools"])
+    assert "<|im_start|>Hm" in texts
+    assert {"Hi", "f", "Oslo"} - set(texts) <= ({"Oslo"} if where == "argument" else set())
+    rules = RowRules(load_tokenizer(str(roomy)))
+    rules.see(texts, "a.jsonl", 1)
+    assert [finding.name for finding in rules.findings()] == ["rendered"]
 
 
 @pytest.mark.parametrize("reader", UNREAD.warned_by)

@@ -11,9 +11,11 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from llmctl.console import log
+from llmctl.data.chat.omissions import leaves
 from llmctl.data.chat.render import SpecialTokens, any_of
 from llmctl.data.chat.templates import TEMPLATE_TOKENS
 from llmctl.data.rendered import INSTRUCTION, TURN_TOKENS, frame_of
+from llmctl.data.schemas import REASONING
 from llmctl.data.tokenizer.lost import MOST_LOST, LostCharacters
 from llmctl.errors import DataError
 from llmctl.numbers import counted
@@ -23,6 +25,8 @@ MOST_UNKNOWN, MANY_UNKNOWN = 0.2, 0.01
 the second a script or symbol is missing, which stray characters do not explain."""
 MOST_RENDERED = 0.1
 """Share of rows that may talk of special tokens; above it, a template was applied before."""
+SAID = ("content", *REASONING, "tool_calls")
+"""Keys of a message that hold what the model reads or writes."""
 
 
 @dataclass(frozen=True)
@@ -200,10 +204,12 @@ def unknown_token(tokenizer: PreTrainedTokenizerBase, stops: Iterable[int] = ())
     return None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
 
 
-def texts_of(messages: Iterable[Mapping[str, Any]] | None, *others: str | None) -> list[str]:
-    """List the texts of a row: what its messages say, and others."""
-    contents = [message.get("content") for message in messages or ()]
-    return [text for text in (*contents, *others) if isinstance(text, str)]
+def texts_of(
+    messages: Iterable[Mapping[str, Any]] | None, *others: str | None, tools: Any = None
+) -> list[str]:
+    """List the texts of a row: what its messages say, think and call, others, and its tools."""
+    said = [message[key] for message in messages or () for key in SAID if message.get(key)]
+    return list(leaves([said, others, tools]))
 
 
 def percent(share: float) -> str:
