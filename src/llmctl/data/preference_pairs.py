@@ -19,7 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from llmctl.config.commands import DpoConfig, RewardConfig
 from llmctl.console import log
 from llmctl.data.audit.rules import RowRules, texts_of
-from llmctl.data.bad_rows import BadRows
+from llmctl.data.bad_rows import BadRows, at_row
+from llmctl.data.chat.remedies import BOTH_FLAGS
 from llmctl.data.chat.responses import ResponseFormat, end_at_turn, prepare_template
 from llmctl.data.chat.templates import set_chat_template
 from llmctl.data.classification import configure_padding
@@ -27,7 +28,7 @@ from llmctl.data.examples import Example
 from llmctl.data.preferences import EQUAL, UNDECIDED, Preference, Preferences, read_preferences
 from llmctl.data.sft import require_template
 from llmctl.data.tokenized import EncodedSequence, Tokenized, collect, resolve_max_length
-from llmctl.errors import DataError, ModelError
+from llmctl.errors import DataError
 from llmctl.models.causality import require_causal_config
 from llmctl.models.loading import load_config, load_tokenizer
 from llmctl.numbers import counted
@@ -149,17 +150,14 @@ def _encode_pair(
     """Encode both sides; None where the pair is left out for its errors."""
     chosen, rejected = preference.sides
     try:
-        return (
-            response_format.encode_example(chosen, preference.shared),
-            response_format.encode_example(rejected, preference.shared),
-        )
+        with at_row(chosen.place, chosen.line):
+            return (
+                response_format.encode_example(chosen, preference.shared),
+                response_format.encode_example(rejected, preference.shared),
+            )
     except DataError as error:
-        error.file, error.line = chosen.place, chosen.line
         bad(error)
         return None
-    except ModelError as error:
-        error.file, error.line = chosen.place, chosen.line
-        raise
 
 
 def _require_enough(count: int, dropped: int, max_length: int, truncation: str) -> None:
@@ -252,7 +250,7 @@ def load_reward_data(config: RewardConfig, clock: str | None = None) -> Preferen
     )
     configure_padding(tokenizer, max_length)
     end_at_turn(tokenizer, model_config)
-    response_format = ResponseFormat(tokenizer, model_config, clock)
+    response_format = ResponseFormat(tokenizer, model_config, clock, flags=BOTH_FLAGS)
     data = _encode(config, preferences, response_format, max_length, model_config, added, bad)
     _require_no_padding(data.train, preferences.train, data)
     if data.val is not None:
@@ -280,7 +278,7 @@ def load_dpo_data(config: DpoConfig, clock: str | None = None) -> PreferenceData
     preferences = read_preferences(config, config.data, config.seed, bad)
     chats = preferences.has_chats
     added = set_chat_template(tokenizer, config.chat_template) if chats else []
-    response_format = ResponseFormat(tokenizer, model_config, clock)
+    response_format = ResponseFormat(tokenizer, model_config, clock, flags=BOTH_FLAGS)
     if chats and config.chat_template:
         require_template(response_format.chat, config.chat_template)
     return _encode(config, preferences, response_format, max_length, model_config, added, bad)
