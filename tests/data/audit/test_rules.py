@@ -302,6 +302,17 @@ def test_a_conversation_without_a_template_is_called_one(chats, reader):
     assert "drop --chat" not in result.err
 
 
+@pytest.mark.parametrize("has_template", [True, False])
+def test_a_hint_at_chat_is_given_where_there_is_a_template(cli, roomy, tmp_path, has_template):
+    shutil.copytree(roomy / "model", tmp_path / "model")
+    if not has_template:
+        (tmp_path / "model" / "chat_template.jinja").unlink()
+    prompt = ("--prompt", "<|eos|>Hi", "--dry-run")
+    result = cli("generate", "--model", tmp_path / "model", *prompt)
+    assert "the prompt spells special tokens (<|eos|>), which are text here" in result.err
+    assert ("--chat puts a prompt into the template" in result.err) == has_template
+
+
 def test_no_template_is_named_that_does_not_write_the_part():
     """None of llmctl's own writes tools, calls or reasoning."""
     from llmctl.data.chat.remedies import BOTH_FLAGS, Remedies

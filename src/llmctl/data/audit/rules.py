@@ -162,7 +162,8 @@ class RowRules:
         """Say once what a prompt loses, or spells in vain; nothing is refused."""
         if self.spelled:
             names = ", ".join(list(self.spelled)[:3])
-            more = "" if chat else "; --chat puts a prompt into the template"
+            has_flag = not chat and self._tokenizer.chat_template is not None
+            more = "; --chat puts a prompt into the template" if has_flag else ""
             log.warning("the prompt spells special tokens (%s), which are text here%s", names, more)
         if self.lost.lost:
             log.warning("%s", self.lost.message())
