@@ -89,6 +89,18 @@ MISTRAL = (
 )
 
 
+LFM_2 = "{% if tools %}{{ tools | tojson }}{% endif %}" + PLAIN
+"""Tools are listed, calls are not written."""
+GEMMA_4 = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% for m in messages if m.role != 'tool' %}<s>{{ m.role }}\n"
+    "{% for c in m.tool_calls | default([]) %}call:{{ c.function.name }}"
+    "{{ c.function.arguments | tojson }}"
+    "{% for r in messages if r.role == 'tool' and r.tool_call_id == c.id %}"
+    "<response>{{ r.content }}</response>{% endfor %}{% endfor %}{{ m.content }}</s>\n"
+    "{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+"""What is said beside a call stands after the answer to it."""
 MISTRAL_LAST = (
     "{% set ns = namespace(system='', last=0) %}{% for m in messages %}"
     "{% if m.role == 'system' %}{% set ns.system = m.content + '\n\n' %}"
@@ -129,6 +141,8 @@ def chat_of():
         (MISTRAL, (SYSTEM, USER, ANSWER, USER, ANSWER)),
         (MISTRAL, (USER, CALL, RESULT, ANSWER)),
         (MISTRAL_LAST, (SYSTEM, {**USER, "content": "Hello?"}, ANSWER, USER, ANSWER)),
+        (GEMMA_4, (USER, {**CALL, "content": "I ask."}, RESULT, ANSWER)),
+        (GEMMA_4, (USER, {**CALL, "content": "weather"}, RESULT, {**ANSWER, "content": "9"})),
         (QWEN_3, (USER, {**CALL, "content": "Oslo"}, RESULT, {**ANSWER, "content": "Oslo"})),
         (QWEN_3, (USER, {**ANSWER, "reasoning_content": "Nine degrees."})),
         (PLAIN, (USER, ANSWER, USER, ANSWER, USER, ANSWER)),
@@ -145,6 +159,11 @@ def test_ordinary_rows_of_known_families_pass(chat_of, template, messages):
     [
         (MISTRAL, (USER, {**CALL, "content": "I ask."}, RESULT, ANSWER), "content of message 2"),
         (LLAMA_3, (USER, {**CALL, "content": "Oslo"}, RESULT, ANSWER), "content of message 2"),
+        (
+            LLAMA_3,
+            (USER, {**CALL, "content": USER["content"]}, RESULT, ANSWER),
+            "content of message 2",
+        ),
         (LLAMA_3, (USER, {**CALL, "content": "9"}, RESULT, ANSWER), "content of message 2"),
         (LLAMA_3, (USER, {**CALL, "content": '"9" '}, RESULT, ANSWER), "content of message 2"),
         (DEEPSEEK, (USER, {**ANSWER, "content": "<think>So.</think>Nine."}), "content of message"),
@@ -166,6 +185,7 @@ def test_a_part_that_is_left_out_is_a_bad_row(chat_of, template, messages, messa
     [
         (WITHOUT_SYSTEM, (SYSTEM, USER, ANSWER), "messages of the system"),
         (PLAIN, (USER, CALL, RESULT, ANSWER), "calls of tools"),
+        (LFM_2, (USER, CALL, RESULT, ANSWER), "calls of tools"),
         (PLAIN, (USER, THOUGHT), "`reasoning_content`"),
     ],
 )

@@ -14,6 +14,8 @@ from llmctl.data.schemas import REASONING
 
 MARK = "Zqxjkv"
 """A word that no template writes by itself."""
+CALLED = "Vkjxqz"
+"""Another, of calls: the name of a tool stands among the tools, too."""
 CALL_ID = "zqxjkv123"
 """Nine letters and digits, which Mistral's templates ask for."""
 PROBE_TOOLS = [
@@ -39,7 +41,7 @@ _CALL = {
         {
             "id": CALL_ID,
             "type": "function",
-            "function": {"name": "zqxjkv_tool", "arguments": {"a": "b"}},
+            "function": {"name": "zqxjkv_tool", "arguments": {"a": CALLED}},
         }
     ],
 }
@@ -91,16 +93,16 @@ def kinds_of(messages: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def writes(text: str, kind: str) -> bool:
     """Whether the rendered probe of a kind has its part in it."""
-    return ("zqxjkv_tool" if kind == "tool_calls" else MARK) in text
+    return (CALLED if kind == "tool_calls" else MARK) in text
 
 
 def missing_part(text: str, messages: Sequence[Mapping[str, Any]]) -> str | None:
-    """Name the first part of the messages that the text does not have; None where it has all.
+    """Name a part of the messages that the text does not have; None where it has all.
 
-    Each part stands after the one before, so that words which another part has, too, do not count
-    twice; a system message may stand anywhere. What is said beside a call stands there as often as
-    it is said. White space and the escapes of JSON make no difference. Reasoning before the user's
-    last turn may be missing, also where it stands in the content, before `</think>`.
+    It has a part as often as all parts and calls together have its words: where they stand
+    elsewhere, too, the part is not there for that. White space and the escapes of JSON make no
+    difference. Reasoning before the user's last turn may be missing, also where it stands in the
+    content, before `</think>`.
     """
     parts = [part for part in _parts(messages) if part.text.strip()]
     calls = [
@@ -108,8 +110,7 @@ def missing_part(text: str, messages: Sequence[Mapping[str, Any]]) -> str | None
         for number, message in enumerate(messages, start=1)
         for call in message.get("tool_calls", ())
     ]
-    is_beside = any(part.is_beside_call for part in parts)
-    if is_beside or _first_missing(text, parts, [(part.text,) for part in parts]) is not None:
+    if calls or not _stand_in_order(text, parts):
         called = [
             leaf for _, call in calls for leaf in leaves([call["name"], call.get("arguments")])
         ]
@@ -133,7 +134,7 @@ def leaves(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from leaves(inner)
-    elif value is not None:
+    elif isinstance(value, int | float) and not isinstance(value, bool):
         yield json.dumps(value)
 
 
@@ -142,8 +143,6 @@ class _Part(NamedTuple):
 
     name: str
     text: str
-    is_free: bool
-    """It may stand before or after other parts."""
     is_beside_call: bool
 
 
@@ -153,44 +152,41 @@ def _parts(messages: Sequence[Mapping[str, Any]]) -> Iterator[_Part]:
     last = users[-1] if users else -1
     for number, message in enumerate(messages):
         role, content, is_earlier = message["role"], message["content"], number < last
-        calls = bool(message.get("tool_calls"))
         thoughts = {message.get(key): key for key in reversed(REASONING)}  # a text under two names
+        has_calls = bool(message.get("tool_calls"))
         for thought, key in () if is_earlier else thoughts.items():
-            yield _Part(f"`{key}` of message {number + 1}", thought or "", False, calls)
+            yield _Part(f"`{key}` of message {number + 1}", thought or "", has_calls)
         if is_earlier and role == "assistant" and "</think>" in content:
             content = _THOUGHT.sub("", content)
-        name = f"the content of message {number + 1}, of the {role}"
-        yield _Part(name, content, role in ("system", "developer"), calls)
+        yield _Part(f"the content of message {number + 1}, of the {role}", content, has_calls)
+
+
+def _stand_in_order(text: str, parts: Sequence[_Part]) -> bool:
+    """Whether each part stands as it is after the one before: then none has another's place."""
+    at = 0
+    for part in parts:
+        found = text.find(part.text, at)
+        if found < 0:
+            return False
+        at = found + len(part.text)
+    return True
 
 
 def _missing_of(text: str, parts: Sequence[_Part], called: Sequence[str]) -> _Part | None:
-    """Find the part that a text without white space lacks; `called` are the texts of calls.
+    """Find the part that a text without white space has too seldom.
 
-    One that is not found may have lost its place to one before, which is then too rare.
+    Of several it is the longest, since the words in it are then too rare as well; of equal ones
+    that beside a call. `called` are the texts of calls.
     """
     forms = [_forms(part.text) for part in parts]
     said = [own for own, *_ in forms] + list(called)
-    missing = _first_missing(text, parts, forms)
-    for part, own in zip(parts[:missing], forms, strict=False):
-        is_doubtful = missing is not None or part.is_beside_call
-        if is_doubtful and sum(map(text.count, set(own))) < sum(s.count(own[0]) for s in said):
-            return part
-    return None if missing is None else parts[missing]
-
-
-def _first_missing(
-    text: str, parts: Sequence[_Part], forms: Sequence[tuple[str, ...]]
-) -> int | None:
-    """Number the first part that has none of its forms in the text, after the parts before it."""
-    at = 0
-    for number, part in enumerate(parts):
-        start = 0 if part.is_free else at
-        found = [(text.find(form, start), len(form)) for form in forms[number]]
-        ends = [place + length for place, length in found if place >= 0]
-        if not ends:
-            return number
-        at = at if part.is_free else min(ends)
-    return None
+    missing, rank = None, (0, False)
+    for part, own in zip(parts, forms, strict=True):
+        own_rank = (len(own[0]), part.is_beside_call)
+        wanted = sum(other.count(own[0]) for other in said)
+        if own_rank > rank and sum(map(text.count, set(own))) < wanted:
+            missing, rank = part, own_rank
+    return missing
 
 
 def _squeezed(text: str) -> str:
