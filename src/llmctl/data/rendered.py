@@ -44,13 +44,10 @@ def frame_of(text: str) -> list[str]:
 
     None where they also stand within it: then they strike words out, as in HTML.
     """
-    body = text.strip().removeprefix(BEGIN).removesuffix(END)
-    if BEGIN in body or END in body:
-        return []
-    return [
-        *([BEGIN] if text.lstrip().startswith(BEGIN) else []),
-        *([END] if text.rstrip().endswith(END) else []),
-    ]
+    inner = text.strip()
+    frame = [*([BEGIN] * inner.startswith(BEGIN)), *([END] * inner.endswith(END))]
+    body = inner.removeprefix(BEGIN).removesuffix(END) if frame else ""
+    return [] if BEGIN in body or END in body else frame
 
 
 def prompt_of_text(text: str) -> str | None:

@@ -25,8 +25,8 @@ MOST_UNKNOWN, MANY_UNKNOWN = 0.2, 0.01
 the second a script or symbol is missing, which stray characters do not explain."""
 MOST_RENDERED = 0.1
 """Share of rows that may talk of special tokens; above it, a template was applied before."""
-SAID = ("content", *REASONING, "tool_calls")
-"""Keys of a message that hold what the model reads or writes."""
+SAID_BESIDE = (*REASONING, "tool_calls")
+"""Keys of a message that hold what the model reads or writes beside the content."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class RowRules:
         """
         self._tokenizer, self._noun = tokenizer, noun
         known = (name for names in TEMPLATE_TOKENS.values() for name in names)
-        self._specials = any_of({*SpecialTokens(tokenizer).names, *known, *TURN_TOKENS})
+        names = {*SpecialTokens(tokenizer).names, *known, *TURN_TOKENS}
+        self._specials, self._beginnings = any_of(names), {name[0] for name in names if name}
         self.unknown_token = unknown_token(tokenizer)
         self._embedding_rows = embedding_rows
         self._added = frozenset(map(int, tokenizer.convert_tokens_to_ids(list(added))))
@@ -91,7 +92,8 @@ class RowRules:
         here = place, line
         is_rendered = False
         for text in texts:
-            names, inner = self._specials.findall(text), text.strip()
+            may_spell = any(letter in text for letter in self._beginnings)  # a quicker search
+            names, inner = self._specials.findall(text) if may_spell else [], text.strip()
             names = names or frame_of(inner)
             if in_turns and not names:
                 names = [n for n in INSTRUCTION if inner.startswith(n) or inner.endswith(n)]
@@ -209,8 +211,11 @@ def texts_of(
     messages: Iterable[Mapping[str, Any]] | None, *others: str | None, tools: Any = None
 ) -> list[str]:
     """List the texts of a row: what its messages say, think and call, others, and its tools."""
-    said = [message[key] for message in messages or () for key in SAID if message.get(key)]
-    return list(leaves([said, others, tools]))
+    texts = [message.get("content") for message in messages or ()]
+    for message in messages or ():
+        if not message.keys().isdisjoint(SAID_BESIDE):
+            texts += leaves([message.get(key) for key in SAID_BESIDE])
+    return [text for text in (*texts, *others, *leaves(tools)) if isinstance(text, str)]
 
 
 def percent(share: float) -> str:

@@ -7,15 +7,15 @@ beside a call.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llmctl.data.schemas import REASONING
 
 MARK = "Zqxjkv"
 """A word that no template writes by itself."""
-CALLED = "Vkjxqz"
-"""Another, of calls: the name of a tool stands among the tools, too."""
+CALLED = "vkjxqz_tool"
+"""Name of a tool that is called, and not among the tools, which templates list."""
 CALL_ID = "zqxjkv123"
 """Nine letters and digits, which Mistral's templates ask for."""
 PROBE_TOOLS = [
@@ -41,11 +41,11 @@ _CALL = {
         {
             "id": CALL_ID,
             "type": "function",
-            "function": {"name": "zqxjkv_tool", "arguments": {"a": CALLED}},
+            "function": {"name": CALLED, "arguments": {"a": "b"}},
         }
     ],
 }
-_RESULT = {"role": "tool", "name": "zqxjkv_tool", "tool_call_id": CALL_ID, "content": MARK}
+_RESULT = {"role": "tool", "name": CALLED, "tool_call_id": CALL_ID, "content": MARK}
 
 PROBES: dict[str, tuple[Mapping[str, Any], ...]] = {
     "system": ({"role": "system", "content": MARK}, _USER, _ANSWER),
@@ -110,7 +110,10 @@ def missing_part(text: str, messages: Sequence[Mapping[str, Any]]) -> str | None
         for number, message in enumerate(messages, start=1)
         for call in message.get("tool_calls", ())
     ]
-    if calls or not _stand_in_order(text, parts):
+    texts = [part.text for part in parts]
+    if any(part.is_beside_call for part in parts) or not (
+        _stand_in_order(text, texts) or _stand_in_order(_squeezed(text), map(_squeezed, texts))
+    ):
         called = [
             leaf for _, call in calls for leaf in leaves([call["name"], call.get("arguments")])
         ]
@@ -152,23 +155,24 @@ def _parts(messages: Sequence[Mapping[str, Any]]) -> Iterator[_Part]:
     last = users[-1] if users else -1
     for number, message in enumerate(messages):
         role, content, is_earlier = message["role"], message["content"], number < last
-        thoughts = {message.get(key): key for key in reversed(REASONING)}  # a text under two names
         has_calls = bool(message.get("tool_calls"))
-        for thought, key in () if is_earlier else thoughts.items():
-            yield _Part(f"`{key}` of message {number + 1}", thought or "", has_calls)
+        if not is_earlier and not message.keys().isdisjoint(REASONING):
+            thoughts = {message.get(key): key for key in reversed(REASONING)}  # one under two names
+            for thought, key in thoughts.items():
+                yield _Part(f"`{key}` of message {number + 1}", thought or "", has_calls)
         if is_earlier and role == "assistant" and "</think>" in content:
             content = _THOUGHT.sub("", content)
         yield _Part(f"the content of message {number + 1}, of the {role}", content, has_calls)
 
 
-def _stand_in_order(text: str, parts: Sequence[_Part]) -> bool:
+def _stand_in_order(text: str, parts: Iterable[str]) -> bool:
     """Whether each part stands as it is after the one before: then none has another's place."""
     at = 0
     for part in parts:
-        found = text.find(part.text, at)
+        found = text.find(part, at)
         if found < 0:
             return False
-        at = found + len(part.text)
+        at = found + len(part)
     return True
 
 
