@@ -622,6 +622,82 @@ def test_a_task_that_is_not_there_is_refused(cli, roomy, benchmark, monkeypatch)
     assert "did you mean" in result.err
 
 
+# Rows that a chat template refuses
+
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture
+def strict(roomy, tmp_path):
+    """The model with a template that wants roles to alternate."""
+    shutil.copytree(roomy / "model", tmp_path / "strict")
+    (tmp_path / "strict" / "chat_template.jinja").write_text(ALTERNATING)
+    return tmp_path / "strict"
+
+
+@pytest.fixture
+def chats(tmp_path):
+    """Conversations, of which the third has two turns of the user in a row."""
+    rows = [[{"role": "user", "content": p}, {"role": "assistant", "content": r}] for p, r in PAIRS]
+    rows[2].insert(0, {"role": "user", "content": "Well."})
+    return write_rows(tmp_path / "chats.jsonl", [{"messages": row} for row in rows])
+
+
+@pytest.mark.parametrize("metrics", ["perplexity", "exact", "perplexity,exact"])
+def test_a_row_that_one_of_two_models_refuses_is_left_out_of_both(
+    cli, figures, roomy, strict, chats, metrics
+):
+    run = ("--data", chats, "--metrics", metrics, "--max-new-tokens", 2, "--threads", 1)
+    both = (*run, "--compare", strict)
+    found = figures(roomy, *both, "--skip-bad-rows", 1)
+    kept = [line for n, line in enumerate(chats.read_text().splitlines(keepends=True)) if n != 2]
+    (chats.parent / "kept.jsonl").write_text("".join(kept))
+    expected = figures(roomy, "--data", chats.parent / "kept.jsonl", *both[2:])
+    assert (found["rows"], found["compare"]) == (5, expected["compare"])
+    assert found == expected
+    refused = cli("evaluate", "--model", roomy, *both, "--dry-run")
+    assert refused.code == 3
+    assert f"{chats}:3: the chat template refuses these messages: roles must" in refused.err
+    assert "--chat-template" not in refused.err
+    assert figures(roomy, *run)["rows"] == 6
+
+
+def test_examples_and_references_that_it_refuses_are_placed(cli, strict, pairs, chats, tmp_path):
+    run = ("evaluate", "--model", strict, "--data", pairs, "--metrics", "exact", *SHORT)
+    run = (*run, "--dry-run")
+    shots = ("--shots", 1, "--shots-data", chats)
+    refused = cli(*run, *shots)
+    assert refused.code == 3
+    assert f"{chats}:3: the chat template refuses" in refused.err
+    assert cli(*run, *shots, "--skip-bad-rows", 1).code == 0
+    (strict / "chat_template.jinja").write_text(
+        ALTERNATING.replace("{{ m.content }}", "{{ m.content.split('#')[0] }}")
+    )
+    lossy = write_rows(tmp_path / "lossy.jsonl", [{"prompt": "a", "response": "b # c"}])
+    run = ("evaluate", "--model", strict, "--data", lossy, "--dry-run")
+    refused = cli(*run, "--metrics", "perplexity")
+    assert refused.code == 3
+    assert f"{lossy}:1: the chat template leaves out the content of message 2" in refused.err
+    assert cli(*run, "--metrics", "exact").code == 0
+    left = cli(*run, "--metrics", "perplexity", "--skip-bad-rows", 1)
+    assert (left.code, "no row is left to evaluate" in left.err) == (3, True), left.err
+
+
+def test_a_prompt_that_is_too_long_is_a_bad_row(cli, figures, roomy, tmp_path):
+    rows = [{"prompt": "The cat sees " * n, "response": "it."} for n in (1, 200, 2)]
+    file = write_rows(tmp_path / "long.jsonl", rows)
+    run = ("--data", file, "--metrics", "exact", "--max-new-tokens", 2, "--threads", 1)
+    refused = cli("evaluate", "--model", roomy, *run)
+    assert refused.code == 3
+    assert f"{file}:2: the prompt has " in refused.err
+    assert figures(roomy, *run, "--skip-bad-rows", 1)["rows"] == 2
+
+
 # Resuming
 
 

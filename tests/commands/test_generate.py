@@ -375,7 +375,7 @@ def test_a_template_that_asks_otherwise_than_it_answers_still_ends_turns(model) 
             3,
             "role.jsonl:1: the role of `messages[0]` is `asistant`",
         ),
-        (("--prompts-file", "long.txt"), 3, "long.txt:2 has 2,001 tokens, the model's context"),
+        (("--prompts-file", "long.txt"), 3, "long.txt:2: the prompt has 2,001 tokens"),
         (
             ("--prompt", "a", "--shots", "other.jsonl"),
             3,

@@ -130,7 +130,11 @@ TEXTS = {
     "rows of other lengths": "id,text\n1,a\n2,b,c\n",
     "a name twice": "text,text\na,b\n",
     "tabs in prose": "Name of it\tits age\nBob\t7\n",
-    "a pretty object": '{\n "text": "a"\n}\n',
+    "an object before prose": '{\n "text": "a"\n}\nThat was JSON.\n',
+    "an object and a line": '{"text": "a"}\nnot JSON\n',
+    "a program": '{\n  "use strict";\n  run();\n}\n',
+    "sentences of one semicolon each": "He came; she left\nIt rained; they sang\nGood; bad\n",
+    "short sentences of one comma each": "Write me a poem, please\nTell a joke, now\nGo, go\n",
     "numbers in an array": "[1, 2]\n",
     "nothing": "",
     "white space": " \n\n",
@@ -144,6 +148,74 @@ def test_other_text_stays_text(tmp_path, spool, text, name):
     (source,) = found(spool, tmp_path / name)
     assert source.kind == "text"
     assert "".join(piece.text for piece in read_pieces(source, "text")) == text
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md"])
+def test_a_name_of_text_is_believed(tmp_path, spool, name):
+    text = '{\n "text": "a"\n}\n'
+    (tmp_path / name).write_text(text)
+    (source,) = found(spool, tmp_path / name)
+    assert "".join(piece.text for piece in read_pieces(source, "text")) == text
+
+
+@pytest.mark.parametrize("name", ["a", "a.dat", "a.json"])
+@pytest.mark.parametrize("count", [1, 4000])
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_object_over_several_lines_is_no_text(tmp_path, spool, name, count, packed):
+    """Whatever it is called, and where its head alone is looked at."""
+    raw = json.dumps({"data": [{"text": f"row {n}"} for n in range(count)]}, indent=2).encode()
+    path = tmp_path / (f"{name}.gz" if packed else name)
+    path.write_bytes(gzip.compress(raw) if packed else raw)
+    (source,) = found(spool, path)
+    with pytest.raises(DataError, match=r"one object over several lines; .* those of `data`") as e:
+        list(read_rows(source))
+    assert (e.value.file, e.value.line) == (str(path), 1)
+
+
+def test_a_folder_leaves_out_such_an_object(tmp_path, spool):
+    """There it is a setting or a notebook beside the data."""
+    (tmp_path / "notes.ipynb").write_text(json.dumps({"cells": [], "nbformat": 4}, indent=1))
+    (tmp_path / "a.jsonl").write_text(JSONL)
+    (source,) = found(spool, tmp_path)
+    assert source.name == str(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("broken", [0, 2, 4])
+@pytest.mark.parametrize("line", ['{"text": "cut o', "not JSON", "[1, 2]"])
+def test_rows_with_one_broken_line_are_no_text(tmp_path, spool, broken, line):
+    lines = [json.dumps({"text": letter}) for letter in "abcd"]
+    path = tmp_path / "a.dat"
+    path.write_text("\n".join([*lines[:broken], line, *lines[broken:]]))
+    (source,) = found(spool, path)
+    assert source.kind == "jsonl"
+    with pytest.raises(DataError) as refused:
+        list(read_rows(source))
+    assert (refused.value.file, refused.value.line) == (str(path), broken + 1)
+    seen = []
+    assert [row.values["text"] for row in read_rows(source, on_bad=seen.append)] == list("abcd")
+    assert len(seen) == 1
+
+
+TABLES = {
+    "semicolons": 'prompt;text\n"How; then?";1,5\nWhat?;This\n',
+    "words": 'the prompt,best text\n"How, then?",Like this\nWhat?,That\n',
+    "words and semicolons": "the prompt;best text\nHow?;1,5\nWhat?;This\n",
+    "words and tabs": "the prompt\tbest text\nHow?\tSo\nWhat?\tThis\n",
+}
+
+
+@pytest.mark.parametrize("text", TABLES.values(), ids=TABLES)
+@pytest.mark.parametrize("name", ["a", "a.bak"])
+def test_tables_of_spreadsheets_are_read_as_under_their_own_name(tmp_path, spool, text, name):
+    (tmp_path / name).write_text(text)
+    (source,) = found(spool, tmp_path / name)
+    kind = "tsv" if "\t" in text else "csv"
+    (tmp_path / f"own.{kind}").write_text(text)
+    (own,) = found(spool, tmp_path / f"own.{kind}")
+    rows = [row.values for row in read_rows(source)]
+    assert source.kind == kind
+    assert len(rows) == 2
+    assert rows == [row.values for row in read_rows(own)]
 
 
 def test_lines_of_any_length_and_a_torn_end_are_told(tmp_path, spool, monkeypatch):
@@ -162,7 +234,7 @@ def test_lines_of_any_length_and_a_torn_end_are_told(tmp_path, spool, monkeypatc
 
 def test_twenty_lines_tell_and_blank_ones_do_not_count(tmp_path, said):
     rows = [json.dumps({"text": str(n)}) for n in range(20)]
-    for name, lines in {"a": [*rows, "no"], "b": ["", *rows[:19], "", "no"]}.items():
+    for name, lines in {"a": [*rows, "no", "no"], "b": ["", *rows[:18], "", "no", "no"]}.items():
         (tmp_path / name).write_text("\n".join(lines))
     assert file_kind(tmp_path / "a", "a").kind == "jsonl"
     assert file_kind(tmp_path / "b", f"{tmp_path}/b").kind == "text"

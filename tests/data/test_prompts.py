@@ -1,6 +1,9 @@
 """A prompt is asked as its row is trained, whichever file it comes from."""
 
+import io
 import json
+import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -97,3 +100,20 @@ def test_columns_beside_the_prompt_and_its_answer_are_named(tmp_path):
     bad = BadRows()
     read_prompts([str(write_rows(tmp_path / "a.jsonl", [row]))], [], 0, bad)
     assert bad.unread == ["context", "id"]
+
+
+def test_structured_text_is_text(tmp_path):
+    """A JSON list of objects that have no role is what a user or a model may well write."""
+    text = json.dumps([{"name": "Ann", "age": 3}])
+    row = {"prompt": text, "response": text}
+    file = write_rows(tmp_path / "a.jsonl", [row])
+    assert [p.prompt for p in read_prompt_file(file)] == [text]
+    written = write_rows(tmp_path / "b.jsonl", [{"prompt": json.dumps([USER]), "response": "x"}])
+    assert [p.prompt for p in read_prompt_file(written)] == [[USER]]
+
+
+def test_a_pipe_that_brings_nothing_is_called_one(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    with pytest.raises(DataError, match="nothing to read: no prompt came") as refused:
+        read_prompt_file(Path("-"))
+    assert refused.value.file == "stdin"

@@ -53,8 +53,9 @@ def test_a_real_folder_is_read_once_and_loops_are_cut(tmp_path, spool):
     (folder / "y").symlink_to(folder / "a" / "b")
     (folder / "self").symlink_to("self")
     tree(tmp_path, beside="not in the folder")
-    with pytest.raises(DataError, match="a link to what is not there"):
+    with pytest.raises(DataError, match="a link to what is not there") as caught:
         texts(spool, folder)
+    assert caught.value.hint == "it leads back to itself: remove it"
     (folder / "self").unlink()
     sources = find_sources([str(folder)], spool)
     assert [source.name for source in sources] == [

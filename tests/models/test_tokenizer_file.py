@@ -112,6 +112,26 @@ def test_a_class_that_splits_otherwise_is_refused(cli, tmp_path, corpus, name, c
     assert load_tokenizer(str(folder))(SHORT)["input_ids"] == ids_of(made, SHORT)
 
 
+@pytest.mark.parametrize("name", ["T5TokenizerFast", 7, ["GPT2Tokenizer"]])
+def test_a_class_that_does_not_open_its_file_is_named_with_the_fix(cli, tmp_path, corpus, name):
+    """A class of another kind of vocabulary, or no name of a class at all."""
+    made = byte_level(SPACES)
+    folder = folder_of(tmp_path / "own", made, name)
+    result = cli("tokenize", "--data", corpus, "--tokenizer", folder, "-o", tmp_path / "run")
+    assert result.code == 4
+    assert f"does not load as {name}, its `tokenizer_class`: " in result.err
+    assert 'set "tokenizer_class": "TokenizersBackend" in tokenizer_config.json' in result.err
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    fixed = json.dumps(config | {"tokenizer_class": "TokenizersBackend"})
+    (folder / "tokenizer_config.json").write_text(fixed)  # as the hint has it
+    assert load_tokenizer(str(folder))(SHORT)["input_ids"] == ids_of(made, SHORT)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(ModelError, match="not a tokenizer") as refused:
+        load_tokenizer(str(folder))
+    assert refused.value.hint is None
+
+
 def test_the_file_is_used_where_it_is_wanted_whatever_the_type_of_the_model(tmp_path, capsys):
     made = byte_level(SPACES)
     folder = folder_of(tmp_path / "own", made, "PreTrainedTokenizerFast", model_type="qwen2")

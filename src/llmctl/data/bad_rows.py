@@ -1,15 +1,27 @@
-"""Count the rows that are left out for their errors, and name the columns that nothing reads.
+"""Place the errors of rows, count what is left out for them, name the columns that nothing reads.
 
 In: errors of rows, from their reading to their encoding. Out: one line for all of them, or the
 error that is one too many.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from llmctl.console import log
 from llmctl.data.rows import quote_names, shown_name
-from llmctl.errors import DataError
+from llmctl.errors import DataError, ModelError
 from llmctl.numbers import counted
+
+
+@contextmanager
+def at_row(place: str | None, line: int | None) -> Iterator[None]:
+    """Give an error that a row brings up the row's place, unless it names one."""
+    try:
+        yield
+    except (DataError, ModelError) as error:
+        if error.file is None:
+            error.file, error.line = place, line
+        raise
 
 
 class BadRows:

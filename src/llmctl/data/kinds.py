@@ -67,12 +67,16 @@ LINE_BYTES = 64 << 20
 
 HEAD_BYTES = 1 << 16
 HEAD_LINES = 20
-"""Lines that tell the kind of a file: all that are not blank must agree."""
+"""Lines that tell the kind of a file: all that are not blank must agree, but for one broken row."""
+CUT_CHARACTERS = 16
+"""Where a text is cut off, so many characters may be no JSON: half a name, or half an escape."""
 
 _JSON = re.compile(rb"(?:\xef\xbb\xbf)?\s*[\[{]")
 _ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*\{")
 _COLUMN = re.compile(r"[^\W\d][\w.-]{0,63}")
 """Name of a column; prose has spaces and sentence marks."""
+_WORDS = re.compile(r"[^\W\d][\w.-]{0,63}( [\w.-]{1,64}){0,3}")
+"""Name of a column in several words."""
 
 
 class FileKind(NamedTuple):
@@ -100,6 +104,8 @@ def file_kind(path: Path, name: str) -> FileKind:
     """
     found, head = _look_into(path, name)
     suffix = suffix_of(name)
+    if suffix not in SUFFIXES and found.kind == "text" and _is_spread(head):
+        found = found._replace(kind="json")  # which its reader refuses, as that of any .json
     if suffix in SUFFIXES and found.kind == "text" and _is_jsonl(head):
         say_once(
             f"{name}: each line is a JSON object, but the suffix {suffix} says plain text: it is "
@@ -219,11 +225,11 @@ def _sniffed(head: bytes, rest: IO[bytes]) -> Kind:
         return "parquet"
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         return "arrow"
-    if _is_jsonl(head):
+    if _is_jsonl(head, broken=1):
         return "jsonl"
     if _ARRAY.match(head) and (_is_array(head) or _is_array(head + rest.read(LINE_BYTES))):
         return "json"
-    if _is_table(head, ","):
+    if _is_table(head, ",") or _is_table(head, ";"):
         return "csv"
     if _is_table(head, "\t"):
         return "tsv"
@@ -238,9 +244,12 @@ def _lines(head: bytes) -> list[str]:
     return [line for line in lines if line.strip()][:HEAD_LINES]
 
 
-def _is_jsonl(head: bytes) -> bool:
-    lines = _lines(head) if _JSON.match(head) else []
-    return bool(lines) and all(map(_is_object, lines))
+def _is_jsonl(head: bytes, broken: int = 0) -> bool:
+    """Whether each line is an object, but for so many `broken` ones beside two that are."""
+    lines = _lines(head)
+    objects = sum(map(_is_object, lines))
+    others = len(lines) - objects
+    return objects > 0 if not others else others <= broken and objects >= 2
 
 
 def _is_object(line: str) -> bool:
@@ -248,6 +257,24 @@ def _is_object(line: str) -> bool:
         return line.lstrip().startswith("{") and isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
+
+
+def _is_spread(head: bytes) -> bool:
+    """Whether a text begins with an object over several lines, and has nothing but JSON after it.
+
+    The end of a long text is not looked at.
+    """
+    text = head.decode(errors="replace").removeprefix("\ufeff").strip()
+    if not text.startswith("{"):
+        return False
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except json.JSONDecodeError as error:
+        is_cut = error.pos > len(text) - CUT_CHARACTERS or error.msg.startswith("Unterminated")
+        return len(head) >= HEAD_BYTES and is_cut
+    except (ValueError, RecursionError):
+        return False
+    return "\n" in text[:end] and text[end:].lstrip()[:1] in ("", "{", ",")
 
 
 def _is_array(head: bytes) -> bool:
@@ -261,7 +288,11 @@ def _is_array(head: bytes) -> bool:
 
 
 def _is_table(head: bytes, delimiter: str) -> bool:
-    """Whether a text begins with a header of two names or more and rows of as many fields."""
+    """Whether a text begins with a header of two names or more and rows of as many fields.
+
+    Names may be of several words where there are two rows or more, and no field begins with a
+    space, as what follows a comma in prose does.
+    """
     csv.field_size_limit(LINE_BYTES)
     text = io.StringIO(head.decode(errors="replace").removeprefix("\ufeff"), newline="")
     table = csv.reader(text, delimiter=delimiter, strict=True)
@@ -274,5 +305,11 @@ def _is_table(head: bytes, delimiter: str) -> bool:
     else:
         rows = rows[:-1] if is_cut and len(rows) < HEAD_LINES else rows
     header, *rows = [row for row in rows if row] or [[]]
-    are_names = len(set(header)) == len(header) > 1 and all(map(_COLUMN.fullmatch, header))
-    return are_names and bool(rows) and all(len(row) == len(header) for row in rows)
+    if len(set(header)) != len(header) or len(header) < 2 or not rows:
+        return False
+    if any(len(row) != len(header) for row in rows):
+        return False
+    if all(map(_COLUMN.fullmatch, header)):
+        return True
+    is_prose = len(rows) < 2 or any(field.startswith(" ") for row in rows for field in row)
+    return not is_prose and all(map(_WORDS.fullmatch, header))

@@ -19,7 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from llmctl.config.commands import DpoConfig, RewardConfig
 from llmctl.console import log
 from llmctl.data.audit.rules import RowRules, texts_of
-from llmctl.data.bad_rows import BadRows
+from llmctl.data.bad_rows import BadRows, at_row
+from llmctl.data.chat.remedies import BOTH_FLAGS
 from llmctl.data.chat.responses import ResponseFormat, end_at_turn, prepare_template
 from llmctl.data.chat.templates import set_chat_template
 from llmctl.data.classification import configure_padding
@@ -34,7 +35,7 @@ from llmctl.data.preferences import (
 )
 from llmctl.data.sft import require_template
 from llmctl.data.tokenized import EncodedSequence, Tokenized, collect, resolve_max_length
-from llmctl.errors import DataError, ModelError
+from llmctl.errors import DataError
 from llmctl.models.causality import require_causal_config
 from llmctl.models.loading import load_config, load_tokenizer
 from llmctl.numbers import counted
@@ -148,7 +149,7 @@ def _see(
 ) -> None:
     """Hold a pair against the rules on rows."""
     chosen, rejected = preference.sides
-    texts = texts_of(chosen.messages, chosen.text)
+    texts = texts_of(chosen.messages, chosen.text, tools=chosen.tools)
     texts += texts_of((rejected.messages or ())[preference.shared :], rejected.text)
     tokens = [side.tokens for side in pair]
     rules.see(texts, chosen.place, chosen.line, tokens, in_turns=chosen.messages is not None)
@@ -160,17 +161,14 @@ def _encode_pair(
     """Encode both sides; None where the pair is left out for its errors."""
     chosen, rejected = preference.sides
     try:
-        return (
-            response_format.encode_example(chosen, preference.shared),
-            response_format.encode_example(rejected, preference.shared),
-        )
+        with at_row(chosen.place, chosen.line):
+            return (
+                response_format.encode_example(chosen, preference.shared),
+                response_format.encode_example(rejected, preference.shared),
+            )
     except DataError as error:
-        error.file, error.line = chosen.place, chosen.line
         bad(error)
         return None
-    except ModelError as error:
-        error.file, error.line = chosen.place, chosen.line
-        raise
 
 
 def _require_enough(count: int, dropped: int, max_length: int, truncation: str) -> None:
@@ -263,7 +261,7 @@ def load_reward_data(config: RewardConfig, clock: str | None = None) -> Preferen
     )
     configure_padding(tokenizer, max_length)
     end_at_turn(tokenizer, model_config)
-    response_format = ResponseFormat(tokenizer, model_config, clock)
+    response_format = ResponseFormat(tokenizer, model_config, clock, flags=BOTH_FLAGS)
     data = _encode(config, preferences, response_format, max_length, model_config, added, bad)
     _require_no_padding(data.train, preferences.train, data)
     if data.val is not None:
@@ -291,7 +289,7 @@ def load_dpo_data(config: DpoConfig, clock: str | None = None) -> PreferenceData
     preferences = read_preferences(config, config.data, config.seed, bad)
     chats = preferences.has_chats
     added = set_chat_template(tokenizer, config.chat_template) if chats else []
-    response_format = ResponseFormat(tokenizer, model_config, clock)
+    response_format = ResponseFormat(tokenizer, model_config, clock, flags=BOTH_FLAGS)
     if chats and config.chat_template:
         require_template(response_format.chat, config.chat_template)
     return _encode(config, preferences, response_format, max_length, model_config, added, bad)

@@ -126,7 +126,9 @@ def read_prompt_rows(
         for source in find_sources([str(file)], Path(spool)):
             prompts += _read_source(source, bad, also)
     if not prompts:
-        raise DataError("no prompts in this file", file=file)
+        is_pipe = str(file) == "-"
+        what = "nothing to read: no prompt came" if is_pipe else "no prompts in this file"
+        raise DataError(what, file="stdin" if is_pipe else file)
     bad.report()
     return prompts
 

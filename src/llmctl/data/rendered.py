@@ -1,6 +1,7 @@
 """Tell the forms in which others have rendered conversations to plain text.
 
-In: a text. Out: where its last response begins, by the marks that well-known templates write.
+In: a text. Out: where its last response begins, and which special tokens it begins or ends with, by
+the marks that well-known templates write.
 """
 
 MARKS_OF_LINES = (
@@ -16,13 +17,37 @@ MARKS_WITHIN_LINES = (
 """The same within a line: of Llama 2, Mistral, Vicuna, Llama 3, DeepSeek and Command R."""
 
 TURN_TOKENS = (
-    *("<s>[INST]", "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>", "<|prompter|>"),
-    *("<|start_of_role|>", "<|END_OF_TURN_TOKEN|>", "<|START_OF_TURN_TOKEN|>"),
+    *("<s>[INST]", "[SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]", "[TOOL_CALLS]", "<<SYS>>"),
+    *("<|begin_of_text|>", "<|end_of_text|>", "<|eom_id|>", "<|python_tag|>"),
+    *("<|header_start|>", "<|header_end|>", "<|eot|>", "<bos>", "<eos>", "<|im_sep|>"),
+    *("<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
+    *("<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>"),
+    *("<|start|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"),
+    *("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<BOS_TOKEN>", "<EOS_TOKEN>"),
+    *("<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>"),
+    *("[gMASK]<sop>", "<|observation|>", "<|prompter|>", "<|end_of_turn|>"),
+    *("<|start_of_role|>", "<|end_of_role|>", "[|user|]", "[|assistant|]", "[|endofturn|]"),
+    *("<|startoftext|>", "<|endoftext|>", "<|endofprompt|>"),
 )
-"""Special tokens of templates that are not llmctl's."""
+"""Special tokens that llmctl's templates do not write by name: of Mistral, Llama 3 and 4, Gemma,
+Phi 4, DeepSeek, gpt-oss, Command R, GLM, OpenAssistant, OpenChat, Granite, EXAONE and GPT."""
+
+BEGIN, END = "<s>", "</s>"
+"""Tokens around a text, of Llama 2 and many others; in HTML around what is struck out."""
 
 INSTRUCTION = ("[INST]", "[/INST]")
 """Around what the user says, in Llama 2's and Mistral's templates; in some vocabularies text."""
+
+
+def frame_of(text: str) -> list[str]:
+    """List those of `<s>` and `</s>` that a text begins and ends with.
+
+    None where they also stand within it: then they strike words out, as in HTML.
+    """
+    inner = text.strip()
+    frame = [*([BEGIN] * inner.startswith(BEGIN)), *([END] * inner.endswith(END))]
+    body = inner.removeprefix(BEGIN).removesuffix(END) if frame else ""
+    return [] if BEGIN in body or END in body else frame
 
 
 def prompt_of_text(text: str) -> str | None:

@@ -103,7 +103,7 @@ def _sources(name: str, spool: Path) -> list[Source]:
         raise DataError(
             "plain text, which has no rows of examples",
             file=sources[0].name,
-            hint="pass jsonl, json, csv or parquet; plain text is for llmctl pretrain",
+            hint="pass jsonl, json, csv, tsv, parquet or arrow; plain text is for llmctl pretrain",
         )
     if len(rows) < len(sources):
         texts = counted(len(sources) - len(rows), "file")

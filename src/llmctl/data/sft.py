@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from llmctl.config.commands import AuditConfig, SftConfig
 from llmctl.data.audit.rules import RowRules, texts_of
 from llmctl.data.bad_rows import BadRows
+from llmctl.data.chat.remedies import BOTH_FLAGS
 from llmctl.data.chat.render import ChatFormat
 from llmctl.data.chat.templates import set_chat_template
 from llmctl.data.examples import Example
@@ -71,7 +72,7 @@ class SftData:
         """Hold the texts of all rows against the rules on them."""
         rules = RowRules(self.tokenizer)
         for example in (*self.train_examples, *self.val_examples):
-            texts = texts_of(example.messages, example.text)
+            texts = texts_of(example.messages, example.text, tools=example.tools)
             rules.see(texts, example.place, example.line, in_turns=example.messages is not None)
         return rules
 
@@ -100,7 +101,7 @@ def load_sft_data(
     train, val = split.train, split.val
     has_chats = any(example.messages is not None for example in (*train, *val))
     added = set_chat_template(tokenizer, config.chat_template) if has_chats else []
-    chat = ChatFormat(tokenizer, clock)
+    chat = ChatFormat(tokenizer, clock, BOTH_FLAGS)
     if has_chats and config.chat_template:
         require_template(chat, config.chat_template)
     whole = collect(chat.encode_examples(train, config.train_on, bad))

@@ -5,6 +5,7 @@ it is read. Stdin and pipes are copied to a spool folder, since a corpus is read
 Hub data set is pinned to its commit for the same reason.
 """
 
+import errno
 import shutil
 import sys
 from collections import Counter
@@ -261,11 +262,12 @@ def _is_file(path: Path) -> bool:
 
 
 def _dangling(link: Path) -> DataError:
-    return DataError(
-        "a link to what is not there",
-        file=link,
-        hint=f"it leads to {link.readlink()}: put that back, or remove the link",
-    )
+    hint = f"it leads to {link.readlink()}: put that back, or remove the link"
+    try:
+        link.stat()
+    except OSError as error:
+        hint = "it leads back to itself: remove it" if error.errno == errno.ELOOP else hint
+    return DataError("a link to what is not there", file=link, hint=hint)
 
 
 def _saved_rows(folder: Path) -> list[Path] | None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmctl.console import log
 from llmctl.data.audit.rules import RowRules, texts_of
-from llmctl.data.bad_rows import BadRows
+from llmctl.data.bad_rows import BadRows, at_row
 from llmctl.data.chat.render import ChatFormat, encode_text
 from llmctl.data.prompts import PromptExample
 from llmctl.data.rows import SourceRow, checked_text
@@ -44,7 +44,7 @@ def read_stdin() -> PromptExample:
         text = sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8 at byte {error.start}", file="stdin") from None
-    return PromptExample(text.removesuffix("\n"), "the prompt on stdin")
+    return PromptExample(text.removesuffix("\n"), "stdin")
 
 
 def read_shots(file: Path) -> list[tuple[str, str]]:
@@ -87,6 +87,11 @@ class PromptEncoder:
 
         Text that spells a special token is encoded as text; BOS is put once, where the tokenizer
         or the template puts it, and alone for an empty prompt.
+
+        Raises:
+            UserError: a conversation, beside --system or few-shot examples.
+            DataError: the chat template refuses it, or leaves out a part.
+            ModelError: the template has no place for a part, or there is none for a conversation.
         """
         if not example.is_text:
             if self.system is not None or self.shots:
@@ -97,6 +102,20 @@ class PromptEncoder:
         if self.chat:
             return self._format.encode_prompt(self._turns(example.prompt))
         return encode_text(self.tokenizer, self.text(example.prompt))
+
+    def require_template(self) -> None:
+        """Refuse to chat without a template.
+
+        Raises:
+            ModelError: there is none, or there are several.
+        """
+        if not self.chat:
+            return
+        if self.tokenizer.chat_template is None:
+            raise ModelError(
+                "this model has no chat template", hint="drop --chat to continue plain text"
+            )
+        _ = self._format.template
 
     def end_of_answer(self, examples: Sequence[PromptExample]) -> int | None:
         """Id of the token that ends the answers, where the template asks for any of these."""
@@ -149,15 +168,19 @@ def build_prompts(
     """Encode one prompt per response: the samples of a prompt follow each other.
 
     Raises:
-        DataError: a prompt longer than the model's context.
+        DataError: a prompt longer than the model's context, or that the template refuses.
+        ModelError: no chat template, or one without a place for a part; both name the prompt.
     """
+    encoder.require_template()
     prompts: list[Prompt] = []
     rules = RowRules(encoder.tokenizer)
     for example in examples:
-        tokens = encoder.encode(example)
+        with at_row(example.place, example.line):
+            tokens = encoder.encode(example)
+            check_prompt(tokens, shape, "the prompt")
         in_turns = encoder.chat or not example.is_text
-        rules.see(texts_of(example.messages), None, None, in_turns=in_turns)
-        check_prompt(tokens, shape, example.name)
+        texts = texts_of(example.messages, tools=example.tools)
+        rules.see(texts, None, None, in_turns=in_turns)
         limit = limit_new_tokens(tokens, shape, max_new_tokens)
         if limit < max_new_tokens:
             room = counted(limit, "new token")

@@ -26,6 +26,8 @@ from llmctl.evaluate.prepare import (
     inspect_model,
     make_plan,
     model_inputs,
+    read_inputs,
+    require_suited,
 )
 from llmctl.evaluate.task import EvaluationTask, Row, RowLog, run_task
 from llmctl.models.loading import parse_dtype
@@ -63,9 +65,12 @@ def prepare(config: EvaluateConfig, clock: str | None) -> PreparedEvaluation:
     """
     device = hardware.pick_device(config.device)
     manager = find_tasks(config) if config.tasks else None
-    plan = None if config.tasks else make_plan(config, clock)
+    read = None if config.tasks else read_inputs(config)
     names = {"model": config.model, **({"compare": config.compare} if config.compare else {})}
-    models = {side: inspect_model(config, plan, name) for side, name in names.items()}
+    models = {side: inspect_model(name) for side, name in names.items()}
+    plan = None if read is None else make_plan(config, read, models.values(), clock)
+    for evaluated in models.values():
+        require_suited(config, plan, evaluated)
     if plan is not None:
         require_known(config.require, _names(config, plan))
     data = [] if plan is None else plan.inputs

@@ -1,7 +1,7 @@
 """Few-shot prompts: which examples stand before a prompt, and the tokens that one model gets."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 
@@ -9,6 +9,8 @@ import numpy as np
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from llmctl.console import log
+from llmctl.data.bad_rows import BadRows, at_row
+from llmctl.data.chat.remedies import SKIP_FLAG, no_template
 from llmctl.data.chat.responses import ResponseFormat
 from llmctl.data.prompts import PromptExample
 from llmctl.data.schemas import Message
@@ -32,6 +34,11 @@ class FewShotPrompt:
 
     example: EvaluationExample
     shots: tuple[EvaluationExample, ...]
+
+
+def without_system(row: EvaluationExample) -> EvaluationExample:
+    """A row as an example has it: system messages are those of the row to evaluate."""
+    return replace(row, messages=tuple(m for m in row.messages if m["role"] not in SYSTEM))
 
 
 ChooseShots = Callable[[int], list[FewShotPrompt]]
@@ -96,7 +103,7 @@ class FewShotFormat:
 
     @cached_property
     def _format(self) -> ResponseFormat:
-        return ResponseFormat(self.tokenizer, self.shape, self.clock)
+        return ResponseFormat(self.tokenizer, self.shape, self.clock, flags=(SKIP_FLAG,))
 
     @property
     def end_of_answer(self) -> int | None:
@@ -107,22 +114,57 @@ class FewShotFormat:
         """Encode up to where the response begins.
 
         Raises:
-            ModelError: the chat template refuses the messages, or there is none for a conversation.
+            DataError: the chat template refuses the messages, or leaves out a part of them.
+            ModelError: it has no place for a part, or there is none for a conversation. Both name
+                the row's place.
         """
         row = prompt.example
-        if self.chat:
-            return self._format.chat.encode_prompt(self.messages(prompt), row.tools)
-        text = PromptExample(self._as_text(row), row.name)
-        return self._text_encoder(prompt).encode(text)
+        with at_row(row.place, row.line):
+            if self.chat:
+                return self._format.chat.encode_prompt(self.messages(prompt), row.tools)
+            text = PromptExample(self._as_text(row), row.name)
+            return self._text_encoder(prompt).encode(text)
 
     def encode_with_reference(self, prompt: FewShotPrompt) -> EncodedSequence:
-        """Encode the prompt and its reference, which is marked as trained on."""
+        """Encode the prompt and its reference, which is marked as trained on.
+
+        Raises:
+            DataError, ModelError: as `encode_prompt` does.
+        """
         row, reference = prompt.example, prompt.example.reference or ""
-        if self.chat:
-            messages = self.messages(prompt)
-            response = {"role": "assistant", "content": reference}
-            return self._format.encode_conversation([*messages, response], len(messages), row.tools)
-        text = self._text_encoder(prompt).text(self._as_text(row))
+        with at_row(row.place, row.line):
+            if self.chat:
+                messages = self.messages(prompt)
+                turns = [*messages, {"role": "assistant", "content": reference}]
+                return self._format.encode_conversation(turns, len(messages), row.tools)
+            return self._text_with_reference(prompt, reference)
+
+    def usable(
+        self, rows: Iterable[EvaluationExample], bad: BadRows, *, with_reference: bool
+    ) -> list[EvaluationExample]:
+        """Return the rows that this model can be asked by themselves; `bad` counts the others.
+
+        Raises:
+            DataError: more than may be skipped are refused by the template, empty or too long.
+            ModelError: as `encode_prompt` does, or the tokenizer is another model's.
+        """
+        kept = []
+        for row in rows:
+            alone = FewShotPrompt(row, ())
+            try:
+                tokens = self.encode_prompt(alone)
+                with at_row(row.place, row.line):
+                    check_prompt(tokens, self.shape, "the prompt")
+                if with_reference and self.chat:
+                    self.encode_with_reference(alone)
+            except DataError as error:
+                bad(error)
+            else:
+                kept.append(row)
+        return kept
+
+    def _text_with_reference(self, prompt: FewShotPrompt, reference: str) -> EncodedSequence:
+        text = self._text_encoder(prompt).text(self._as_text(prompt.example))
         space = "" if text[-1:].isspace() or reference[:1].isspace() else " "
         return self._format.encode_text(text, space + reference)
 
@@ -141,7 +183,7 @@ class FewShotFormat:
         turns: list[Message] = []
         for shot in prompt.shots:
             response = {"role": "assistant", "content": shot.reference or ""}
-            turns += [*(m for m in shot.messages if m["role"] not in SYSTEM), response]
+            turns += [*without_system(shot).messages, response]
         return [*system, *turns, *own]
 
     def _text_encoder(self, prompt: FewShotPrompt) -> PromptEncoder:
@@ -156,14 +198,11 @@ class FewShotFormat:
         """
         system, turns = self._split_system(row)
         if len(turns) > 1:
+            if self.tokenizer.chat_template is None:
+                raise no_template()
             raise ModelError(
-                f"{row.name} is a conversation, and "
-                + (
-                    "--plain puts single texts"
-                    if self.tokenizer.chat_template
-                    else "this model has no chat template"
-                ),
-                hint="use rows of one prompt and one response, or a model with a chat template",
+                "a conversation, and --plain puts single texts",
+                hint="drop --plain, or use rows of one prompt and one response",
             )
         return SEPARATOR.join(str(message["content"]) for message in (*system, *turns))
 
@@ -178,7 +217,7 @@ class FewShotFormat:
 def require_room_to_answer(
     few_shot_format: FewShotFormat, choose: ChooseShots, shots: int, new_tokens: int
 ) -> None:
-    """Refuse prompts that leave no room to answer, and examples that do not fit.
+    """Refuse examples that leave no room to answer, and say where it is little.
 
     Raises:
         DataError: with the number of examples that do.
@@ -188,8 +227,6 @@ def require_room_to_answer(
     longest, length = prompts[0].example, 0
     for prompt in prompts:
         tokens = few_shot_format.encode_prompt(prompt)
-        if not shots:
-            check_prompt(tokens, shape, prompt.example.name)
         if len(tokens) > length:
             longest, length = prompt.example, len(tokens)
     if context is None or length + new_tokens <= context:

@@ -76,25 +76,26 @@ class EvaluationData:
     """For the manifest."""
 
 
-def read_data(config: EvaluateConfig) -> EvaluationData:
+def read_data(config: EvaluateConfig, bad: BadRows) -> EvaluationData:
     """Read all data, as the kind that the metrics and the first row's columns tell.
+
+    `bad` counts the rows that are left out for their errors.
 
     Raises:
         DataError: rows that are broken, or none; no references for a metric that needs them.
         NetworkError: a Hub data set that cannot be reached.
         UserError: columns that make no sense.
     """
-    kind, bad = _kind(config), BadRows(config.skip_bad_rows)
+    kind = _kind(config)
     if kind == "documents":
-        documents, inputs = _read_documents(config)
+        documents, inputs = _read_documents(config, bad)
         return EvaluationData(kind, documents, [], inputs)
     with_reference = [name for name in config.metrics if name != "perplexity"]
     if config.reward_model and not config.metrics:
         prompts = read_prompts(config.data, [], 0, bad)
-        bad.report()
         examples = [_from_prompt(row) for row in prompts.train]
         return EvaluationData(kind, [], examples, prompts.inputs)
-    examples, inputs = read_references(config.data, config, kind, with_reference)
+    examples, inputs = read_references(config.data, config, kind, bad, with_reference)
     return EvaluationData(kind, [], examples, inputs)
 
 
@@ -102,6 +103,7 @@ def read_references(
     names: Sequence[str],
     config: EvaluateConfig,
     kind: Kind,
+    bad: BadRows,
     metrics: Sequence[str] = (),
     role: str = "data",
 ) -> tuple[list[EvaluationExample], list[dict[str, Any]]]:
@@ -111,9 +113,7 @@ def read_references(
         DataError: as `read_data`.
     """
     task: Literal["classify", "chat"] = "classify" if kind == "labels" else "chat"
-    bad = BadRows(config.skip_bad_rows)
     sets = read_examples(names, columns=config.columns, bad=bad, task=task, role=role)
-    bad.report()
     examples = [example for data_set in sets for example in data_set.examples]
     inputs = [entry for data_set in sets for entry in data_set.inputs]
     return [_from_example(example, metrics) for example in examples], inputs
@@ -158,18 +158,18 @@ def _first_columns(names: Sequence[str]) -> set[str] | None:
     return set(first.values)
 
 
-def _read_documents(config: EvaluateConfig) -> tuple[list[Document], list[dict[str, Any]]]:
+def _read_documents(
+    config: EvaluateConfig, bad: BadRows
+) -> tuple[list[Document], list[dict[str, Any]]]:
     documents: list[Document] = []
     with tempfile.TemporaryDirectory(prefix="llmctl-") as spool:
         sources = tuple(find_sources(config.data, Path(spool)))
         pieces: list[str] = []
-        bad = BadRows(config.skip_bad_rows)
         for text, place, line, is_last in read_documents(sources, config.text_column, bad):
             pieces.append(text)
             if is_last:
                 documents.append(Document("".join(pieces), place, line))
                 pieces = []
-        bad.report()
         inputs = [
             text_input("data", source, config.text_column, config.skip_bad_rows)
             for source in sources

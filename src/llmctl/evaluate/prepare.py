@@ -3,7 +3,8 @@
 No weights are loaded, so that a refusal costs seconds.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from llmctl.config.commands import EvaluateConfig
 from llmctl.config.commands.evaluate import GENERATED
 from llmctl.data.audit.rules import RowRules, texts_of
+from llmctl.data.bad_rows import BadRows
 from llmctl.data.chat.render import encode_text
 from llmctl.data.classification import list_labels
-from llmctl.errors import ModelError, UserError
+from llmctl.errors import DataError, ModelError, UserError
 from llmctl.evaluate.few_shot import (
     ChooseShots,
     FewShotFormat,
@@ -22,6 +24,7 @@ from llmctl.evaluate.few_shot import (
     choose_shots,
     require_room_to_answer,
     require_whole_references,
+    without_system,
 )
 from llmctl.evaluate.inputs import (
     EvaluationData,
@@ -69,6 +72,19 @@ class EvaluationPlan:
 
 
 @dataclass(frozen=True)
+class EvaluationInputs:
+    """What was read, before any model was looked at."""
+
+    data: EvaluationData
+    shots_data: list[EvaluationExample] | None
+    """Rows that the examples are taken from; None where they are those of the data."""
+    metrics: tuple[str, ...]
+    entries: list[dict[str, Any]]
+    """For the manifest."""
+    bad: BadRows
+
+
+@dataclass(frozen=True)
 class EvaluatedModel:
     """A model to evaluate, not loaded yet."""
 
@@ -107,23 +123,53 @@ class EvaluatedModel:
         return context, stride
 
 
-def make_plan(config: EvaluateConfig, clock: str | None) -> EvaluationPlan:
-    """Read the data and settle what is measured on them.
+def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
+    """Read the data, and the rows for examples.
 
     Raises:
-        DataError: rows that are broken, none, too few for the examples, or without references.
+        DataError: rows that are broken, none, or without references.
         UserError: settings that do not go together.
-        ResourceError: a library that is not installed.
     """
-    data = read_data(config)
+    bad = BadRows(config.skip_bad_rows)
+    data = read_data(config, bad)
     metrics = tuple(config.metrics) or (() if config.reward_model else DEFAULTS[data.kind])
     _require_used(config, data.kind, metrics)
-    shots_data: list[EvaluationExample] | None = None
-    shots_inputs: list[dict[str, Any]] = []
-    if config.shots_data:
-        shots_data, shots_inputs = read_references(
-            config.shots_data, config, data.kind, ["--shots"], "shots"
-        )
+    if not config.shots_data:
+        return EvaluationInputs(data, None, metrics, data.inputs, bad)
+    shots_data, entries = read_references(
+        config.shots_data, config, data.kind, bad, ["--shots"], "shots"
+    )
+    return EvaluationInputs(data, shots_data, metrics, [*data.inputs, *entries], bad)
+
+
+def make_plan(
+    config: EvaluateConfig,
+    inputs: EvaluationInputs,
+    models: Iterable[EvaluatedModel],
+    clock: str | None,
+) -> EvaluationPlan:
+    """Settle what is measured on which rows: those that every model can be asked.
+
+    Raises:
+        DataError: rows that a chat template refuses, that are too long, or too few for the
+            examples.
+        ModelError: a chat template has no place for a part of a row.
+        ResourceError: a library that is not installed.
+    """
+    metrics, bad = inputs.metrics, inputs.bad
+    formats = [m.few_shot_format(config, clock) for m in models if m.labels is None]
+    examples, shots_data = inputs.data.examples, inputs.shots_data
+    if shots_data is not None:
+        shots_data = [without_system(row) for row in shots_data]
+    with_reference = "perplexity" in metrics or bool(config.shots)
+    for few_shot_format in formats:
+        examples = few_shot_format.usable(examples, bad, with_reference=with_reference)
+        if shots_data is not None:
+            shots_data = few_shot_format.usable(shots_data, bad, with_reference=True)
+    bad.report()
+    if inputs.data.examples and not examples:
+        raise DataError("no row is left to evaluate", file=config.data[0])
+    data = replace(inputs.data, examples=examples)
 
     def choose(count: int) -> list[FewShotPrompt]:
         return choose_shots(data.examples, shots_data, count, config.seed)[: config.limit]
@@ -132,9 +178,7 @@ def make_plan(config: EvaluateConfig, clock: str | None) -> EvaluationPlan:
     scorer = make_scorer(config, metrics, [prompt.example for prompt in prompts])
     if config.reward_model:
         metrics += ("reward",)
-    return EvaluationPlan(
-        data, prompts, choose, metrics, scorer, [*data.inputs, *shots_inputs], clock
-    )
+    return EvaluationPlan(data, prompts, choose, metrics, scorer, inputs.entries, clock)
 
 
 def _require_used(config: EvaluateConfig, kind: Kind, metrics: tuple[str, ...]) -> None:
@@ -166,7 +210,7 @@ def _require_sound(
     in_turns = not plain and tokenizer.chat_template is not None and data.kind == "questions"
     rules = RowRules(tokenizer)
     for row in data.examples:
-        texts = texts_of(row.messages, row.reference)
+        texts = texts_of(row.messages, row.reference, tools=row.tools)
         encoded = [encode_text(tokenizer, text) for text in texts]
         rules.see(texts, row.place, row.line, encoded, in_turns=in_turns)
     for document in data.documents:
@@ -175,35 +219,42 @@ def _require_sound(
     rules.enforce()
 
 
-def inspect_model(
-    config: EvaluateConfig, plan: EvaluationPlan | None, reference: str
-) -> EvaluatedModel:
-    """Read a model's configuration and tokenizer, and see that it can do what is planned.
+def inspect_model(reference: str) -> EvaluatedModel:
+    """Read a model's configuration and tokenizer.
 
     Raises:
-        ModelError: it cannot.
-        DataError: prompts that do not fit its context.
-        UserError: metrics that it cannot have.
+        ModelError: they do not load, or it neither writes nor classifies.
     """
     shape, tokenizer = load_config(reference), load_tokenizer(reference)
     folder = local_folder(resolve_model(reference))
-    if plan is not None:
-        _require_sound(plan.data, tokenizer, plain=config.plain)
     adapter = read_object(folder / "adapter_config.json") if is_adapter(folder) else None
     virtual = int((adapter or {}).get("num_virtual_tokens") or 0)
-    evaluated = EvaluatedModel(
-        reference, shape, tokenizer, _labels(folder, shape, adapter), virtual
-    )
-    if evaluated.labels is not None:
-        _require_classifier(evaluated, plan)
-        return evaluated
-    if is_encoder(shape):
+    labels = _labels(folder, shape, adapter)
+    if labels is None and is_encoder(shape):
         kind = (shape.architectures or [shape.model_type])[0]
         raise ModelError(
             f"{kind} has no head to judge: it neither writes nor classifies",
             file=reference,
             hint="make a classifier of it: llmctl sft --task classify --model … --data …",
         )
+    return EvaluatedModel(reference, shape, tokenizer, labels, virtual)
+
+
+def require_suited(
+    config: EvaluateConfig, plan: EvaluationPlan | None, evaluated: EvaluatedModel
+) -> None:
+    """See that a model can do what is planned.
+
+    Raises:
+        ModelError: it cannot.
+        DataError: rows that break a rule, or examples that do not fit its context.
+        UserError: metrics that it cannot have.
+    """
+    if plan is not None:
+        _require_sound(plan.data, evaluated.tokenizer, plain=config.plain)
+    if evaluated.labels is not None:
+        _require_classifier(evaluated, plan)
+        return
     if plan is None or "perplexity" in plan.metrics:
         evaluated.context_and_stride(config)
     if plan is not None and plan.data.kind != "documents":
@@ -215,7 +266,6 @@ def inspect_model(
             require_whole_references(
                 few_shot_format, plan.choose, shots, evaluated.context_and_stride(config)[0]
             )
-    return evaluated
 
 
 def identity(config: EvaluateConfig, inputs: list[dict[str, Any]]) -> dict[str, Any]:

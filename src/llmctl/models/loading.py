@@ -26,7 +26,12 @@ from llmctl.models.adapters import (
 from llmctl.models.causality import require_causal_config
 from llmctl.models.hub import download, is_hub_id
 from llmctl.models.quantized import LoadIn, quantization_config, saved_precision
-from llmctl.models.tokenizer_file import PLAIN_CLASSES, compare_with_file, switch_off_dropout
+from llmctl.models.tokenizer_file import (
+    PLAIN_CLASSES,
+    compare_with_file,
+    read_tokenizer,
+    switch_off_dropout,
+)
 from llmctl.models.vetting import (
     BROKEN,
     check_counts,
@@ -46,6 +51,10 @@ if TYPE_CHECKING:
     from llmctl.models.plain import PlainConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+USE_FILE = (
+    'to use the file, set "tokenizer_class": "TokenizersBackend" in tokenizer_config.json'
+    " (of a copy, where it comes from the Hub)"
+)
 SAFE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 transformers_logging.set_verbosity_error()
@@ -88,8 +97,7 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = _open_tokenizer(folder)
     except (*BROKEN, ImportError) as error:
-        what = f"the tokenizer does not load: {first_line(error)}"
-        raise parts or ModelError(what, file=folder) from None
+        raise parts or _unloadable(folder, error) from None
     if type(tokenizer) is not PreTrainedTokenizerFast and (folder / "tokenizer.json").exists():
         tokenizer = _as_in_file(tokenizer, folder)
     if tokenizer.is_fast:
@@ -112,6 +120,25 @@ def _open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _unloadable(folder: Path, error: Exception) -> ModelError:
+    """Build the error for a tokenizer that no class opens; its class may not be its file's."""
+    declared = _declared_class(folder)
+    if declared is None or declared in PLAIN_CLASSES or not (folder / "tokenizer.json").exists():
+        return ModelError(f"the tokenizer does not load: {first_line(error)}", file=folder)
+    read_tokenizer(folder / "tokenizer.json")  # refuses what is none: then no class is at fault
+    return ModelError(
+        f"the tokenizer does not load as {declared}, its `tokenizer_class`: {first_line(error)}",
+        file=folder,
+        hint=USE_FILE,
+    )
+
+
+def _declared_class(folder: Path) -> Any:
+    """Return `tokenizer_class` of tokenizer_config.json, None where there is none."""
+    file = folder / "tokenizer_config.json"
+    return read_object(file).get("tokenizer_class") if file.exists() else None
+
+
 def _as_in_file(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
     """Return a tokenizer that gives the ids of its folder's tokenizer.json.
 
@@ -128,8 +155,7 @@ def _as_in_file(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedT
     if agreement == "same":
         return tokenizer
     name = type(tokenizer).__name__
-    file = folder / "tokenizer_config.json"
-    declared = read_object(file).get("tokenizer_class") if file.exists() else None
+    declared = _declared_class(folder)
     if agreement == "spaced" or declared in PLAIN_CLASSES:
         what = "cuts runs of spaces otherwise" if agreement == "spaced" else "gives other tokens"
         log.info("%s: as %s this tokenizer %s than its file, which is used", folder, name, what)
@@ -137,8 +163,7 @@ def _as_in_file(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedT
     raise ModelError(
         f"the tokenizer opens as {name}, which gives other tokens than its tokenizer.json",
         file=folder,
-        hint='to use the file, set "tokenizer_class": "TokenizersBackend" in tokenizer_config.json'
-        " (of a copy, where it comes from the Hub)",
+        hint=USE_FILE,
     )
 
 

@@ -9,7 +9,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from llmctl.config.commands import PpoConfig
 from llmctl.console import log
 from llmctl.data.audit.rules import RowRules, texts_of
-from llmctl.data.bad_rows import BadRows
+from llmctl.data.bad_rows import BadRows, at_row
+from llmctl.data.chat.remedies import BOTH_FLAGS
 from llmctl.data.chat.render import ChatFormat, encode_text
 from llmctl.data.chat.templates import set_chat_template
 from llmctl.data.prompts import PromptExample
@@ -58,7 +59,7 @@ class PromptFormat:
             )
         self.tokenizer = tokenizer
         is_chat = not config.plain and tokenizer.chat_template is not None
-        self.chat = ChatFormat(tokenizer, clock) if is_chat else None
+        self.chat = ChatFormat(tokenizer, clock, BOTH_FLAGS) if is_chat else None
 
     @property
     def end_of_turn(self) -> int | None:
@@ -73,12 +74,15 @@ class PromptFormat:
         """Tokens up to where the response begins.
 
         Raises:
-            DataError: messages, and no chat template to render them with.
-            ModelError: the chat template refuses them.
+            DataError: messages that the chat template refuses, or none to render them with.
+            ModelError: the chat template has no place for a part of them.
         """
         if self.chat is not None:
             return self.chat.encode_prompt(row.messages, row.tools)
         if not row.is_single:
+            if self.tokenizer.chat_template is not None:
+                what = "a conversation, and --plain puts single texts"
+                raise DataError(what, hint="drop --plain")
             raise DataError(
                 "a conversation, and this model has no chat template",
                 hint="fine-tune it on conversations first, or give --chat-template",
@@ -100,22 +104,24 @@ def encode_prompts(
 
     Raises:
         DataError: more prompts than may be skipped are empty or too long, with file and line.
-        ModelError: the chat template refuses one, or the tokenizer is another model's.
+        ModelError: the chat template has no place for a part of one, or the tokenizer is another
+            model's; with file and line, too.
     """
     kept: list[PromptExample] = []
     encoded: list[list[int]] = []
     for row in rows:
         try:
-            tokens = prompt_format.encode(row)
-            check_prompt(tokens, model_config, "the prompt")
+            with at_row(row.place, row.line):
+                tokens = prompt_format.encode(row)
+                check_prompt(tokens, model_config, "the prompt")
         except DataError as error:
-            error.file, error.line = row.place, row.line
             bad(error)
             continue
         kept.append(row)
         encoded.append(tokens)
         in_turns = prompt_format.chat is not None
-        rules.see(texts_of(row.messages), row.place, row.line, [tokens], in_turns=in_turns)
+        texts = texts_of(row.messages, tools=row.tools)
+        rules.see(texts, row.place, row.line, [tokens], in_turns=in_turns)
     wanted = config.max_new_tokens
     short = sum(limit_new_tokens(tokens, model_config, wanted) < wanted for tokens in encoded)
     if short:

@@ -139,10 +139,10 @@ def _encode(
 
 def _texts(sample: PromptResponse | Example) -> list[str]:
     if isinstance(sample, Example):
-        return texts_of(sample.messages, sample.text)
+        return texts_of(sample.messages, sample.text, tools=sample.tools)
     if isinstance(sample.prompt, str):
         return [sample.prompt, sample.response]
-    return texts_of(sample.prompt, sample.response)
+    return texts_of(sample.prompt, sample.response, tools=sample.tools)
 
 
 def _layout_of(row: Row) -> Layout:

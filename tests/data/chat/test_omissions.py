@@ -89,6 +89,29 @@ MISTRAL = (
 )
 
 
+LFM_2 = "{% if tools %}{{ tools | tojson }}{% endif %}" + PLAIN
+"""Tools are listed, calls are not written."""
+GEMMA_4 = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% for m in messages if m.role != 'tool' %}<s>{{ m.role }}\n"
+    "{% for c in m.tool_calls | default([]) %}call:{{ c.function.name }}"
+    "{{ c.function.arguments | tojson }}"
+    "{% for r in messages if r.role == 'tool' and r.tool_call_id == c.id %}"
+    "<response>{{ r.content }}</response>{% endfor %}{% endfor %}{{ m.content }}</s>\n"
+    "{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+"""What is said beside a call stands after the answer to it."""
+MISTRAL_LAST = (
+    "{% set ns = namespace(system='', last=0) %}{% for m in messages %}"
+    "{% if m.role == 'system' %}{% set ns.system = m.content + '\n\n' %}"
+    "{% elif m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages if m.role != 'system' %}"
+    "{% if m.role == 'user' %}[INST] {% if messages[ns.last] == m %}{{ ns.system }}{% endif %}"
+    "{{ m.content }}[/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+"""The system message stands before the last turn of the user."""
+
+
 @pytest.fixture(scope="module")
 def chat_of():
     """A function from a template to the format of a byte-level tokenizer with it."""
@@ -117,6 +140,12 @@ def chat_of():
         (GEMMA, (USER, ANSWER, USER, ANSWER)),
         (MISTRAL, (SYSTEM, USER, ANSWER, USER, ANSWER)),
         (MISTRAL, (USER, CALL, RESULT, ANSWER)),
+        (MISTRAL_LAST, (SYSTEM, {**USER, "content": "Hello?"}, ANSWER, USER, ANSWER)),
+        (GEMMA_4, (USER, {**CALL, "content": "I ask."}, RESULT, ANSWER)),
+        (GEMMA_4, (USER, {**CALL, "content": "weather"}, RESULT, {**ANSWER, "content": "9"})),
+        (QWEN_3, (USER, {**CALL, "content": "Oslo"}, RESULT, {**ANSWER, "content": "Oslo"})),
+        (QWEN_3, (USER, {**ANSWER, "reasoning_content": "Nine degrees."})),
+        (PLAIN, (USER, ANSWER, USER, ANSWER, USER, ANSWER)),
     ],
 )
 def test_ordinary_rows_of_known_families_pass(chat_of, template, messages):
@@ -129,6 +158,14 @@ def test_ordinary_rows_of_known_families_pass(chat_of, template, messages):
     ("template", "messages", "message"),
     [
         (MISTRAL, (USER, {**CALL, "content": "I ask."}, RESULT, ANSWER), "content of message 2"),
+        (LLAMA_3, (USER, {**CALL, "content": "Oslo"}, RESULT, ANSWER), "content of message 2"),
+        (
+            LLAMA_3,
+            (USER, {**CALL, "content": USER["content"]}, RESULT, ANSWER),
+            "content of message 2",
+        ),
+        (LLAMA_3, (USER, {**CALL, "content": "9"}, RESULT, ANSWER), "content of message 2"),
+        (LLAMA_3, (USER, {**CALL, "content": '"9" '}, RESULT, ANSWER), "content of message 2"),
         (DEEPSEEK, (USER, {**ANSWER, "content": "<think>So.</think>Nine."}), "content of message"),
         (QWEN_3.replace("loop.index0 > ns.last", "false"), (USER, THOUGHT), None),
     ],
@@ -148,6 +185,7 @@ def test_a_part_that_is_left_out_is_a_bad_row(chat_of, template, messages, messa
     [
         (WITHOUT_SYSTEM, (SYSTEM, USER, ANSWER), "messages of the system"),
         (PLAIN, (USER, CALL, RESULT, ANSWER), "calls of tools"),
+        (LFM_2, (USER, CALL, RESULT, ANSWER), "calls of tools"),
         (PLAIN, (USER, THOUGHT), "`reasoning_content`"),
     ],
 )
@@ -213,6 +251,37 @@ def test_a_long_conversation_is_rendered_in_shares(chat_of, monkeypatch):
     starts = sum(b and not a for a, b in zip(encoded.trained, encoded.trained[1:], strict=False))
     assert starts == 800
     assert len(sent) > 10
+
+
+@pytest.mark.parametrize(
+    ("said", "missing"),
+    [
+        (("Oslo?", "Oslo", "It is Oslo."), None),
+        (("Is Oslo Oslo?", "Oslo", "Oslo"), 2),
+        (("Oslo", "Oslo", "Oslo Oslo Oslo"), None),
+    ],
+)
+def test_words_that_another_part_has_do_not_count_twice(said, missing):
+    """The second message is left out of the text, or not."""
+    roles = ("user", "assistant", "tool")
+    messages = [{"role": r, "content": c} for r, c in zip(roles, said, strict=True)]
+    kept = [m["content"] for k, m in enumerate(messages, 1) if k != missing]
+    named = missing and f"the content of message {missing}, of the {roles[missing - 1]}"
+    for between in ("|", "\n\n"):
+        assert missing_part(between.join(kept), messages) == named
+
+
+def test_reasoning_goes_by_the_name_that_the_template_knows(chat_of):
+    """OpenRouter and vLLM call it `reasoning`, Qwen3's template `reasoning_content`."""
+    chat = chat_of(QWEN_3)
+    (expected,) = chat.encode_conversation((USER, THOUGHT), "assistant")
+    named = {**ANSWER, "reasoning": THOUGHT["reasoning_content"]}
+    for turn in (named, {**THOUGHT, **named}):
+        assert chat.encode_conversation((USER, turn), "assistant") == [expected]
+    with pytest.raises(DataError, match="leaves out `reasoning` of message 2"):
+        chat.encode_conversation((USER, {**THOUGHT, "reasoning": "Another."}), "assistant")
+    with pytest.raises(ModelError, match="no place for `reasoning`"):
+        chat_of(PLAIN).encode_conversation((USER, named), "assistant")
 
 
 def test_json_and_white_space_make_no_difference():

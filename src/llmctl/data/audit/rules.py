@@ -11,9 +11,11 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from llmctl.console import log
+from llmctl.data.chat.omissions import leaves
 from llmctl.data.chat.render import SpecialTokens, any_of
 from llmctl.data.chat.templates import TEMPLATE_TOKENS
-from llmctl.data.rendered import INSTRUCTION, TURN_TOKENS
+from llmctl.data.rendered import INSTRUCTION, TURN_TOKENS, frame_of
+from llmctl.data.schemas import REASONING
 from llmctl.data.tokenizer.lost import MOST_LOST, LostCharacters
 from llmctl.errors import DataError
 from llmctl.numbers import counted
@@ -23,6 +25,8 @@ MOST_UNKNOWN, MANY_UNKNOWN = 0.2, 0.01
 the second a script or symbol is missing, which stray characters do not explain."""
 MOST_RENDERED = 0.1
 """Share of rows that may talk of special tokens; above it, a template was applied before."""
+SAID_BESIDE = (*REASONING, "tool_calls")
+"""Keys of a message that hold what the model reads or writes beside the content."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ class AuditFinding:
 class RowRules:
     """Rows of one run, held against the rules on texts and tokens.
 
-    Special tokens are the tokenizer's, and those of well-known templates, which a tokenizer without
-    a template may not have; in turns also the marks of Llama 2's, which are text elsewhere.
+    Special tokens are the tokenizer's, and those of well-known templates, which the tokenizer may
+    not have; in turns also the marks of Llama 2's, which are text elsewhere.
     """
 
     def __init__(
@@ -60,7 +64,8 @@ class RowRules:
         """
         self._tokenizer, self._noun = tokenizer, noun
         known = (name for names in TEMPLATE_TOKENS.values() for name in names)
-        self._specials = any_of({*SpecialTokens(tokenizer).names, *known, *TURN_TOKENS})
+        names = {*SpecialTokens(tokenizer).names, *known, *TURN_TOKENS}
+        self._specials, self._beginnings = any_of(names), {name[0] for name in names if name}
         self.unknown_token = unknown_token(tokenizer)
         self._embedding_rows = embedding_rows
         self._added = frozenset(map(int, tokenizer.convert_tokens_to_ids(list(added))))
@@ -87,7 +92,9 @@ class RowRules:
         here = place, line
         is_rendered = False
         for text in texts:
-            names, inner = self._specials.findall(text), text.strip()
+            may_spell = any(letter in text for letter in self._beginnings)  # a quicker search
+            names, inner = self._specials.findall(text) if may_spell else [], text.strip()
+            names = names or frame_of(inner)
             if in_turns and not names:
                 names = [n for n in INSTRUCTION if inner.startswith(n) or inner.endswith(n)]
             self.spelled.update(dict.fromkeys(names))
@@ -157,7 +164,8 @@ class RowRules:
         """Say once what a prompt loses, or spells in vain; nothing is refused."""
         if self.spelled:
             names = ", ".join(list(self.spelled)[:3])
-            more = "" if chat else "; --chat puts a prompt into the template"
+            has_flag = not chat and self._tokenizer.chat_template is not None
+            more = "; --chat puts a prompt into the template" if has_flag else ""
             log.warning("the prompt spells special tokens (%s), which are text here%s", names, more)
         if self.lost.lost:
             log.warning("%s", self.lost.message())
@@ -199,10 +207,15 @@ def unknown_token(tokenizer: PreTrainedTokenizerBase, stops: Iterable[int] = ())
     return None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
 
 
-def texts_of(messages: Iterable[Mapping[str, Any]] | None, *others: str | None) -> list[str]:
-    """List the texts of a row: what its messages say, and others."""
-    contents = [message.get("content") for message in messages or ()]
-    return [text for text in (*contents, *others) if isinstance(text, str)]
+def texts_of(
+    messages: Iterable[Mapping[str, Any]] | None, *others: str | None, tools: Any = None
+) -> list[str]:
+    """List the texts of a row: what its messages say, think and call, others, and its tools."""
+    texts = [message.get("content") for message in messages or ()]
+    for message in messages or ():
+        if not message.keys().isdisjoint(SAID_BESIDE):
+            texts += leaves([message.get(key) for key in SAID_BESIDE])
+    return [text for text in (*texts, *others, *leaves(tools)) if isinstance(text, str)]
 
 
 def percent(share: float) -> str:

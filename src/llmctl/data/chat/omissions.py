@@ -7,14 +7,15 @@ beside a call.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from functools import cached_property
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from llmctl.data.schemas import REASONING
 
 MARK = "Zqxjkv"
 """A word that no template writes by itself."""
+CALLED = "vkjxqz_tool"
+"""Name of a tool that is called, and not among the tools, which templates list."""
 CALL_ID = "zqxjkv123"
 """Nine letters and digits, which Mistral's templates ask for."""
 PROBE_TOOLS = [
@@ -40,11 +41,11 @@ _CALL = {
         {
             "id": CALL_ID,
             "type": "function",
-            "function": {"name": "zqxjkv_tool", "arguments": {"a": "b"}},
+            "function": {"name": CALLED, "arguments": {"a": "b"}},
         }
     ],
 }
-_RESULT = {"role": "tool", "name": "zqxjkv_tool", "tool_call_id": CALL_ID, "content": MARK}
+_RESULT = {"role": "tool", "name": CALLED, "tool_call_id": CALL_ID, "content": MARK}
 
 PROBES: dict[str, tuple[Mapping[str, Any], ...]] = {
     "system": ({"role": "system", "content": MARK}, _USER, _ANSWER),
@@ -58,6 +59,7 @@ PROBES: dict[str, tuple[Mapping[str, Any], ...]] = {
 NAMES = {
     "system": "messages of the system",
     "developer": "messages of the developer",
+    "tools": "tools",
     "tool": "what tools answer",
     "tool_calls": "calls of tools",
 }
@@ -91,51 +93,112 @@ def kinds_of(messages: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def writes(text: str, kind: str) -> bool:
     """Whether the rendered probe of a kind has its part in it."""
-    return ("zqxjkv_tool" if kind == "tool_calls" else MARK) in text
+    return (CALLED if kind == "tool_calls" else MARK) in text
 
 
 def missing_part(text: str, messages: Sequence[Mapping[str, Any]]) -> str | None:
-    """Name the first part of the messages that the text does not have; None where it has all.
+    """Name a part of the messages that the text does not have; None where it has all.
 
-    White space and the escapes of JSON make no difference. Reasoning before the user's last turn
-    may be missing, also where it stands in the content, before `</think>`.
+    It has a part as often as all parts and calls together have its words: where they stand
+    elsewhere, too, the part is not there for that. White space and the escapes of JSON make no
+    difference. Reasoning before the user's last turn may be missing, also where it stands in the
+    content, before `</think>`.
     """
-    rendered = _Rendered(text)
-    users = [number for number, message in enumerate(messages) if message["role"] == "user"]
-    last = users[-1] if users else -1
-    for number, message in enumerate(messages):
-        content, is_earlier = message["content"], number < last
-        if is_earlier and message["role"] == "assistant" and "</think>" in content:
-            content = _THOUGHT.sub("", content)
-        if not rendered.has(content):
-            return f"the content of message {number + 1}, of the {message['role']}"
-        for key in () if is_earlier else REASONING:
-            if not rendered.has(message.get(key, "")):
-                return f"`{key}` of message {number + 1}"
-        for call in message.get("tool_calls", ()):
-            name = (call.get("function") or call)["name"]
-            if name not in text:
-                return f"the call of {name} in message {number + 1}"
+    parts = [part for part in _parts(messages) if part.text.strip()]
+    calls = [
+        (number, call.get("function") or call)
+        for number, message in enumerate(messages, start=1)
+        for call in message.get("tool_calls", ())
+    ]
+    texts = [part.text for part in parts]
+    if any(part.is_beside_call for part in parts) or not (
+        _stand_in_order(text, texts) or _stand_in_order(_squeezed(text), map(_squeezed, texts))
+    ):
+        called = [
+            leaf for _, call in calls for leaf in leaves([call["name"], call.get("arguments")])
+        ]
+        missing = _missing_of(_squeezed(text), parts, list(map(_squeezed, called)))
+        if missing is not None:
+            return missing.name
+    for number, call in calls:
+        if call["name"] not in text:
+            return f"the call of {call['name']} in message {number}"
     return None
 
 
-class _Rendered:
-    """Rendered text to look parts up in."""
+def leaves(value: Any) -> Iterator[str]:
+    """Yield the texts of JSON, names of keys included; numbers as they are written."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield key
+            yield from leaves(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from leaves(inner)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield json.dumps(value)
 
-    def __init__(self, text: str) -> None:
-        self._text = text
 
-    @cached_property
-    def _squeezed(self) -> str:
-        return "".join(self._text.split())
+class _Part(NamedTuple):
+    """Text of a message that a template is to write."""
 
-    def has(self, part: str) -> bool:
-        """Whether a part stands in the text, but for white space and the escapes of JSON."""
-        if part in self._text:
-            return True
-        part = part.strip()
-        forms = (
-            part,
-            *(json.dumps(part, ensure_ascii=is_ascii)[1:-1] for is_ascii in (False, True)),
-        )
-        return any("".join(form.split()) in self._squeezed for form in forms)
+    name: str
+    text: str
+    is_beside_call: bool
+
+
+def _parts(messages: Sequence[Mapping[str, Any]]) -> Iterator[_Part]:
+    """Yield what is to be written, in order."""
+    users = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    last = users[-1] if users else -1
+    for number, message in enumerate(messages):
+        role, content, is_earlier = message["role"], message["content"], number < last
+        has_calls = bool(message.get("tool_calls"))
+        if not is_earlier and not message.keys().isdisjoint(REASONING):
+            thoughts = {message.get(key): key for key in reversed(REASONING)}  # one under two names
+            for thought, key in thoughts.items():
+                yield _Part(f"`{key}` of message {number + 1}", thought or "", has_calls)
+        if is_earlier and role == "assistant" and "</think>" in content:
+            content = _THOUGHT.sub("", content)
+        yield _Part(f"the content of message {number + 1}, of the {role}", content, has_calls)
+
+
+def _stand_in_order(text: str, parts: Iterable[str]) -> bool:
+    """Whether each part stands as it is after the one before: then none has another's place."""
+    at = 0
+    for part in parts:
+        found = text.find(part, at)
+        if found < 0:
+            return False
+        at = found + len(part)
+    return True
+
+
+def _missing_of(text: str, parts: Sequence[_Part], called: Sequence[str]) -> _Part | None:
+    """Find the part that a text without white space has too seldom.
+
+    Of several it is the longest, since the words in it are then too rare as well; of equal ones
+    that beside a call. `called` are the texts of calls.
+    """
+    forms = [_forms(part.text) for part in parts]
+    said = [own for own, *_ in forms] + list(called)
+    missing, rank = None, (0, False)
+    for part, own in zip(parts, forms, strict=True):
+        own_rank = (len(own[0]), part.is_beside_call)
+        wanted = sum(other.count(own[0]) for other in said)
+        if own_rank > rank and sum(map(text.count, set(own))) < wanted:
+            missing, rank = part, own_rank
+    return missing
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _forms(part: str) -> tuple[str, ...]:
+    """A part without white space, as it is and as JSON writes it."""
+    part = part.strip()
+    escaped = (json.dumps(part, ensure_ascii=is_ascii)[1:-1] for is_ascii in (False, True))
+    return tuple(map(_squeezed, (part, *escaped)))

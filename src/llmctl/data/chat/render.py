@@ -9,16 +9,16 @@ Special tokens are the template's alone: text that spells one is encoded as text
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from llmctl.data.bad_rows import BadRows
+from llmctl.data.bad_rows import BadRows, at_row
 from llmctl.data.chat import omissions
+from llmctl.data.chat.remedies import Remedies, no_template
 from llmctl.data.chat.sandbox import TemplateRefusal, render_cuts
 from llmctl.data.chat.templates import TRUSTED
 from llmctl.data.tokenized import EncodedSequence
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 
 PROBE = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."})
-HINT = "choose another template: --chat-template FILE, or a name such as chatml"
-ROW_HINT = "leave the row out (--skip-bad-rows)"
 TrainOn = Literal["assistant", "completion", "prompt", "all"]
 
 BREAK = "\ufdd0"
@@ -55,13 +53,19 @@ class ChatFormat:
     template puts it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, clock: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        clock: str | None = None,
+        flags: Collection[str] = (),
+    ) -> None:
         """Take a tokenizer that changes no more.
 
         `clock` is the time (ISO 8601) for templates that write the date, so that a run which is
-        resumed tomorrow has the same data; None for now.
+        resumed tomorrow has the same data; None for now. `flags` are of `remedies.py`, those that
+        the command has: hints name no others.
         """
-        self.tokenizer, self._clock = tokenizer, clock
+        self.tokenizer, self._clock, self._remedies = tokenizer, clock, Remedies(frozenset(flags))
         self._specials = SpecialTokens(tokenizer)
         self._variables = tokenizer.special_tokens_map
         self._known_kinds: dict[str, bool] = {}
@@ -83,16 +87,14 @@ class ChatFormat:
 
     def _template_for(self, tools: list[Any] | None) -> str:
         if self.tokenizer.chat_template is None:
-            raise ModelError(
-                "this model has no chat template", hint="drop --chat to continue plain text"
-            )
+            raise no_template()
         try:
             template = self.tokenizer.get_chat_template(tools=tools)
         except ValueError:
             names = ", ".join(sorted(self.tokenizer.chat_template))
             raise ModelError(
                 f"several chat templates ({names}), and none of them is called `default`",
-                hint="choose one: save it to a file, and pass --chat-template FILE",
+                hint=self._remedies.one_of_several,
             ) from None
         if not isinstance(template, str):
             raise ModelError("the chat template is not text")
@@ -180,14 +182,12 @@ class ChatFormat:
                 yield [self.encode_text(example.text or "")]
                 continue
             try:
-                yield self.encode_conversation(example.messages, train_on, example.tools)
+                with at_row(example.place, example.line):
+                    encoded = self.encode_conversation(example.messages, train_on, example.tools)
             except DataError as error:
-                error.file, error.line = example.place, example.line
                 bad(error)
-                yield []
-            except ModelError as error:
-                error.file, error.line = example.place, example.line
-                raise
+                encoded = []
+            yield encoded
 
     @cached_property
     def probe(self) -> EncodedSequence:
@@ -224,13 +224,13 @@ class ChatFormat:
         Raises:
             ModelError: it never writes one of them.
         """
-        if tools and "tools" not in self._tools_template:
-            raise ModelError("the chat template has no place for tools", hint=HINT)
         kinds = omissions.kinds_of(messages)
-        for kind in kinds:
-            if not self._writes(kind):
-                what = omissions.NAMES.get(kind, f"`{kind}`")
-                raise ModelError(f"the chat template has no place for {what}", hint=HINT)
+        lacking = ["tools"] if tools and "tools" not in self._tools_template else []
+        lacking += [kind for kind in kinds if not self._writes(kind)]
+        if lacking:
+            what = omissions.NAMES.get(lacking[0], f"`{lacking[0]}`")
+            hint = self._remedies.no_place(lacking[0])
+            raise ModelError(f"the chat template has no place for {what}", hint=hint)
         if "tool_calls" in kinds and self._takes_text_arguments:
             return omissions.with_text_arguments(messages)
         return messages
@@ -274,10 +274,11 @@ class ChatFormat:
             return
         probe = self._rendered_probe(PROBE)
         if probe is not None and omissions.missing_part(probe, PROBE) is not None:
-            raise ModelError("the chat template does not write what is said", hint=HINT)
+            what = "the chat template does not write what is said"
+            raise ModelError(what, hint=self._remedies.broken)
         raise DataError(
             f"the chat template leaves out {missing}",
-            hint="take it out of the row, or choose a template that writes it: --chat-template",
+            hint=self._remedies.left_out,
         )
 
     @cached_property
@@ -313,7 +314,8 @@ class ChatFormat:
         except TemplateRefusal as error:
             if self._rendered_probe(PROBE) is None:
                 raise
-            raise DataError(error.message, hint=_row_hint(error.message, messages)) from None
+            hint = self._remedies.refused_row(error.message, messages)
+            raise DataError(error.message, hint=hint) from None
 
     def _raw(
         self,
@@ -336,8 +338,8 @@ class ChatFormat:
     def _refusal(self, message: str) -> ModelError | DataError:
         """Blame the template for what it does to the simplest conversation, too; else the row."""
         if self._is_probing or not self._suits_training:
-            return ModelError(message, hint=HINT)
-        return DataError(message, hint=f"{ROW_HINT}, or {HINT}")
+            return ModelError(message, hint=self._remedies.broken)
+        return DataError(message, hint=f"{self._remedies.skip}, or {self._remedies.broken}")
 
     @cached_property
     def _suits_training(self) -> bool:
@@ -430,17 +432,6 @@ def _sequence(tokens: list[int], trained: list[bool], ends: bool) -> EncodedSequ
     return EncodedSequence(
         tokens, [is_trained and k > 0 for k, is_trained in enumerate(trained)], ends
     )
-
-
-def _row_hint(message: str, messages: Sequence[Mapping[str, Any]]) -> str:
-    """Say what can be done with a row that a template refuses."""
-    roles = [message["role"] for message in messages]
-    said = message.lower()
-    if "system" in said and roles[0] in ("system", "developer"):
-        return "take the system message out, or put it at the head of the first user's turn"
-    if "alternat" in said or any(a == b for a, b in pairwise(roles)):
-        return "merge messages of the same role that follow each other, or choose another template"
-    return f"{ROW_HINT}, or choose another template"
 
 
 def _assistant_turns(messages: Sequence[Mapping[str, Any]]) -> list[int]:

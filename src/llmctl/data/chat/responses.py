@@ -5,7 +5,7 @@ included. Decoders get their chat template, encoders such as BERT the two texts 
 joins: `[CLS] prompt [SEP] response [SEP]`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -52,13 +52,14 @@ class ResponseFormat:
         shape: PreTrainedConfig,
         clock: str | None = None,
         score_at: ScoreAt = "end-of-turn",
+        flags: Collection[str] = (),
     ) -> None:
         """Take the tokenizer of a model.
 
-        Its chat template and padding token are set; `clock` as in `ChatFormat`. `score_at` says
-        where a conversation ends.
+        Its chat template and padding token are set; `clock` and `flags` as in `ChatFormat`.
+        `score_at` says where a conversation ends.
         """
-        self.tokenizer, self.chat = tokenizer, ChatFormat(tokenizer, clock)
+        self.tokenizer, self.chat = tokenizer, ChatFormat(tokenizer, clock, flags)
         self.score_at = score_at
         self.is_pair = is_encoder(shape) and tokenizer.chat_template is None
         self._special = special_token_ids(tokenizer)
