@@ -17,7 +17,8 @@ from common import alternate, machine, ratio, show, table
 
 from llmctl import console, hardware
 from llmctl.commands import pretrain, tokenize
-from llmctl.config.commands import PretrainConfig, TokenizeConfig
+from llmctl.config.commands.pretrain import PretrainConfig
+from llmctl.config.commands.tokenize import TokenizeConfig
 
 SHAPE: dict[str, Any] = {  # 10M parameters
     **{"layers": 6, "hidden": 384, "heads": 6},

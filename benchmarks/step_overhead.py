@@ -18,7 +18,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from llmctl import console, hardware
 from llmctl.commands import pretrain, tokenize
-from llmctl.config.commands import PretrainConfig, TokenizeConfig
+from llmctl.config.commands.pretrain import PretrainConfig
+from llmctl.config.commands.tokenize import TokenizeConfig
 from llmctl.data.shards import open_tokens
 from llmctl.models import presets
 from llmctl.models.loading import load_tokenizer

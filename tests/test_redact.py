@@ -140,7 +140,7 @@ def test_a_run_that_fails(cli, secret, tmp_path, extra):
 
 
 def test_a_run_that_fails_but_can_be_resumed(secret, tmp_path):
-    from llmctl.config.commands import PretrainConfig
+    from llmctl.config.commands.pretrain import PretrainConfig
     from llmctl.errors import DataError
     from llmctl.runs.directory import open_run
 

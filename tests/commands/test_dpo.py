@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from llmctl.config.commands import DpoConfig
+from llmctl.config.commands.dpo import DpoConfig
 from llmctl.data.builtin import named_preferences
 from llmctl.data.chat.templates import read_template
 from llmctl.data.preference_pairs import load_dpo_data

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from llmctl.config.commands import EvaluateConfig
+from llmctl.config.commands.evaluate import EvaluateConfig
 from llmctl.data.append_log import AppendLog
 from llmctl.data.chat.render import ChatFormat
 from llmctl.evaluate import compare, perplexity

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmctl.commands import generate
-from llmctl.config.commands import RankConfig
+from llmctl.config.commands.rank import RankConfig
 from llmctl.data.chat.render import ChatFormat, encode_text
 from llmctl.data.prompts import PromptExample
 from llmctl.decode import loop

@@ -125,7 +125,7 @@ assert value.model(tokens).last_hidden_state.shape[:2] == tokens.shape
 
 
 def test_lora_shares_one_set_of_weights(cli, base, world):
-    from llmctl.config.commands import PpoConfig
+    from llmctl.config.commands.ppo import PpoConfig
     from llmctl.models.loading import load_tokenizer
     from llmctl.ppo.models import load_models
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from llmctl.config.commands import QuantizeConfig
+from llmctl.config.commands.quantize import QuantizeConfig
 from llmctl.errors import DataError, GateError, ModelError
 from llmctl.evaluate.perplexity import make_windows
 from llmctl.models.loading import load_causal_lm

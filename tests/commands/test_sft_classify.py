@@ -26,7 +26,7 @@ from transformers import (
     pipeline,
 )
 
-from llmctl.config.commands import SftConfig
+from llmctl.config.commands.sft import SftConfig
 from llmctl.data.classification import configure_padding, load_classification_data
 from llmctl.data.tokenizer.train import PAD
 from llmctl.errors import DataError, ModelError, UserError

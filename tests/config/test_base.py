@@ -4,7 +4,9 @@ import pytest
 
 from llmctl.cli import COMMANDS
 from llmctl.config import commands
-from llmctl.config.commands import GenerateConfig, PretrainConfig, TokenizeConfig
+from llmctl.config.commands.generate import GenerateConfig
+from llmctl.config.commands.pretrain import PretrainConfig
+from llmctl.config.commands.tokenize import TokenizeConfig
 from llmctl.errors import UserError
 
 CLASSES = {name: commands.config_of(name) for name in COMMANDS}

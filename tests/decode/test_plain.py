@@ -22,7 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from llmctl.config.commands import GenerateConfig
+from llmctl.config.commands.generate import GenerateConfig
 from llmctl.decode.forward import HuggingFaceForward
 from llmctl.decode.llama import TOLERANCE, LlamaForward, PlainModel
 from llmctl.decode.loop import config_for_generation, load_for_generation

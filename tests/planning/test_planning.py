@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
-from llmctl.config.commands import SftConfig
+from llmctl.config.commands.sft import SftConfig
 from llmctl.errors import UserError
 from llmctl.models.loading import trainable_parameters
 from llmctl.planning import compute, memory

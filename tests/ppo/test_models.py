@@ -54,7 +54,7 @@ def ppo(cli, roomy, reward_models, *arguments):
 def test_adapters_of_the_same_base_share_its_weights(cli, roomy, reward_models, tmp_path):
     from accelerate import Accelerator
 
-    from llmctl.config.commands import PpoConfig
+    from llmctl.config.commands.ppo import PpoConfig
 
     config = PpoConfig(
         model=str(roomy),
@@ -115,7 +115,7 @@ def test_reward_models_are_read_where_it_is_said(cli, roomy, reward_models, tmp_
 
 def test_rows_that_a_reward_model_adds_are_not_the_policys(cli, roomy, reward_models, tmp_path):
     """It may have tokens of its own, and the weights below it are the policy's as well."""
-    from llmctl.config.commands import PpoConfig
+    from llmctl.config.commands.ppo import PpoConfig
     from llmctl.models.loading import load_tokenizer
     from llmctl.ppo.models import load_models
     from llmctl.training.base_model import base_of

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from llmctl.config.commands import PretrainConfig
+from llmctl.config.commands.pretrain import PretrainConfig
 
 
 def config(out: Path, **flags: Any) -> PretrainConfig:

@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from llmctl import errors
-from llmctl.config.commands import PpoConfig, PretrainConfig
+from llmctl.config.commands.ppo import PpoConfig
+from llmctl.config.commands.pretrain import PretrainConfig
 from llmctl.errors import UserError
 from llmctl.runs import trackers
 from tests.conftest import SMALL

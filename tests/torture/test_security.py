@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmctl.config.commands import PretrainConfig
+from llmctl.config.commands.pretrain import PretrainConfig
 from llmctl.errors import UserError
 from tests.run_files import cut_off, edit_json
 from tests.torture import harness

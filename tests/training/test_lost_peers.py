@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from llmctl.config.commands import SftConfig
+from llmctl.config.commands.sft import SftConfig
 from llmctl.errors import ResourceError
 from llmctl.launch import GROUP
 from llmctl.training import distributed, loop

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmctl.config.commands import PretrainConfig
+from llmctl.config.commands.pretrain import PretrainConfig
 from llmctl.errors import DataError, ResourceError, UserError
 from llmctl.models import presets
 from llmctl.training.batches import Order, Windows, validation_shares, validation_windows

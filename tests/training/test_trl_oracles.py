@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from peft import LoraConfig, TaskType
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
 
-from llmctl.config.commands import DpoConfig, SftConfig
+from llmctl.config.commands.dpo import DpoConfig
+from llmctl.config.commands.sft import SftConfig
 from llmctl.data.preference_pairs import Pairs, load_dpo_data
 from llmctl.data.tokenized import EncodedSequence, collect
 from llmctl.training.adapters import adapt

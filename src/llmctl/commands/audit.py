@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from llmctl.config.commands import AuditConfig
+from llmctl.config.commands.audit import AuditConfig
 from llmctl.data.audit.audit import audit, require_sound
 from llmctl.data.audit.show import print_report
 from llmctl.data.sft import load_sft_data

@@ -8,7 +8,7 @@ import json
 import sys
 from typing import Any
 
-from llmctl.config.commands import ChatConfig
+from llmctl.config.commands.chat import ChatConfig
 from llmctl.console import log, show_recipe
 from llmctl.decode.conversation import Conversation, chat_window
 from llmctl.decode.loop import config_for_generation, load_for_generation

@@ -10,7 +10,7 @@ from llmctl.checkup.device import check_devices
 from llmctl.checkup.machine import check_disks
 from llmctl.checkup.network import check_hub
 from llmctl.checkup.packages import check_extras, check_packages, check_python
-from llmctl.config.commands import DoctorConfig
+from llmctl.config.commands.doctor import DoctorConfig
 from llmctl.redact import redact
 from llmctl.runs.provenance import versions
 

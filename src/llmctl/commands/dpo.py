@@ -6,7 +6,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from llmctl import hardware
-from llmctl.config.commands import DpoConfig
+from llmctl.config.commands.dpo import DpoConfig
 from llmctl.data.preference_pairs import load_dpo_data, log_dpo_data
 from llmctl.runs.directory import Run
 from llmctl.training.dpo import build_dpo, prepare_dpo

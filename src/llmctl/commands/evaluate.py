@@ -5,7 +5,7 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from llmctl.config.commands import EvaluateConfig
+from llmctl.config.commands.evaluate import EvaluateConfig
 from llmctl.console import is_terminal, log, show_recipe
 from llmctl.errors import GateError
 from llmctl.evaluate.evaluation import evaluate, prepare, require_same_identity

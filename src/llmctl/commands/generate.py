@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from llmctl.config.commands import GenerateConfig
+from llmctl.config.commands.generate import GenerateConfig
 from llmctl.console import log, show_recipe
 from llmctl.data.prompts import PromptExample, read_prompt_file
 from llmctl.decode.loop import (

@@ -3,7 +3,7 @@
 from typing import Any
 
 from llmctl import hardware
-from llmctl.config.commands import MergeConfig
+from llmctl.config.commands.merge import MergeConfig
 from llmctl.console import log, show_recipe
 from llmctl.files import sha256_folder
 from llmctl.models.adapters import weights_sha256

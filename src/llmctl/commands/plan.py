@@ -6,7 +6,9 @@ from typing import Any
 
 from llmctl import hardware
 from llmctl.config.base import read_recipe
-from llmctl.config.commands import PlanConfig, PretrainConfig, config_of
+from llmctl.config.commands import config_of
+from llmctl.config.commands.plan import PlanConfig
+from llmctl.config.commands.pretrain import PretrainConfig
 from llmctl.errors import UserError
 from llmctl.metrics import TRAINING
 from llmctl.planning.compute import measure_rate

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from llmctl import hardware
-from llmctl.config.commands import PpoConfig
+from llmctl.config.commands.ppo import PpoConfig
 from llmctl.ppo.export import export, log_summary
 from llmctl.ppo.loop import fit, resume
 from llmctl.ppo.setup import build_ppo, prepare_ppo

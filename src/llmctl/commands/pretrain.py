@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from llmctl import hardware
-from llmctl.config.commands import PretrainConfig
+from llmctl.config.commands.pretrain import PretrainConfig
 from llmctl.console import log
 from llmctl.data.corpus import open_corpus, tokenize_once
 from llmctl.data.tokenizer.load import load_vocabulary

@@ -3,7 +3,7 @@
 from typing import Any
 
 from llmctl import hardware
-from llmctl.config.commands import QuantizeConfig
+from llmctl.config.commands.quantize import QuantizeConfig
 from llmctl.console import show_recipe
 from llmctl.quantize.convert import convert_to_folder, convert_to_gguf
 from llmctl.quantize.job import announce, prepare

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llmctl.config.commands import RankConfig
+from llmctl.config.commands.rank import RankConfig
 from llmctl.config.sections import Sampling
 from llmctl.console import log, show_recipe
 from llmctl.errors import UserError

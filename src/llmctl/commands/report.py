@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from llmctl.config.commands import ReportConfig
+from llmctl.config.commands.report import ReportConfig
 from llmctl.console import log
 from llmctl.files import check_out, replace_file, writing
 from llmctl.redact import redact

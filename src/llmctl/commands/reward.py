@@ -6,7 +6,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from llmctl import hardware
-from llmctl.config.commands import RewardConfig
+from llmctl.config.commands.reward import RewardConfig
 from llmctl.data.preference_pairs import load_reward_data, log_reward_data
 from llmctl.reward.score_file import score_file
 from llmctl.runs.directory import Run

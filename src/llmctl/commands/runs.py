@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llmctl.config.commands import RunsConfig
+from llmctl.config.commands.runs import RunsConfig
 from llmctl.console import log
 from llmctl.errors import DataError
 from llmctl.numbers import byte_size, duration

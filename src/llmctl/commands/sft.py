@@ -6,7 +6,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from llmctl import hardware
-from llmctl.config.commands import SftConfig
+from llmctl.config.commands.sft import SftConfig
 from llmctl.data.audit.audit import Audit
 from llmctl.data.classification import load_classification_data, log_classification_data
 from llmctl.data.sft import SftData, load_sft_data

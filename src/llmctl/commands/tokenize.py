@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmctl.config.commands import TokenizeConfig
+from llmctl.config.commands.tokenize import TokenizeConfig
 from llmctl.console import log, show_recipe
 from llmctl.data.corpus import CheckedCorpus, open_corpus
 from llmctl.data.tokenizer.load import Vocabulary, load_vocabulary, vocabulary_of

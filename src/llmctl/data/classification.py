@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from llmctl.config.commands import SftConfig
+from llmctl.config.commands.sft import SftConfig
 from llmctl.console import log
 from llmctl.data.audit.rules import RowRules
 from llmctl.data.bad_rows import BadRows

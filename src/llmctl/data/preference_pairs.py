@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from llmctl.config.commands import DpoConfig, RewardConfig
+from llmctl.config.commands.dpo import DpoConfig
+from llmctl.config.commands.reward import RewardConfig
 from llmctl.console import log
 from llmctl.data.audit.rules import RowRules, texts_of
 from llmctl.data.bad_rows import BadRows, at_row

@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from llmctl.config.commands import AuditConfig, SftConfig
+from llmctl.config.commands.audit import AuditConfig
+from llmctl.config.commands.sft import SftConfig
 from llmctl.data.audit.rules import RowRules, texts_of
 from llmctl.data.bad_rows import BadRows
 from llmctl.data.chat.remedies import BOTH_FLAGS

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from typing import TYPE_CHECKING, Any
 
-from llmctl.config.commands import EvaluateConfig
+from llmctl.config.commands.evaluate import EvaluateConfig
 from llmctl.console import is_terminal, log
 from llmctl.errors import DataError, NetworkError, UserError, require_extra
 from llmctl.evaluate.prepare import EvaluatedModel

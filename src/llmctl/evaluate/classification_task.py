@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from llmctl.config.commands import EvaluateConfig
+from llmctl.config.commands.evaluate import EvaluateConfig
 from llmctl.data.tokenized import resolve_max_length
 from llmctl.errors import ModelError
 from llmctl.evaluate.prepare import EvaluatedModel, EvaluationPlan

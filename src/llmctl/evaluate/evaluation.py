@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from llmctl import hardware
-from llmctl.config.commands import EvaluateConfig
+from llmctl.config.commands.evaluate import EvaluateConfig
 from llmctl.decode.loop import load_for_generation
 from llmctl.errors import ModelError
 from llmctl.evaluate.aggregate import compute_figures, count_comparisons, quotient_names

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from llmctl.config.commands import EvaluateConfig
+from llmctl.config.commands.evaluate import EvaluateConfig
 from llmctl.decode.loop import Prompt, Response, decode
 from llmctl.evaluate.few_shot import SEPARATOR, FewShotFormat, FewShotPrompt
 from llmctl.evaluate.perplexity import Window, window_nats

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llmctl.config.commands import EvaluateConfig
-from llmctl.config.commands.evaluate import GENERATED
+from llmctl.config.commands.evaluate import GENERATED, EvaluateConfig
 from llmctl.data.bad_rows import BadRows
 from llmctl.data.documents import text_input
 from llmctl.data.examples import Example, read_examples

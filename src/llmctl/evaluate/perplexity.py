@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmctl.config.commands import EvaluateConfig
+from llmctl.config.commands.evaluate import EvaluateConfig
 from llmctl.decode.forward import takes
 from llmctl.errors import DataError, ModelError
 from llmctl.evaluate.inputs import Document

@@ -10,8 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from llmctl.config.commands import EvaluateConfig
-from llmctl.config.commands.evaluate import GENERATED
+from llmctl.config.commands.evaluate import GENERATED, EvaluateConfig
 from llmctl.data.audit.rules import RowRules, texts_of
 from llmctl.data.bad_rows import BadRows
 from llmctl.data.chat.render import encode_text

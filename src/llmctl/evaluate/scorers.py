@@ -10,7 +10,7 @@ from decimal import Decimal
 from functools import cache
 from typing import Any
 
-from llmctl.config.commands import EvaluateConfig
+from llmctl.config.commands.evaluate import EvaluateConfig
 from llmctl.errors import require_extra
 from llmctl.evaluate.inputs import EvaluationExample
 from llmctl.evaluate.labels import named_labels

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from llmctl.config.commands import RankConfig
+from llmctl.config.commands.rank import RankConfig
 from llmctl.decode.loop import Prompt, choose_forward, decode, load_for_generation
 from llmctl.decode.prompts import PromptEncoder, build_prompts
 from llmctl.decode.text import stop_ids

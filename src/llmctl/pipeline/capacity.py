@@ -10,7 +10,7 @@ from pathlib import Path
 from shutil import disk_usage
 
 from llmctl import hardware
-from llmctl.config.commands import PlanConfig
+from llmctl.config.commands.plan import PlanConfig
 from llmctl.config.finetuning import LowRank
 from llmctl.config.sections import Resumable
 from llmctl.console import log

@@ -12,7 +12,10 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from llmctl.config.commands import DpoConfig, PpoConfig, RewardConfig, SftConfig
+from llmctl.config.commands.dpo import DpoConfig
+from llmctl.config.commands.ppo import PpoConfig
+from llmctl.config.commands.reward import RewardConfig
+from llmctl.config.commands.sft import SftConfig
 from llmctl.data.bad_rows import BadRows
 from llmctl.data.examples import read_examples
 from llmctl.data.preferences import read_preferences

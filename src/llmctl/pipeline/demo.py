@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from llmctl.config.commands import DemoConfig
+from llmctl.config.commands.demo import DemoConfig
 from llmctl.console import log
 from llmctl.pipeline.run import run_life_cycle
 from llmctl.pipeline.steps import load

@@ -10,7 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from llmctl.config.commands import GenerateConfig, PretrainConfig, TokenizeConfig
+from llmctl.config.commands.generate import GenerateConfig
+from llmctl.config.commands.pretrain import PretrainConfig
+from llmctl.config.commands.tokenize import TokenizeConfig
 from llmctl.errors import DataError, ModelError, UserError
 from llmctl.models import presets
 from llmctl.models.loading import context_size, load_config, load_tokenizer

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.config.base import to_yaml
-from llmctl.config.commands import RunConfig
+from llmctl.config.commands.run import RunConfig
 from llmctl.config.sections import Stages
 from llmctl.console import log
 from llmctl.errors import UserError

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.commands import report
-from llmctl.config.commands import ReportConfig
+from llmctl.config.commands.report import ReportConfig
 from llmctl.config.sections import Stages
 from llmctl.console import log
 from llmctl.errors import GateError, OutputError, UserError, from_json

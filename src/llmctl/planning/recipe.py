@@ -14,13 +14,11 @@ from peft import PeftModel
 from transformers import PreTrainedConfig
 
 from llmctl import hardware
-from llmctl.config.commands import (
-    DpoConfig,
-    PlanConfig,
-    PpoConfig,
-    PretrainConfig,
-    RewardConfig,
-)
+from llmctl.config.commands.dpo import DpoConfig
+from llmctl.config.commands.plan import PlanConfig
+from llmctl.config.commands.ppo import PpoConfig
+from llmctl.config.commands.pretrain import PretrainConfig
+from llmctl.config.commands.reward import RewardConfig
 from llmctl.data.audit.rules import RowRules
 from llmctl.data.bad_rows import BadRows
 from llmctl.data.classification import load_classification_data

@@ -5,7 +5,10 @@ and time follow from, the same ones for every command.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmctl.config.commands import DpoConfig, PpoConfig, RewardConfig, SftConfig
+from llmctl.config.commands.dpo import DpoConfig
+from llmctl.config.commands.ppo import PpoConfig
+from llmctl.config.commands.reward import RewardConfig
+from llmctl.config.commands.sft import SftConfig
 from llmctl.config.finetuning import LowRank, Quantized
 from llmctl.models.quantized import LoadIn
 from llmctl.planning.shape import ModelShape

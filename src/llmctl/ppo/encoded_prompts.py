@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from llmctl.config.commands import PpoConfig
+from llmctl.config.commands.ppo import PpoConfig
 from llmctl.console import log
 from llmctl.data.audit.rules import RowRules, texts_of
 from llmctl.data.bad_rows import BadRows, at_row

@@ -6,7 +6,7 @@ responses.
 
 from typing import Any
 
-from llmctl.config.commands import PpoConfig
+from llmctl.config.commands.ppo import PpoConfig
 from llmctl.console import log
 from llmctl.files import writing
 from llmctl.models.adapters import save_adapter

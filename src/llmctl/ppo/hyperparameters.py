@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from llmctl.config.commands import PpoConfig
+from llmctl.config.commands.ppo import PpoConfig
 from llmctl.training.hyperparameters import (
     Hyperparameters,
     PpoHyperparameters,

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llmctl.config.commands import PpoConfig
+from llmctl.config.commands.ppo import PpoConfig
 from llmctl.console import log
 from llmctl.errors import ModelError, UserError
 from llmctl.models.adapters import is_adapted, is_adapter, read_adapter, weights_sha256

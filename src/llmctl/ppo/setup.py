@@ -10,7 +10,7 @@ from accelerate.utils import set_seed
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedTokenizerBase
 
-from llmctl.config.commands import PpoConfig
+from llmctl.config.commands.ppo import PpoConfig
 from llmctl.console import log
 from llmctl.data.audit.rules import RowRules
 from llmctl.data.bad_rows import BadRows

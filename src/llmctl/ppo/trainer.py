@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from llmctl.config.commands import PpoConfig
+from llmctl.config.commands.ppo import PpoConfig
 from llmctl.decode.loop import best_threads
 from llmctl.models.loading import parameter_count
 from llmctl.ppo.alarms import Alarms

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from llmctl.config.commands import QuantizeConfig
+from llmctl.config.commands.quantize import QuantizeConfig
 from llmctl.errors import ModelError
 from llmctl.evaluate.perplexity import Window, window_logits
 from llmctl.files import filled_folder

@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from llmctl.config.commands import QuantizeConfig, SftConfig
+from llmctl.config.commands.quantize import QuantizeConfig
+from llmctl.config.commands.sft import SftConfig
 from llmctl.console import log
 from llmctl.data.bad_rows import BadRows
 from llmctl.data.chat.render import ChatFormat

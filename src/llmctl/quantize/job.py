@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llmctl.config.commands import QuantizeConfig
+from llmctl.config.commands.quantize import QuantizeConfig
 from llmctl.console import log
 from llmctl.errors import ModelError, UserError
 from llmctl.files import sha256_folder

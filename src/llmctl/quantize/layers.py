@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from llmctl.config.commands import QuantizeConfig
+from llmctl.config.commands.quantize import QuantizeConfig
 from llmctl.errors import ModelError, UserError
 from llmctl.models.quantized import BLOCK, input_width
 

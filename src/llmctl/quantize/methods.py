@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
-from llmctl.config.commands import QuantizeConfig
+from llmctl.config.commands.quantize import QuantizeConfig
 from llmctl.errors import ModelError, ResourceError
 from llmctl.models.loading import DTYPES
 from llmctl.models.quantized import first_not_finite, is_quantized, prepare_library

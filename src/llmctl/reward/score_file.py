@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl import hardware
-from llmctl.config.commands import RewardConfig
+from llmctl.config.commands.reward import RewardConfig
 from llmctl.console import ProgressBar, show_recipe
 from llmctl.data.audit.rules import RowRules, texts_of
 from llmctl.data.bad_rows import BadRows

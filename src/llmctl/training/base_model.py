@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from llmctl import hardware
-from llmctl.config.commands import DpoConfig, PpoConfig, RewardConfig, SftConfig
+from llmctl.config.commands.dpo import DpoConfig
+from llmctl.config.commands.ppo import PpoConfig
+from llmctl.config.commands.reward import RewardConfig
+from llmctl.config.commands.sft import SftConfig
 from llmctl.config.finetuning import Quantized, Samples, Tuning
 from llmctl.console import log
 from llmctl.data.classification import ClassificationData

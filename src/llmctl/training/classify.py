@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from llmctl.config.commands import SftConfig
+from llmctl.config.commands.sft import SftConfig
 from llmctl.data.classification import ClassificationData, EncodedTexts
 from llmctl.runs.directory import Run
 from llmctl.training.base_model import Prepared, load_with_head, prepare

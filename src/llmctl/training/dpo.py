@@ -19,8 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from llmctl.config.commands import DpoConfig
-from llmctl.config.commands.dpo import PairLoss
+from llmctl.config.commands.dpo import DpoConfig, PairLoss
 from llmctl.console import log
 from llmctl.data.preference_pairs import Pairs, PreferenceData
 from llmctl.data.tokenized import Tokenized

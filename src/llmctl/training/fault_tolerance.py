@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from llmctl.config.commands import PpoConfig, PretrainConfig
+from llmctl.config.commands.ppo import PpoConfig
+from llmctl.config.commands.pretrain import PretrainConfig
 from llmctl.config.finetuning import Tuning
 from llmctl.config.sections import Checkpoints
 from llmctl.console import log

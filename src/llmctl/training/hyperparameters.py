@@ -5,7 +5,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from llmctl import hardware
-from llmctl.config.commands import DpoConfig, PpoConfig, PretrainConfig, RewardConfig, SftConfig
+from llmctl.config.commands.dpo import DpoConfig
+from llmctl.config.commands.ppo import PpoConfig
+from llmctl.config.commands.pretrain import PretrainConfig
+from llmctl.config.commands.reward import RewardConfig
+from llmctl.config.commands.sft import SftConfig
 from llmctl.config.finetuning import Adapter, Tuning
 from llmctl.config.sections import Placement
 from llmctl.errors import ResourceError, UserError

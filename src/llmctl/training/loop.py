@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from llmctl import hardware
-from llmctl.config.commands import PretrainConfig
+from llmctl.config.commands.pretrain import PretrainConfig
 from llmctl.config.finetuning import Tuning
 from llmctl.config.sections import Resumable
 from llmctl.console import ProgressBar

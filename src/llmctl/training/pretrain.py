@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedTokenizerBase
 
 from llmctl import hardware
-from llmctl.config.commands import PretrainConfig
+from llmctl.config.commands.pretrain import PretrainConfig
 from llmctl.console import log
 from llmctl.data.shards import TokenIndex, TokenSplit, open_tokens
 from llmctl.data.tokenizer.train import fingerprint

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from llmctl.config.commands import RewardConfig
+from llmctl.config.commands.reward import RewardConfig
 from llmctl.console import log
 from llmctl.data.chat.responses import ResponseFormat
 from llmctl.data.preference_pairs import Pairs, PreferenceData

@@ -7,7 +7,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from llmctl.config.commands import PpoConfig, PretrainConfig
+from llmctl.config.commands.ppo import PpoConfig
+from llmctl.config.commands.pretrain import PretrainConfig
 from llmctl.config.finetuning import Tuning
 from llmctl.runs.checkpoint import CheckpointContent, Owner
 from llmctl.runs.directory import Run

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from llmctl.config.commands import SftConfig
+from llmctl.config.commands.sft import SftConfig
 from llmctl.console import log
 from llmctl.data.audit.audit import Audit, audit, log_summary, require_sound
 from llmctl.data.sft import SftData

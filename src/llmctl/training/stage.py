@@ -7,7 +7,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from llmctl import hardware
-from llmctl.config.commands import PpoConfig, PretrainConfig
+from llmctl.config.commands.ppo import PpoConfig
+from llmctl.config.commands.pretrain import PretrainConfig
 from llmctl.config.finetuning import Tuning
 from llmctl.runs.directory import Run
 from llmctl.runs.resume import earlier_manifest

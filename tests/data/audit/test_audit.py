@@ -12,7 +12,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from llmctl.config.commands import AuditConfig, SftConfig
+from llmctl.config.commands.audit import AuditConfig
+from llmctl.config.commands.sft import SftConfig
 from llmctl.console import log, set_up
 from llmctl.data.audit.audit import audit, log_summary, require_sound
 from llmctl.data.audit.show import (

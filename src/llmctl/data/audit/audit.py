@@ -6,7 +6,8 @@ In: `SftData`. Out: an `Audit` of statistics and findings: errors refuse a run, 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llmctl.config.commands import AuditConfig, SftConfig
+from llmctl.config.commands.audit import AuditConfig
+from llmctl.config.commands.sft import SftConfig
 from llmctl.console import log
 from llmctl.data.audit.checks import check_examples
 from llmctl.data.audit.rules import AuditFinding

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from llmctl.config.commands import AuditConfig, SftConfig
+from llmctl.config.commands.audit import AuditConfig
+from llmctl.config.commands.sft import SftConfig
 from llmctl.data.audit.rules import (
     MANY_UNKNOWN,
     AuditFinding,
