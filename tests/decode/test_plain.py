@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -212,44 +210,3 @@ def test_checked_or_not_the_text_is_the_same(cli, base: Path) -> None:
     ours, theirs = cli(*command, "--seed", 4), cli(*command, "--seed", 4, "--check")
     assert ours.code == theirs.code == 0
     assert ours.out == theirs.out
-
-
-ALLOWED = {
-    *("llmctl", "torch", "torchgen", "functorch", "numpy", "safetensors", "tokenizers"),
-    *("transformers", "huggingface_hub", "jinja2", "markupsafe", "regex", "tqdm", "packaging"),
-    *("filelock", "requests", "urllib3", "idna", "certifi", "charset_normalizer", "yaml"),
-    *("httpx", "httpcore", "httpx2", "httpcore2", "h11", "anyio", "sniffio", "truststore"),
-    *("typer", "click", "shellingham", "rich", "pygments", "annotated_doc", "psutil", "dill"),
-    *("pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"),
-    *("PIL", "defusedxml", "hf_xet", "fsspec", "mypyc", "cython_runtime", "brotli", "zstandard"),
-}
-"""Packages that generating with a plain model may import."""
-WHOLE = {"sympy", "scipy", "torchao", "accelerate", "peft", "trl", "datasets", "bitsandbytes"}
-
-
-def packages_of(*arguments: object) -> set[str]:
-    """Top-level packages that a command has imported when it ends."""
-    program = (
-        "import sys\nfrom llmctl.__main__ import start\nsys.argv[0] = 'llmctl'\n"
-        "try:\n    start()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
-        "print('\\n'.join(sys.modules), file=sys.stderr)"
-    )
-    ran = subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    found = {line.split(".")[0] for line in ran.stderr.splitlines() if "import" not in line}
-    return found - set(sys.stdlib_module_names)
-
-
-@pytest.mark.parametrize("command", ["generate", "chat"])
-def test_a_plain_model_starts_without_code_of_models(base: Path, command: str) -> None:
-    asked = ("--prompt", "a") if command == "generate" else ()
-    found = packages_of(command, "--model", base, *asked, "--max-new-tokens", 1)
-    named = {name for name in found if name.isidentifier() and not name.startswith("_")}
-    assert not named & WHOLE
-    assert named <= ALLOWED
