@@ -182,6 +182,33 @@ def test_low_precision_takes_the_fast_pass() -> None:
     assert len(run(model, [[0, 5]], GREEDY, eos=())[0].tokens) == 24
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", FAST)
+def test_low_precision_is_no_further_from_float32_than_transformers(
+    name: str, dtype: torch.dtype
+) -> None:
+    """By the KL of next tokens: prompts of several lengths, steps, and rows that leave."""
+    exact, rounded = build(name), build(name).to(dtype)
+    forwards = {
+        "exact": HuggingFaceForward(exact),
+        "theirs": HuggingFaceForward(rounded),
+        "ours": LlamaForward(LlamaWeights.of_model(rounded)),
+    }
+    found: dict[str, torch.Tensor] = {}
+    with torch.inference_mode():
+        for side, forward in forwards.items():
+            logits = [forward.prefill([[3, 4, 5, 6, 7], [8, 9], [10, 11, 12]])]
+            logits += [forward.step(torch.tensor([20, 21, 22])) for _ in range(20)]
+            forward.select([1])
+            logits += [forward.step(torch.tensor([22])) for _ in range(20)]
+            found[side] = torch.cat(logits).double().log_softmax(1)
+    apart = {
+        side: float((found["exact"].exp() * (found["exact"] - found[side])).sum(1).mean())
+        for side in ("theirs", "ours")
+    }
+    assert 0 < apart["ours"] <= 1.05 * apart["theirs"]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of PEFT's generate
 @pytest.mark.parametrize("kind", ["lora", "prompt"])

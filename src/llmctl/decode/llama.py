@@ -52,12 +52,19 @@ def plain_weights(block: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class FusedLayer:
-    """One block's weights as (in, out) matrices, with the weights of the norms folded in.
+    """One block's weights as (in, out) matrices.
+
+    In float32 those that read the norms have the norms' weights folded in, and lie as they are
+    written, which suits one row. In half precision, where that would round them once more, all are
+    as they were, and views of (out, in), without which a CPU takes ten times as long or more.
 
     The halves of each query and key head are interleaved, so that rotating is one complex product;
     attention, a sum over the head, does not see the order.
     """
 
+    attention_norm: Tensor | None
+    """(hidden,) of the norm before attention, where it is not folded in."""
+    mlp_norm: Tensor | None
     qkv: Tensor
     qkv_bias: Tensor | None
     qk_norm: Tensor | None
@@ -88,20 +95,24 @@ def fuse_layer(named: Mapping[str, Tensor], head_size: int, dtype: torch.dtype) 
         if f"self_attn.{name}_norm.weight" in weights
     ]
     gate_up = [weights[f"mlp.{name}_proj.weight"] for name in ("gate", "up")]
+    norms_of = {name: weights[f"{name}_layernorm.weight"] for name in ("input", "post_attention")}
+    is_folded = dtype is torch.float32
     return FusedLayer(
-        qkv=_folded(qkv, weights["input_layernorm.weight"]),
+        attention_norm=None if is_folded else norms_of["input"],
+        mlp_norm=None if is_folded else norms_of["post_attention"],
+        qkv=_joined(qkv, norms_of["input"] if is_folded else None),
         qkv_bias=torch.cat(heads_of("bias")) if "self_attn.q_proj.bias" in weights else None,
         qk_norm=torch.cat(norms) if norms else None,
         out=weights["self_attn.o_proj.weight"].t(),
-        gate_up=_folded(gate_up, weights["post_attention_layernorm.weight"]),
+        gate_up=_joined(gate_up, norms_of["post_attention"] if is_folded else None),
         down=weights["mlp.down_proj.weight"].t(),
     )
 
 
-def _folded(weights: Sequence[Tensor], norm: Tensor) -> Tensor:
-    """One (in, out) matrix that also multiplies by the weight of the norm before it."""
+def _joined(weights: Sequence[Tensor], norm: Tensor | None) -> Tensor:
+    """One (in, out) matrix, which may also multiply by the weight of the norm before it."""
     joined = torch.cat(list(weights))
-    return (joined.float() * norm.float()).to(joined.dtype).t().contiguous()
+    return joined.t() if norm is None else joined.mul_(norm).t().contiguous()
 
 
 @dataclass(frozen=True)
@@ -208,25 +219,28 @@ class LlamaForward:
         self.head_size, self.epsilon = weights.head_size, weights.epsilon
         self.embedding, self.layers, self.norm = weights.embedding, weights.layers, weights.norm
         self.unembedding, self.frequencies = weights.unembedding, weights.frequencies
+        self._is_on_cpu = self.device.type == "cpu"
+        self._exact = torch.float32 if self._is_on_cpu else self.dtype
+        """Type of all but the products with weights, which a CPU computes no faster in half."""
+        blank = self.embedding.new_empty(0, dtype=self._exact)
         hidden = self.embedding.shape[1]
-        self._mean = self.embedding.new_full((hidden, 1), 1 / hidden)
-        self._epsilon = self.embedding.new_full((1,), self.epsilon)
-        self._nothing = self.embedding.new_zeros(1, 1, 1)
-        self._is_plain = self.dtype is torch.float32 and self.device.type == "cpu"
+        self._mean = blank.new_full((hidden, 1), 1 / hidden)
+        self._epsilon = blank.new_full((1,), self.epsilon)
+        self._nothing = blank.new_zeros(1, 1, 1)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """See `Forward.prefill`."""
         tokens, self._starts = pad_left(prompts, self.device)
         self._rows, self._columns = len(prompts), 0
         shape = (len(self.layers), 2, self._rows, self.kv_heads, self.head_size, 0)
-        self._cache = self.embedding.new_empty(shape)
+        self._cache = self._nothing.new_empty(shape)
         """Keys and values, (layers, 2, rows, kv_heads, head_size, columns)."""
         self._hidden_keys: Tensor | None = None
         """Minus infinity where there is padding, (rows, kv_heads, 1, columns)."""
         if len(set(map(len, prompts))) > 1:
             columns = torch.arange(tokens.shape[1], device=self.device)
             hidden = (columns < self._starts[:, None])[:, None, None]
-            blank = self.embedding.new_zeros(self._rows, self.kv_heads, 1, tokens.shape[1])
+            blank = self._nothing.new_zeros(self._rows, self.kv_heads, 1, tokens.shape[1])
             self._hidden_keys = blank.masked_fill_(hidden, -torch.inf)
         return self._forward(tokens)
 
@@ -276,12 +290,12 @@ class LlamaForward:
             hidden = self._hidden_keys[..., :last].flatten(0, 1)
         slots = self._cache[..., first:last].unbind(0)
         caches = self._cache.flatten(2, 3).flatten(0, 1)[..., :last].unbind(0)
-        x = F.embedding(tokens.flatten(), self.embedding)
+        x = F.embedding(tokens.flatten(), self.embedding).to(self._exact)
         for layer, slot, keys, values in zip(
             self.layers, slots, caches[::2], caches[1::2], strict=True
         ):
-            qkv = _linear(self._normalize(x), layer.qkv, layer.qkv_bias)
-            qkv = qkv.view(rows, length, -1, self.head_size)
+            qkv = self._product(self._normalize(x, layer.attention_norm), layer.qkv, layer.qkv_bias)
+            qkv = qkv.to(self._exact).view(rows, length, -1, self.head_size)
             self._rotate(qkv.narrow(2, 0, self.heads + self.kv_heads), layer.qk_norm, turns)
             new = qkv.narrow(2, self.heads, 2 * self.kv_heads)
             slot.copy_(new.view(rows, length, 2, self.kv_heads, -1).permute(2, 0, 3, 4, 1))
@@ -289,17 +303,33 @@ class LlamaForward:
                 mixed = self._attend_prompt(qkv, mask)
             else:
                 mixed = self._attend_cache(qkv.narrow(2, 0, self.heads), keys, values, hidden)
-            x.addmm_(mixed, layer.out)
-            gate, up = torch.mm(self._normalize(x), layer.gate_up).chunk(2, 1)
-            x.addmm_(F.silu(gate).mul_(up), layer.down)
+            self._add_product(x, mixed, layer.out)
+            gate, up = self._product(self._normalize(x, layer.mlp_norm), layer.gate_up).chunk(2, 1)
+            self._add_product(x, F.silu(gate).mul_(up), layer.down)
         x = x.view(rows, length, -1)[:, -1]
-        return torch.mm(self._normalize(x).mul_(self.norm), self.unembedding)
+        return self._product(self._normalize(x, self.norm), self.unembedding)
 
-    def _normalize(self, x: Tensor) -> Tensor:
-        """Root mean square norm without weight; on a CPU in half the time of F.rms_norm."""
-        if self._is_plain:
-            return torch.addmm(self._epsilon, x * x, self._mean).rsqrt_() * x
-        return F.rms_norm(x, x.shape[-1:], None, self.epsilon)
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Product of (n, in) and (in, out) in the weight's type; of one row in half as a vector."""
+        x = x.to(self.dtype)
+        if x.shape[0] == 1 and self._is_on_cpu and self.dtype is not torch.float32:
+            product = torch.mv(weight.t(), x[0])[None]
+            return product if bias is None else product.add_(bias)
+        return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+
+    def _add_product(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
+        """Add the product of (n, in) and (in, out) to x (n, out), in place."""
+        if x.dtype is self.dtype:
+            x.addmm_(y, weight)
+        else:
+            x.add_(self._product(y, weight))
+
+    def _normalize(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        """Root mean square norm; on a CPU in half the time of F.rms_norm."""
+        if not self._is_on_cpu:
+            return F.rms_norm(x, x.shape[-1:], weight, self.epsilon)
+        normal = torch.addmm(self._epsilon, x * x, self._mean).rsqrt_() * x
+        return normal if weight is None else normal.mul_(weight)
 
     def _rotate(self, heads: Tensor, norm: Tensor | None, turns: Tensor) -> None:
         """Apply rotary positions in place to queries and keys (rows, length, heads, head_size)."""
@@ -350,10 +380,6 @@ class LlamaForward:
         mask: Tensor = self._hidden_keys[:, :1, :, :length] + later
         mask.masked_fill_(torch.eye(length, device=self.device).bool(), 0.0)
         return mask
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
 
 
 def is_covered(
