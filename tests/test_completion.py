@@ -72,7 +72,7 @@ def test_no_help_text_becomes_a_candidate(monkeypatch, capfd):
 
 
 def test_values_are_those_of_the_config():
-    field = commands.SftConfig.model_fields["report_to"]
+    field = commands.config_of("sft").model_fields["report_to"]
     assert literal_choices(field.annotation) == ["tensorboard", "trackio", "wandb"]
 
 

@@ -211,9 +211,17 @@ def test_csv_rows_are_documents(tmp_path, spool):
         ("id,body\n1,a\n", "no column `text`; there is `id`, `body`", 1),
         ("id,text\n1,a\n2\n", "1 fields, but the header has 2", 3),
         ('id,text\n1,"a"b\n', "not CSV", 2),
-        ('id,text\n1,"a\n', "not CSV: unexpected end of data", 2),
+        (
+            'id,text\n1,"a\n',
+            "the quotation mark . that begins a field is not closed by the end of the file",
+            2,
+        ),
         ('id,text\n1,"a\nb"\n2\n', "1 fields, but the header has 2", 4),
-        ('id,text\n1,a\n2,"b\n\n', "not CSV: unexpected end of data", 3),
+        (
+            'id,text\n1,a\n2,"b\n\n',
+            "the quotation mark . that begins a field is not closed by the end of the file",
+            3,
+        ),
         ("text,text\na,b\n", "two columns are named `text`", 1),
     ],
 )

@@ -158,7 +158,7 @@ def test_val_loss_is_that_of_pretrain(cli, tokens, tmp_path):
     result = cli(
         *("pretrain", "--data", tmp_path / "train.jsonl", "--val-data", tmp_path / "val.jsonl"),
         *("--tokenizer", tokens, *shape, "--max-steps", 2, "--threads", 1),
-        *("--json", "-o", tmp_path / "run"),
+        *("--eval-tokens", 0, "--json", "-o", tmp_path / "run"),
     )
     assert result.code == 0, result.err
     metrics = json.loads(result.out)

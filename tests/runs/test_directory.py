@@ -143,7 +143,7 @@ def test_a_second_run_is_refused_and_named(tmp_path):
 
 OPEN = (
     "import os, sys, time; from pathlib import Path; from llmctl.runs.directory import open_run;"
-    "from llmctl.config.commands import PretrainConfig;"
+    "from llmctl.config.commands.pretrain import PretrainConfig;"
     "config = PretrainConfig(tokens='t', out=Path(sys.argv[1]));"
     "run = open_run('pretrain', config); run.__enter__(); print(flush=True); time.sleep(60)"
 )

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmctl.config import commands
 from llmctl.config.base import Place, read_nested
-from llmctl.config.commands import config_of
+from llmctl.config.commands import command_names, config_of
 from llmctl.config.sections import StageConfig
 from llmctl.errors import UserError, did_you_mean
 from llmctl.pipeline.rounds import Block, Scope, unroll
@@ -108,9 +107,7 @@ def config_class_of(stage: str) -> type[StageConfig] | None:
 
 def stage_names() -> list[str]:
     """Return every command that can be a stage."""
-    names = [name for name in vars(commands) if name.endswith("Config")]
-    stages = [name.removesuffix("Config").lower() for name in names]
-    return [stage for stage in stages if config_class_of(stage)]
+    return [stage for stage in command_names() if config_class_of(stage)]
 
 
 def _as_one_stage(

@@ -1,15 +1,20 @@
 """One config class per command, each in a module of its name."""
 
 from importlib import import_module
-from importlib.util import find_spec
+from pkgutil import iter_modules
 
 from llmctl.config.base import Config
 
 
+def command_names() -> list[str]:
+    """Return all commands, in the order of the alphabet."""
+    return [module.name for module in iter_modules(__path__)]
+
+
 def config_of(stage: str) -> type[Config] | None:
     """Return the config class of a command, None where there is no such command."""
-    name = f"{__name__}.{stage}"
-    if not stage.isidentifier() or find_spec(name) is None:
+    if stage not in command_names():
         return None
-    config: type[Config] | None = getattr(import_module(name), f"{stage.capitalize()}Config", None)
+    module = import_module(f"{__name__}.{stage}")
+    config: type[Config] = getattr(module, f"{stage.capitalize()}Config")
     return config
