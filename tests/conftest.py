@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 import random
 import signal
@@ -47,6 +48,12 @@ class Result:
     code: int
     out: str
     err: str
+
+
+@pytest.fixture(autouse=True)
+def _own_log_level() -> None:
+    """Let each test hear what a command says: `--quiet` of one is not that of the next."""
+    logging.getLogger("llmctl").setLevel(logging.INFO)
 
 
 @pytest.fixture(scope="session")
