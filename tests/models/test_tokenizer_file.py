@@ -11,6 +11,7 @@ from llmctl.console import set_up
 from llmctl.data.tokenizer.load import load_vocabulary
 from llmctl.errors import ModelError
 from llmctl.models.loading import load_tokenizer
+from llmctl.models.tokenizer_file import TORTURE
 from tests.conftest import sentences
 
 SHORT = "it's what we don't say"
@@ -206,3 +207,16 @@ def test_dropout_of_merges_is_switched_off(tmp_path, capsys):
     for name in ("saved", "again"):
         content = json.loads((tmp_path / name / "tokenizer.json").read_text())
         assert content["model"]["dropout"] is None
+
+
+def test_a_tokenizer_that_is_its_file_opens_the_same_without_a_search(base):
+    """Of a run: its config says TokenizersBackend, and no class is looked for."""
+    folder = base / "model"
+    declared = json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"]
+    assert declared == "TokenizersBackend"
+    ours, theirs = load_tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)
+    assert type(ours) is type(theirs)
+    assert ours(TORTURE)["input_ids"] == theirs(TORTURE)["input_ids"]
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    for name in ("chat_template", "padding_side", "truncation_side", "model_max_length"):
+        assert getattr(ours, name) == getattr(theirs, name), name
