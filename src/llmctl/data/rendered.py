@@ -45,8 +45,10 @@ def frame_of(text: str) -> list[str]:
     None where they also stand within it: then they strike words out, as in HTML.
     """
     inner = text.strip()
+    if not (inner.startswith(BEGIN) or inner.endswith(END)):
+        return []
     frame = [*([BEGIN] * inner.startswith(BEGIN)), *([END] * inner.endswith(END))]
-    body = inner.removeprefix(BEGIN).removesuffix(END) if frame else ""
+    body = inner.removeprefix(BEGIN).removesuffix(END)
     return [] if BEGIN in body or END in body else frame
 
 

@@ -104,6 +104,9 @@ def missing_part(text: str, messages: Sequence[Mapping[str, Any]]) -> str | None
     difference. Reasoning before the user's last turn may be missing, also where it stands in the
     content, before `</think>`.
     """
+    is_plain = all(message.keys().isdisjoint(("tool_calls", *REASONING)) for message in messages)
+    if is_plain and _stand_in_order(text, [message["content"] for message in messages]):
+        return None  # as nearly all rows
     parts = [part for part in _parts(messages) if part.text.strip()]
     calls = [
         (number, call.get("function") or call)
