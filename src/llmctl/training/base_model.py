@@ -4,10 +4,12 @@ In: a reference to a model and what its data needs. Out: the model with its rows
 hyperparameters.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -22,9 +24,6 @@ from llmctl.config.commands.reward import RewardConfig
 from llmctl.config.commands.sft import SftConfig
 from llmctl.config.finetuning import Quantized, Samples, Tuning
 from llmctl.console import log
-from llmctl.data.classification import ClassificationData
-from llmctl.data.preference_pairs import PreferenceData
-from llmctl.data.sft import SftData
 from llmctl.errors import ModelError, UserError
 from llmctl.models import presets
 from llmctl.models.adapters import is_adapted, weights_sha256
@@ -58,6 +57,14 @@ from llmctl.training.probe import agreed_batch, checkpoint_activations, fitting_
 from llmctl.training.samples import sampled_tokens
 from llmctl.training.state import architecture
 
+if TYPE_CHECKING:
+    from llmctl.data.classification import ClassificationData
+    from llmctl.data.preference_pairs import PreferenceData
+    from llmctl.data.sft import SftData
+
+    LanguageData = SftData | PreferenceData
+    """Encoded for a language model, in which a chat template may have added tokens."""
+
 
 @dataclass(frozen=True)
 class Base:
@@ -71,10 +78,6 @@ class Base:
     def as_input(self) -> dict[str, Any]:
         """For the manifest."""
         return model_input("model", self.reference, self.sha256)
-
-
-LanguageData = SftData | PreferenceData
-"""Encoded for a language model, in which a chat template may have added tokens."""
 
 
 def base_of(reference: str) -> Base:
