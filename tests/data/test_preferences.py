@@ -407,12 +407,17 @@ def test_the_prompt_of_texts_is_what_they_begin_with(tmp_path):
         for prompt in range(10)
         for answer in range(3)
     ]
-    found = read(write_rows(tmp_path / "a.jsonl", rows), val_size=6)
+    assert_prompts_are_apart(write_rows(tmp_path / "a.jsonl", rows), "\n")
+
+
+def assert_prompts_are_apart(file, end):
+    """Of ten prompts, which stand before this text, none is on both sides of the split."""
+    found = read(file, val_size=6)
     assert len(found.val) == 6
     statistics = found.statistics()
     assert (statistics["prompts"], statistics["shared_prompts"]) == (10, 0)
-    trained = {pair.chosen.text.split("\n")[0] for pair in found.train}
-    assert not trained & {pair.chosen.text.split("\n")[0] for pair in found.val}
+    trained = {pair.chosen.text.partition(end)[0] for pair in found.train}
+    assert not trained & {pair.chosen.text.partition(end)[0] for pair in found.val}
 
 
 FORMS_OF_TEXT = {
@@ -441,12 +446,7 @@ def test_the_prompt_of_a_known_form_ends_where_the_response_begins(tmp_path, for
         for prompt in range(10)
         for answer in range(3)
     ]
-    found = read(write_rows(tmp_path / "a.jsonl", rows), val_size=6)
-    assert len(found.val) == 6
-    statistics = found.statistics()
-    assert (statistics["prompts"], statistics["shared_prompts"]) == (10, 0)
-    trained = {pair.chosen.text.partition("Well")[0] for pair in found.train}
-    assert not trained & {pair.chosen.text.partition("Well")[0] for pair in found.val}
+    assert_prompts_are_apart(write_rows(tmp_path / "a.jsonl", rows), "Well")
 
 
 def test_the_prompt_of_a_line_is_the_words_that_both_texts_begin_with(tmp_path):

@@ -18,7 +18,7 @@ from llmctl.console import log
 from llmctl.data.bad_rows import BadRows
 from llmctl.data.documents import hash_text
 from llmctl.data.examples import prompt_messages, with_system
-from llmctl.data.rows import SourceRow, open_source, quote_names, read_lines, read_rows
+from llmctl.data.rows import SourceRow, open_source, read_lines, read_rows
 from llmctl.data.schemas import (
     INSTRUCTION,
     MORE,
@@ -28,7 +28,7 @@ from llmctl.data.schemas import (
     Message,
     check_beginning,
     conversation,
-    hint_for,
+    layout_of,
     messages_or_text,
     parse_tools,
 )
@@ -37,6 +37,10 @@ from llmctl.data.split import hold_out
 from llmctl.errors import DataError
 from llmctl.numbers import counted
 
+TAKEN = (
+    "it takes `messages`, `prompt`, `instruction` (with its `input`), `question` or "
+    "`input.messages`"
+)
 LAYOUTS = (
     Layout({"messages": "messages"}, MORE),
     Layout({"messages": "conversations"}, MORE),
@@ -215,7 +219,7 @@ def _read_source(
             error.file, error.line = record.place, record.line
             bad(error)
         else:
-            layout = _layout_of(record.values)
+            layout = layout_of(record.values, LAYOUTS, "no prompt", TAKEN)
             unread = layout.unread(layout.flat(record.values))
             bad.note_unread(unread.difference(ANSWER_COLUMNS, also))
             yield prompt, record.values
@@ -227,7 +231,7 @@ def parse_prompt(record: SourceRow) -> PromptExample:
     Raises:
         DataError: no prompt, or one that training would refuse.
     """
-    layout = _layout_of(record.values)
+    layout = layout_of(record.values, LAYOUTS, "no prompt", TAKEN)
     row = layout.flat(record.values)
     columns = layout.columns(row)
     values = {role: row.get(column) for role, column in columns.items()}
@@ -243,19 +247,6 @@ def parse_prompt(record: SourceRow) -> PromptExample:
     is_text = role == "prompt" and not isinstance(value, list) and len(messages) == 1 and not tools
     prompt = messages[0]["content"] if is_text else messages
     return PromptExample(prompt, record.place, record.line, _answer(row) or answer, tools)
-
-
-def _layout_of(row: dict[str, Any]) -> Layout:
-    """Return the layout of a row by its columns; raise a DataError where it has no prompt."""
-    for layout in LAYOUTS:
-        if layout.fits(row):
-            return layout
-    raise DataError(
-        f"no prompt in these columns: {quote_names(list(row))}",
-        hint=hint_for(row)
-        or "it takes `messages`, `prompt`, `instruction` (with its `input`), `question` or "
-        "`input.messages`",
-    )
 
 
 def _answer(row: dict[str, Any]) -> str | None:

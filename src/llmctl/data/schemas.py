@@ -228,6 +228,20 @@ def choose_layouts(columns: Sequence[str], task: Task) -> tuple[Layout, ...]:
     return layout, Layout(without, more)
 
 
+def layout_of(row: Row, layouts: Sequence[Layout], lacks: str, takes: str) -> Layout:
+    """Return the first layout that a row has the columns of.
+
+    Raises:
+        DataError: it is of none: what it `lacks`, and what a row `takes`.
+    """
+    for layout in layouts:
+        if layout.fits(row):
+            return layout
+    raise DataError(
+        f"{lacks} in these columns: {quote_names(list(row))}", hint=hint_for(row) or takes
+    )
+
+
 def match_layout(
     row: Row, layouts: tuple[Layout, ...], known: Layout | None, first: int | None
 ) -> Layout:

@@ -107,8 +107,7 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
 
 def _open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Open a tokenizer; what says that it is its tokenizer.json, without looking for a class."""
-    file = folder / "tokenizer_config.json"
-    settings = read_object(file) if file.exists() else {}
+    settings = _tokenizer_settings(folder)
     is_file = (folder / "tokenizer.json").exists() and "auto_map" not in settings
     if is_file and settings.get("tokenizer_class") == "TokenizersBackend":
         return PreTrainedTokenizerFast.from_pretrained(folder)
@@ -135,8 +134,13 @@ def _unloadable(folder: Path, error: Exception) -> ModelError:
 
 def _declared_class(folder: Path) -> Any:
     """Return `tokenizer_class` of tokenizer_config.json, None where there is none."""
+    return _tokenizer_settings(folder).get("tokenizer_class")
+
+
+def _tokenizer_settings(folder: Path) -> dict[str, Any]:
+    """Return what tokenizer_config.json says, nothing where there is none."""
     file = folder / "tokenizer_config.json"
-    return read_object(file).get("tokenizer_class") if file.exists() else None
+    return read_object(file) if file.exists() else {}
 
 
 def _as_in_file(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:

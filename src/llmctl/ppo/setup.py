@@ -1,6 +1,6 @@
 """Set up a PPO run: a config in, a trainer that is ready to fit and its win rate out."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
@@ -30,7 +30,7 @@ from llmctl.training.base_model import Loaded, base_of, to_pure_bf16
 from llmctl.training.batches import Order
 from llmctl.training.consistency import require_same
 from llmctl.training.distributed import autocast, is_sharded
-from llmctl.training.evaluation_share import TRAINED, Work, announce_evaluation, plan_evaluation
+from llmctl.training.evaluation_share import TRAINED, Work, announce_evaluation, plan_rows
 from llmctl.training.hyperparameters import Hyperparameters
 from llmctl.training.optimizers import decay_groups
 from llmctl.training.run_state import RunState
@@ -135,13 +135,8 @@ def _with_evaluation(
     pieces = [passes * length for length in lengths[1]]
     once = sum(lengths[1]) * (1 + len(config.reward_model))  # at most: the reference's responses
     is_open = not (config.val_data or config.val_size)
-    planned, read = plan_evaluation(
-        values,
-        config,
-        Work(step=step, pieces=pieces, once=once),
-        pieces=None if is_open else len(pieces),
-    )
-    return planned if read == len(pieces) else replace(planned, eval_rows=read)
+    work = Work(step=step, pieces=pieces, once=once)
+    return plan_rows(values, config, work, is_open=is_open)
 
 
 def _set_precision(config: PpoConfig, models: Models, values: Hyperparameters, device: str) -> None:

@@ -25,16 +25,15 @@ from llmctl.data.examples import (
     prompt_response,
 )
 from llmctl.data.preferences import parse_sides
-from llmctl.data.rows import SourceRow, checked_text, quote_names, read_rows
+from llmctl.data.rows import SourceRow, checked_text, read_rows
 from llmctl.data.schemas import (
     LAYOUTS,
     PAIR,
     PAIR_LAYOUTS,
-    Layout,
     Message,
     Row,
     conversation,
-    hint_for,
+    layout_of,
     messages_or_text,
     parse_tools,
 )
@@ -51,6 +50,7 @@ AT_ONCE = 2048
 FINISHED = {"finish_reason": ("finish_reason",)}
 """Column of how a response ended, beside those that training reads."""
 
+TAKEN = "it takes `prompt` + `response`, `messages`, `text`, or `chosen` + `rejected`"
 ROW_LAYOUTS = (
     *PAIR_LAYOUTS,
     *(
@@ -128,7 +128,7 @@ def _encode(
     except (DataError, ModelError) as error:
         error.file, error.line = record.place, record.line
         raise
-    layout = _layout_of(record.values)
+    layout = layout_of(record.values, ROW_LAYOUTS, "nothing to score", TAKEN)
     bad.note_unread(layout.unread(layout.flat(record.values)))
     texts = [text for sample in samples.values() for text in _texts(sample)]
     tokens = [row.tokens for row in encoded.values()]
@@ -145,18 +145,6 @@ def _texts(sample: PromptResponse | Example) -> list[str]:
     return texts_of(sample.prompt, sample.response, tools=sample.tools)
 
 
-def _layout_of(row: Row) -> Layout:
-    """Return the layout of a row to score; raise a DataError where it is of none."""
-    for layout in ROW_LAYOUTS:
-        if layout.fits(row):
-            return layout
-    raise DataError(
-        f"nothing to score in these columns: {quote_names(list(row))}",
-        hint=hint_for(row)
-        or "it takes `prompt` + `response`, `messages`, `text`, or `chosen` + `rejected`",
-    )
-
-
 def samples_of(record: SourceRow, *, has_turns: bool) -> dict[str, PromptResponse | Example]:
     """The texts of a row to score, by the names of their scores, read as training reads them.
 
@@ -165,7 +153,7 @@ def samples_of(record: SourceRow, *, has_turns: bool) -> dict[str, PromptRespons
     Raises:
         DataError: nothing in it can be scored.
     """
-    layout = _layout_of(record.values)
+    layout = layout_of(record.values, ROW_LAYOUTS, "nothing to score", TAKEN)
     record = record._replace(values=layout.flat(record.values))
     row, needed = record.values, layout.needed
     if needed.keys() >= PAIR.keys():

@@ -7,7 +7,7 @@ hyperparameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ from llmctl.training.evaluation_share import (
     TRAINED,
     Work,
     announce_evaluation,
-    plan_evaluation,
+    plan_rows,
     spread,
 )
 from llmctl.training.hyperparameters import Hyperparameters, for_finetuning
@@ -438,8 +438,7 @@ def _with_evaluation(
         once=0 if isinstance(config, SftConfig) else sum(pieces),
     )
     is_open = not (config.val_data or config.val_fraction or config.val_size)
-    planned, read = plan_evaluation(values, config, work, pieces=None if is_open else len(pieces))
-    return planned if read == len(pieces) else replace(planned, eval_rows=read)
+    return plan_rows(values, config, work, is_open=is_open)
 
 
 def _announce(values: Hyperparameters, trained: int, parameters: int, unit: str) -> None:

@@ -74,6 +74,15 @@ def plan_evaluation(
     return replace(values, eval_every=every, evaluation=planned), most
 
 
+def plan_rows(
+    values: Hyperparameters, config: Evaluation, work: Work, *, is_open: bool
+) -> Hyperparameters:
+    """Plan evaluations on rows, of which each reads a part only where their number `is_open`."""
+    total = len(work.pieces)
+    planned, read = plan_evaluation(values, config, work, pieces=None if is_open else total)
+    return planned if read == total else replace(planned, eval_rows=read)
+
+
 def evaluations(max_steps: int, every: int) -> int:
     """Evaluations of a run that evaluates after the last step, too."""
     return math.ceil(max_steps / every)
